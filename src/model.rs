@@ -20,7 +20,9 @@ pub const MANIFEST_FORMAT: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The repository folder itself is missing.
-    #[error("model repository `{0}` does not exist; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
+    #[error(
+        "model repository `{0}` does not exist; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`"
+    )]
     NoRepository(PathBuf),
     /// No such model in the repository.
     #[error("model `{name}` is not in repository `{repository}` (it has: {available})")]
@@ -54,7 +56,9 @@ pub enum ModelError {
     #[error("`{0}` exists already; choose another --model-version, or remove it first")]
     Exists(PathBuf),
     /// A name that can't be a folder and a URL segment.
-    #[error("`{0}` can't be a model name; use letters, digits, `_`, `-` and `.`, starting with a letter or digit (--name)")]
+    #[error(
+        "`{0}` can't be a model name; use letters, digits, `_`, `-` and `.`, starting with a letter or digit (--name)"
+    )]
     BadName(String),
     /// A manifest that can't be read as one.
     #[error("manifest `{path}` is not valid: {reason}; fold the checkpoint again")]
@@ -126,4 +130,339 @@ pub struct Preprocessing {
     /// Turn the image upright by its EXIF orientation first. Off by default, as in timm.
     #[serde(default)]
     pub exif_orientation: bool,
+}
+
+/// Number format of a folded model's weights and arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit floating point.
+    Fp32,
+    /// 16-bit floating point weights and arithmetic; input and logits stay 32-bit.
+    Fp16,
+}
+
+/// How a squeeze-and-excitation gate multiplies its feature map in the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gate {
+    /// The `[N,C,1,1]` gate is resized to the map first: ONNX Runtime's CPU layout then needs no reorder.
+    Resize,
+    /// Plain broadcasting multiplication: for other runtimes and for dynamic sizes.
+    Broadcast,
+}
+
+/// The scalars of one residual block, all of them absorbed into convolutions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BlockScalars {
+    /// Module path in the checkpoint, such as `stages.2.0`.
+    pub block: String,
+    /// Gain of the residual branch: `x + α·f(x·β)` (Brock et al. 2021, section 3).
+    pub alpha: f64,
+    /// 1/√(expected variance before the block).
+    pub beta: f64,
+    /// Variance that the analysis expects after the block at initialisation.
+    pub expected_variance: f64,
+    /// Gain after channel attention, where the block has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attn_gain: Option<f64>,
+    /// Learnt SkipInit gain, where the block has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipinit_gain: Option<f64>,
+    /// True when the branch's scale is exactly zero, so that the graph leaves the branch out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dropped: bool,
+}
+
+/// What folding did, and how far the folded graph is from the unfolded one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FoldReport {
+    /// `nf` or `resnet`.
+    pub family: String,
+    /// Activation function, by timm's name.
+    pub activation: String,
+    /// γ of the activation as the checkpoint was trained with; absent for batch-normalised networks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// Trainable parameters of the checkpoint.
+    pub parameters: u64,
+    /// Weights left in the folded graph.
+    pub folded_parameters: u64,
+    /// Multiply-accumulates of one image at the manifest's input size, in 10⁹.
+    pub gmacs: f64,
+    /// How attention gates are emitted.
+    pub gate: Gate,
+    /// One entry per residual block; empty for batch-normalised networks.
+    pub blocks: Vec<BlockScalars>,
+    /// What verification measured; absent for `--unfolded` graphs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verification: Option<Verification>,
+}
+
+/// Folded graph against unfolded graph on the same random images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Verification {
+    /// Images compared.
+    pub images: u32,
+    /// Largest absolute difference of any logit.
+    pub max_abs_diff: f64,
+    /// Largest minus smallest logit of the unfolded graph: the scale to read the difference on.
+    pub logit_span: f64,
+    /// Difference past which nothing would have been written.
+    pub tolerance: f64,
+}
+
+/// What a version folder says about its graph. JSON, written once by `nfold fold`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Layout version of this file ([`MANIFEST_FORMAT`]).
+    pub format: u32,
+    /// Program that wrote it, such as `nfold 0.1.0`.
+    pub producer: String,
+    /// Architecture as the checkpoint names it, tag included.
+    pub architecture: String,
+    /// Number format.
+    pub precision: Precision,
+    /// Height the graph is fixed to, in pixels; absent when dynamic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub graph_height: Option<u32>,
+    /// Width the graph is fixed to, in pixels; absent when dynamic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub graph_width: Option<u32>,
+    /// Number of logits.
+    pub classes: u32,
+    /// Class names in logit order; empty when the checkpoint has none.
+    #[serde(default)]
+    pub labels: Vec<String>,
+    /// From decoded image to input tensor.
+    pub preprocessing: Preprocessing,
+    /// SHA-256 of the checkpoint's `model.safetensors`, in hexadecimal.
+    pub source_sha256: String,
+    /// SHA-256 of the `model.onnx` beside this file, in hexadecimal.
+    pub onnx_sha256: String,
+    /// What folding did.
+    pub fold: FoldReport,
+}
+
+impl Manifest {
+    fn check(&self) -> Result<(), String> {
+        let p = &self.preprocessing;
+        if self.format > MANIFEST_FORMAT {
+            return Err(format!("format {} is newer than this nfold reads ({MANIFEST_FORMAT})", self.format));
+        }
+        if self.classes == 0 || (!self.labels.is_empty() && self.labels.len() != self.classes as usize) {
+            return Err(format!("{} labels for {} classes", self.labels.len(), self.classes));
+        }
+        p.check()?;
+        let differs = |graph: Option<u32>, size: u32| graph.is_some_and(|g| g != size);
+        if differs(self.graph_height, p.height) || differs(self.graph_width, p.width) {
+            return Err("the graph's size differs from the preprocessing's".into());
+        }
+        Ok(())
+    }
+}
+
+impl Preprocessing {
+    /// Refuses values that no image could be prepared with: sides of 0 or above 4096 pixels, a crop share outside
+    /// (0, 1], a standard deviation that is not positive, or anything not finite.
+    pub fn check(&self) -> Result<(), String> {
+        for (name, side) in [("height", self.height), ("width", self.width)] {
+            if !(1..=4096).contains(&side) {
+                return Err(format!("{name} {side} is outside 1..=4096"));
+            }
+        }
+        if !(self.crop_pct > 0.0 && self.crop_pct <= 1.0) {
+            return Err(format!("crop_pct {} is outside (0, 1]", self.crop_pct));
+        }
+        if !self.mean.iter().all(|m| m.is_finite()) || !self.std.iter().all(|s| s.is_finite() && *s > 0.0) {
+            return Err(format!("mean {:?} and std {:?} must be finite, std positive", self.mean, self.std));
+        }
+        Ok(())
+    }
+}
+
+/// One version of one model on disk, its manifest read and checked.
+#[derive(Debug, Clone)]
+pub struct ModelDir {
+    /// The version folder.
+    pub path: PathBuf,
+    /// The model's name in the repository.
+    pub name: String,
+    /// The model's version.
+    pub version: u32,
+    /// What the folder says about itself.
+    pub manifest: Manifest,
+}
+
+impl ModelDir {
+    /// Opens a model of `repository`: the named one, or the only one; the given version, or the highest.
+    pub fn open(repository: &Path, name: Option<&str>, version: Option<u32>) -> Result<Self, ModelError> {
+        let models = list(repository)?;
+        let available = || match models.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", ") {
+            names if names.is_empty() => "nothing".to_string(),
+            names => names,
+        };
+        let (name, versions) = match name {
+            Some(wanted) => models.iter().find(|(n, _)| n == wanted),
+            None if models.len() > 1 => {
+                return Err(ModelError::Ambiguous { repository: repository.into(), available: available() });
+            }
+            None => models.first(),
+        }
+        .ok_or_else(|| ModelError::NoModel {
+            name: name.unwrap_or("any").into(),
+            repository: repository.into(),
+            available: available(),
+        })?;
+        let version = match version {
+            Some(v) if versions.contains(&v) => v,
+            Some(version) => {
+                return Err(ModelError::NoVersion { name: name.clone(), version, repository: repository.into() });
+            }
+            None => versions.last().copied().unwrap_or(1),
+        };
+        Self::open_path(&repository.join(name).join(version.to_string()))
+    }
+
+    /// Opens a version folder by its path. Name and version are the last two components.
+    pub fn open_path(path: &Path) -> Result<Self, ModelError> {
+        let file = path.join(MANIFEST_FILE);
+        let bad = |reason: String| ModelError::BadManifest { path: file.clone(), reason };
+        let text = fs::read(&file).map_err(io("read", &file))?;
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        manifest.check().map_err(bad)?;
+        let whole = fs::canonicalize(path).map_err(io("read", path))?;
+        let part = |p: Option<&Path>| p.and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
+        let version = part(Some(&whole)).and_then(|v| v.parse().ok());
+        let version = version.ok_or_else(|| bad("its folder's name is not a version number".into()))?;
+        let name = part(whole.parent()).ok_or_else(|| bad("its folder has no parent to name the model".into()))?;
+        Ok(Self { path: path.into(), name, version, manifest })
+    }
+
+    /// Path of the graph.
+    pub fn onnx(&self) -> PathBuf {
+        self.path.join(MODEL_FILE)
+    }
+
+    /// Reads the graph and refuses one that is not the one the manifest was written for.
+    pub fn read_onnx(&self) -> Result<Vec<u8>, ModelError> {
+        let path = self.onnx();
+        let bytes = fs::read(&path).map_err(io("read", &path))?;
+        let found = sha256(&bytes);
+        if found != self.manifest.onnx_sha256 {
+            let reason = format!("`{MODEL_FILE}` has sha256 {found}, not {}", self.manifest.onnx_sha256);
+            return Err(ModelError::BadManifest { path: self.path.join(MANIFEST_FILE), reason });
+        }
+        Ok(bytes)
+    }
+
+    /// Writes `REPOSITORY/NAME/VERSION` whole or not at all: into a temporary folder, synced, then renamed.
+    ///
+    /// An existing version is left alone ([`ModelError::Exists`]) unless `replace`.
+    pub fn publish(at: &Target<'_>, onnx: &[u8], manifest: &Manifest) -> Result<Self, ModelError> {
+        let Target { repository, name, version, replace } = *at;
+        check_name(name)?;
+        let parent = repository.join(name);
+        let target = parent.join(version.to_string());
+        if target.exists() && !replace {
+            return Err(ModelError::Exists(target));
+        }
+        fs::create_dir_all(repository).map_err(io("create", repository))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".nfold-")
+            .permissions(open_to_all())
+            .tempdir_in(repository)
+            .map_err(io("create a folder in", repository))?;
+        let fresh = staging.path().join("new");
+        fs::create_dir(&fresh).map_err(io("create", &fresh))?;
+        let json = serde_json::to_vec_pretty(manifest)
+            .map_err(|e| ModelError::BadManifest { path: fresh.join(MANIFEST_FILE), reason: e.to_string() })?;
+        write_synced(&fresh.join(MODEL_FILE), onnx)?;
+        write_synced(&fresh.join(MANIFEST_FILE), &json)?;
+        fs::create_dir_all(&parent).map_err(io("create", &parent))?;
+        if target.exists() {
+            fs::rename(&target, staging.path().join("old")).map_err(io("replace", &target))?;
+        }
+        fs::rename(&fresh, &target).map_err(io("create", &target))?;
+        fs::File::open(&parent).and_then(|d| d.sync_all()).map_err(io("sync", &parent))?;
+        Self::open_path(&target)
+    }
+}
+
+/// Where [`ModelDir::publish`] writes.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// The repository folder; made when missing.
+    pub repository: &'a Path,
+    /// The model's name.
+    pub name: &'a str,
+    /// The model's version.
+    pub version: u32,
+    /// Replace the version when it exists.
+    pub replace: bool,
+}
+
+/// Models of a repository by name, each with its versions in ascending order. Folders without a manifest, and names
+/// starting with a dot, are not models.
+pub fn list(repository: &Path) -> Result<Vec<(String, Vec<u32>)>, ModelError> {
+    if !repository.is_dir() {
+        return Err(ModelError::NoRepository(repository.into()));
+    }
+    let mut models = Vec::new();
+    for name in folder_names(repository)? {
+        if check_name(&name).is_err() || !repository.join(&name).is_dir() {
+            continue;
+        }
+        let mut versions: Vec<u32> = folder_names(&repository.join(&name))?
+            .into_iter()
+            .filter(|v| repository.join(&name).join(v).join(MANIFEST_FILE).is_file())
+            .filter_map(|v| v.parse().ok())
+            .collect();
+        versions.sort_unstable();
+        if !versions.is_empty() {
+            models.push((name, versions));
+        }
+    }
+    models.sort();
+    Ok(models)
+}
+
+/// SHA-256 of `bytes` in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Refuses a name that could not be a folder of the repository and a segment of a URL.
+pub fn check_name(name: &str) -> Result<(), ModelError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    let ok = name.len() <= 128 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain);
+    if ok { Ok(()) } else { Err(ModelError::BadName(name.into())) }
+}
+
+fn folder_names(folder: &Path) -> Result<Vec<String>, ModelError> {
+    let entries = fs::read_dir(folder).map_err(io("read", folder))?;
+    let names = entries.map(|e| e.map(|e| e.file_name().to_string_lossy().into_owned()));
+    names.collect::<Result<_, _>>().map_err(io("read", folder))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let write = || {
+        let mut file = fs::File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(io("write", path))
+}
+
+/// Temporary folders are private by default; a repository is read by a server under another user.
+#[cfg(unix)]
+fn open_to_all() -> fs::Permissions {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::Permissions::from_mode(0o755)
+}
+
+fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+    let path = path.to_path_buf();
+    move |source| ModelError::Io { action, path, source }
 }

@@ -1,0 +1,300 @@
+//! Runs ONNX graphs with ONNX Runtime. The only room that names `ort`: it finds the library, opens sessions and moves
+//! tensors. It knows nothing of images, labels or requests.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use ort::environment::Environment;
+use ort::session::Session;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::value::TensorRef;
+
+/// Environment variable naming the ONNX Runtime library to load.
+pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// What can go wrong before a graph runs.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No library was found in any of the usual places.
+    #[error(
+        "ONNX Runtime was not found (looked at: {looked}); fetch it with `make ort`, or set {LIBRARY_VARIABLE} to libonnxruntime"
+    )]
+    NoLibrary {
+        /// Every place looked at, comma-separated.
+        looked: String,
+    },
+    /// A library was found but could not be used.
+    #[error(
+        "ONNX Runtime at `{path}` can't be used: {reason}; fetch 1.28.0 with `make ort`, or set {LIBRARY_VARIABLE} to 1.24 or newer"
+    )]
+    BadLibrary {
+        /// The library.
+        path: PathBuf,
+        /// What the loader or the library said.
+        reason: String,
+    },
+    /// The graph was refused.
+    #[error("ONNX Runtime refuses `{model}`: {reason}")]
+    BadModel {
+        /// What was to be loaded.
+        model: String,
+        /// What ONNX Runtime said.
+        reason: String,
+    },
+    /// The requested execution provider is not to be had.
+    #[error(
+        "execution provider `{provider}` is not available: {reason}; use --provider cpu, or fetch the GPU library with `make ort-gpu` and build with `--features gpu`"
+    )]
+    NoProvider {
+        /// The provider asked for.
+        provider: &'static str,
+        /// What ONNX Runtime said.
+        reason: String,
+    },
+}
+
+/// What can go wrong while a graph runs. `Clone`, so that one failure can answer a whole batch.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum BackendError {
+    /// The batch does not have the shape the graph wants.
+    #[error("batch of shape {found:?} does not fit the graph: {reason}")]
+    Shape {
+        /// Shape offered, `[N, 3, H, W]`.
+        found: [usize; 4],
+        /// What ONNX Runtime said.
+        reason: String,
+    },
+    /// The runtime failed.
+    #[error("inference failed: {0}")]
+    Run(String),
+}
+
+/// Images ready for the network: float32 `[images, 3, height, width]`, RGB, normalised.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// Number of images.
+    pub images: usize,
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+    /// `images × 3 × height × width` values, row-major.
+    pub data: Vec<f32>,
+}
+
+impl Batch {
+    /// A batch of zeros.
+    pub fn zeros(images: usize, height: usize, width: usize) -> Self {
+        Self { images, height, width, data: vec![0.0; images * 3 * height * width] }
+    }
+
+    /// Values of image `i`: `[3, height, width]`.
+    pub fn image_mut(&mut self, i: usize) -> &mut [f32] {
+        let len = 3 * self.height * self.width;
+        &mut self.data[i * len..(i + 1) * len]
+    }
+}
+
+/// What the network answers: float32 `[images, classes]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logits {
+    /// Number of images.
+    pub images: usize,
+    /// Number of classes.
+    pub classes: usize,
+    /// `images × classes` values, row-major.
+    pub data: Vec<f32>,
+}
+
+impl Logits {
+    /// Logits of image `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.classes..(i + 1) * self.classes]
+    }
+}
+
+/// Something that turns a batch into logits. A worker thread owns its backend, so running takes `&mut self`.
+pub trait Backend: Send {
+    /// Logits for every image of the batch, in order.
+    fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError>;
+}
+
+/// Which hardware runs the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Provider {
+    /// ONNX Runtime's own CPU kernels.
+    #[default]
+    Cpu,
+    /// NVIDIA CUDA.
+    Cuda,
+    /// NVIDIA TensorRT, CUDA for what it can't take.
+    TensorRt,
+}
+
+impl Provider {
+    /// Name for messages, metrics and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::TensorRt => "tensorrt",
+        }
+    }
+}
+
+/// How a session is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineOptions {
+    /// Hardware.
+    pub provider: Provider,
+    /// Threads inside one operator. 1 makes no thread of its own.
+    pub intra_threads: usize,
+    /// Let the pool's threads spin between operators: faster when one session owns the cores, harmful otherwise.
+    pub spinning: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { provider: Provider::Cpu, intra_threads: 1, spinning: false }
+    }
+}
+
+/// A session of ONNX Runtime over one graph.
+#[derive(Debug)]
+pub struct OrtBackend {
+    session: Session,
+    input: String,
+    output: String,
+}
+
+impl OrtBackend {
+    /// Opens a session on ONNX bytes; `what` names them in messages.
+    ///
+    /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
+    pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let environment = environment()?;
+        let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
+        let provider =
+            |e: ort::Error| EngineError::NoProvider { provider: options.provider.name(), reason: e.to_string() };
+        let mut builder = prepare(environment, options).map_err(|e| match options.provider {
+            Provider::Cpu => bad(e.to_string()),
+            _ => provider(e),
+        })?;
+        let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
+        let name = |outlets: &[ort::value::Outlet]| outlets.first().map(|o| o.name().to_string());
+        let input = name(session.inputs()).ok_or_else(|| bad("it has no input".into()))?;
+        let output = name(session.outputs()).ok_or_else(|| bad("it has no output".into()))?;
+        Ok(Self { session, input, output })
+    }
+}
+
+fn prepare(environment: &Environment, options: &EngineOptions) -> ort::Result<SessionBuilder> {
+    let builder = Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_intra_threads(options.intra_threads.max(1))?
+        .with_inter_threads(1)?
+        .with_intra_op_spinning(options.spinning)?
+        .with_inter_op_spinning(false)?;
+    match options.provider {
+        Provider::Cpu => Ok(builder),
+        gpu => on_gpu(builder, gpu),
+    }
+}
+
+/// Registers the provider so that its failure is an error: ONNX Runtime would fall back to the CPU in silence.
+#[cfg(feature = "gpu")]
+fn on_gpu(builder: SessionBuilder, provider: Provider) -> ort::Result<SessionBuilder> {
+    let cuda = ort::ep::CUDA::default().with_tf32(false).build().error_on_failure();
+    let tensorrt = ort::ep::TensorRT::default().build().error_on_failure();
+    let providers = if provider == Provider::TensorRt { vec![tensorrt, cuda] } else { vec![cuda] };
+    Ok(builder.with_execution_providers(providers)?)
+}
+
+#[cfg(not(feature = "gpu"))]
+fn on_gpu(_: SessionBuilder, provider: Provider) -> ort::Result<SessionBuilder> {
+    Err(ort::Error::new(format!("this nfold was built without {}", provider.name())))
+}
+
+impl Backend for OrtBackend {
+    fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
+        let found = [batch.images, 3, batch.height, batch.width];
+        let failed = |e: ort::Error| BackendError::Run(e.to_string());
+        let view = TensorRef::from_array_view((found, batch.data.as_slice()))
+            .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;
+        let outputs = self.session.run(ort::inputs![self.input.as_str() => view]).map_err(failed)?;
+        let (shape, data) = outputs[self.output.as_str()].try_extract_tensor::<f32>().map_err(failed)?;
+        let &[images, classes] = &shape[..] else {
+            return Err(BackendError::Run(format!("output `{}` has shape {shape:?}, not [N, classes]", self.output)));
+        };
+        if images as usize != batch.images || data.len() != batch.images * classes as usize {
+            return Err(BackendError::Run(format!(
+                "{} images went in, logits of shape {shape:?} came out",
+                batch.images
+            )));
+        }
+        Ok(Logits { images: batch.images, classes: classes as usize, data: data.to_vec() })
+    }
+}
+
+/// The process's one ONNX Runtime environment, made on first use.
+fn environment() -> Result<&'static Environment, EngineError> {
+    static ENVIRONMENT: OnceLock<Result<Environment, EngineFault>> = OnceLock::new();
+    ENVIRONMENT.get_or_init(start).as_ref().map_err(EngineFault::to_error)
+}
+
+/// Why there is no environment, kept for every later caller ([`EngineError`] holds sources that can't be cloned).
+#[derive(Debug)]
+enum EngineFault {
+    Missing(String),
+    Unusable(PathBuf, String),
+}
+
+impl EngineFault {
+    fn to_error(&self) -> EngineError {
+        match self {
+            Self::Missing(looked) => EngineError::NoLibrary { looked: looked.clone() },
+            Self::Unusable(path, reason) => EngineError::BadLibrary { path: path.clone(), reason: reason.clone() },
+        }
+    }
+}
+
+fn start() -> Result<Environment, EngineFault> {
+    let path = find_library()?;
+    let unusable = |reason: String| EngineFault::Unusable(path.clone(), reason);
+    let builder = ort::init_from(&path).map_err(|e| unusable(e.to_string()))?;
+    builder.with_name("nfold").with_telemetry(false).build().map_err(|e| unusable(e.to_string()))
+}
+
+/// `ORT_DYLIB_PATH`, beside the executable, `.ort/` (`.ort-gpu/` in GPU builds) of the working directory and of the
+/// executable's ancestors (so that a development build finds the project's), then the system's own search.
+fn find_library() -> Result<PathBuf, EngineFault> {
+    if let Some(named) = std::env::var_os(LIBRARY_VARIABLE).filter(|v| !v.is_empty()) {
+        let path = PathBuf::from(named);
+        return match path.is_file() {
+            true => Ok(absolute(&path)),
+            false => Err(EngineFault::Missing(format!("{LIBRARY_VARIABLE}={}", path.display()))),
+        };
+    }
+    let file = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };
+    let folders: &[&str] = if cfg!(feature = "gpu") { &[".ort-gpu", ".ort"] } else { &[".ort"] };
+    let mut looked = Vec::new();
+    if let Ok(executable) = std::env::current_exe() {
+        looked.extend(executable.parent().map(|folder| folder.join(file)));
+        let roots = std::iter::once(PathBuf::from(".")).chain(executable.ancestors().skip(1).map(Path::to_path_buf));
+        looked.extend(roots.flat_map(|root| folders.iter().map(move |f| root.join(f).join(file))));
+    }
+    let system =
+        ["/usr/local/lib", "/usr/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/opt/homebrew/lib"];
+    looked.extend(system.iter().map(|folder| Path::new(folder).join(file)));
+    match looked.iter().find(|path| path.is_file()) {
+        Some(path) => Ok(absolute(path)),
+        None => {
+            Err(EngineFault::Missing(looked.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")))
+        }
+    }
+}
+
+/// A relative path would be looked up beside the executable first.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}

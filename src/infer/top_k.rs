@@ -1,0 +1,65 @@
+//! Logits → predictions: softmax probability, a stable order, and no answer at all for numbers that are not finite.
+
+use serde::Serialize;
+
+/// One class and its probability.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Position in the logits.
+    pub index: usize,
+    /// The class's name; its index in digits where the model has no labels.
+    pub label: String,
+    /// Softmax probability in 0..=1.
+    pub score: f64,
+}
+
+/// The network answered with NaN or infinity: a fault of the model or its input, never a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("logit {index} is not finite; the model or its input is broken")]
+pub struct NotFinite {
+    /// Position of the first such logit.
+    pub index: usize,
+}
+
+/// The `k` most probable classes, most probable first, ties by index. `k` is clamped to the number of classes.
+/// Probabilities are computed in double precision from `logits` (`[classes]`).
+pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Prediction>, NotFinite> {
+    if let Some(index) = logits.iter().position(|l| !l.is_finite()) {
+        return Err(NotFinite { index });
+    }
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exp = |l: f32| f64::from(l - largest).exp();
+    let total: f64 = logits.iter().map(|&l| exp(l)).sum();
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    let predict = |index: usize| Prediction {
+        index,
+        label: labels.get(index).cloned().unwrap_or_else(|| index.to_string()),
+        score: exp(logits[index]) / total,
+    };
+    Ok(order.into_iter().take(k).map(predict).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_by_probability_then_index() {
+        let top = top_k(&[1.0, 3.0, 3.0, -0.0, 0.0], 9, &[]).expect("finite");
+        assert_eq!(top.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2, 0, 4, 3]);
+        assert!((top.iter().map(|p| p.score).sum::<f64>() - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn extreme_logits_stay_finite() {
+        let top = top_k(&[3e38, -3e38], 2, &["a".into(), "b".into()]).expect("finite");
+        assert_eq!((top[0].label.as_str(), top[0].score, top[1].score), ("a", 1.0, 0.0));
+    }
+
+    #[test]
+    fn refuses_nan_and_infinity() {
+        assert_eq!(top_k(&[0.0, f32::NAN], 1, &[]), Err(NotFinite { index: 1 }));
+        assert_eq!(top_k(&[f32::INFINITY], 1, &[]), Err(NotFinite { index: 0 }));
+    }
+}

@@ -1,0 +1,2 @@
+//! The `nfold` program.
+fn main() {}
