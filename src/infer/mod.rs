@@ -5,3 +5,4 @@
 
 pub mod engine;
 pub mod top_k;
+pub mod verify;

@@ -1,1 +1,356 @@
-//! Not built yet.
+//! What a network is: configurations, plans, activations. Pure data and maths: no files, no graphs, no runtime.
+//!
+//! An architecture's name and `model_args` give a [`Network`]: a plan that lists every convolution with its name in
+//! the checkpoint, its shape and its scalars. Folding walks the plan; so does `nfold init`, through [`Network::tensors`].
+
+pub mod activation;
+pub mod nf;
+pub mod resnet;
+
+use serde_json::{Map, Value};
+
+/// Why an architecture can't be planned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NetError {
+    /// Not an architecture that nfold knows.
+    #[error("architecture `{name}` is not supported; supported are: {supported}")]
+    UnknownArchitecture {
+        /// The name asked for, tag removed.
+        name: String,
+        /// Every supported name, comma-separated.
+        supported: String,
+    },
+    /// A model argument that nfold does not know.
+    #[error("model_args: `{name}` is not supported for `{architecture}`; remove it, or fold a checkpoint without it")]
+    UnknownArgument {
+        /// The argument.
+        name: String,
+        /// For which architecture.
+        architecture: String,
+    },
+    /// A model argument whose value can't be used.
+    #[error("model_args: `{name}` = {value} can't be used: {reason}")]
+    BadArgument {
+        /// The argument.
+        name: String,
+        /// Its value as JSON.
+        value: String,
+        /// What was expected.
+        reason: String,
+    },
+}
+
+/// What follows (or precedes) a convolution's weights in the checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Norm {
+    /// Scaled Weight Standardization (Brock et al. 2021, section 4; timm `ScaledStdConv2d`): `weight`, `bias`, `gain`.
+    ScaledWs {
+        /// γ in the convolution: 1 when the network carries γ in its activations.
+        gamma: f64,
+        /// Added to the variance under the root.
+        eps: f64,
+    },
+    /// Batch normalisation with running statistics: `weight` without bias, then the layer of this name.
+    BatchNorm {
+        /// Module path of the layer.
+        layer: String,
+        /// Added to the variance under the root.
+        eps: f64,
+    },
+    /// A plain convolution with weights and bias.
+    Plain,
+}
+
+/// One 2-D convolution, weights `[out_chs, in_chs / groups, kernel, kernel]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conv {
+    /// Module path in the checkpoint.
+    pub name: String,
+    /// Input channels.
+    pub in_chs: usize,
+    /// Output channels.
+    pub out_chs: usize,
+    /// Kernel side.
+    pub kernel: usize,
+    /// Stride.
+    pub stride: usize,
+    /// Dilation.
+    pub dilation: usize,
+    /// Groups.
+    pub groups: usize,
+    /// Normalisation of weights or output.
+    pub norm: Norm,
+}
+
+impl Conv {
+    /// A 1x1 convolution, stride 1.
+    pub fn pointwise(name: String, in_chs: usize, out_chs: usize, norm: Norm) -> Self {
+        Self { name, in_chs, out_chs, kernel: 1, stride: 1, dilation: 1, groups: 1, norm }
+    }
+
+    /// A square convolution, one group, no dilation.
+    pub fn square(name: String, chs: (usize, usize), kernel: usize, stride: usize, norm: Norm) -> Self {
+        Self { name, in_chs: chs.0, out_chs: chs.1, kernel, stride, dilation: 1, groups: 1, norm }
+    }
+
+    /// Shape of the weights.
+    pub fn weight_shape(&self) -> [usize; 4] {
+        [self.out_chs, self.in_chs / self.groups, self.kernel, self.kernel]
+    }
+
+    /// Weights that one output value sums over.
+    pub fn fan_in(&self) -> usize {
+        self.in_chs / self.groups * self.kernel * self.kernel
+    }
+}
+
+/// Channel attention: gates a `[N, C, H, W]` map by `[N, C, 1, 1]`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Attention {
+    /// Squeeze-and-excitation: mean → `fc1` → ReLU → `fc2` → sigmoid.
+    SqueezeExcite {
+        /// Reduction, `[reduced, C, 1, 1]`.
+        fc1: Conv,
+        /// Expansion, `[C, reduced, 1, 1]`.
+        fc2: Conv,
+    },
+    /// Efficient channel attention: mean → 1-D convolution over channels → sigmoid.
+    Efficient {
+        /// Module path of the 1-D convolution (no bias).
+        name: String,
+        /// Channels.
+        chs: usize,
+        /// Kernel length, odd.
+        kernel: usize,
+    },
+}
+
+/// How a pooling layer on the shortcut works before its 1x1 convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShortcutPool {
+    /// No pooling.
+    None,
+    /// 2x2 average, stride 2, partial windows at the far border averaged over what they cover.
+    Average2,
+    /// 2x2 average, stride 1, zero padding at the far border counted (dilated networks, timm `AvgPool2dSame`).
+    AverageSame,
+}
+
+/// How a tensor of a fresh checkpoint is filled (timm's initialisation).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// Every element this value.
+    Constant(f32),
+    /// Normal, mean 0, this standard deviation.
+    Normal(f64),
+    /// Uniform on ± this bound.
+    Uniform(f64),
+    /// A zero counter stored as a 64-bit integer (`num_batches_tracked`).
+    Counter,
+}
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorSpec {
+    /// Name in the file.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// How a fresh one is filled.
+    pub init: Init,
+    /// Counts as a parameter (running statistics don't).
+    pub trainable: bool,
+}
+
+impl TensorSpec {
+    fn new(name: String, shape: &[usize], init: Init) -> Self {
+        Self { name, shape: shape.to_vec(), init, trainable: true }
+    }
+
+    fn buffer(name: String, shape: &[usize], init: Init) -> Self {
+        Self { trainable: false, ..Self::new(name, shape, init) }
+    }
+}
+
+/// A planned network of either family.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Network {
+    /// Normalizer-Free (timm `NormFreeNet`).
+    NormFree(nf::NfPlan),
+    /// Batch-normalised residual network (timm `ResNet`).
+    ResNet(resnet::ResNetPlan),
+}
+
+impl Network {
+    /// Plans `architecture` (a tag after a dot is ignored) with timm's `model_args` laid over its configuration.
+    pub fn plan(architecture: &str, model_args: &Map<String, Value>) -> Result<Self, NetError> {
+        let name = base_name(architecture);
+        if let Some(config) = nf::variant(name) {
+            return Ok(Self::NormFree(nf::NfPlan::new(name, config, model_args)?));
+        }
+        if let Some(config) = resnet::variant(name) {
+            return Ok(Self::ResNet(resnet::ResNetPlan::new(name, config, model_args)?));
+        }
+        Err(NetError::UnknownArchitecture { name: name.into(), supported: architectures().join(", ") })
+    }
+
+    /// Number of classes.
+    pub fn classes(&self) -> usize {
+        match self {
+            Self::NormFree(plan) => plan.classes,
+            Self::ResNet(plan) => plan.classes,
+        }
+    }
+
+    /// Every tensor of a checkpoint of this network.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        match self {
+            Self::NormFree(plan) => plan.tensors(),
+            Self::ResNet(plan) => plan.tensors(),
+        }
+    }
+
+    /// Number of trainable parameters.
+    pub fn parameters(&self) -> u64 {
+        let trainable = self.tensors().into_iter().filter(|t| t.trainable);
+        trainable.map(|t| t.shape.iter().product::<usize>() as u64).sum()
+    }
+}
+
+/// Evaluation settings that timm publishes for an architecture: what `nfold init` writes into `pretrained_cfg`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Side that the network is trained at, in pixels.
+    pub input: u32,
+    /// Side that it is evaluated at, where it differs.
+    pub test_input: Option<u32>,
+    /// Crop share at `input`.
+    pub crop_pct: f64,
+    /// Crop share at `test_input`, where it differs.
+    pub test_crop_pct: Option<f64>,
+    /// `center` or `squash`.
+    pub crop_mode: &'static str,
+}
+
+/// timm's evaluation settings for a supported architecture.
+pub fn evaluation(architecture: &str) -> Option<Evaluation> {
+    let name = base_name(architecture);
+    nf::evaluation(name).or_else(|| resnet::evaluation(name))
+}
+
+/// Names of all supported architectures.
+pub fn architectures() -> Vec<&'static str> {
+    nf::VARIANTS.iter().copied().chain(resnet::VARIANTS.iter().copied()).collect()
+}
+
+/// `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.
+pub fn base_name(architecture: &str) -> &str {
+    architecture.split('.').next().unwrap_or(architecture)
+}
+
+/// timm's `make_divisible`: nearest multiple of `divisor`, at least one of it, not below `round_limit · value`.
+fn make_divisible(value: f64, divisor: usize, round_limit: f64) -> usize {
+    let d = divisor as f64;
+    let rounded = (((value + d / 2.0) / d).floor() * d).max(d);
+    (if rounded < round_limit * value { rounded + d } else { rounded }) as usize
+}
+
+/// Reads `model_args` one by one, and knows which were not asked for.
+struct Arguments<'a> {
+    architecture: &'a str,
+    left: Map<String, Value>,
+}
+
+impl<'a> Arguments<'a> {
+    fn new(architecture: &'a str, args: &Map<String, Value>) -> Self {
+        Self { architecture, left: args.clone() }
+    }
+
+    /// Takes an argument and reads it as `T` into `target`; absent leaves `target` alone, and so does a null that
+    /// `T` has no place for.
+    fn set<T: serde::de::DeserializeOwned>(&mut self, name: &str, target: &mut T) -> Result<(), NetError> {
+        let Some(value) = self.left.remove(name) else { return Ok(()) };
+        match serde_json::from_value(value.clone()) {
+            Ok(read) => *target = read,
+            Err(_) if value.is_null() => {}
+            Err(e) => return Err(bad_argument(name, &value, e.to_string())),
+        }
+        Ok(())
+    }
+
+    /// Takes arguments that don't change inference.
+    fn ignore(&mut self, names: &[&str]) {
+        for name in names {
+            self.left.remove(*name);
+        }
+    }
+
+    /// Takes what both families share: classes, input channels, pooling.
+    fn classifier(&mut self) -> Result<usize, NetError> {
+        let (mut classes, mut in_chans, mut pool) = (1000usize, 3usize, "avg".to_string());
+        self.set("num_classes", &mut classes)?;
+        self.set("in_chans", &mut in_chans)?;
+        self.set("global_pool", &mut pool)?;
+        self.ignore(&["drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "features_only", "zero_init_fc"]);
+        let refuse = |name: &str, value: Value, reason: &str| Err(bad_argument(name, &value, reason.into()));
+        if !(1..=1_000_000).contains(&classes) {
+            return refuse("num_classes", classes.into(), "a classifier with 1 to 1,000,000 classes is needed");
+        }
+        if in_chans != 3 {
+            return refuse("in_chans", in_chans.into(), "only RGB networks (3) are supported");
+        }
+        if !matches!(pool.as_str(), "avg" | "fast" | "fastavg") {
+            return refuse("global_pool", pool.into(), "only `avg` is supported");
+        }
+        Ok(classes)
+    }
+
+    fn finish(self) -> Result<(), NetError> {
+        match self.left.into_iter().next() {
+            None => Ok(()),
+            Some((name, _)) => Err(NetError::UnknownArgument { name, architecture: self.architecture.into() }),
+        }
+    }
+}
+
+fn bad_argument(name: &str, value: &Value, reason: String) -> NetError {
+    NetError::BadArgument { name: name.into(), value: value.to_string(), reason }
+}
+
+/// Refuses stage lists that no real network has, before anything is sized by them.
+fn check_stages(names: [&str; 2], depths: &[usize], channels: &[usize]) -> Result<(), NetError> {
+    let as_json = |list: &[usize]| Value::from(list.to_vec());
+    if depths.is_empty() || depths.len() != channels.len() || depths.len() > 16 {
+        let reason = format!("needs as many entries (1 to 16) as `{}` ({})", names[1], channels.len());
+        return Err(bad_argument(names[0], &as_json(depths), reason));
+    }
+    if depths.iter().any(|d| !(1..=1000).contains(d)) {
+        return Err(bad_argument(names[0], &as_json(depths), "each stage needs 1 to 1000 blocks".into()));
+    }
+    if channels.iter().any(|c| !(1..=65_536).contains(c)) {
+        return Err(bad_argument(names[1], &as_json(channels), "each stage needs 1 to 65,536 channels".into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn make_divisible_follows_timm() {
+        assert_eq!(make_divisible(36.0, 8, 0.9), 40);
+        assert_eq!(make_divisible(44.0, 8, 0.9), 48);
+        assert_eq!(make_divisible(43.9, 8, 0.9), 40);
+        assert_eq!(make_divisible(3.0, 8, 0.9), 8);
+        // 0.9 rule: 19.9 would round to 16, which loses more than a tenth
+        assert_eq!(make_divisible(19.9, 8, 0.9), 24);
+        assert_eq!(make_divisible(19.9, 8, 0.0), 16);
+    }
+
+    #[test]
+    fn unknown_architecture_lists_the_known() {
+        let error = Network::plan("vit_base.x", &Map::new()).expect_err("not supported");
+        assert!(error.to_string().contains("`vit_base`") && error.to_string().contains("nf_regnet_b1"));
+    }
+}

@@ -1,0 +1,109 @@
+//! Fresh checkpoints in timm's layout, initialised as timm initialises them, so that benchmarks and tests need no
+//! download.
+
+use std::fs;
+use std::path::Path;
+
+use rand::SeedableRng as _;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution as _, Normal, Uniform};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Map, Value, json};
+
+use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE};
+use crate::nets::{self, Init, NetError, Network, TensorSpec};
+
+/// What to initialise.
+#[derive(Debug, Clone)]
+pub struct InitOptions {
+    /// Architecture by timm's name, without a tag.
+    pub architecture: String,
+    /// Seed: the same seed gives the same bytes.
+    pub seed: u64,
+    /// timm's `model_args`, `num_classes` among them.
+    pub model_args: Map<String, Value>,
+}
+
+/// Writes `folder/{config.json,model.safetensors}`, whole or not at all. `folder` must not exist.
+pub fn init(folder: &Path, options: &InitOptions) -> Result<Network, CheckpointError> {
+    let network = Network::plan(&options.architecture, &options.model_args)?;
+    if folder.exists() {
+        return Err(CheckpointError::Exists(folder.into()));
+    }
+    let write = |source| CheckpointError::Write { path: folder.into(), source };
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(write)?;
+    let staging = tempfile::Builder::new().prefix(".nfold-").tempdir_in(parent).map_err(write)?;
+    let fresh = staging.path().join("new");
+    fs::create_dir(&fresh).map_err(write)?;
+    let config = config(options, &network)?;
+    let text = serde_json::to_string_pretty(&config).map_err(|e| write(e.into()))?;
+    fs::write(fresh.join(CONFIG_FILE), text + "\n").map_err(write)?;
+    fs::write(fresh.join(WEIGHTS_FILE), weights(&network, options.seed)?).map_err(write)?;
+    fs::rename(&fresh, folder).map_err(write)?;
+    Ok(network)
+}
+
+fn config(options: &InitOptions, network: &Network) -> Result<Value, NetError> {
+    let name = nets::base_name(&options.architecture);
+    let evaluation = nets::evaluation(name).ok_or_else(|| NetError::UnknownArchitecture {
+        name: name.into(),
+        supported: nets::architectures().join(", "),
+    })?;
+    let square = |side: u32| json!([3, side, side]);
+    let mut pretrained = json!({
+        "input_size": square(evaluation.input),
+        "interpolation": "bicubic",
+        "crop_pct": evaluation.crop_pct,
+        "crop_mode": evaluation.crop_mode,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "num_classes": network.classes(),
+    });
+    if let Some(side) = evaluation.test_input {
+        pretrained["test_input_size"] = square(side);
+    }
+    if let Some(share) = evaluation.test_crop_pct {
+        pretrained["test_crop_pct"] = share.into();
+    }
+    Ok(json!({
+        "architecture": name,
+        "num_classes": network.classes(),
+        "model_args": options.model_args,
+        "pretrained_cfg": pretrained,
+    }))
+}
+
+fn weights(network: &Network, seed: u64) -> Result<Vec<u8>, CheckpointError> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let specs = network.tensors();
+    let data: Vec<Vec<u8>> = specs.iter().map(|spec| fill(spec, &mut rng)).collect();
+    let sound = |reason: String| CheckpointError::Weights { path: WEIGHTS_FILE.into(), reason };
+    let mut views = Vec::with_capacity(specs.len());
+    for (spec, bytes) in specs.iter().zip(&data) {
+        let dtype = if spec.init == Init::Counter { Dtype::I64 } else { Dtype::F32 };
+        let view = TensorView::new(dtype, spec.shape.clone(), bytes).map_err(|e| sound(e.to_string()))?;
+        views.push((spec.name.as_str(), view));
+    }
+    let format = [("format".to_string(), "pt".to_string())].into();
+    safetensors::serialize(views, Some(format)).map_err(|e| sound(e.to_string()))
+}
+
+fn fill(spec: &TensorSpec, rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let count: usize = spec.shape.iter().product();
+    let bytes = |values: &mut dyn Iterator<Item = f32>| values.take(count).flat_map(f32::to_le_bytes).collect();
+    match spec.init {
+        Init::Constant(value) => bytes(&mut std::iter::repeat(value)),
+        // the plan's deviations and bounds are positive and finite, where neither constructor fails
+        Init::Normal(std) => match Normal::new(0.0, std) {
+            Ok(normal) => bytes(&mut normal.sample_iter(rng).map(|v: f64| v as f32)),
+            Err(_) => bytes(&mut std::iter::repeat(0.0)),
+        },
+        Init::Uniform(bound) => match Uniform::new(-bound, bound) {
+            Ok(uniform) => bytes(&mut uniform.sample_iter(rng).map(|v: f64| v as f32)),
+            Err(_) => bytes(&mut std::iter::repeat(0.0)),
+        },
+        Init::Counter => 0i64.to_le_bytes().to_vec(),
+    }
+}

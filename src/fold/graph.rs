@@ -1,0 +1,413 @@
+//! Writes convolution graphs as ONNX: plain operators, deterministic bytes. Knows shapes and operators; nothing of
+//! checkpoints, gains or what a weight means.
+//!
+//! The emission is chosen for ONNX Runtime's blocked CPU layout (NCHWc) and stays plain ONNX: SiLU as
+//! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
+
+use bytes::Bytes;
+use half::f16;
+use prost::Message as _;
+
+use super::FoldError;
+use crate::model::{Gate, Precision};
+use crate::nets::activation::Activation;
+use crate::nets::{Conv, ShortcutPool};
+use crate::pb::onnx::{self as pb, AttributeProto, AttributeType, NodeProto, TensorProto, ValueInfoProto};
+
+/// Version of the file format, and of the operator set: `Gelu` came with 20.
+const IR_VERSION: i64 = 10;
+const OPSET: i64 = 20;
+/// Symbolic name of the batch dimension. One name everywhere: equal shapes can then be proved.
+const BATCH: &str = "batch";
+
+/// ONNX element types.
+const FLOAT: i32 = 1;
+const INT64: i32 = 7;
+const FLOAT16: i32 = 10;
+const DOUBLE: i32 = 11;
+
+/// A feature map `[N, chs, height, width]` of the graph under construction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Map {
+    name: String,
+    /// Channels.
+    pub chs: usize,
+    /// Height in pixels, at the nominal size when the graph is dynamic.
+    pub height: usize,
+    /// Width in pixels, at the nominal size when the graph is dynamic.
+    pub width: usize,
+}
+
+/// How a graph is emitted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Emission {
+    /// Height of the input in pixels.
+    pub height: u32,
+    /// Width of the input in pixels.
+    pub width: u32,
+    /// Leave height and width symbolic; the two above then only serve to count work.
+    pub dynamic: bool,
+    /// Number format of weights and arithmetic.
+    pub precision: Precision,
+    /// How gates multiply.
+    pub gate: Gate,
+    /// TensorFlow's SAME padding.
+    pub same_padding: bool,
+}
+
+/// A graph under construction.
+#[derive(Debug)]
+pub struct GraphBuilder {
+    emission: Emission,
+    nodes: Vec<NodeProto>,
+    initializers: Vec<TensorProto>,
+    value_info: Vec<ValueInfoProto>,
+    /// Multiply-accumulates of one image so far.
+    pub macs: u64,
+    /// Weights and biases so far.
+    pub parameters: u64,
+}
+
+impl GraphBuilder {
+    /// An empty graph and its input map.
+    pub fn new(emission: Emission) -> (Self, Map) {
+        let (height, width) = (emission.height as usize, emission.width as usize);
+        let mut graph = Self {
+            emission,
+            nodes: Vec::new(),
+            initializers: Vec::new(),
+            value_info: Vec::new(),
+            macs: 0,
+            parameters: 0,
+        };
+        let mut input = Map { name: "input".into(), chs: 3, height, width };
+        if emission.precision == Precision::Fp16 {
+            let cast = graph.node("Cast", "input.fp16", &["input"], vec![int("to", FLOAT16.into())]);
+            input.name = cast;
+        }
+        (graph, input)
+    }
+
+    /// A constant of the graph's precision (`dims`, row-major). Fails on a value that the precision can't hold.
+    pub fn constant(&mut self, name: &str, dims: &[usize], values: &[f64]) -> Result<String, FoldError> {
+        let precision = self.emission.precision;
+        let overflow = |v: &&f64| match precision {
+            Precision::Fp32 => !(**v as f32).is_finite(),
+            Precision::Fp16 => !f16::from_f64(**v).is_finite(),
+        };
+        if let Some(value) = values.iter().find(overflow) {
+            return Err(FoldError::Overflow { name: name.into(), value: *value, precision });
+        }
+        let raw: Vec<u8> = match precision {
+            Precision::Fp32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+            Precision::Fp16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
+        };
+        Ok(self.initializer(name, dims, self.element(), raw))
+    }
+
+    /// A constant in double precision: for weight arithmetic that an unfolded graph carries.
+    pub fn double(&mut self, name: &str, dims: &[usize], values: &[f64]) -> String {
+        self.initializer(name, dims, DOUBLE, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    /// A constant list of integers: shapes and axes.
+    pub fn integers(&mut self, name: &str, values: &[i64]) -> String {
+        self.initializer(name, &[values.len()], INT64, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    fn initializer(&mut self, name: &str, dims: &[usize], data_type: i32, raw: Vec<u8>) -> String {
+        let dims = dims.iter().map(|&d| d as i64).collect();
+        self.initializers.push(TensorProto { dims, data_type, name: name.into(), raw_data: Bytes::from(raw) });
+        name.into()
+    }
+
+    fn element(&self) -> i32 {
+        match self.emission.precision {
+            Precision::Fp32 => FLOAT,
+            Precision::Fp16 => FLOAT16,
+        }
+    }
+
+    /// An operator with one output, named after it.
+    pub fn node(&mut self, op: &str, name: &str, inputs: &[&str], attribute: Vec<AttributeProto>) -> String {
+        self.nodes.push(NodeProto {
+            input: inputs.iter().map(|i| i.to_string()).collect(),
+            output: vec![name.into()],
+            name: name.into(),
+            op_type: op.into(),
+            attribute,
+            domain: String::new(),
+        });
+        name.into()
+    }
+
+    /// A double-precision value (by name) as the graph's precision.
+    pub fn narrow(&mut self, name: &str, value: &str) -> String {
+        self.node("Cast", name, &[value], vec![int("to", self.element().into())])
+    }
+
+    /// A 2-D convolution by the named weights and, where given, bias.
+    pub fn conv(&mut self, x: &Map, c: &Conv, weight: &str, bias: Option<&str>) -> Map {
+        let (k, s, d) = (c.kernel, c.stride, c.dilation);
+        let mut attributes = vec![
+            ints("dilations", &[d, d]),
+            int("group", c.groups as i64),
+            ints("kernel_shape", &[k, k]),
+            ints("strides", &[s, s]),
+        ];
+        let reach = d * (k - 1);
+        let (height, width);
+        if self.emission.same_padding && s > 1 {
+            (height, width) = (x.height.div_ceil(s), x.width.div_ceil(s));
+            if self.emission.dynamic {
+                attributes.push(string("auto_pad", "SAME_UPPER"));
+            } else {
+                let total = |size: usize, out: usize| ((out - 1) * s + reach + 1).saturating_sub(size);
+                let (h, w) = (total(x.height, height), total(x.width, width));
+                attributes.push(ints("pads", &[h / 2, w / 2, h - h / 2, w - w / 2]));
+            }
+        } else {
+            let pad = (s - 1 + reach) / 2;
+            let out = |size: usize| (size + 2 * pad).saturating_sub(reach + 1) / s + 1;
+            (height, width) = (out(x.height), out(x.width));
+            attributes.push(ints("pads", &[pad; 4]));
+        }
+        let inputs: Vec<&str> = [x.name.as_str(), weight].into_iter().chain(bias).collect();
+        let name = self.node("Conv", &c.name, &inputs, attributes);
+        let weights = (c.out_chs * c.fan_in()) as u64;
+        self.parameters += weights + bias.map_or(0, |_| c.out_chs as u64);
+        self.macs = self.macs.saturating_add(weights.saturating_mul((height * width) as u64));
+        Map { name, chs: c.out_chs, height, width }
+    }
+
+    /// Batch normalisation by the named scale, shift, mean and variance.
+    pub fn batch_norm(&mut self, x: &Map, layer: &str, parameters: [&str; 4], eps: f64) -> Map {
+        let inputs: Vec<&str> = std::iter::once(x.name.as_str()).chain(parameters).collect();
+        let name = self.node("BatchNormalization", layer, &inputs, vec![float("epsilon", eps as f32)]);
+        Map { name, ..x.clone() }
+    }
+
+    /// The activation, applied to every element.
+    pub fn activation(&mut self, x: &Map, activation: Activation, name: &str) -> Map {
+        let (op, attributes) = match activation {
+            Activation::Identity => return x.clone(),
+            Activation::Silu => {
+                let sigmoid = self.node("Sigmoid", &format!("{name}.sigmoid"), &[&x.name], vec![]);
+                let name = self.node("Mul", name, &[&x.name, &sigmoid], vec![]);
+                return Map { name, ..x.clone() };
+            }
+            Activation::Relu6 => {
+                let low = self.bound("relu6.low", 0.0);
+                let high = self.bound("relu6.high", 6.0);
+                let name = self.node("Clip", name, &[&x.name, &low, &high], vec![]);
+                return Map { name, ..x.clone() };
+            }
+            Activation::Relu => ("Relu", vec![]),
+            Activation::LeakyRelu => ("LeakyRelu", vec![float("alpha", 0.01)]),
+            Activation::Elu => ("Elu", vec![float("alpha", 1.0)]),
+            Activation::Celu => ("Celu", vec![float("alpha", 1.0)]),
+            Activation::Selu => ("Selu", vec![]),
+            Activation::Gelu => ("Gelu", vec![string("approximate", "none")]),
+            Activation::HardSwish => ("HardSwish", vec![]),
+            Activation::Mish => ("Mish", vec![]),
+            Activation::Sigmoid => ("Sigmoid", vec![]),
+            Activation::Tanh => ("Tanh", vec![]),
+        };
+        let name = self.node(op, name, &[&x.name], attributes);
+        Map { name, ..x.clone() }
+    }
+
+    /// A scalar constant shared by every use.
+    fn bound(&mut self, name: &str, value: f32) -> String {
+        if !self.initializers.iter().any(|t| t.name == name) {
+            let raw = match self.emission.precision {
+                Precision::Fp32 => value.to_le_bytes().to_vec(),
+                Precision::Fp16 => f16::from_f32(value).to_le_bytes().to_vec(),
+            };
+            self.initializer(name, &[], self.element(), raw);
+        }
+        name.into()
+    }
+
+    /// `x · scalar`, for graphs that carry their scalars. The same product is written once.
+    pub fn scale(&mut self, x: &Map, scalar: f64) -> Result<Map, FoldError> {
+        let name = format!("{}.times{scalar}", x.name);
+        if !self.nodes.iter().any(|n| n.name == name) {
+            let factor = self.constant(&format!("{name}.factor"), &[], &[scalar])?;
+            self.node("Mul", &name, &[&x.name, &factor], vec![]);
+        }
+        Ok(Map { name, ..x.clone() })
+    }
+
+    /// Element-wise sum of two maps of one shape.
+    pub fn add(&mut self, a: &Map, b: &Map, name: &str) -> Map {
+        let name = self.node("Add", name, &[&a.name, &b.name], vec![]);
+        Map { name, ..a.clone() }
+    }
+
+    /// 3x3 maximum, stride 2, padding 1.
+    pub fn max_pool(&mut self, x: &Map, name: &str) -> Map {
+        let attributes = vec![ints("kernel_shape", &[3, 3]), ints("pads", &[1; 4]), ints("strides", &[2, 2])];
+        let name = self.node("MaxPool", name, &[&x.name], attributes);
+        Map { name, chs: x.chs, height: x.height.div_ceil(2), width: x.width.div_ceil(2) }
+    }
+
+    /// 2x2 average on a shortcut. Partial windows at the far border: with a fixed size by explicit padding that is
+    /// not counted, which every runtime reads alike, and otherwise by `ceil_mode`.
+    pub fn average_pool(&mut self, x: &Map, pool: ShortcutPool, name: &str) -> Map {
+        let mut attributes = vec![ints("kernel_shape", &[2, 2])];
+        let (height, width);
+        match pool {
+            ShortcutPool::None => return x.clone(),
+            ShortcutPool::Average2 => {
+                (height, width) = (x.height.div_ceil(2), x.width.div_ceil(2));
+                attributes.extend([ints("strides", &[2, 2]), int("count_include_pad", 0)]);
+                attributes.push(match self.emission.dynamic {
+                    true => int("ceil_mode", 1),
+                    false => ints("pads", &[0, 0, x.height % 2, x.width % 2]),
+                });
+            }
+            ShortcutPool::AverageSame => {
+                (height, width) = (x.height, x.width);
+                let pads = ints("pads", &[0, 0, 1, 1]);
+                attributes.extend([ints("strides", &[1, 1]), int("count_include_pad", 1), pads]);
+            }
+        }
+        let name = self.node("AveragePool", name, &[&x.name], attributes);
+        Map { name, chs: x.chs, height, width }
+    }
+
+    /// Mean over height and width: `[N, C, 1, 1]`.
+    pub fn global_average_pool(&mut self, x: &Map, name: &str) -> Map {
+        let name = self.node("GlobalAveragePool", name, &[&x.name], vec![]);
+        Map { name, chs: x.chs, height: 1, width: 1 }
+    }
+
+    /// 1-D convolution over the channels of a `[N, C, 1, 1]` map, then a sigmoid, shape kept. `weight` is
+    /// `[1, 1, kernel]`.
+    pub fn channel_conv(&mut self, x: &Map, weight: &str, kernel: usize, name: &str) -> Result<Map, FoldError> {
+        let shape = self.integers(&format!("{name}.as_row"), &[0, 1, x.chs as i64]);
+        let row = self.node("Reshape", &format!("{name}.row"), &[&x.name, &shape], vec![]);
+        let attributes = vec![ints("kernel_shape", &[kernel]), ints("pads", &[kernel / 2; 2])];
+        let mixed = self.node("Conv", name, &[&row, weight], attributes);
+        self.parameters += kernel as u64;
+        self.macs = self.macs.saturating_add((kernel * x.chs) as u64);
+        let gate = self.node("Sigmoid", &format!("{name}.sigmoid"), &[&mixed], vec![]);
+        let shape = self.integers(&format!("{name}.as_map"), &[0, x.chs as i64, 1, 1]);
+        let mut map = self.node("Reshape", &format!("{name}.map"), &[&gate, &shape], vec![]);
+        if self.resizes() {
+            // multiplies by one: its only job is to re-enter the blocked layout, where the product stays
+            let ones = self.constant(&format!("{name}.ones"), &[x.chs, 1, 1, 1], &vec![1.0; x.chs])?;
+            let attributes = vec![int("group", x.chs as i64), ints("kernel_shape", &[1, 1])];
+            map = self.node("Conv", &format!("{name}.reenter"), &[&map, &ones], attributes);
+        }
+        Ok(Map { name: map, ..x.clone() })
+    }
+
+    /// Sigmoid of a gate's logits.
+    pub fn sigmoid(&mut self, x: &Map, name: &str) -> Map {
+        let name = self.node("Sigmoid", name, &[&x.name], vec![]);
+        Map { name, ..x.clone() }
+    }
+
+    /// `x · gate`, gate `[N, C, 1, 1]`.
+    pub fn gate(&mut self, x: &Map, gate: &Map, name: &str) -> Map {
+        let mut factor = gate.name.clone();
+        if self.resizes() {
+            let scales = format!("{name}.scales");
+            let values = [1.0, 1.0, x.height as f32, x.width as f32];
+            self.initializer(&scales, &[4], FLOAT, values.iter().flat_map(|v| v.to_le_bytes()).collect());
+            let attributes = vec![
+                string("coordinate_transformation_mode", "asymmetric"),
+                string("mode", "nearest"),
+                string("nearest_mode", "floor"),
+            ];
+            factor = self.node("Resize", &format!("{name}.resize"), &[&factor, "", &scales], attributes);
+            // without this the runtime can't prove the product's shapes equal and leaves its blocked layout
+            self.value_info.push(self.value(&factor, &[dim(BATCH), fixed(x.chs), fixed(x.height), fixed(x.width)]));
+        }
+        let name = self.node("Mul", name, &[&x.name, &factor], vec![]);
+        Map { name, ..x.clone() }
+    }
+
+    fn resizes(&self) -> bool {
+        self.emission.gate == Gate::Resize && !self.emission.dynamic
+    }
+
+    /// Mean over the map, then `weight` (`[classes, C]`) and `bias`: the logits.
+    pub fn classifier(&mut self, x: &Map, weight: &str, bias: &str, classes: usize, name: &str) -> String {
+        let pooled = self.global_average_pool(x, "head.global_pool");
+        let flat = self.node("Flatten", "head.flatten", &[&pooled.name], vec![]);
+        self.parameters += (classes * x.chs + classes) as u64;
+        self.macs = self.macs.saturating_add((classes * x.chs) as u64);
+        let output = if self.emission.precision == Precision::Fp32 { "logits" } else { name };
+        let logits = self.node("Gemm", output, &[&flat, weight, bias], vec![int("transB", 1)]);
+        match self.emission.precision {
+            Precision::Fp32 => logits,
+            Precision::Fp16 => self.node("Cast", "logits", &[&logits], vec![int("to", FLOAT.into())]),
+        }
+    }
+
+    /// The graph as ONNX bytes: input `input` `[batch, 3, H, W]`, output `logits` `[batch, classes]`, both float32.
+    pub fn finish(self, classes: usize, metadata: &[(&str, String)]) -> Vec<u8> {
+        let Emission { height, width, dynamic, .. } = self.emission;
+        let side = |name: &str, size: u32| if dynamic { dim(name) } else { fixed(size as usize) };
+        let input = [dim(BATCH), fixed(3), side("height", height), side("width", width)];
+        let float_value = |name: &str, dims: &[pb::DimensionProto]| typed(name, FLOAT, dims);
+        let graph = pb::GraphProto {
+            name: "nfold".into(),
+            input: vec![float_value("input", &input)],
+            output: vec![float_value("logits", &[dim(BATCH), fixed(classes)])],
+            node: self.nodes,
+            initializer: self.initializers,
+            value_info: self.value_info,
+        };
+        let entry =
+            |(key, value): &(&str, String)| pb::StringStringEntryProto { key: (*key).into(), value: value.clone() };
+        let model = pb::ModelProto {
+            ir_version: IR_VERSION,
+            producer_name: env!("CARGO_PKG_NAME").into(),
+            producer_version: env!("CARGO_PKG_VERSION").into(),
+            graph: Some(graph),
+            opset_import: vec![pb::OperatorSetIdProto { domain: String::new(), version: OPSET }],
+            metadata_props: metadata.iter().map(entry).collect(),
+        };
+        model.encode_to_vec()
+    }
+
+    fn value(&self, name: &str, dims: &[pb::DimensionProto]) -> ValueInfoProto {
+        typed(name, self.element(), dims)
+    }
+}
+
+fn typed(name: &str, elem_type: i32, dims: &[pb::DimensionProto]) -> ValueInfoProto {
+    let shape = Some(pb::TensorShapeProto { dim: dims.to_vec() });
+    let tensor = pb::TensorTypeProto { elem_type, shape };
+    ValueInfoProto { name: name.into(), r#type: Some(pb::TypeProto { tensor_type: Some(tensor) }) }
+}
+
+fn dim(name: &str) -> pb::DimensionProto {
+    pb::DimensionProto { value: Some(pb::dimension_proto::Value::DimParam(name.into())) }
+}
+
+fn fixed(size: usize) -> pb::DimensionProto {
+    pb::DimensionProto { value: Some(pb::dimension_proto::Value::DimValue(size as i64)) }
+}
+
+fn int(name: &str, i: i64) -> AttributeProto {
+    AttributeProto { name: name.into(), i, r#type: AttributeType::Int.into(), ..Default::default() }
+}
+
+fn float(name: &str, f: f32) -> AttributeProto {
+    AttributeProto { name: name.into(), f, r#type: AttributeType::Float.into(), ..Default::default() }
+}
+
+fn ints(name: &str, values: &[usize]) -> AttributeProto {
+    let ints = values.iter().map(|&v| v as i64).collect();
+    AttributeProto { name: name.into(), ints, r#type: AttributeType::Ints.into(), ..Default::default() }
+}
+
+fn string(name: &str, value: &str) -> AttributeProto {
+    let s = value.as_bytes().to_vec();
+    AttributeProto { name: name.into(), s, r#type: AttributeType::String.into(), ..Default::default() }
+}

@@ -1,0 +1,634 @@
+//! Normalizer-Free networks as timm builds them (`NormFreeNet`, `NfCfg`): NF-ResNet, NF-RegNet and NFNet.
+//!
+//! Source of the method: Brock, De & Smith, "Characterizing signal propagation to close the performance gap in
+//! unnormalized ResNets" (2021), and "High-performance large-scale image recognition without normalization" (2021).
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::activation::{ACTIVATIONS, Activation};
+use super::{
+    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
+    make_divisible,
+};
+
+/// timm's `NfCfg`: what makes one architecture of the family.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs)]
+pub struct NfConfig {
+    pub depths: Vec<usize>,
+    pub channels: Vec<usize>,
+    pub alpha: f64,
+    pub stem_type: String,
+    pub stem_chs: Option<usize>,
+    pub group_size: Option<usize>,
+    pub attn_layer: Option<String>,
+    pub attn_kwargs: AttnKwargs,
+    pub attn_gain: f64,
+    pub width_factor: f64,
+    pub bottle_ratio: f64,
+    pub num_features: usize,
+    pub ch_div: usize,
+    pub reg: bool,
+    pub extra_conv: bool,
+    pub gamma_in_act: bool,
+    pub same_padding: bool,
+    pub std_conv_eps: f64,
+    pub skipinit: bool,
+    pub act_layer: String,
+}
+
+/// Arguments of the attention layer (timm `SEModule`; ECA takes none).
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct AttnKwargs {
+    pub rd_ratio: Option<f64>,
+    pub rd_channels: Option<usize>,
+    pub rd_divisor: Option<usize>,
+}
+
+/// A Normalizer-Free network, every convolution named and sized.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NfPlan {
+    /// Activation everywhere but inside attention.
+    pub activation: Activation,
+    /// γ that multiplies the activation's output; 1 when γ sits in the convolutions.
+    pub gamma_in_act: f64,
+    /// TensorFlow's SAME padding, asymmetric where it must be.
+    pub same_padding: bool,
+    /// Stem convolutions; the activation runs between them, not after the last.
+    pub stem: Vec<Conv>,
+    /// Max pooling 3x3, stride 2, padding 1 after the stem.
+    pub stem_pool: bool,
+    /// Residual blocks in order.
+    pub blocks: Vec<NfBlock>,
+    /// 1x1 convolution before the last activation.
+    pub final_conv: Option<Conv>,
+    /// Channels that the classifier sees.
+    pub num_features: usize,
+    /// Number of classes.
+    pub classes: usize,
+}
+
+/// A residual block: `shortcut + α·skip·gain·f(β·act(x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NfBlock {
+    /// Module path, `stages.S.B`.
+    pub name: String,
+    /// Scale of the residual branch.
+    pub alpha: f64,
+    /// 1/√(expected variance before the block).
+    pub beta: f64,
+    /// Variance expected after the block.
+    pub expected_variance: f64,
+    /// Pooling on the shortcut, before `downsample`.
+    pub pool: ShortcutPool,
+    /// 1x1 convolution on the shortcut; absent where input and output agree.
+    pub downsample: Option<Conv>,
+    /// 1x1, to the bottleneck.
+    pub conv1: Conv,
+    /// 3x3, grouped.
+    pub conv2: Conv,
+    /// Second 3x3 of the NFNets.
+    pub conv2b: Option<Conv>,
+    /// 1x1, back from the bottleneck.
+    pub conv3: Conv,
+    /// Attention and its place.
+    pub attention: Option<(Place, Attention)>,
+    /// Gain after attention; 1 without attention.
+    pub attn_gain: f64,
+    /// Whether the block has a learnt `skipinit_gain` (a scalar).
+    pub skipinit: bool,
+}
+
+/// Where a block's attention sits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// After the 3x3 convolutions (`reg`, timm `attn`).
+    Middle,
+    /// After the last convolution (timm `attn_last`).
+    Last,
+}
+
+impl NfPlan {
+    /// Lays `args` over `config` and plans the network.
+    pub fn new(architecture: &str, mut config: NfConfig, args: &Map<String, Value>) -> Result<Self, NetError> {
+        let mut args = Arguments::new(architecture, args);
+        let classes = args.classifier()?;
+        let mut output_stride = 32usize;
+        args.set("output_stride", &mut output_stride)?;
+        config.overlay(&mut args)?;
+        args.finish()?;
+        if !matches!(output_stride, 8 | 16 | 32) {
+            return Err(bad_argument("output_stride", &output_stride.into(), "8, 16 or 32".into()));
+        }
+        config.plan(classes, output_stride)
+    }
+
+    /// Every tensor of a checkpoint, in module order.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        let mut out = Vec::new();
+        let conv = |out: &mut Vec<TensorSpec>, c: &Conv, gain: f32| {
+            let std = (c.fan_in() as f64).sqrt().recip();
+            out.push(TensorSpec::new(format!("{}.weight", c.name), &c.weight_shape(), Init::Normal(std)));
+            out.push(TensorSpec::new(format!("{}.bias", c.name), &[c.out_chs], Init::Constant(0.0)));
+            if matches!(c.norm, Norm::ScaledWs { .. }) {
+                let shape = [c.out_chs, 1, 1, 1];
+                out.push(TensorSpec::new(format!("{}.gain", c.name), &shape, Init::Constant(gain)));
+            }
+        };
+        self.stem.iter().for_each(|c| conv(&mut out, c, 1.0));
+        for block in &self.blocks {
+            if block.skipinit {
+                out.push(TensorSpec::new(format!("{}.skipinit_gain", block.name), &[], Init::Constant(0.0)));
+            }
+            let before = [block.downsample.as_ref(), Some(&block.conv1), Some(&block.conv2), block.conv2b.as_ref()];
+            before.into_iter().flatten().for_each(|c| conv(&mut out, c, 1.0));
+            conv(&mut out, &block.conv3, if block.skipinit { 1.0 } else { 0.0 });
+            match &block.attention {
+                Some((_, Attention::SqueezeExcite { fc1, fc2 })) => {
+                    conv(&mut out, fc1, 1.0);
+                    conv(&mut out, fc2, 1.0);
+                }
+                Some((_, Attention::Efficient { name, kernel, .. })) => {
+                    let init = Init::Uniform((*kernel as f64).sqrt().recip());
+                    out.push(TensorSpec::new(format!("{name}.weight"), &[1, 1, *kernel], init));
+                }
+                None => {}
+            }
+        }
+        self.final_conv.iter().for_each(|c| conv(&mut out, c, 1.0));
+        let head = [self.classes, self.num_features];
+        out.push(TensorSpec::new("head.fc.weight".into(), &head, Init::Normal(0.01)));
+        out.push(TensorSpec::new("head.fc.bias".into(), &[self.classes], Init::Constant(0.0)));
+        out
+    }
+}
+
+impl NfConfig {
+    fn overlay(&mut self, args: &mut Arguments<'_>) -> Result<(), NetError> {
+        args.set("depths", &mut self.depths)?;
+        args.set("channels", &mut self.channels)?;
+        args.set("alpha", &mut self.alpha)?;
+        args.set("stem_type", &mut self.stem_type)?;
+        args.set("stem_chs", &mut self.stem_chs)?;
+        args.set("group_size", &mut self.group_size)?;
+        args.set("attn_layer", &mut self.attn_layer)?;
+        args.set("attn_kwargs", &mut self.attn_kwargs)?;
+        args.set("attn_gain", &mut self.attn_gain)?;
+        args.set("width_factor", &mut self.width_factor)?;
+        args.set("bottle_ratio", &mut self.bottle_ratio)?;
+        args.set("num_features", &mut self.num_features)?;
+        args.set("ch_div", &mut self.ch_div)?;
+        args.set("reg", &mut self.reg)?;
+        args.set("extra_conv", &mut self.extra_conv)?;
+        args.set("gamma_in_act", &mut self.gamma_in_act)?;
+        args.set("same_padding", &mut self.same_padding)?;
+        args.set("std_conv_eps", &mut self.std_conv_eps)?;
+        args.set("skipinit", &mut self.skipinit)?;
+        args.set("act_layer", &mut self.act_layer)
+    }
+
+    fn check(&self) -> Result<Activation, NetError> {
+        check_stages(["depths", "channels"], &self.depths, &self.channels)?;
+        let positive = [
+            ("alpha", self.alpha, 0.0..=1e3),
+            ("attn_gain", self.attn_gain, 0.0..=1e3),
+            ("width_factor", self.width_factor, 1e-3..=1e3),
+            ("bottle_ratio", self.bottle_ratio, 1e-3..=1e3),
+            ("std_conv_eps", self.std_conv_eps, 0.0..=1.0),
+            ("ch_div", self.ch_div as f64, 1.0..=1024.0),
+            ("num_features", self.num_features as f64, 0.0..=1e6),
+            ("stem_chs", self.stem_chs.unwrap_or(1) as f64, 1.0..=65_536.0),
+        ];
+        for (name, value, range) in positive {
+            if !range.contains(&value) {
+                return Err(bad_argument(name, &value.into(), format!("must lie in {range:?}")));
+            }
+        }
+        let known = || ACTIVATIONS.map(Activation::name).join(", ");
+        Activation::parse(&self.act_layer)
+            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+    }
+
+    fn norm(&self, activation: Activation) -> Norm {
+        let gamma = if self.gamma_in_act { 1.0 } else { activation.gamma() };
+        Norm::ScaledWs { gamma, eps: self.std_conv_eps }
+    }
+
+    fn width(&self, channels: usize) -> usize {
+        make_divisible(channels as f64 * self.width_factor, self.ch_div, 0.9)
+    }
+
+    fn plan(&self, classes: usize, output_stride: usize) -> Result<NfPlan, NetError> {
+        let activation = self.check()?;
+        let norm = self.norm(activation);
+        let stem_chs = self.width(self.stem_chs.unwrap_or(self.channels[0]));
+        let (stem, stem_pool, stem_stride) = self.stem(stem_chs, &norm)?;
+        let mut blocks = Vec::new();
+        let (mut in_chs, mut net_stride, mut dilation, mut variance) = (stem_chs, stem_stride, 1, 1.0f64);
+        for (stage, &depth) in self.depths.iter().enumerate() {
+            let mut stride = if stage == 0 && stem_stride > 2 { 1 } else { 2 };
+            if net_stride >= output_stride && stride > 1 {
+                dilation *= stride;
+                stride = 1;
+            }
+            net_stride *= stride;
+            let mut first_dilation = if dilation <= 2 { 1 } else { 2 };
+            for index in 0..depth {
+                let shape = BlockShape {
+                    name: format!("stages.{stage}.{index}"),
+                    in_chs,
+                    out_chs: self.width(self.channels[stage]),
+                    stride: if index == 0 { stride } else { 1 },
+                    dilation,
+                    first_dilation,
+                    bottle_ratio: if self.reg && stage == 0 && index == 0 { 1.0 } else { self.bottle_ratio },
+                };
+                let beta = variance.sqrt().recip();
+                // the first block of a stage has no identity shortcut to carry variance through
+                variance = if index == 0 { 1.0 } else { variance } + self.alpha * self.alpha;
+                in_chs = shape.out_chs;
+                blocks.push(self.block(shape, &norm, (beta, variance))?);
+                first_dilation = dilation;
+            }
+        }
+        let features = (self.num_features > 0).then(|| self.width(self.num_features));
+        Ok(NfPlan {
+            activation,
+            gamma_in_act: if self.gamma_in_act { activation.gamma() } else { 1.0 },
+            same_padding: self.same_padding,
+            stem,
+            stem_pool,
+            blocks,
+            final_conv: features.map(|f| Conv::pointwise("final_conv".into(), in_chs, f, norm)),
+            num_features: features.unwrap_or(in_chs),
+            classes,
+        })
+    }
+
+    fn stem(&self, out: usize, norm: &Norm) -> Result<(Vec<Conv>, bool, usize), NetError> {
+        let (widths, strides): (Vec<usize>, &[usize]) = match self.stem_type.as_str() {
+            "deep_quad" => (vec![out / 8, out / 4, out / 2, out], &[2, 1, 1, 2]),
+            "deep_tiered" => (vec![3 * out / 8, out / 2, out], &[2, 1, 1]),
+            "deep" | "deep_pool" => (vec![out / 2, out / 2, out], &[2, 1, 1]),
+            "" | "3x3" | "3x3_pool" | "7x7" | "7x7_pool" => (vec![out], &[2]),
+            other => {
+                let known = "one of deep, deep_pool, deep_tiered, deep_quad, 3x3, 3x3_pool, 7x7, 7x7_pool";
+                return Err(bad_argument("stem_type", &other.into(), known.into()));
+            }
+        };
+        if widths.contains(&0) {
+            return Err(bad_argument("stem_chs", &out.into(), format!("too few for stem_type {}", self.stem_type)));
+        }
+        let kernel = if widths.len() > 1 || self.stem_type.contains("3x3") { 3 } else { 7 };
+        let inputs = std::iter::once(3).chain(widths.iter().copied());
+        let name = |i: usize| if widths.len() == 1 { "stem.conv".into() } else { format!("stem.conv{}", i + 1) };
+        let convs = inputs.zip(&widths).zip(strides).enumerate();
+        let convs = convs.map(|(i, ((from, &to), &s))| Conv::square(name(i), (from, to), kernel, s, norm.clone()));
+        let pool = self.stem_type.ends_with("_pool");
+        let stride = strides.iter().product::<usize>() * if pool { 2 } else { 1 };
+        Ok((convs.collect(), pool, stride))
+    }
+
+    fn block(
+        &self,
+        shape: BlockShape,
+        norm: &Norm,
+        (beta, expected_variance): (f64, f64),
+    ) -> Result<NfBlock, NetError> {
+        let BlockShape { name, in_chs, out_chs, stride, dilation, first_dilation, bottle_ratio } = shape;
+        let base = if self.reg { in_chs } else { out_chs };
+        let mut mid = make_divisible(base as f64 * bottle_ratio, self.ch_div, 0.9);
+        let mut groups = 1;
+        if let Some(size) = self.group_size.filter(|&s| s > 0) {
+            groups = mid / size;
+            if size.is_multiple_of(self.ch_div) {
+                mid = size * groups;
+            }
+            if groups == 0 || !mid.is_multiple_of(groups) {
+                let reason = format!("does not divide the {mid} bottleneck channels of `{name}`");
+                return Err(bad_argument("group_size", &size.into(), reason));
+            }
+        }
+        let conv =
+            |leaf: &str, chs: (usize, usize)| Conv::pointwise(format!("{name}.{leaf}"), chs.0, chs.1, norm.clone());
+        let spatial = |leaf: &str, stride: usize, dilation: usize| Conv {
+            stride,
+            dilation,
+            groups,
+            ..Conv::square(format!("{name}.{leaf}"), (mid, mid), 3, stride, norm.clone())
+        };
+        let place = if self.reg { Place::Middle } else { Place::Last };
+        let (module, gated) = if self.reg { ("attn", mid) } else { ("attn_last", out_chs) };
+        let attention = self.attention(&format!("{name}.{module}"), gated)?;
+        let has_downsample = in_chs != out_chs || stride != 1 || dilation != first_dilation;
+        Ok(NfBlock {
+            alpha: self.alpha,
+            beta,
+            expected_variance,
+            pool: match (has_downsample, stride, dilation) {
+                (false, ..) | (true, 1, 1) => ShortcutPool::None,
+                (true, _, 1) => ShortcutPool::Average2,
+                (true, ..) => ShortcutPool::AverageSame,
+            },
+            downsample: has_downsample.then(|| conv("downsample.conv", (in_chs, out_chs))),
+            conv1: conv("conv1", (in_chs, mid)),
+            conv2: spatial("conv2", stride, first_dilation),
+            conv2b: self.extra_conv.then(|| spatial("conv2b", 1, dilation)),
+            conv3: conv("conv3", (mid, out_chs)),
+            attn_gain: if attention.is_some() { self.attn_gain } else { 1.0 },
+            attention: attention.map(|a| (place, a)),
+            skipinit: self.skipinit,
+            name,
+        })
+    }
+
+    fn attention(&self, module: &str, chs: usize) -> Result<Option<Attention>, NetError> {
+        let AttnKwargs { rd_ratio, rd_channels, rd_divisor } = self.attn_kwargs;
+        match self.attn_layer.as_deref() {
+            None | Some("") => Ok(None),
+            Some("se") => {
+                let (ratio, divisor) = (rd_ratio.unwrap_or(1.0 / 16.0), rd_divisor.unwrap_or(8));
+                if !(ratio > 0.0 && ratio <= 16.0 && (1..=1024).contains(&divisor)) {
+                    let value = format!("rd_ratio {ratio}, rd_divisor {divisor}");
+                    return Err(bad_argument("attn_kwargs", &value.into(), "out of range".into()));
+                }
+                let rounded = || make_divisible(chs as f64 * ratio, divisor, 0.0);
+                let reduced = rd_channels.filter(|&c| c > 0).unwrap_or_else(rounded);
+                let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
+                Ok(Some(Attention::SqueezeExcite { fc1: fc("fc1", chs, reduced), fc2: fc("fc2", reduced, chs) }))
+            }
+            Some("eca") => {
+                let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
+                let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
+                Ok(Some(Attention::Efficient { name: format!("{module}.conv"), chs, kernel }))
+            }
+            Some(other) => Err(bad_argument("attn_layer", &other.into(), "`se`, `eca` or null".into())),
+        }
+    }
+}
+
+/// What a block's place in the network decides.
+struct BlockShape {
+    name: String,
+    in_chs: usize,
+    out_chs: usize,
+    stride: usize,
+    dilation: usize,
+    first_dilation: usize,
+    bottle_ratio: f64,
+}
+
+/// Names of the family's architectures.
+pub const VARIANTS: [&str; 36] = [
+    "nf_regnet_b0",
+    "nf_regnet_b1",
+    "nf_regnet_b2",
+    "nf_regnet_b3",
+    "nf_regnet_b4",
+    "nf_regnet_b5",
+    "nf_resnet26",
+    "nf_resnet50",
+    "nf_resnet101",
+    "nf_seresnet26",
+    "nf_seresnet50",
+    "nf_seresnet101",
+    "nf_ecaresnet26",
+    "nf_ecaresnet50",
+    "nf_ecaresnet101",
+    "nfnet_l0",
+    "eca_nfnet_l0",
+    "eca_nfnet_l1",
+    "eca_nfnet_l2",
+    "eca_nfnet_l3",
+    "nfnet_f0",
+    "nfnet_f1",
+    "nfnet_f2",
+    "nfnet_f3",
+    "nfnet_f4",
+    "nfnet_f5",
+    "nfnet_f6",
+    "nfnet_f7",
+    "dm_nfnet_f0",
+    "dm_nfnet_f1",
+    "dm_nfnet_f2",
+    "dm_nfnet_f3",
+    "dm_nfnet_f4",
+    "dm_nfnet_f5",
+    "dm_nfnet_f6",
+    "test_nfnet",
+];
+
+/// timm's configuration of an architecture.
+pub fn variant(name: &str) -> Option<NfConfig> {
+    let name = VARIANTS.into_iter().find(|v| *v == name)?;
+    let (family, size) = name.rsplit_once('_').unwrap_or((name, ""));
+    let config = match family {
+        "nf_regnet" => regnet(size),
+        "dm_nfnet" => {
+            NfConfig { gamma_in_act: true, same_padding: true, skipinit: true, ..nfnet(&scaled_depths(size), 2.0) }
+        }
+        "nfnet" if size != "l0" => nfnet(&scaled_depths(size), 2.0),
+        "nfnet" | "eca_nfnet" => light_nfnet(size, family == "eca_nfnet"),
+        "test" => NfConfig {
+            channels: vec![32, 64, 96, 128],
+            num_features: 192,
+            group_size: Some(8),
+            ..light_nfnet("test", false)
+        },
+        _ => resnet(name),
+    };
+    Some(config)
+}
+
+/// What every configuration starts from (timm `NfCfg`'s defaults).
+fn base(depths: &[usize], channels: [usize; 4]) -> NfConfig {
+    NfConfig {
+        depths: depths.to_vec(),
+        channels: channels.to_vec(),
+        alpha: 0.2,
+        stem_type: "3x3".into(),
+        stem_chs: None,
+        group_size: None,
+        attn_layer: None,
+        attn_kwargs: AttnKwargs::default(),
+        attn_gain: 2.0,
+        width_factor: 1.0,
+        bottle_ratio: 0.5,
+        num_features: 0,
+        ch_div: 8,
+        reg: false,
+        extra_conv: false,
+        gamma_in_act: false,
+        same_padding: false,
+        std_conv_eps: 1e-5,
+        skipinit: false,
+        act_layer: "silu".into(),
+    }
+}
+
+fn squeeze(rd_ratio: f64) -> AttnKwargs {
+    AttnKwargs { rd_ratio: Some(rd_ratio), ..AttnKwargs::default() }
+}
+
+fn regnet(size: &str) -> NfConfig {
+    let (depths, channels) = match size {
+        "b0" => ([1, 3, 6, 6], [48, 104, 208, 440]),
+        "b1" => ([2, 4, 7, 7], [48, 104, 208, 440]),
+        "b2" => ([2, 4, 8, 8], [56, 112, 232, 488]),
+        "b3" => ([2, 5, 9, 9], [56, 128, 248, 528]),
+        "b4" => ([2, 6, 11, 11], [64, 144, 288, 616]),
+        _ => ([3, 7, 14, 14], [80, 168, 336, 704]),
+    };
+    NfConfig {
+        group_size: Some(8),
+        width_factor: 0.75,
+        bottle_ratio: 2.25,
+        num_features: 1280 * channels[3] / 440,
+        reg: true,
+        attn_layer: Some("se".into()),
+        attn_kwargs: squeeze(0.5),
+        ..base(&depths, channels)
+    }
+}
+
+fn resnet(name: &str) -> NfConfig {
+    let depths = match name.trim_start_matches(|c: char| !c.is_ascii_digit()) {
+        "26" => [2, 2, 2, 2],
+        "50" => [3, 4, 6, 3],
+        _ => [3, 4, 23, 3],
+    };
+    let attn_layer = match name {
+        _ if name.starts_with("nf_se") => Some("se".into()),
+        _ if name.starts_with("nf_eca") => Some("eca".into()),
+        _ => None,
+    };
+    NfConfig {
+        stem_type: "7x7_pool".into(),
+        stem_chs: Some(64),
+        bottle_ratio: 0.25,
+        act_layer: "relu".into(),
+        attn_layer,
+        ..base(&depths, [256, 512, 1024, 2048])
+    }
+}
+
+/// Depths of the F and L sizes: multiples of (1, 2, 6, 3).
+fn scaled_depths(size: &str) -> Vec<usize> {
+    let n = 1 + size.trim_start_matches(['f', 'l']).parse::<usize>().unwrap_or(0);
+    [1, 2, 6, 3].map(|d| d * n).to_vec()
+}
+
+fn nfnet(depths: &[usize], feat_mult: f64) -> NfConfig {
+    NfConfig {
+        stem_type: "deep_quad".into(),
+        stem_chs: Some(128),
+        group_size: Some(128),
+        extra_conv: true,
+        num_features: (1536.0 * feat_mult) as usize,
+        act_layer: "gelu".into(),
+        attn_layer: Some("se".into()),
+        attn_kwargs: squeeze(0.5),
+        ..base(depths, [256, 512, 1536, 1536])
+    }
+}
+
+fn light_nfnet(size: &str, eca: bool) -> NfConfig {
+    let depths = if size == "test" { vec![1, 1, 1, 1] } else { scaled_depths(size) };
+    NfConfig {
+        group_size: Some(64),
+        bottle_ratio: 0.25,
+        act_layer: "silu".into(),
+        attn_layer: Some(if eca { "eca" } else { "se" }.into()),
+        attn_kwargs: if eca { AttnKwargs::default() } else { squeeze(0.25) },
+        ..nfnet(&depths, if matches!(size, "l0" | "test") { 1.5 } else { 2.0 })
+    }
+}
+
+/// timm's evaluation settings of an architecture.
+pub fn evaluation(name: &str) -> Option<Evaluation> {
+    let name = VARIANTS.into_iter().find(|v| *v == name)?;
+    let plain =
+        |input, test_input| Evaluation { input, test_input, crop_pct: 0.9, test_crop_pct: None, crop_mode: "center" };
+    let (family, size) = name.rsplit_once('_').unwrap_or((name, ""));
+    Some(match (family, size) {
+        ("nf_regnet", "b0") => plain(192, Some(256)),
+        ("nf_regnet", "b1") => plain(256, Some(288)),
+        ("nf_regnet", "b2") => plain(240, Some(272)),
+        ("nf_regnet", "b3") => plain(288, Some(320)),
+        ("nf_regnet", "b4") => plain(320, Some(384)),
+        ("nf_regnet", _) => plain(384, Some(456)),
+        ("nfnet" | "eca_nfnet", "l0") => Evaluation { test_crop_pct: Some(1.0), ..plain(224, Some(288)) },
+        ("eca_nfnet", "l1") => Evaluation { test_crop_pct: Some(1.0), ..plain(256, Some(320)) },
+        ("eca_nfnet", "l2") => Evaluation { test_crop_pct: Some(1.0), ..plain(320, Some(384)) },
+        ("eca_nfnet", _) => Evaluation { test_crop_pct: Some(1.0), ..plain(352, Some(448)) },
+        ("nfnet" | "dm_nfnet", f) => {
+            let (input, test, dm_crop) = match f {
+                "f0" => (192, 256, 0.9),
+                "f1" => (224, 320, 0.91),
+                "f2" => (256, 352, 0.92),
+                "f3" => (320, 416, 0.94),
+                "f4" => (384, 512, 0.951),
+                "f5" => (416, 544, 0.954),
+                "f6" => (448, 576, 0.956),
+                _ => (480, 608, 0.9),
+            };
+            match family {
+                "dm_nfnet" => Evaluation { crop_pct: dm_crop, crop_mode: "squash", ..plain(input, Some(test)) },
+                _ => plain(input, Some(test)),
+            }
+        }
+        ("test", _) => Evaluation { crop_pct: 0.95, ..plain(160, None) },
+        ("nf", "resnet50") => Evaluation { crop_pct: 0.94, ..plain(256, Some(288)) },
+        _ => plain(224, None),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(name: &str, args: Value) -> Result<NfPlan, NetError> {
+        let args = args.as_object().cloned().unwrap_or_default();
+        NfPlan::new(name, variant(name).expect("known"), &args)
+    }
+
+    #[test]
+    fn expected_variance_resets_after_each_transition() {
+        let plan = plan("nf_resnet50", serde_json::json!({})).expect("plans");
+        let betas: Vec<f64> = plan.blocks.iter().map(|b| b.beta).collect();
+        let after = |n: f64| (1.0 + 0.04 * n).sqrt().recip();
+        for (found, expected) in betas.iter().zip([1.0, after(1.0), after(2.0), after(3.0), after(1.0)]) {
+            assert!((found - expected).abs() < 1e-12, "{betas:?}");
+        }
+    }
+
+    #[test]
+    fn every_variant_plans() {
+        for name in VARIANTS {
+            plan(name, serde_json::json!({})).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(evaluation(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn arguments_are_refused_by_name() {
+        for (args, what) in [
+            (serde_json::json!({"depth": [1]}), "`depth`"),
+            (serde_json::json!({"depths": [1, 2]}), "`depths`"),
+            (serde_json::json!({"depths": [1, 2, 3, 0]}), "`depths`"),
+            (serde_json::json!({"in_chans": 1}), "`in_chans`"),
+            (serde_json::json!({"global_pool": "max"}), "`global_pool`"),
+            (serde_json::json!({"act_layer": "softmax"}), "`act_layer`"),
+            (serde_json::json!({"attn_layer": "cbam"}), "`attn_layer`"),
+            (serde_json::json!({"width_factor": -1}), "`width_factor`"),
+            (serde_json::json!({"num_classes": 0}), "`num_classes`"),
+            (serde_json::json!({"stem_type": "9x9"}), "`stem_type`"),
+        ] {
+            let error = plan("nf_regnet_b0", args).expect_err(what).to_string();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+}
