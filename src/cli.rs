@@ -1,1 +1,79 @@
-//! Not built yet.
+//! The command line: what the user typed → typed options → one call into the rooms below. Errors are printed here,
+//! once, as one line; machine output goes to stdout, everything else to stderr.
+
+mod classify;
+mod fold;
+mod init;
+mod inspect;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Fold Normalizer-Free image classifiers into plain convolutions, and serve them.
+#[derive(Debug, Parser)]
+#[command(name = "nfold", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fold a timm checkpoint into a plain ONNX graph and put it into a model repository
+    Fold(fold::FoldArgs),
+    /// Classify image files with a folded model, without a server
+    Classify(classify::ClassifyArgs),
+    /// Say what a folded model or a checkpoint is
+    Inspect(inspect::InspectArgs),
+    /// Write a freshly initialised checkpoint in timm's layout
+    Init(init::InitArgs),
+}
+
+/// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Fold(args) => fold::run(&args),
+        Command::Classify(args) => classify::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Init(args) => init::run(&args),
+    };
+    match outcome {
+        Ok(code) => code,
+        // whoever reads our output has had enough, as `head` does
+        Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+
+    /// Every flag can be set by an environment variable `NFOLD_…`.
+    #[test]
+    fn every_flag_has_a_variable() {
+        for command in super::Cli::command().get_subcommands() {
+            for argument in command.get_arguments().filter(|a| a.get_long().is_some()) {
+                let name = argument.get_id().as_str();
+                if matches!(name, "help" | "version") {
+                    continue;
+                }
+                let variable = argument.get_env().unwrap_or_else(|| panic!("{} --{name}", command.get_name()));
+                assert!(variable.to_string_lossy().starts_with("NFOLD_"), "{variable:?}");
+            }
+        }
+    }
+}

@@ -4,5 +4,7 @@
 //! thread that owns its session) → `top_k`. `verify` compares two graphs on the same input.
 
 pub mod engine;
+pub mod image;
+pub mod resize;
 pub mod top_k;
 pub mod verify;

@@ -1,0 +1,113 @@
+//! `nfold inspect`: what a folded model or a checkpoint is.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::checkpoint::{CONFIG_FILE, Checkpoint};
+use crate::fold::{FoldOptions, fold};
+use crate::model::{MANIFEST_FILE, Manifest, ModelDir};
+
+/// Arguments of `nfold inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A model's name in the repository, a version folder, or a checkpoint folder
+    model: PathBuf,
+    /// Model repository that names are looked up in
+    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    repository: PathBuf,
+    /// Version of the model [default: the highest]
+    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
+    model_version: Option<u32>,
+    /// Print as JSON
+    #[arg(long, env = "NFOLD_JSON")]
+    json: bool,
+}
+
+/// Runs `nfold inspect`. A checkpoint is read whole and folded in memory, so that what it says is checked.
+pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
+    let path = &args.model;
+    let (kind, name, manifest) = if path.join(CONFIG_FILE).is_file() {
+        let checkpoint = Checkpoint::open(path)?;
+        let manifest = fold(&checkpoint, &FoldOptions::default())?.manifest;
+        ("checkpoint", checkpoint.name, manifest)
+    } else {
+        let model = open(args, path)?;
+        model.read_onnx()?;
+        ("model", format!("{} version {}", model.name, model.version), model.manifest)
+    };
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{:#}", json!({ "kind": kind, "name": name, "manifest": manifest }))?;
+    } else {
+        write!(out, "{kind} {name}\n{}", describe(&manifest))?;
+        writeln!(out, "source sha256  {}", manifest.source_sha256)?;
+        if kind == "model" {
+            writeln!(out, "onnx sha256    {}", manifest.onnx_sha256)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
+    if path.join(MANIFEST_FILE).is_file() {
+        return Ok(ModelDir::open_path(path)?);
+    }
+    Ok(ModelDir::open(&args.repository, Some(&path.to_string_lossy()), args.model_version)?)
+}
+
+/// A manifest as a person would like to read it.
+pub fn describe(m: &Manifest) -> String {
+    let (f, p) = (&m.fold, &m.preprocessing);
+    let mut out = String::new();
+    let mut line = |key: &str, value: String| {
+        let _ = writeln!(out, "{key:<14} {value}");
+    };
+    line("architecture", m.architecture.clone());
+    let dynamic = if m.graph_height.is_none() { " (dynamic)" } else { "" };
+    line("input", format!("3x{}x{}{dynamic}, {} classes", p.height, p.width, m.classes));
+    line(
+        "parameters",
+        format!("{:.2} M, {:.2} M folded, {:?}", mega(f.parameters), mega(f.folded_parameters), m.precision),
+    );
+    line("work", format!("{:.3} GMACs an image", f.gmacs));
+    let crop = format!("{:?} crop {} of {:?} resize", p.crop_mode, p.crop_pct, p.interpolation).to_lowercase();
+    line("preprocessing", format!("{crop}, mean {:?}, std {:?}", p.mean, p.std));
+    match f.gamma {
+        Some(gamma) => line("activation", format!("{}, γ {gamma}", f.activation)),
+        None => line("activation", f.activation.clone()),
+    }
+    if let Some(v) = &f.verification {
+        let text = "largest logit difference folded against unfolded";
+        line(
+            "verified",
+            format!("{text} {:.2e} of a span of {:.3} ({} images)", v.max_abs_diff, v.logit_span, v.images),
+        );
+    }
+    if !f.blocks.is_empty() {
+        let _ = writeln!(
+            out,
+            "{:<14} {:>8} {:>8} {:>10} {:>10} {:>10}",
+            "block", "α", "β", "variance", "attn gain", "skip gain"
+        );
+    }
+    for b in &f.blocks {
+        let optional = |v: Option<f64>| v.map_or_else(|| "-".into(), |v| format!("{v:.4}"));
+        let (attn, skip) = (optional(b.attn_gain), optional(b.skipinit_gain));
+        let note = if b.dropped { "  left out: its scale is 0" } else { "" };
+        let _ = writeln!(
+            out,
+            "{:<14} {:>8.4} {:>8.5} {:>10.4} {attn:>10} {skip:>10}{note}",
+            b.block, b.alpha, b.beta, b.expected_variance
+        );
+    }
+    out
+}
+
+fn mega(n: u64) -> f64 {
+    n as f64 / 1e6
+}

@@ -1,0 +1,457 @@
+//! From decoded pixels to the network's input tensor: timm's resize, crop, padding and normalisation, to the bit.
+//!
+//! Owns the geometry (torchvision's and timm's rounding), the resampling (Pillow's fixed-point arithmetic, both of its
+//! pass orders, only the rows and columns that the crop keeps) and the normalisation tables. Must not know how an
+//! image was encoded, nor what a network, a request or a batch is.
+
+use std::ops::Range;
+
+use fearless_simd::{Level, Simd, dispatch};
+
+use super::image::RgbImage;
+use crate::model::{CropMode, Interpolation, Preprocessing};
+
+/// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.
+const PRECISION_BITS: u32 = 32 - 8 - 2;
+/// Half a unit in the last place: the sums start here, so that the shift rounds.
+const HALF: i32 = 1 << (PRECISION_BITS - 1);
+/// Bytes of one RGB pixel.
+const RGB: usize = 3;
+/// Pixels that one step of the horizontal kernel takes; their 24 samples are whole vectors at 128 and 256 bits.
+const STEP: usize = 8;
+/// Rows that share one load of the horizontal coefficients.
+const ROWS: usize = 4;
+/// Samples of one row that the vertical kernel keeps in registers.
+const BLOCK: usize = 32;
+
+/// Turns decoded images into input tensors as one [`Preprocessing`] says; built once, shared by threads.
+#[derive(Debug, Clone)]
+pub struct Preprocessor {
+    height: usize,
+    width: usize,
+    /// `floor(size / crop_pct)` of height and width.
+    scale: [u64; 2],
+    crop_mode: CropMode,
+    filter: Interpolation,
+    /// Sample → normalised value, for each channel.
+    tables: [[f32; 256]; RGB],
+    /// Colour of padding where the resized image is smaller than the crop.
+    fill: [u8; RGB],
+}
+
+/// Where the crop lies in the resized image, which never exists as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Placement {
+    /// Width and height of the resized image.
+    target: [usize; 2],
+    /// Left and top of the crop in it; negative where padding comes first.
+    offset: [i64; 2],
+}
+
+impl Preprocessor {
+    /// Tables and sizes for `p`; as timm's `create_transform(is_training=False)` derives them.
+    pub fn new(p: &Preprocessing) -> Self {
+        let scale = [p.height, p.width].map(|side| ((f64::from(side) / p.crop_pct).floor() as u64).max(1));
+        let table = |channel: usize| {
+            let (mean, std) = (p.mean[channel] as f32, p.std[channel] as f32);
+            std::array::from_fn(|sample| (sample as f32 / 255.0 - mean) / std)
+        };
+        let fill = match p.crop_mode {
+            CropMode::Border => p.mean.map(|mean| (255.0 * mean).round_ties_even() as u8),
+            CropMode::Center | CropMode::Squash => [0; RGB],
+        };
+        Self {
+            height: p.height as usize,
+            width: p.width as usize,
+            scale,
+            crop_mode: p.crop_mode,
+            filter: p.interpolation,
+            tables: [table(0), table(1), table(2)],
+            fill,
+        }
+    }
+
+    /// Height of the tensor, in pixels.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Width of the tensor, in pixels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Number of values of one image's tensor: 3 · height · width.
+    pub fn tensor_len(&self) -> usize {
+        RGB * self.height * self.width
+    }
+
+    /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: channels first (R, G, B),
+    /// row-major, each value `(sample / 255 − mean) / std` in single precision.
+    ///
+    /// # Panics
+    /// When `out` is not [`tensor_len`](Self::tensor_len) long: the caller's mistake, never the image's.
+    pub fn apply(&self, image: &RgbImage, out: &mut [f32]) {
+        assert_eq!(out.len(), self.tensor_len(), "the output must hold one image's tensor");
+        let place = self.placement(image.width, image.height);
+        let columns = overlap(place.offset[0], self.width, place.target[0]);
+        let rows = overlap(place.offset[1], self.height, place.target[1]);
+        let pixels = resample(image, place.target, [columns.clone(), rows.clone()], self.filter);
+        // where the crop of the resized image lies in the output
+        let left = (columns.start as i64 - place.offset[0]) as usize;
+        let top = (rows.start as i64 - place.offset[1]) as usize;
+        let plane = self.height * self.width;
+        for (channel, (table, out)) in self.tables.iter().zip(out.chunks_exact_mut(plane)).enumerate() {
+            if columns.len() < self.width || rows.len() < self.height {
+                out.fill(table[usize::from(self.fill[channel])]);
+            }
+            let lines = out.chunks_exact_mut(self.width).skip(top);
+            for (line, source) in lines.zip(pixels.chunks_exact(RGB * columns.len().max(1))) {
+                for (value, pixel) in line[left..].iter_mut().zip(source.chunks_exact(RGB)) {
+                    *value = table[usize::from(pixel[channel])];
+                }
+            }
+        }
+    }
+
+    /// timm's geometry for a `width` × `height` image: to which size it is resized and where the crop starts.
+    fn placement(&self, width: u32, height: u32) -> Placement {
+        let [scale_h, scale_w] = self.scale;
+        let (w, h) = (f64::from(width), f64::from(height));
+        let target = match self.crop_mode {
+            CropMode::Squash => [scale_w, scale_h],
+            // torchvision's Resize with one number: the long side is truncated
+            CropMode::Center if scale_h == scale_w => {
+                let long = |long: f64, short: f64| (scale_h as f64 * long / short) as u64;
+                if width <= height { [scale_h, long(h, w)] } else { [long(w, h), scale_h] }
+            }
+            // timm's ResizeKeepRatio: both sides are rounded half to even
+            CropMode::Center | CropMode::Border => {
+                let (ratio_h, ratio_w) = (h / scale_h as f64, w / scale_w as f64);
+                let border = self.crop_mode == CropMode::Border;
+                let ratio = if border { ratio_h.max(ratio_w) } else { ratio_h.min(ratio_w) };
+                [w, h].map(|side| (side / ratio).round_ties_even() as u64)
+            }
+        };
+        // Pillow refuses to resize a side to nothing (a 1000:1 image under `border`); a service answers it
+        let target = target.map(|side| side.max(1) as usize);
+        Placement { target, offset: [crop_offset(target[0], self.width), crop_offset(target[1], self.height)] }
+    }
+}
+
+/// Start of a centred crop of `crop` in `size` pixels: half to even as Python's `round`; negative when it must be
+/// padded, with the smaller half first, as torchvision does.
+fn crop_offset(size: usize, crop: usize) -> i64 {
+    let spare = size as i64 - crop as i64;
+    if spare < 0 { -(-spare / 2) } else { (spare as f64 / 2.0).round_ties_even() as i64 }
+}
+
+/// The part of `0..size` that a crop of `len` from `offset` covers.
+fn overlap(offset: i64, len: usize, size: usize) -> Range<usize> {
+    let start = offset.max(0) as usize;
+    let end = (offset + len as i64).clamp(0, size as i64) as usize;
+    start.min(end)..end
+}
+
+/// `image` resized to `width` × `height`: equal to Pillow 13's `Image.resize` on the same RGB pixels.
+pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Interpolation) -> RgbImage {
+    let (w, h) = (width as usize, height as usize);
+    RgbImage { width, height, data: resample(image, [w, h], [0..w, 0..h], filter) }
+}
+
+/// The window (columns, rows) of `image` resized to `target` (width, height), as packed RGB rows.
+fn resample(image: &RgbImage, target: [usize; 2], window: [Range<usize>; 2], filter: Interpolation) -> Vec<u8> {
+    let size = [image.width as usize, image.height as usize];
+    let [columns, rows] = window;
+    if columns.is_empty() || rows.is_empty() || size.contains(&0) {
+        return vec![0; RGB * columns.len() * rows.len()];
+    }
+    let source = View { data: &image.data, stride: RGB * size[0], left: 0, len: RGB * size[0], top: 0, rows: size[1] };
+    if filter == Interpolation::Nearest {
+        return nearest(source, size, target, columns, rows);
+    }
+    let horizontal = (size[0] != target[0]).then(|| Taps::new(filter, size[0], target[0], columns.clone()));
+    let vertical = (size[1] != target[1]).then(|| Taps::new(filter, size[1], target[1], rows.clone()));
+    // what each pass needs of its input; a pass that is not needed copies
+    let needed_columns = horizontal.as_ref().map_or(columns, Taps::span);
+    let needed_rows = vertical.as_ref().map_or(rows, Taps::span);
+    let source = source.cut(needed_columns.clone(), needed_rows.clone());
+    // Pillow since 13: the vertical pass goes first where it shrinks the image by more than twice what the other does
+    let shrink = [0, 1].map(|axis| size[axis] as i64 - target[axis] as i64);
+    let vertical_first = shrink[1] > 0 && shrink[1] > 2 * shrink[0];
+    let horizontally = |view: View<'_>, taps: &Taps| run_horizontal(view, taps, needed_columns.start);
+    let vertically = |view: View<'_>, taps: &Taps| run_vertical(view, taps, needed_rows.start);
+    match (&horizontal, &vertical) {
+        (None, None) => source.to_vec(),
+        (Some(h), None) => horizontally(source, h),
+        (None, Some(v)) => vertically(source, v),
+        (Some(h), Some(v)) if vertical_first => horizontally(View::packed(&vertically(source, v), source.len), h),
+        (Some(h), Some(v)) => vertically(View::packed(&horizontally(source, h), RGB * h.len()), v),
+    }
+}
+
+/// A rectangle of packed RGB rows in a larger image. All in bytes but `top` and `rows`.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    data: &'a [u8],
+    stride: usize,
+    left: usize,
+    len: usize,
+    top: usize,
+    rows: usize,
+}
+
+impl<'a> View<'a> {
+    fn packed(data: &'a [u8], len: usize) -> Self {
+        View { data, stride: len, left: 0, len, top: 0, rows: data.len() / len }
+    }
+
+    fn cut(self, columns: Range<usize>, rows: Range<usize>) -> Self {
+        View { left: RGB * columns.start, len: RGB * columns.len(), top: rows.start, rows: rows.len(), ..self }
+    }
+
+    #[inline(always)]
+    fn row(self, y: usize) -> &'a [u8] {
+        &self.data[(self.top + y) * self.stride + self.left..][..self.len]
+    }
+
+    fn to_vec(self) -> Vec<u8> {
+        (0..self.rows).flat_map(|y| self.row(y)).copied().collect()
+    }
+}
+
+/// Pillow's nearest neighbour: positions by repeated addition, as its affine transform walks.
+fn nearest(
+    source: View<'_>,
+    size: [usize; 2],
+    target: [usize; 2],
+    columns: Range<usize>,
+    rows: Range<usize>,
+) -> Vec<u8> {
+    let positions = |axis: usize, range: Range<usize>| -> Vec<Option<usize>> {
+        let step = size[axis] as f64 / target[axis] as f64;
+        let mut at = step * 0.5;
+        let mut found = Vec::with_capacity(range.len());
+        for i in 0..range.end {
+            if i >= range.start {
+                found.push(Some(at as usize).filter(|&at| at < size[axis]));
+            }
+            at += step;
+        }
+        found
+    };
+    if size == target {
+        return source.cut(columns, rows).to_vec();
+    }
+    let columns = positions(0, columns);
+    let mut out = Vec::with_capacity(RGB * columns.len() * rows.len());
+    for y in positions(1, rows) {
+        for x in &columns {
+            // an accumulated rounding error may step past the border: Pillow leaves black there
+            match (x, y) {
+                (Some(x), Some(y)) => out.extend_from_slice(&source.row(y)[RGB * x..][..RGB]),
+                _ => out.extend_from_slice(&[0; RGB]),
+            }
+        }
+    }
+    out
+}
+
+/// The coefficients of one axis for a range of output positions.
+struct Taps {
+    /// First input position and number of coefficients, for each output position.
+    bounds: Vec<(usize, usize)>,
+    /// Fixed-point coefficients, `stride` for each output position, zero beyond its count.
+    weights: Vec<i32>,
+    stride: usize,
+}
+
+impl Taps {
+    /// Pillow's coefficients to resize `from` positions to `to`, for the output positions in `range` (not empty).
+    fn new(filter: Interpolation, from: usize, to: usize, range: Range<usize>) -> Self {
+        let scale = from as f64 / to as f64;
+        let stretch = scale.max(1.0);
+        let support = support(filter) * stretch;
+        let inverse = 1.0 / stretch;
+        let stride = 2 * support.ceil() as usize + 1;
+        let mut bounds = Vec::with_capacity(range.len());
+        let mut weights = vec![0; range.len() * stride];
+        let mut exact = Vec::with_capacity(stride);
+        for (fixed, position) in weights.chunks_exact_mut(stride).zip(range) {
+            let center = (position as f64 + 0.5) * scale;
+            let first = (center - support + 0.5).max(0.0) as usize;
+            let end = ((center + support + 0.5) as usize).min(from);
+            exact.clear();
+            exact.extend((first..end).map(|i| weight(filter, (i as f64 - center + 0.5) * inverse)));
+            let sum: f64 = exact.iter().sum();
+            for (fixed, exact) in fixed.iter_mut().zip(&exact) {
+                let normal = if sum == 0.0 { *exact } else { exact / sum };
+                let scaled = normal * f64::from(1 << PRECISION_BITS);
+                *fixed = (scaled + if normal < 0.0 { -0.5 } else { 0.5 }) as i32;
+            }
+            bounds.push((first, exact.len()));
+        }
+        Taps { bounds, weights, stride }
+    }
+
+    fn len(&self) -> usize {
+        self.bounds.len()
+    }
+
+    /// The input positions that any output position uses.
+    fn span(&self) -> Range<usize> {
+        let (first, _) = self.bounds[0];
+        let (last, count) = self.bounds[self.bounds.len() - 1];
+        first..last + count
+    }
+}
+
+/// Half the width of the filter in output pixels (input pixels when enlarging).
+fn support(filter: Interpolation) -> f64 {
+    match filter {
+        Interpolation::Nearest | Interpolation::Box => 0.5,
+        Interpolation::Bilinear => 1.0,
+        Interpolation::Bicubic => 2.0,
+        Interpolation::Lanczos => 3.0,
+    }
+}
+
+/// The filter's value at `x`, operation by operation as Pillow computes it.
+fn weight(filter: Interpolation, x: f64) -> f64 {
+    const A: f64 = -0.5;
+    let sinc = |x: f64| {
+        let x = x * std::f64::consts::PI;
+        if x == 0.0 { 1.0 } else { x.sin() / x }
+    };
+    let distance = x.abs();
+    match filter {
+        Interpolation::Nearest | Interpolation::Box if x > -0.5 && x <= 0.5 => 1.0,
+        Interpolation::Bilinear if distance < 1.0 => 1.0 - distance,
+        Interpolation::Bicubic if distance < 1.0 => ((A + 2.0) * distance - (A + 3.0)) * distance * distance + 1.0,
+        Interpolation::Bicubic if distance < 2.0 => (((distance - 5.0) * distance + 8.0) * distance - 4.0) * A,
+        Interpolation::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+        _ => 0.0,
+    }
+}
+
+/// A fixed-point sum as a sample.
+#[inline(always)]
+fn sample(sum: i32) -> u8 {
+    (sum >> PRECISION_BITS).clamp(0, 255) as u8
+}
+
+/// Resamples every row of `view`, whose first column is column `origin` of the positions in `taps`.
+fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    // whole steps only: coefficients of zero before or after make up for it
+    let padded = taps.bounds.iter().map(|b| b.1).max().unwrap_or(0).next_multiple_of(STEP);
+    let room = (view.len / RGB).max(padded);
+    let mut starts = Vec::with_capacity(taps.len());
+    let mut weights = vec![0; taps.len() * padded * RGB];
+    let lines = taps.weights.chunks_exact(taps.stride).zip(weights.chunks_exact_mut(padded * RGB));
+    for ((first, count), (from, to)) in taps.bounds.iter().zip(lines) {
+        let first = first - origin;
+        let start = first.min(room - padded);
+        starts.push(RGB * start);
+        let to = &mut to[RGB * (first - start)..];
+        for (to, from) in to.chunks_exact_mut(RGB).zip(&from[..*count]) {
+            to.fill(*from);
+        }
+    }
+    // narrower than one step: give the rows room
+    let wide;
+    let view = if view.len < RGB * room {
+        let mut data = vec![0; RGB * room * view.rows];
+        for (y, line) in data.chunks_exact_mut(RGB * room).enumerate() {
+            line[..view.len].copy_from_slice(view.row(y));
+        }
+        wide = data;
+        View::packed(&wide, RGB * room)
+    } else {
+        view
+    };
+    let mut out = vec![0; RGB * taps.len() * view.rows];
+    dispatch!(Level::new(), simd => horizontal(simd, view, &starts, &weights, &mut out));
+    out
+}
+
+/// The horizontal kernel: `weights` holds one padded run of coefficients, each three times, for each of `starts`.
+#[inline(always)]
+fn horizontal<S: Simd>(_: S, view: View<'_>, starts: &[usize], weights: &[i32], out: &mut [u8]) {
+    let line = RGB * starts.len();
+    let run = weights.len() / starts.len();
+    for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
+        let y = block * ROWS;
+        if out.len() == ROWS * line {
+            let rows = std::array::from_fn::<_, ROWS, _>(|i| view.row(y + i));
+            horizontal_rows(rows, starts, weights, run, out);
+        } else {
+            for (i, out) in out.chunks_mut(line).enumerate() {
+                horizontal_rows([view.row(y + i)], starts, weights, run, out);
+            }
+        }
+    }
+}
+
+/// `N` rows at once.
+#[inline(always)]
+fn horizontal_rows<const N: usize>(rows: [&[u8]; N], starts: &[usize], weights: &[i32], run: usize, out: &mut [u8]) {
+    const LANES: usize = RGB * STEP;
+    let line = RGB * starts.len();
+    for (x, (start, weights)) in starts.iter().zip(weights.chunks_exact(run)).enumerate() {
+        let sources = rows.map(|row| &row[*start..*start + run]);
+        let mut sums = [[0i32; LANES]; N];
+        for (step, weights) in weights.chunks_exact(LANES).enumerate() {
+            for n in 0..N {
+                let samples = &sources[n][step * LANES..][..LANES];
+                for i in 0..LANES {
+                    sums[n][i] = sums[n][i].wrapping_add(i32::from(samples[i]).wrapping_mul(weights[i]));
+                }
+            }
+        }
+        for n in 0..N {
+            // fold the lanes of the same channel: 24 to 12 to 6 to 3
+            let twelve: [i32; 12] = std::array::from_fn(|i| sums[n][i].wrapping_add(sums[n][i + 12]));
+            let six: [i32; 6] = std::array::from_fn(|i| twelve[i].wrapping_add(twelve[i + 6]));
+            let pixel: [u8; 3] = std::array::from_fn(|i| sample(six[i].wrapping_add(six[i + 3]).wrapping_add(HALF)));
+            out[n * line + RGB * x..][..RGB].copy_from_slice(&pixel);
+        }
+    }
+}
+
+/// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
+fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    let mut out = vec![0; view.len * taps.len()];
+    dispatch!(Level::new(), simd => vertical(simd, view, taps, origin, &mut out));
+    out
+}
+
+/// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
+#[inline(always)]
+fn vertical<S: Simd>(_: S, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
+    let lines = taps.bounds.iter().zip(taps.weights.chunks_exact(taps.stride));
+    for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
+        let (first, weights) = (first - origin, &weights[..*count]);
+        let mut blocks = out.chunks_exact_mut(BLOCK);
+        let mut x = 0;
+        for block in &mut blocks {
+            let mut sums = [HALF; BLOCK];
+            for (i, weight) in weights.iter().enumerate() {
+                let samples = &view.row(first + i)[x..][..BLOCK];
+                for j in 0..BLOCK {
+                    sums[j] = sums[j].wrapping_add(i32::from(samples[j]).wrapping_mul(*weight));
+                }
+            }
+            for j in 0..BLOCK {
+                block[j] = sample(sums[j]);
+            }
+            x += BLOCK;
+        }
+        for (j, out) in blocks.into_remainder().iter_mut().enumerate() {
+            let column = (0..weights.len()).zip(weights);
+            let sum = column.fold(HALF, |sum, (i, weight)| {
+                sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
+            });
+            *out = sample(sum);
+        }
+    }
+}
