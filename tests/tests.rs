@@ -3,3 +3,6 @@
 
 /// Folded graphs against timm's own answers.
 mod golden;
+
+/// Damaged, hostile, half-precision and fresh checkpoints.
+mod checkpoint;

@@ -204,8 +204,8 @@ impl GraphBuilder {
             }
             Activation::Relu => ("Relu", vec![]),
             Activation::LeakyRelu => ("LeakyRelu", vec![float("alpha", 0.01)]),
-            Activation::Elu => ("Elu", vec![float("alpha", 1.0)]),
-            Activation::Celu => ("Celu", vec![float("alpha", 1.0)]),
+            // at α = 1, timm's only one, CELU is ELU; the operator `Celu` has no half precision
+            Activation::Elu | Activation::Celu => ("Elu", vec![float("alpha", 1.0)]),
             Activation::Selu => ("Selu", vec![]),
             Activation::Gelu => ("Gelu", vec![string("approximate", "none")]),
             Activation::HardSwish => ("HardSwish", vec![]),

@@ -188,6 +188,14 @@ impl OrtBackend {
     }
 }
 
+/// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
+pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
+    let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
+    let builder = prepare(environment()?, &EngineOptions::default()).map_err(bad)?;
+    let mut builder = builder.with_optimized_model_path(path).map_err(|e| bad(e.into()))?;
+    builder.commit_from_memory(onnx).map_err(bad).map(drop)
+}
+
 fn prepare(environment: &Environment, options: &EngineOptions) -> ort::Result<SessionBuilder> {
     let builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?

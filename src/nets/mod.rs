@@ -266,15 +266,11 @@ impl<'a> Arguments<'a> {
         Self { architecture, left: args.clone() }
     }
 
-    /// Takes an argument and reads it as `T` into `target`; absent leaves `target` alone, and so does a null that
-    /// `T` has no place for.
+    /// Takes an argument and reads it as `T` into `target`. Absent leaves `target` alone, and so does null: timm's
+    /// `create_model` drops it.
     fn set<T: serde::de::DeserializeOwned>(&mut self, name: &str, target: &mut T) -> Result<(), NetError> {
-        let Some(value) = self.left.remove(name) else { return Ok(()) };
-        match serde_json::from_value(value.clone()) {
-            Ok(read) => *target = read,
-            Err(_) if value.is_null() => {}
-            Err(e) => return Err(bad_argument(name, &value, e.to_string())),
-        }
+        let Some(value) = self.left.remove(name).filter(|v| !v.is_null()) else { return Ok(()) };
+        *target = serde_json::from_value(value.clone()).map_err(|e| bad_argument(name, &value, e.to_string()))?;
         Ok(())
     }
 

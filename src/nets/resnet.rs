@@ -243,13 +243,14 @@ pub fn variant(name: &str) -> Option<ResNetConfig> {
 
 /// timm's evaluation settings of an architecture.
 pub fn evaluation(name: &str) -> Option<Evaluation> {
-    VARIANTS.contains(&name).then_some(Evaluation {
-        input: 224,
-        test_input: Some(288),
-        crop_pct: 0.95,
-        test_crop_pct: Some(1.0),
-        crop_mode: "center",
-    })
+    let name = VARIANTS.into_iter().find(|v| *v == name)?;
+    let (input, test, crop_pct, test_crop_pct) = match name {
+        "resnet101d" | "resnet152d" => (256, 320, 0.95, 1.0),
+        "resnet18d" | "resnet26" | "resnet26d" | "resnet34d" | "resnet50d" => (224, 288, 0.875, 0.95),
+        _ => (224, 288, 0.95, 1.0),
+    };
+    let (test_input, test_crop_pct) = (Some(test), Some(test_crop_pct));
+    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
 }
 
 #[cfg(test)]

@@ -1,0 +1,100 @@
+"""Goldens for the corners of the configuration space: dilation, deep stems, every activation, BN variants.
+
+    python make_more.py OUT_DIR
+
+Needs torch, timm and safetensors. Each case becomes OUT_DIR/NAME/{config.json,model.safetensors,golden.safetensors}
+in the layout of the other goldens: `input.K`, `logits.K` (timm in double precision), `logits32.K` (in single).
+Parameters are moved off their initial values, at which a scalar folded into the wrong place would go unseen.
+Also writes OUT_DIR/architectures.json: parameters, tensors and evaluation settings of every architecture named.
+"""
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
+
+TINY = dict(depths=(1, 1, 1, 1), width_factor=0.17, num_features=96)
+NFNET = dict(depths=(1, 1, 2, 1), channels=(32, 48, 64, 64), group_size=16, stem_chs=32, num_features=96)
+CASES = {
+    "nf_regnet_dilated": ("nf_regnet_b0", dict(TINY, depths=(1, 1, 2, 2), output_stride=8), [(1, 65, 49)]),
+    "nf_resnet_deep_pool": (
+        "nf_resnet26",
+        dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), stem_chs=16, stem_type="deep_pool", act_layer="leaky_relu", alpha=0.3),
+        [(2, 63, 50)],
+    ),
+    "nfnet_tiered": ("nfnet_f0", dict(NFNET, stem_type="deep_tiered", skipinit=True), [(1, 61, 64)]),
+    "dm_nfnet_dilated": ("dm_nfnet_f0", dict(NFNET, output_stride=16), [(1, 66, 81)]),
+    "eca_regnet": ("nf_regnet_b0", dict(TINY, attn_layer="eca", attn_kwargs={}, group_size=0, attn_gain=1.5), [(2, 40, 40)]),
+    "resnet18d_small": ("resnet18d", dict(layers=(1, 1, 1, 1), channels=(16, 24, 32, 48), stem_width=8), [(1, 65, 97)]),
+    "resnet50d_small": ("resnet50d", dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 24), stem_width=8, stem_type="deep_tiered"), [(1, 63, 64)]),
+    "resnext_small": ("resnext50_32x4d", dict(layers=(1, 1, 1, 1), channels=(16, 16, 32, 32), cardinality=4, base_width=16), [(1, 64, 64)]),
+}
+for act in ("celu", "elu", "gelu", "identity", "relu6", "selu", "sigmoid", "tanh"):
+    CASES[f"nf_regnet_{act}"] = ("nf_regnet_b0", dict(TINY, act_layer=act), [(1, 48, 48)])
+
+
+def disturb(model, gen):
+    """Moves parameters and statistics off their initial values; statistics come from real activations."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    if norms:
+        model.train()
+        model(torch.randn(32, 3, 64, 64, generator=gen))
+        model.eval()
+    for name, p in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        noise = torch.randn(p.shape, generator=gen)
+        if leaf == "skipinit_gain":
+            p.fill_(-0.6)
+        elif leaf == "gain" or (leaf == "weight" and p.ndim == 1):
+            p.copy_(1 + 0.2 * noise)
+        elif leaf == "bias":
+            p.copy_(0.1 * noise)
+        elif p.ndim == 2:
+            p.copy_(0.05 * noise)
+        elif p.ndim == 4 and not norms:
+            p.add_(0.25 * p.std())
+
+
+def main():
+    out = Path(sys.argv[1])
+    for seed, (name, (architecture, args, sizes)) in enumerate(CASES.items()):
+        gen = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model = timm.create_model(architecture, num_classes=7, **args).eval()
+            disturb(model, gen)
+            wide = timm.create_model(architecture, num_classes=7, **args).eval()
+            wide.load_state_dict(model.state_dict())
+            wide.double()
+            golden = {}
+            for k, (n, h, w) in enumerate(sizes):
+                x = torch.randn(n, 3, h, w, generator=gen)
+                golden |= {f"input.{k}": x, f"logits.{k}": wide(x.double()), f"logits32.{k}": model(x)}
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}
+        save_for_hf(model, out / name, model_config={}, model_args=lists, safe_serialization=True)
+        save_file({key: value.contiguous() for key, value in golden.items()}, str(out / name / "golden.safetensors"))
+        span = (golden["logits.0"].max() - golden["logits.0"].min()).item()
+        print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, span {span:.3f}")
+
+    table = {"timm": timm.__version__}
+    names = timm.list_models(["nf_regnet_*", "nf_*resnet*", "*nfnet*"]) + "resnet18 resnet18d resnet26 resnet26d resnet34 \
+        resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d".split()
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        settings = ("input_size", "test_input_size", "crop_pct", "test_crop_pct", "crop_mode")
+        table[name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tensors": len(model.state_dict()),
+            **{key: model.pretrained_cfg.get(key) for key in settings},
+        }
+    (out / "architectures.json").write_text(json.dumps(table, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    main()
