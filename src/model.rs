@@ -53,7 +53,7 @@ pub enum ModelError {
         available: String,
     },
     /// The version exists already.
-    #[error("`{0}` exists already; choose another --model-version, or remove it first")]
+    #[error("`{0}` exists already; choose another --model-version, or replace it with --replace")]
     Exists(PathBuf),
     /// A name that can't be a folder and a URL segment.
     #[error(

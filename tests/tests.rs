@@ -6,3 +6,9 @@ mod golden;
 
 /// Damaged, hostile, half-precision and fresh checkpoints.
 mod checkpoint;
+
+/// Imports only point down.
+mod layers;
+
+/// The program's output, exit codes and traces.
+mod cli;

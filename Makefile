@@ -1,0 +1,37 @@
+# Everything a newcomer needs: Rust, python3 with pip, and make.
+#   make demo    fold the demo checkpoint and classify real photographs
+#   make test    every test
+#   make serve   the demo model behind HTTP on port 8000 (optimised build)
+#   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
+
+SHELL := /bin/bash
+PYTHON ?= python3
+DEMO := target/debug/nfold
+PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,tests/data/cifar10/$(c)/0001.jpg)
+
+.PHONY: demo test serve ort ort-gpu
+
+demo: ort
+	cargo build --quiet --locked
+	$(DEMO) fold models/nf_regnet_cifar10 --replace
+	@echo
+	$(DEMO) classify --top-k 3 $(PHOTOGRAPHS)
+
+test: ort target/python/onnx
+	cargo test --locked
+	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
+
+serve: ort
+	cargo build --release --locked
+	target/release/nfold fold models/nf_regnet_cifar10 --replace
+	target/release/nfold serve
+
+ort:
+	@deploy/onnxruntime/fetch cpu
+
+ort-gpu:
+	@deploy/onnxruntime/fetch gpu
+
+# ONNX's own checker, for tests only
+target/python/onnx:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/python onnx==1.23.2

@@ -1,0 +1,227 @@
+//! The program as a user meets it: the real binary, its output, its exit codes, and what it leaves behind.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use crate::golden::goldens_folder;
+
+pub fn nfold(args: &[&str], folder: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("NFOLD_")) {
+        command.env_remove(name);
+    }
+    command.args(args).current_dir(folder).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn project(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path).display().to_string()
+}
+
+fn golden(name: &str) -> String {
+    goldens_folder().join(name).display().to_string()
+}
+
+/// Fails as a user is owed: exit 1, nothing on stdout, one line that says `what` and what to do next.
+fn refused(output: &Output, what: &str) {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
+    assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1 && stderr.contains(what), "{what}: {stderr}");
+}
+
+fn entries(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| text(e.unwrap().file_name().as_encoded_bytes())).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn folds_reports_and_inspects() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let output = nfold(&["fold", &golden("nf_seresnet_small"), "--json"], here);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["model"], &report["version"]), (&"nf_seresnet_small".into(), &1.into()));
+    let fold = &report["manifest"]["fold"];
+    let verification = &fold["verification"];
+    assert!(verification["max_abs_diff"].as_f64().unwrap() <= verification["tolerance"].as_f64().unwrap());
+    assert_eq!(fold["blocks"].as_array().unwrap().len(), 5);
+    assert_eq!(fold["gamma"], 1.7139588594436646);
+    assert!(fold["parameters"].as_u64().unwrap() > 10_000 && fold["gmacs"].as_f64().unwrap() > 0.0);
+    assert_eq!(entries(&here.join("repository/nf_seresnet_small/1")), ["manifest.json", "model.onnx"]);
+    assert_eq!(entries(&here.join("repository")), ["nf_seresnet_small"]);
+
+    // the same fold again changes nothing; another one needs to be asked for
+    let before = fs::read(here.join("repository/nf_seresnet_small/1/model.onnx")).unwrap();
+    let again = nfold(&["fold", &golden("nf_seresnet_small")], here);
+    assert!(again.status.success() && text(&again.stderr).contains("unchanged"), "{}", text(&again.stderr));
+    refused(&nfold(&["fold", &golden("nf_seresnet_small"), "--size", "96"], here), "exists already");
+    assert!(before == fs::read(here.join("repository/nf_seresnet_small/1/model.onnx")).unwrap());
+    for extra in
+        [&["--replace", "--size", "96x64"][..], &["--model-version", "3", "--size", "dynamic", "--precision", "fp16"]]
+    {
+        let output = nfold(&[&["fold", &golden("nf_seresnet_small")], extra].concat(), here);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    assert_eq!(entries(&here.join("repository/nf_seresnet_small")), ["1", "3"]);
+
+    let inspected = nfold(&["inspect", "nf_seresnet_small"], here);
+    assert!(text(&inspected.stdout).contains("version 3") && text(&inspected.stdout).contains("Fp16"));
+    let inspected = nfold(&["inspect", "repository/nf_seresnet_small/1", "--json"], here);
+    let inspected: Value = serde_json::from_slice(&inspected.stdout).unwrap();
+    assert_eq!(inspected["manifest"]["preprocessing"]["height"], 96);
+    let checkpoint = nfold(&["inspect", &golden("resnet18_small")], here);
+    assert!(text(&checkpoint.stdout).contains("resnet18.a1_in1k"), "{}", text(&checkpoint.stdout));
+}
+
+#[test]
+fn fold_refuses_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    refused(&nfold(&["fold", "nowhere"], here), "nowhere");
+    refused(&nfold(&["fold", &golden("nf_regnet_small"), "--name", "../up"], here), "can't be a model name");
+    refused(&nfold(&["fold", &golden("nf_regnet_small"), "--size", "100000"], here), "height 100000");
+    fs::write(here.join("file"), "").unwrap();
+    refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "file"], here), "`file`");
+    refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "/proc/nowhere"], here), "/proc/nowhere");
+    let missing = Command::new(env!("CARGO_BIN_EXE_nfold"))
+        .args(["fold", &golden("nf_regnet_small")])
+        .env("ORT_DYLIB_PATH", "nowhere.so")
+        .current_dir(here)
+        .output()
+        .unwrap();
+    refused(&missing, "make ort");
+    fs::write(here.join("no.so"), "not a library").unwrap();
+    let broken = Command::new(env!("CARGO_BIN_EXE_nfold"))
+        .args(["fold", &golden("nf_regnet_small")])
+        .env("ORT_DYLIB_PATH", "no.so")
+        .current_dir(here)
+        .output()
+        .unwrap();
+    refused(&broken, "no.so");
+    assert_eq!(entries(here), ["file", "no.so"]);
+    assert_eq!(nfold(&["fold", "x", "--size", "big"], here).status.code(), Some(2));
+    assert_eq!(nfold(&["unfold"], here).status.code(), Some(2));
+}
+
+#[test]
+fn init_refuses_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    refused(&nfold(&["init", "resnet51", "--out", "x"], here), "supported are: nf_regnet_b0");
+    refused(&nfold(&["init", "resnet18", "--out", "x", "--model-args", r#"{"depth":1}"#], here), "`depth`");
+    assert!(entries(here).is_empty());
+    let made = nfold(
+        &["init", "nf_regnet_b0", "--out", "a/b", "--num-classes", "5", "--model-args", r#"{"width_factor":0.25}"#],
+        here,
+    );
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    refused(&nfold(&["init", "resnet18", "--out", "a/b"], here), "exists already");
+    let folded = nfold(&["fold", "a/b", "--size", "64"], here);
+    assert!(folded.status.success(), "{}", text(&folded.stderr));
+}
+
+/// A repository with the demo model, folded by the program itself.
+fn with_demo() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let output = nfold(&["fold", &project("models/nf_regnet_cifar10")], folder.path());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    folder
+}
+
+#[test]
+fn classify_answers_and_refuses() {
+    let folder = with_demo();
+    let here = folder.path();
+    let cat = project("tests/data/cat.jpg");
+    let output = nfold(&["classify", &cat], here);
+    let lines: Vec<String> = text(&output.stdout).lines().map(String::from).collect();
+    assert!(output.status.success() && lines.len() == 6 && lines[0] == cat, "{lines:?}");
+    assert!(lines[1].contains(" %  █"), "{lines:?}");
+
+    // a file, the same bytes on standard input, and the same file in a folder answer alike
+    let from_file = nfold(&["classify", &cat, "--json", "-k", "3"], here);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
+        .args(["classify", "-", "--json", "--top-k", "3"])
+        .current_dir(here)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&fs::read(&cat).unwrap()).unwrap();
+    let from_stdin = child.wait_with_output().unwrap();
+    let predictions = |output: &Output| -> Value {
+        let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+        line["predictions"].clone()
+    };
+    assert_eq!(predictions(&from_file), predictions(&from_stdin));
+    assert_eq!(predictions(&from_file).as_array().unwrap().len(), 3);
+
+    fs::create_dir_all(here.join("images/deep")).unwrap();
+    fs::copy(&cat, here.join("images/deep/b.JPG")).unwrap();
+    fs::write(here.join("images/a.png"), "no image at all").unwrap();
+    fs::write(here.join("images/c.png"), "").unwrap();
+    fs::write(here.join("images/notes.txt"), "not looked at").unwrap();
+    refused(&nfold(&["classify", "images"], here), "--recursive");
+    let mixed = nfold(&["classify", "images", "--recursive", "--json"], here);
+    assert_eq!(mixed.status.code(), Some(1));
+    let lines: Vec<Value> = text(&mixed.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    assert!(lines[0]["error"]["message"].is_string() && lines[1]["error"]["message"].is_string(), "{lines:?}");
+    assert_eq!(lines[2]["predictions"].as_array().unwrap().len(), 5);
+
+    for (args, what) in [
+        (&["classify", "nowhere.jpg"][..], "nowhere.jpg"),
+        (&["classify", "images/a.png"], "images/a.png"),
+        (&["classify", "images/c.png"], "images/c.png"),
+        (&["classify", "images/notes.txt"], "images/notes.txt"),
+        (&["classify", &cat, "--model", "other"], "it has: nf_regnet_cifar10"),
+        (&["classify", &cat, "--model-version", "7"], "no version 7"),
+        (&["classify", &cat, "--repository", "elsewhere"], "nfold fold"),
+    ] {
+        refused(&nfold(args, here), what);
+    }
+
+    // a graph that is not the manifest's is not run
+    let onnx = here.join("repository/nf_regnet_cifar10/1/model.onnx");
+    let mut bytes = fs::read(&onnx).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&onnx, bytes).unwrap();
+    refused(&nfold(&["classify", &cat], here), "sha256");
+}
+
+/// The whole line on real photographs: the folded demo model is as accurate as timm on the same files.
+#[test]
+fn the_demo_is_as_accurate_as_timm() {
+    let folder = with_demo();
+    let reference: Value = serde_json::from_slice(&fs::read(project("tests/data/cifar10.json")).unwrap()).unwrap();
+    let photographs = project("tests/data/cifar10");
+    let output = nfold(&["classify", "--recursive", &photographs], folder.path());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let (mut right, mut agree, mut all) = (0, 0, 0);
+    for line in text(&output.stdout).lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let path = Path::new(line["image"].as_str().unwrap());
+        let name = path.strip_prefix(&photographs).unwrap();
+        let top = &line["predictions"][0];
+        let key = name.to_string_lossy().into_owned();
+        right += usize::from(top["label"] == name.parent().unwrap().to_string_lossy().as_ref());
+        agree += usize::from(top["index"] == reference["images"][&key]["top1"]);
+        all += 1;
+    }
+    let (accuracy, timm) = (f64::from(right as u32) / f64::from(all), reference["accuracy"].as_f64().unwrap());
+    println!("accuracy {accuracy:.4} on {all} photographs, timm {timm:.4}; same class on {agree}");
+    assert!(all >= 500 && (accuracy - timm).abs() <= 0.003, "accuracy {accuracy}, timm {timm}");
+    assert!(agree * 100 >= all as usize * 98, "{agree} of {all}");
+}

@@ -1,0 +1,118 @@
+//! The house: imports only point down, and some names stay in one room. The README states these as invariants.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Rooms, each with the rooms of ours that it may import.
+const ROOMS: [(&str, &[&str]); 12] = [
+    ("main", &["cli"]),
+    ("cli", &["fold", "server", "infer", "checkpoint", "nets", "model", "metrics", "logging"]),
+    ("fold", &["checkpoint", "nets", "model", "pb"]),
+    ("server", &["infer", "model", "metrics", "pb"]),
+    ("infer", &["model", "metrics"]),
+    ("checkpoint", &["nets", "model"]),
+    ("nets", &[]),
+    ("model", &[]),
+    ("metrics", &[]),
+    ("logging", &[]),
+    ("pb", &[]),
+    ("lib", &[]),
+];
+
+/// Words, and the only files (or folders) that may use them.
+const CONFINED: [(&str, &[&str]); 9] = [
+    ("ort::", &["infer/engine.rs"]),
+    ("safetensors::", &["checkpoint/"]),
+    ("prometheus::", &["metrics.rs"]),
+    ("\"nfold_", &["metrics.rs"]),
+    ("axum::", &["server/"]),
+    ("tonic::", &["server/"]),
+    ("image::ImageReader", &["infer/image.rs"]),
+    ("StatusCode::BAD_REQUEST", &["server/status.rs"]),
+    ("StatusCode::INTERNAL_SERVER_ERROR", &["server/status.rs"]),
+];
+
+/// Words that a room never uses.
+const FORBIDDEN: [(&str, &[&str]); 3] = [
+    ("fold/", &["tokio", "axum", "tonic", "ort::"]),
+    ("infer/", &["axum", "tonic", "http::", "crate::pb"]),
+    ("checkpoint/", &["tokio", "axum", "ort::"]),
+];
+
+/// Every source file by its path under `src/`, comments and test modules removed.
+fn sources() -> BTreeMap<String, String> {
+    fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { walk(&path, files) } else { files.push(path) }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    walk(&root, &mut files);
+    let code = |text: String| {
+        let before_tests = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().to_string();
+        let lines = before_tests.lines().filter(|l| !l.trim_start().starts_with("//"));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    files.retain(|f| f.extension().is_some_and(|e| e == "rs"));
+    let name = |f: &Path| f.strip_prefix(&root).unwrap().to_string_lossy().replace('\\', "/");
+    files.iter().map(|f| (name(f), code(fs::read_to_string(f).unwrap()))).collect()
+}
+
+fn room(file: &str) -> &str {
+    file.split('/').next().unwrap_or(file).trim_end_matches(".rs")
+}
+
+#[test]
+fn imports_point_down() {
+    for (file, code) in sources() {
+        let own = room(&file);
+        let (_, allowed) = ROOMS.iter().find(|(name, _)| *name == own).unwrap_or_else(|| panic!("`{file}` is no room"));
+        let mut names: Vec<&str> = code.split("crate::").skip(1).collect();
+        names.extend(code.split("nfold::").skip(1));
+        for rest in names {
+            let other = rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+            let is_room = ROOMS.iter().any(|(name, _)| *name == other);
+            assert!(
+                !is_room || other == own || allowed.contains(&other),
+                "src/{file} imports `{other}`; `{own}` may import only {allowed:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn names_stay_in_their_rooms() {
+    for (file, code) in sources() {
+        for (word, places) in CONFINED {
+            let at_home = places.iter().any(|p| file == *p || (p.ends_with('/') && file.starts_with(p)));
+            assert!(at_home || !code.contains(word), "src/{file} uses `{word}`, which belongs in {places:?}");
+        }
+        for (place, words) in FORBIDDEN {
+            for word in words.iter().filter(|_| file.starts_with(place)) {
+                assert!(!code.contains(word), "src/{file} uses `{word}`, which {place} must not know");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_room_is_a_junk_drawer() {
+    for file in sources().keys() {
+        for name in ["utils", "util", "helpers", "helper", "common", "misc"] {
+            assert!(!file.split('/').any(|part| part.trim_end_matches(".rs") == name), "src/{file}");
+        }
+    }
+}
+
+/// Every file opens with what it owns.
+#[test]
+fn every_file_introduces_itself() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in sources().keys() {
+        let text = fs::read_to_string(root.join(file)).unwrap();
+        assert!(text.starts_with("//!"), "src/{file} does not say what it owns");
+    }
+}
