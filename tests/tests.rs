@@ -12,3 +12,6 @@ mod layers;
 
 /// The program's output, exit codes and traces.
 mod cli;
+
+/// The same bits in any batch.
+mod invariance;
