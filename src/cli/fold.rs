@@ -122,18 +122,19 @@ fn same(a: &Manifest, b: &Manifest) -> bool {
 /// Runs the graph against its counterpart (folded against unfolded) on random images. The counterpart is in single
 /// precision with weight arithmetic in double: ONNX Runtime has no double-precision convolution.
 fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> anyhow::Result<Verification> {
-    let other = fold::fold(
-        checkpoint,
-        &FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options },
-    )?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let engine = EngineOptions { intra_threads: threads, ..EngineOptions::default() };
-    let mut reference = OrtBackend::open(&other.onnx, "the unfolded graph", &engine)?;
-    let mut candidate = OrtBackend::open(&folded.onnx, "the folded graph", &engine)?;
-    let p = &folded.manifest.preprocessing;
-    let images = if folded.manifest.fold.gmacs < 5.0 { 4 } else { 1 };
-    let size = (p.height as usize, p.width as usize);
-    let found = verify::compare(&mut reference, &mut candidate, images, size)?;
+    let manifest = &folded.manifest;
+    let images = if manifest.fold.gmacs < 5.0 { 4 } else { 1 };
+    let size = (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize);
+    // one session after the other: a large network's weights need not be in memory four times
+    let answers = |onnx: &[u8], what: &str| -> anyhow::Result<Vec<f32>> {
+        Ok(verify::answers(&mut OrtBackend::open(onnx, what, &engine)?, images, size)?)
+    };
+    let counterpart =
+        FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
+    let reference = answers(&fold::fold(checkpoint, &counterpart)?.onnx, "the counterpart for verification")?;
+    let found = verify::compare(&reference, &answers(&folded.onnx, "the folded graph")?);
     let tolerance = match options.precision {
         Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
         Precision::Fp16 => 2e-2 * found.logit_span + 1e-3,

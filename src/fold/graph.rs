@@ -105,9 +105,15 @@ impl GraphBuilder {
         Ok(self.initializer(name, dims, self.element(), raw))
     }
 
-    /// A constant in double precision: for weight arithmetic that an unfolded graph carries.
+    /// A value in double precision, for the weight arithmetic that an unfolded graph carries. Stored in single precision
+    /// where that is exact, as it is for every checkpoint but F64 ones: half the file.
     pub fn double(&mut self, name: &str, dims: &[usize], values: &[f64]) -> String {
-        self.initializer(name, dims, DOUBLE, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        if values.iter().any(|&v| f64::from(v as f32) != v) {
+            return self.initializer(name, dims, DOUBLE, values.iter().flat_map(|v| v.to_le_bytes()).collect());
+        }
+        let raw = values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect();
+        let stored = self.initializer(name, dims, FLOAT, raw);
+        self.node("Cast", &format!("{name}.double"), &[&stored], vec![int("to", DOUBLE.into())])
     }
 
     /// A constant list of integers: shapes and axes.

@@ -9,33 +9,46 @@ use super::engine::{Backend, BackendError, Batch};
 /// How far two graphs are apart.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Difference {
-    /// Images compared.
-    pub images: usize,
     /// Largest absolute difference of any logit; infinite when a logit of either graph is not finite.
     pub max_abs_diff: f64,
     /// Largest minus smallest logit of the reference.
     pub logit_span: f64,
 }
 
-/// Runs `reference` and `candidate` on `images` unit Gaussian images of `height` x `width`, one by one.
-pub fn compare(
-    reference: &mut dyn Backend,
-    candidate: &mut dyn Backend,
-    images: usize,
-    (height, width): (usize, usize),
-) -> Result<Difference, BackendError> {
+/// A graph's logits on `images` unit Gaussian images of (height, width), always the same ones, run one by one.
+pub fn answers(graph: &mut dyn Backend, images: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    let (mut max_abs_diff, mut low, mut high) = (0.0f64, f64::INFINITY, f64::NEG_INFINITY);
+    let mut logits = Vec::new();
     for _ in 0..images {
-        let mut batch = Batch::zeros(1, height, width);
+        let mut batch = Batch::zeros(1, size.0, size.1);
         batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
-        let (a, b) = (reference.run(&batch)?, candidate.run(&batch)?);
-        for (&a, &b) in a.data.iter().zip(&b.data) {
-            let (a, b) = (f64::from(a), f64::from(b));
-            let difference = (a - b).abs();
-            max_abs_diff = max_abs_diff.max(if difference.is_nan() { f64::INFINITY } else { difference });
-            (low, high) = (low.min(a), high.max(a));
-        }
+        logits.extend(graph.run(&batch)?.data);
     }
-    Ok(Difference { images, max_abs_diff, logit_span: high - low })
+    Ok(logits)
+}
+
+/// Compares the [`answers`] of two graphs.
+pub fn compare(reference: &[f32], candidate: &[f32]) -> Difference {
+    let mut max_abs_diff = if reference.len() == candidate.len() { 0.0 } else { f64::INFINITY };
+    let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
+    for (&a, &b) in reference.iter().zip(candidate) {
+        let (a, b) = (f64::from(a), f64::from(b));
+        let difference = (a - b).abs();
+        max_abs_diff = f64::max(max_abs_diff, if difference.is_nan() { f64::INFINITY } else { difference });
+        (low, high) = (low.min(a), high.max(a));
+    }
+    Difference { max_abs_diff, logit_span: high - low }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_show() {
+        let found = compare(&[1.0, -2.0], &[1.5, -2.0]);
+        assert_eq!((found.max_abs_diff, found.logit_span), (0.5, 3.0));
+        assert_eq!(compare(&[1.0, f32::NAN], &[1.0, f32::NAN]).max_abs_diff, f64::INFINITY);
+        assert_eq!(compare(&[1.0], &[]).max_abs_diff, f64::INFINITY);
+    }
 }
