@@ -5,6 +5,7 @@ mod classify;
 mod fold;
 mod init;
 mod inspect;
+mod serve;
 
 use std::io;
 use std::process::ExitCode;
@@ -25,6 +26,10 @@ enum Command {
     Fold(fold::FoldArgs),
     /// Classify image files with a folded model, without a server
     Classify(classify::ClassifyArgs),
+    /// Serve a model repository over HTTP
+    Serve(serve::ServeArgs),
+    /// Exit 0 when a server is ready: for containers without a shell
+    Healthcheck(serve::HealthcheckArgs),
     /// Say what a folded model or a checkpoint is
     Inspect(inspect::InspectArgs),
     /// Write a freshly initialised checkpoint in timm's layout
@@ -37,6 +42,8 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::Healthcheck(args) => serve::healthcheck(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Init(args) => init::run(&args),
     };

@@ -1,0 +1,54 @@
+//! Every way an answer can fail, as the engine room sees it: one variant per cause. What a protocol makes of it
+//! (status codes, headers) is the edge's business.
+
+use std::time::Duration;
+
+use super::image::ImageError;
+
+/// Why an image, or a whole request, got no logits.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum InferError {
+    /// The bytes are no image that can be taken: [`ImageError`] says why.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// One request holds more images than may ever be admitted at once.
+    #[error("{images} images in one request, at most {limit} are taken; send fewer at a time")]
+    TooManyImages {
+        /// Images of the request.
+        images: usize,
+        /// The queue's limit.
+        limit: usize,
+    },
+    /// The queue is full, or so long that the deadline can't be met.
+    #[error("the server is busy, try again in {} s", retry_after.as_secs_f64().ceil())]
+    Overloaded {
+        /// When the present queue should have drained, by the measured speed.
+        retry_after: Duration,
+    },
+    /// The deadline passed before the answer was there. Nothing was computed for it, unless it passed during the run.
+    #[error("the deadline passed before the answer was ready")]
+    DeadlineExceeded,
+    /// The server is stopping and takes no new work.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The model has no working engine at the moment.
+    #[error("the model is not ready")]
+    NotReady,
+    /// No such model, or no such version of it.
+    #[error("model `{model}` is not served (there is: {available})")]
+    ModelNotFound {
+        /// What was asked for, `NAME` or `NAME version N`.
+        model: String,
+        /// What is served, comma-separated.
+        available: String,
+    },
+    /// Several models are served and the request names none.
+    #[error("several models are served, name one of: {available}")]
+    ModelNotNamed {
+        /// What is served, comma-separated.
+        available: String,
+    },
+    /// A fault on this side. The text is for the log, never for the caller.
+    #[error("internal error: {0}")]
+    Internal(String),
+}

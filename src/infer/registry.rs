@@ -1,0 +1,294 @@
+//! The live models: what the repository holds, opened, warmed and ready to answer.
+//!
+//! Owns the way from encoded images to labelled predictions. Knows neither how a model was folded nor which protocol
+//! asks.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::engine::{Backend, EngineOptions, OrtBackend};
+use super::error::InferError;
+use super::resize::Preprocessor;
+use super::scheduler::{Health, Input, Job, OpenBackend, Scheduler, SchedulerOptions, StartError, Timings};
+use super::top_k::{Prediction, top_k};
+use crate::metrics::{Metrics, ModelMetrics, Phase};
+use crate::model::{self, Manifest, ModelDir, ModelError};
+
+/// Which models are served, and how.
+#[derive(Debug, Clone)]
+pub struct RegistryOptions {
+    /// The model repository.
+    pub repository: PathBuf,
+    /// Models to serve, each with one version or all of them; empty: everything the repository holds.
+    pub models: Vec<(String, Option<u32>)>,
+    /// How engines are opened.
+    pub engine: EngineOptions,
+    /// How images are queued and batched.
+    pub scheduler: SchedulerOptions,
+}
+
+/// Why the models can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The repository or a manifest.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A model that does not start.
+    #[error("model `{name}` version {version} does not start: {source}")]
+    Start {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: u32,
+        /// Why.
+        source: StartError,
+    },
+    /// Nothing to serve.
+    #[error("repository `{0}` holds no model; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
+    Empty(PathBuf),
+}
+
+/// What an image is, and where the time went.
+#[derive(Debug, Clone)]
+pub struct Classified {
+    /// Most probable first.
+    pub predictions: Vec<Prediction>,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// One version of one model with its queue and threads, warm.
+#[derive(Debug)]
+pub struct LiveModel {
+    /// Name in the repository.
+    pub name: String,
+    /// Version in the repository.
+    pub version: u32,
+    /// What the model says about itself.
+    pub manifest: Manifest,
+    scheduler: Scheduler,
+    metrics: ModelMetrics,
+}
+
+impl LiveModel {
+    /// Opens a model of the repository: the graph's digest is checked, every worker opens its session and warms it.
+    /// Blocks for seconds.
+    pub fn open(dir: &ModelDir, options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
+        let onnx = Arc::new(dir.read_onnx()?);
+        let (engine, what) = (options.engine, dir.onnx().display().to_string());
+        let open = move || Ok(Box::new(OrtBackend::open(&onnx, &what, &engine)?) as Box<dyn Backend>);
+        Self::start(dir, Box::new(open), engine.provider.name(), &options.scheduler, metrics)
+    }
+
+    /// Starts a model on engines that `open` makes. Blocks for seconds.
+    pub fn start(
+        dir: &ModelDir,
+        open: OpenBackend,
+        provider: &'static str,
+        options: &SchedulerOptions,
+        metrics: &Metrics,
+    ) -> Result<Self, RegistryError> {
+        let (name, version, manifest) = (dir.name.clone(), dir.version, dir.manifest.clone());
+        let model_metrics = metrics.model(&name, version, provider);
+        let job = Job {
+            what: format!("{name}/{version}"),
+            preprocessor: Preprocessor::new(&manifest.preprocessing),
+            exif_orientation: manifest.preprocessing.exif_orientation,
+            classes: manifest.classes as usize,
+            open,
+            metrics: model_metrics.clone(),
+        };
+        let started = Instant::now();
+        let scheduler = Scheduler::start(job, options.clone()).map_err(|source| RegistryError::Start {
+            name: name.clone(),
+            version,
+            source,
+        })?;
+        let precision = serde_json::to_value(manifest.precision).unwrap_or_default();
+        metrics
+            .model_info
+            .with_label_values(&[
+                name.as_str(),
+                &version.to_string(),
+                &manifest.architecture,
+                precision.as_str().unwrap_or_default(),
+                provider,
+                &manifest.onnx_sha256,
+                &manifest.source_sha256,
+            ])
+            .set(1);
+        tracing::info!(
+            model = name,
+            version,
+            architecture = manifest.architecture,
+            provider,
+            workers = options.workers,
+            max_batch = options.max_batch,
+            duration_ms = started.elapsed().as_millis() as u64,
+            "model {name} version {version} is warm"
+        );
+        Ok(Self { name, version, manifest, scheduler, metrics: model_metrics })
+    }
+
+    /// Classifies the images of one request, in order. All are admitted or none; what is wrong with one image stays with
+    /// that image, what concerns the request (overload, deadline, shutdown) is the outer error.
+    pub async fn classify(
+        &self,
+        images: Vec<Bytes>,
+        k: usize,
+        deadline: Instant,
+    ) -> Result<Vec<Result<Classified, InferError>>, InferError> {
+        let tickets = self.scheduler.submit(images.into_iter().map(Input::Encoded).collect(), deadline)?;
+        let mut answers = Vec::with_capacity(tickets.len());
+        for ticket in tickets {
+            answers.push(match ticket.answer().await {
+                Ok(output) => {
+                    let started = Instant::now();
+                    let predictions = top_k(&output.logits, k, &self.manifest.labels);
+                    self.metrics.phase(Phase::Postprocess, started.elapsed());
+                    predictions
+                        .map(|predictions| Classified { predictions, timings: output.timings })
+                        .map_err(|e| InferError::Internal(e.to_string()))
+                }
+                Err(error @ (InferError::Image(_) | InferError::Internal(_))) => Err(error),
+                Err(error) => return Err(error),
+            });
+        }
+        Ok(answers)
+    }
+
+    /// Whether the engines work.
+    pub fn health(&self) -> Health {
+        self.scheduler.health()
+    }
+
+    /// The queue, for callers that bring tensors or want logits.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+}
+
+type Models = BTreeMap<String, BTreeMap<u32, Arc<LiveModel>>>;
+
+/// The models that are served now.
+#[derive(Debug, Default)]
+pub struct Registry {
+    models: RwLock<Models>,
+}
+
+impl Registry {
+    /// Opens what the options ask for, or everything. Blocks until all of it is warm.
+    pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
+        let registry = Self::default();
+        for dir in select(options)? {
+            registry.add(LiveModel::open(&dir, options, metrics)?);
+        }
+        Ok(registry)
+    }
+
+    /// Adds a warm model, in place of one of the same name and version.
+    pub fn add(&self, model: LiveModel) {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
+    }
+
+    /// The model a request means: the named one, or the only one; the given version, or the highest.
+    pub fn find(&self, name: Option<&str>, version: Option<u32>) -> Result<Arc<LiveModel>, InferError> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let available = || models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let (name, versions) = match name {
+            Some(wanted) => models
+                .get_key_value(wanted)
+                .ok_or_else(|| InferError::ModelNotFound { model: wanted.into(), available: available() })?,
+            None if models.len() > 1 => return Err(InferError::ModelNotNamed { available: available() }),
+            None => models.iter().next().ok_or(InferError::NotReady)?,
+        };
+        let found = match version {
+            Some(v) => versions.get(&v),
+            None => versions.values().next_back(),
+        };
+        found.cloned().ok_or_else(|| InferError::ModelNotFound {
+            model: version.map_or_else(|| name.clone(), |v| format!("{name} version {v}")),
+            available: versions.keys().map(|v| format!("{name} version {v}")).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Every live model, by name and version.
+    pub fn all(&self) -> Vec<Arc<LiveModel>> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models.values().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    /// Why no request should be sent here, if so: a model without a working engine, or with one that hangs or keeps
+    /// failing.
+    pub fn fault(&self, hang_limit: Duration) -> Option<String> {
+        const STORM: u32 = 5;
+        let fault = |m: &Arc<LiveModel>| {
+            let Health { engines, failures, longest_run } = m.health();
+            let what = if engines == 0 {
+                "has no working engine".to_string()
+            } else if longest_run.is_some_and(|age| age > hang_limit) {
+                format!("has an engine run that hangs for more than {} s", hang_limit.as_secs_f64())
+            } else if failures >= STORM {
+                format!("failed {failures} engine runs in a row")
+            } else {
+                return None;
+            };
+            Some(format!("model {} version {} {what}", m.name, m.version))
+        };
+        self.all().iter().find_map(fault)
+    }
+
+    /// Sets the gauges that are measured when somebody looks.
+    pub fn observe(&self) {
+        self.all().iter().for_each(|model| model.scheduler.observe());
+    }
+
+    /// Takes no new images; what is queued is still answered.
+    pub fn close(&self) {
+        self.all().iter().for_each(|model| model.scheduler.close());
+    }
+
+    /// Answers everything queued with a refusal.
+    pub fn abort(&self) {
+        self.all().iter().for_each(|model| model.scheduler.abort());
+    }
+
+    /// Waits for all compute threads until `deadline`; returns how many still run. Blocks.
+    pub fn join(&self, deadline: Instant) -> usize {
+        self.all().iter().map(|model| model.scheduler.join(deadline)).sum()
+    }
+}
+
+/// The version folders that the options name.
+fn select(options: &RegistryOptions) -> Result<Vec<ModelDir>, RegistryError> {
+    let repository = &options.repository;
+    let held = model::list(repository)?;
+    let mut dirs = Vec::new();
+    let mut take = |name: &str, version: Option<u32>| {
+        dirs.push(ModelDir::open(repository, Some(name), version)?);
+        Ok::<_, ModelError>(())
+    };
+    if options.models.is_empty() {
+        for (name, versions) in &held {
+            for &version in versions {
+                take(name, Some(version))?;
+            }
+        }
+    }
+    for (name, version) in &options.models {
+        match (version, held.iter().find(|(n, _)| n == name)) {
+            (None, Some((_, versions))) => {
+                for &version in versions {
+                    take(name, Some(version))?;
+                }
+            }
+            _ => take(name, *version)?,
+        }
+    }
+    if dirs.is_empty() { Err(RegistryError::Empty(repository.clone())) } else { Ok(dirs) }
+}
