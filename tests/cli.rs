@@ -132,7 +132,7 @@ fn init_refuses_and_leaves_nothing() {
 }
 
 /// A repository with the demo model, folded by the program itself.
-fn with_demo() -> tempfile::TempDir {
+pub fn with_demo() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let output = nfold(&["fold", &project("models/nf_regnet_cifar10")], folder.path());
     assert!(output.status.success(), "{}", text(&output.stderr));

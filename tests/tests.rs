@@ -15,3 +15,9 @@ mod cli;
 
 /// The same bits in any batch.
 mod invariance;
+
+/// Queue and workers, with engines that misbehave.
+mod scheduler;
+
+/// The server, by real sockets and signals.
+mod serve;

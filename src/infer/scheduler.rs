@@ -78,7 +78,7 @@ pub enum StartError {
 }
 
 /// One image, as the caller brings it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Input {
     /// A JPEG, PNG … file.
     Encoded(Bytes),
