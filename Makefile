@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 DEMO := target/debug/nfold
-PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,tests/data/cifar10/$(c)/0001.jpg)
+PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,$(firstword $(wildcard tests/data/cifar10/$(c)/*.jpg)))
 
 .PHONY: demo test serve ort ort-gpu
 
