@@ -84,6 +84,19 @@ fn folds_reports_and_inspects() {
     assert!(text(&checkpoint.stdout).contains("resnet18.a1_in1k"), "{}", text(&checkpoint.stdout));
 }
 
+/// Switches can be set by the environment as people write switches there.
+#[test]
+fn switches_are_read_from_the_environment() {
+    for (value, json) in [("1", true), ("true", true), ("yes", true), ("0", false), ("false", false), ("", false)] {
+        let output = Command::new(env!("CARGO_BIN_EXE_nfold"))
+            .args(["inspect", &golden("resnet18_small")])
+            .env("NFOLD_JSON", value)
+            .output()
+            .unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&output.stdout).is_ok(), json, "NFOLD_JSON={value}");
+    }
+}
+
 #[test]
 fn fold_refuses_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

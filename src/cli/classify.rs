@@ -12,6 +12,7 @@ use std::thread;
 
 use anyhow::{anyhow, bail};
 use clap::Args;
+use clap::builder::FalseyValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -33,7 +34,7 @@ pub struct ClassifyArgs {
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     /// Search folders for images, in order of their names
-    #[arg(long, short, env = "NFOLD_RECURSIVE")]
+    #[arg(long, short, env = "NFOLD_RECURSIVE", value_parser = FalseyValueParser::new())]
     recursive: bool,
     /// Model repository
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
@@ -51,7 +52,7 @@ pub struct ClassifyArgs {
     #[arg(long, env = "NFOLD_THREADS", value_name = "N")]
     threads: Option<usize>,
     /// Print one JSON object a line on stdout
-    #[arg(long, env = "NFOLD_JSON")]
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::bail;
+use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
@@ -39,13 +40,13 @@ pub struct FoldArgs {
     #[arg(long, env = "NFOLD_GATE", default_value = "resize")]
     gate: GateArg,
     /// Leave standardisation, normalisation, gains, α and β as graph operations, for comparison
-    #[arg(long, env = "NFOLD_UNFOLDED")]
+    #[arg(long, env = "NFOLD_UNFOLDED", value_parser = FalseyValueParser::new())]
     unfolded: bool,
     /// Replace the version if it exists
-    #[arg(long, env = "NFOLD_REPLACE")]
+    #[arg(long, env = "NFOLD_REPLACE", value_parser = FalseyValueParser::new())]
     replace: bool,
     /// Print the report as JSON on stdout
-    #[arg(long, env = "NFOLD_JSON")]
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use clap::builder::FalseyValueParser;
 use serde_json::json;
 
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
@@ -24,7 +25,7 @@ pub struct InspectArgs {
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
     model_version: Option<u32>,
     /// Print as JSON
-    #[arg(long, env = "NFOLD_JSON")]
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 
