@@ -160,7 +160,10 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     };
     logging::init(format, &args.log).map_err(|e| anyhow!("{e}; see --log"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(server::run(args.options(), signalled()))?;
+    let served = runtime.block_on(server::run(args.options(), signalled()));
+    // a signal while models load must not wait for the loading thread
+    runtime.shutdown_background();
+    served?;
     Ok(ExitCode::SUCCESS)
 }
 
