@@ -42,7 +42,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
-        Command::Serve(args) => serve::run(&args),
+        Command::Serve(args) => serve::run(args),
         Command::Healthcheck(args) => serve::healthcheck(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Init(args) => init::run(&args),

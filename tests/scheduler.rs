@@ -1,282 +1,349 @@
-//! The queue with engines that are slow, failing, panicking and lying: what is admitted is answered once, by its own
-//! answer, and never more is admitted than there is room for.
+//! The scheduler with engines that are slow, hang, fail, panic or lie: every image gets its own answer or a refusal,
+//! exactly once, and nothing is ever queued without bound.
 
-use std::collections::HashSet;
+use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
 use nfold::infer::error::InferError;
-use nfold::infer::image::ImageLimits;
 use nfold::infer::resize::Preprocessor;
-use nfold::infer::scheduler::{Input, Job, Scheduler, SchedulerOptions, Ticket};
-use nfold::metrics::Metrics;
-use nfold::model::{CropMode, Interpolation, Preprocessing};
+use nfold::infer::scheduler::{Input, Job, Output, Scheduler, SchedulerOptions, StartError, Ticket};
+use nfold::metrics::{Metrics, Outcome};
 
-const CLASSES: usize = 3;
-/// Values of an image: 3 x 1 x 1.
-const LEN: usize = 3;
-/// An image that no engine survives, and one that no engine can run.
-const PANICS: f32 = -666.0;
-const FAILS: f32 = -13.0;
+use crate::fakes::{CLASSES, Fault, MARK, SIDE, Strings, all_images, eventually, images, model_dir, opener, options};
 
-/// Answers with the image's own first value, after a while.
-struct Fake {
-    delay: Duration,
-    seen: Arc<Mutex<Vec<Vec<f32>>>>,
+const SOON: Duration = Duration::from_secs(10);
+
+struct Stage {
+    scheduler: Scheduler,
+    strings: Arc<Strings>,
+    metrics: Metrics,
 }
 
-impl Backend for Fake {
-    fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
-        std::thread::sleep(self.delay);
-        let firsts: Vec<f32> = batch.data.chunks(LEN).map(|image| image[0]).collect();
-        self.seen.lock().unwrap().push(firsts.clone());
-        assert!(!firsts.contains(&PANICS), "the fake engine was told to panic");
-        if firsts.contains(&FAILS) {
-            return Err(BackendError::Run("told to fail".into()));
-        }
-        let data = firsts.iter().flat_map(|f| [*f, 0.0, 1.0]).collect();
-        Ok(Logits { images: batch.images, classes: CLASSES, data })
+fn start(options: SchedulerOptions) -> Stage {
+    let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+    let scheduler = Scheduler::start(job(&strings, &metrics), options).unwrap();
+    strings.forget_warm_up();
+    Stage { scheduler, strings, metrics }
+}
+
+fn job(strings: &Arc<Strings>, metrics: &Metrics) -> Job {
+    Job {
+        what: "m/1".into(),
+        preprocessor: Preprocessor::new(&model_dir("m", 1).manifest.preprocessing),
+        exif_orientation: false,
+        classes: CLASSES,
+        open: opener(strings),
+        metrics: metrics.model("m", 1, "fake"),
     }
 }
 
-struct House {
-    scheduler: Arc<Scheduler>,
-    metrics: Arc<Metrics>,
-    seen: Arc<Mutex<Vec<Vec<f32>>>>,
-    opened: Arc<AtomicUsize>,
+fn tensor(id: f32) -> Input {
+    let mut values = vec![0.0; 3 * SIDE * SIDE];
+    values[0] = id;
+    Input::Tensor(values)
 }
 
-impl House {
-    fn new(delay_ms: u64, options: SchedulerOptions) -> Self {
-        let metrics = Arc::new(Metrics::new());
-        let (seen, opened) = (Arc::new(Mutex::default()), Arc::new(AtomicUsize::new(0)));
-        let (for_engines, count) = (Arc::clone(&seen), opened.clone());
-        let job = Job {
-            what: "fake".into(),
-            preprocessor: Preprocessor::new(&Preprocessing {
-                height: 1,
-                width: 1,
-                crop_pct: 1.0,
-                crop_mode: CropMode::Center,
-                interpolation: Interpolation::Bilinear,
-                mean: [0.5; 3],
-                std: [0.5; 3],
-                exif_orientation: false,
-            }),
-            exif_orientation: false,
-            classes: CLASSES,
-            open: Box::new(move || {
-                count.fetch_add(1, Ordering::SeqCst);
-                let (delay, seen) = (Duration::from_millis(delay_ms), for_engines.clone());
-                Ok(Box::new(Fake { delay, seen }))
-            }),
-            metrics: metrics.model("fake", 1, "cpu"),
-        };
-        let scheduler = Arc::new(Scheduler::start(job, options).unwrap());
-        seen.lock().unwrap().clear(); // warm-up
-        Self { scheduler, metrics, seen, opened }
+impl Stage {
+    fn submit(&self, id: f32) -> Result<Ticket, InferError> {
+        self.submit_until(id, Instant::now() + SOON)
     }
 
-    fn submit(&self, value: f32) -> Result<Ticket, InferError> {
-        self.submit_by(value, Instant::now() + Duration::from_secs(20))
-    }
-
-    fn submit_by(&self, value: f32, deadline: Instant) -> Result<Ticket, InferError> {
-        let mut tickets = self.scheduler.submit(vec![Input::Tensor(vec![value, 0.0, 0.0])], deadline)?;
-        Ok(tickets.remove(0))
-    }
-
-    /// Waits for the threads: an image is counted just after its answer.
-    fn settle(&self) {
-        self.scheduler.close();
-        assert_eq!(self.scheduler.join(Instant::now() + Duration::from_secs(5)), 0);
+    fn submit_until(&self, id: f32, deadline: Instant) -> Result<Ticket, InferError> {
+        Ok(self.scheduler.submit(vec![tensor(id)], deadline)?.remove(0))
     }
 
     fn depth(&self) -> i64 {
-        self.metrics.queue_depth.with_label_values(&["fake", "1"]).get()
+        self.metrics.queue_depth.with_label_values(&["m", "1"]).get()
     }
 
-    fn images(&self, outcome: &str) -> u64 {
-        self.metrics.images_total.with_label_values(&["fake", "1", outcome]).get()
+    /// One image inside the (held) engine, everything after it waits.
+    fn occupy(&self) -> Ticket {
+        self.strings.hold();
+        let before = self.strings.runs();
+        let ticket = self.submit(0.0).unwrap();
+        eventually("the engine is busy", || self.strings.runs() == before + 1);
+        ticket
     }
 
-    fn ran(&self) -> Vec<f32> {
-        self.seen.lock().unwrap().concat()
+    fn ended(&self, outcome: Outcome) -> u64 {
+        images(&self.metrics, "m", outcome)
     }
 }
 
-fn options(workers: usize, max_batch: usize, queue_limit: usize) -> SchedulerOptions {
-    SchedulerOptions {
-        workers,
-        decoders: 0,
-        max_batch,
-        max_queue_delay: Duration::ZERO,
-        queue_limit,
-        image_limits: ImageLimits::default(),
-    }
+fn wait<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn every_answer_belongs_to_its_image() {
-    let house = House::new(1, options(2, 4, 1000));
-    let tickets: Vec<_> = (100..700).map(|i| (i as f32, house.submit(i as f32).unwrap())).collect();
-    for (value, ticket) in tickets {
-        assert_eq!(ticket.answer().await.unwrap().logits, [value, 0.0, 1.0]);
-    }
-    let largest = house.seen.lock().unwrap().iter().map(Vec::len).max();
-    assert_eq!(largest, Some(4), "a backlog is batched, up to the limit");
-    assert_eq!(house.ran().len(), 600, "nothing runs twice");
-    house.settle();
-    assert_eq!((house.depth(), house.images("ok")), (0, 600));
+fn answer(ticket: Ticket) -> Result<Output, InferError> {
+    wait(ticket.answer())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn no_more_is_admitted_than_there_is_room_for() {
-    let house = House::new(20, options(1, 1, 5));
-    let (mut admitted, mut refused) = (Vec::new(), 0);
-    for i in 0..40 {
-        match house.submit(i as f32) {
-            Ok(ticket) => admitted.push(ticket),
-            Err(InferError::Overloaded { retry_after }) => {
-                assert!(retry_after >= Duration::from_millis(100));
-                refused += 1;
-            }
-            Err(other) => panic!("{other}"),
-        }
-        assert!(house.depth() <= 5, "{}", house.depth());
-    }
-    assert!(admitted.len() >= 5 && refused >= 25, "{} admitted, {refused} refused", admitted.len());
-    // a request with several images takes as many slots, or none
-    let many = vec![Input::Tensor(vec![0.0; LEN]); 6];
-    let later = Instant::now() + Duration::from_secs(9);
-    assert!(matches!(house.scheduler.submit(many, later), Err(InferError::TooManyImages { images: 6, limit: 5 })));
-    for ticket in admitted {
-        ticket.answer().await.unwrap();
-    }
-    assert_eq!(house.depth(), 0);
-    assert!(house.submit(1.0).is_ok(), "there is room again");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn late_and_abandoned_images_are_not_run() {
-    let house = House::new(150, options(1, 1, 100));
-    let first = house.submit(1.0).unwrap();
-    tokio::time::sleep(Duration::from_millis(30)).await; // the engine has it
-    let late = house.submit_by(2.0, Instant::now() + Duration::from_millis(60));
-    drop(house.submit(3.0).unwrap());
-    let last = house.submit(4.0).unwrap();
-    match late {
-        Ok(ticket) => assert!(matches!(ticket.answer().await, Err(InferError::DeadlineExceeded))),
-        // refused at once, as the queue can't be drained in time
-        Err(error) => assert!(matches!(error, InferError::Overloaded { .. }), "{error}"),
-    }
-    first.answer().await.unwrap();
-    last.answer().await.unwrap();
-    assert_eq!(house.ran(), [1.0, 4.0]);
-    assert!(matches!(house.submit_by(5.0, Instant::now()), Err(InferError::DeadlineExceeded)));
-    house.settle();
-    assert_eq!((house.depth(), house.images("cancelled")), (0, 1));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_bad_image_does_not_spoil_its_neighbours() {
-    for bad in [FAILS, PANICS] {
-        let house = House::new(30, options(1, 8, 100));
-        let opened = house.opened.load(Ordering::SeqCst);
-        let blocker = house.submit(0.5).unwrap();
-        tokio::time::sleep(Duration::from_millis(10)).await;
-        let values = [1.0, 2.0, bad, 3.0];
-        let tickets: Vec<_> = values.iter().map(|v| house.submit(*v).unwrap()).collect();
-        blocker.answer().await.unwrap();
-        for (value, ticket) in values.iter().zip(tickets) {
-            match ticket.answer().await {
-                Ok(output) => assert_eq!((output.logits[0], *value == bad), (*value, false)),
-                Err(error) => {
-                    assert!(matches!(error, InferError::Internal(_)) && *value == bad, "{value}: {error}");
-                }
-            }
-        }
-        assert!(house.seen.lock().unwrap().iter().any(|run| run.len() == 4), "they were one batch");
-        assert_eq!(house.opened.load(Ordering::SeqCst) > opened, bad == PANICS, "an engine that panicked is replaced");
-        assert_eq!(house.submit(9.0).unwrap().answer().await.unwrap().logits[0], 9.0, "the worker lives");
-        house.settle();
-        assert_eq!((house.depth(), house.images("internal")), (0, 1));
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn images_that_are_none_are_refused_alone() {
-    let house = House::new(1, options(2, 4, 100));
-    let deadline = Instant::now() + Duration::from_secs(9);
-    let inputs = vec![
-        Input::Encoded("no image".into()),
-        Input::Tensor(vec![7.0, 0.0, 0.0]),
-        Input::Encoded(bytes::Bytes::new()),
-    ];
-    let mut answers = Vec::new();
-    for ticket in house.scheduler.submit(inputs, deadline).unwrap() {
-        answers.push(ticket.answer().await);
-    }
-    assert!(matches!(answers[0], Err(InferError::Image(_))) && matches!(answers[2], Err(InferError::Image(_))));
-    assert_eq!(answers[1].as_ref().unwrap().logits[0], 7.0);
-    assert_eq!(house.depth(), 0);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn closing_answers_what_is_queued_and_aborting_refuses_it() {
-    let house = House::new(20, options(2, 2, 100));
-    let tickets: Vec<_> = (1..9).map(|i| house.submit(i as f32).unwrap()).collect();
-    house.scheduler.close();
-    assert!(matches!(house.submit(9.0), Err(InferError::ShuttingDown)));
-    for ticket in tickets {
-        ticket.answer().await.unwrap();
-    }
-    assert_eq!(house.scheduler.join(Instant::now() + Duration::from_secs(5)), 0);
-
-    let house = House::new(200, options(1, 1, 100));
-    let tickets: Vec<_> = (1..4).map(|i| house.submit(i as f32).unwrap()).collect();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    house.scheduler.abort();
-    let mut refused = 0;
-    for ticket in tickets {
-        refused += usize::from(matches!(ticket.answer().await, Err(InferError::ShuttingDown)));
-    }
-    assert_eq!(refused, 2, "one was running, two were waiting");
-    assert_eq!(house.scheduler.join(Instant::now() + Duration::from_secs(5)), 0);
-    assert_eq!(house.depth(), 0);
-}
-
-/// Many callers at once, some of whom give up: every image ends in exactly one outcome.
-#[tokio::test(flavor = "multi_thread")]
-async fn outcomes_add_up_under_load() {
-    let house = Arc::new(House::new(2, options(2, 4, 16)));
-    let (sent, answered) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(HashSet::new())));
-    let callers: Vec<_> = (0..8)
-        .map(|caller| {
-            let (house, sent, answered) = (house.clone(), sent.clone(), answered.clone());
-            tokio::spawn(async move {
-                for i in 0..100 {
-                    let value = (1000 * caller + i + 1) as f32;
-                    sent.fetch_add(1, Ordering::SeqCst);
-                    let Ok(ticket) = house.submit(value) else { continue };
-                    if i % 10 == 9 {
-                        drop(ticket);
-                    } else if let Ok(output) = ticket.answer().await {
-                        assert_eq!(output.logits[0], value);
-                        assert!(answered.lock().unwrap().insert(value.to_bits()));
+#[test]
+fn every_reply_belongs_to_its_request_and_the_queue_is_bounded() {
+    const LIMIT: usize = 16;
+    for decoders in [0, 2] {
+        let stage = start(SchedulerOptions { decoders, ..options(3, 4, LIMIT) });
+        *stage.strings.delay.lock().unwrap() = Duration::from_micros(300);
+        let (answered, refused, most) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for client in 0..8_usize {
+                let (stage, answered, refused, most) = (&stage, &answered, &refused, &most);
+                scope.spawn(move || {
+                    for turn in 0..250 {
+                        let count = 1 + (client + turn) % 4;
+                        let ids: Vec<f32> = (0..count).map(|i| (client * 10_000 + turn * 10 + i) as f32).collect();
+                        let inputs = ids.iter().map(|&id| tensor(id)).collect();
+                        match stage.scheduler.submit(inputs, Instant::now() + SOON) {
+                            Ok(tickets) => {
+                                most.fetch_max(usize::try_from(stage.depth()).unwrap(), Ordering::SeqCst);
+                                for (ticket, id) in tickets.into_iter().zip(ids) {
+                                    let output = answer(ticket).unwrap();
+                                    assert_eq!(output.logits, [id, 0.0, 0.0]);
+                                    assert!(output.timings.batch <= 4);
+                                    answered.fetch_add(1, Ordering::SeqCst);
+                                }
+                            }
+                            Err(InferError::Overloaded { .. }) => {
+                                refused.fetch_add(count, Ordering::SeqCst);
+                            }
+                            Err(other) => panic!("{other}"),
+                        }
                     }
-                }
-            })
-        })
-        .collect();
-    for caller in callers {
-        caller.await.unwrap();
+                });
+            }
+        });
+        assert!(most.load(Ordering::SeqCst) <= LIMIT);
+        assert_eq!(stage.depth(), 0, "every slot is back");
+        assert_eq!(stage.ended(Outcome::Ok), answered.load(Ordering::SeqCst) as u64);
+        assert_eq!(stage.ended(Outcome::Overloaded), refused.load(Ordering::SeqCst) as u64);
+        assert_eq!(all_images(&stage.metrics, "m"), (answered.into_inner() + refused.into_inner()) as u64);
     }
-    house.settle();
-    let outcomes = ["ok", "overloaded", "cancelled", "deadline_exceeded", "internal"].map(|o| house.images(o));
-    assert_eq!(outcomes.iter().sum::<u64>(), sent.load(Ordering::SeqCst) as u64, "{outcomes:?}");
-    assert!(outcomes[0] >= answered.lock().unwrap().len() as u64 && outcomes[4] == 0, "{outcomes:?}");
-    assert_eq!(house.depth(), 0);
+}
+
+#[test]
+fn a_full_queue_refuses_at_once_and_whole_requests() {
+    let stage = start(options(1, 4, 3));
+    let busy = stage.occupy();
+    let waiting = stage.submit(1.0).unwrap();
+    let started = Instant::now();
+    let two = stage.scheduler.submit(vec![tensor(2.0), tensor(3.0)], Instant::now() + SOON);
+    assert!(matches!(two, Err(InferError::Overloaded { retry_after }) if retry_after > Duration::ZERO), "{two:?}");
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert_eq!(stage.depth(), 2, "a refused request takes no slot");
+    let last = stage.submit(4.0).unwrap();
+    assert!(matches!(stage.submit(5.0), Err(InferError::Overloaded { .. })));
+    let many = stage.scheduler.submit((0..4).map(|i| tensor(i as f32)).collect(), Instant::now() + SOON);
+    assert!(matches!(many, Err(InferError::TooManyImages { images: 4, limit: 3 })), "{many:?}");
+    stage.strings.release();
+    for ticket in [busy, waiting, last] {
+        answer(ticket).unwrap();
+    }
+    assert_eq!(stage.depth(), 0);
+    assert!(!stage.strings.seen.lock().unwrap().contains(&2), "nothing refused is computed");
+}
+
+#[test]
+fn batches_form_from_what_waits_in_order() {
+    let stage = start(options(1, 4, 100));
+    let busy = stage.occupy();
+    let tickets: Vec<Ticket> = (1..=6).map(|i| stage.submit(i as f32).unwrap()).collect();
+    stage.strings.release();
+    answer(busy).unwrap();
+    let batches: Vec<usize> = tickets.into_iter().map(|t| answer(t).unwrap().timings.batch).collect();
+    assert_eq!(batches, [4, 4, 4, 4, 2, 2]);
+    assert_eq!(*stage.strings.batches.lock().unwrap(), [1, 4, 2]);
+}
+
+#[test]
+fn a_burst_on_idle_engines_is_shared_out() {
+    let stage = start(options(2, 8, 100));
+    stage.strings.hold();
+    let tickets = stage.scheduler.submit((0..4).map(|i| tensor(i as f32)).collect(), Instant::now() + SOON).unwrap();
+    eventually("both engines have work", || stage.strings.runs() == 2);
+    stage.strings.release();
+    let batches: Vec<usize> = tickets.into_iter().map(|t| answer(t).unwrap().timings.batch).collect();
+    assert!(batches.iter().all(|&b| b <= 3), "{batches:?}");
+}
+
+#[test]
+fn a_queue_delay_fills_batches_and_ends() {
+    let stage = start(SchedulerOptions { max_queue_delay: Duration::from_millis(200), ..options(1, 3, 100) });
+    let started = Instant::now();
+    let full: Vec<Ticket> = (0..3).map(|i| stage.submit(i as f32).unwrap()).collect();
+    for ticket in full {
+        assert_eq!(answer(ticket).unwrap().timings.batch, 3);
+    }
+    assert!(started.elapsed() < Duration::from_millis(150), "a full batch waits for nobody");
+    let alone = answer(stage.submit(9.0).unwrap()).unwrap();
+    assert!(alone.timings.queue >= Duration::from_millis(190), "{:?}", alone.timings);
+    assert_eq!(alone.timings.batch, 1);
+}
+
+#[test]
+fn expired_images_are_not_computed() {
+    let stage = start(options(1, 4, 100));
+    let busy = stage.occupy();
+    let late = stage.submit_until(7.0, Instant::now() + Duration::from_millis(30)).unwrap();
+    let started = Instant::now();
+    assert!(matches!(answer(late), Err(InferError::DeadlineExceeded)));
+    assert!(started.elapsed() < Duration::from_secs(5), "the caller hears at its deadline, not when an engine is free");
+    assert!(matches!(stage.submit_until(8.0, Instant::now()), Err(InferError::DeadlineExceeded)));
+    stage.strings.release();
+    answer(busy).unwrap();
+    eventually("the slot is back", || stage.depth() == 0);
+    assert!(stage.strings.seen.lock().unwrap().is_disjoint(&[7, 8].into()));
+    assert_eq!(stage.ended(Outcome::DeadlineExceeded), 2);
+}
+
+#[test]
+fn cancelled_images_are_not_computed_and_make_room() {
+    let stage = start(options(1, 4, 3));
+    let busy = stage.occupy();
+    let gone = [stage.submit(7.0).unwrap(), stage.submit(8.0).unwrap()];
+    drop(gone);
+    let next = stage.submit(9.0).expect("the dead make room");
+    stage.strings.release();
+    answer(busy).unwrap();
+    assert_eq!(answer(next).unwrap().logits[0], 9.0);
+    assert!(stage.strings.seen.lock().unwrap().is_disjoint(&[7, 8].into()));
+    assert_eq!(stage.ended(Outcome::Cancelled), 2);
+    assert_eq!(stage.depth(), 0);
+}
+
+#[test]
+fn hopeless_deadlines_are_refused_at_the_door() {
+    let stage = start(options(1, 1, 100));
+    *stage.strings.delay.lock().unwrap() = Duration::from_millis(20);
+    for i in 0..20 {
+        answer(stage.submit(i as f32).unwrap()).unwrap();
+    }
+    let busy = stage.occupy();
+    let waiting: Vec<Ticket> = (0..20).map(|i| stage.submit(i as f32).unwrap()).collect();
+    let hopeless = stage.submit_until(5.0, Instant::now() + Duration::from_millis(40));
+    assert!(matches!(hopeless, Err(InferError::Overloaded { .. })), "{hopeless:?}");
+    stage.strings.release();
+    answer(busy).unwrap();
+    waiting.into_iter().for_each(|t| drop(answer(t).unwrap()));
+}
+
+fn poison(fault: Fault) {
+    let stage = start(options(1, 8, 100));
+    *stage.strings.fault.lock().unwrap() = Some(fault);
+    let busy = stage.occupy();
+    let good: Vec<Ticket> = [1.0, 2.0].map(|i| stage.submit(i).unwrap()).into();
+    let bad = stage.submit(MARK).unwrap();
+    let more = stage.submit(3.0).unwrap();
+    stage.strings.release();
+    answer(busy).unwrap();
+    for (ticket, id) in good.into_iter().chain([more]).zip([1.0, 2.0, 3.0]) {
+        assert_eq!(answer(ticket).unwrap().logits[0], id);
+    }
+    assert!(matches!(answer(bad), Err(InferError::Internal(detail)) if detail.contains("told to")));
+    assert_eq!(stage.depth(), 0);
+    assert_eq!((stage.ended(Outcome::Ok), stage.ended(Outcome::Internal)), (4, 1));
+    answer(stage.submit(4.0).unwrap()).expect("the engine lives on");
+    assert_eq!(stage.scheduler.health().failures, 0);
+}
+
+#[test]
+fn a_failing_image_does_not_poison_its_batch() {
+    poison(Fault::Error);
+}
+
+#[test]
+fn a_panicking_image_does_not_poison_its_batch_and_the_engine_is_replaced() {
+    poison(Fault::Panic);
+}
+
+#[test]
+fn a_panicking_engine_is_reopened_and_counted() {
+    let stage = start(options(1, 1, 100));
+    *stage.strings.fault.lock().unwrap() = Some(Fault::Panic);
+    assert!(answer(stage.submit(MARK).unwrap()).is_err());
+    eventually("it is reopened", || stage.strings.opens.load(Ordering::SeqCst) == 2);
+    eventually("it works", || stage.scheduler.health().engines == 1);
+    answer(stage.submit(1.0).unwrap()).unwrap();
+    assert_eq!(stage.metrics.engine_runs_total.with_label_values(&["m", "1", "fake", "panic"]).get(), 1);
+}
+
+#[test]
+fn without_any_engine_requests_are_refused_until_one_is_back() {
+    let stage = start(options(1, 1, 100));
+    *stage.strings.fault.lock().unwrap() = Some(Fault::Panic);
+    stage.strings.refuse_open.store(true, Ordering::SeqCst);
+    assert!(answer(stage.submit(MARK).unwrap()).is_err());
+    eventually("the engine is gone", || stage.scheduler.health().engines == 0);
+    assert!(matches!(stage.submit(1.0), Err(InferError::NotReady)));
+    stage.strings.refuse_open.store(false, Ordering::SeqCst);
+    eventually("the engine is back", || stage.scheduler.health().engines == 1);
+    answer(stage.submit(1.0).unwrap()).unwrap();
+}
+
+#[test]
+fn logits_of_the_wrong_shape_are_a_fault() {
+    let stage = start(options(1, 4, 100));
+    *stage.strings.fault.lock().unwrap() = Some(Fault::Short);
+    assert!(matches!(answer(stage.submit(1.0).unwrap()), Err(InferError::Internal(_))));
+    assert_eq!(stage.scheduler.health().failures, 1);
+}
+
+#[test]
+fn a_hung_run_shows() {
+    let stage = start(options(1, 4, 100));
+    let busy = stage.occupy();
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(stage.scheduler.health().longest_run.is_some_and(|age| age >= Duration::from_millis(30)));
+    stage.strings.release();
+    answer(busy).unwrap();
+    eventually("no run", || stage.scheduler.health().longest_run.is_none());
+}
+
+#[test]
+fn closing_answers_what_is_queued_and_refuses_the_rest() {
+    let stage = start(options(2, 2, 100));
+    stage.strings.hold();
+    let tickets: Vec<Ticket> = (0..9).map(|i| stage.submit(i as f32).unwrap()).collect();
+    stage.scheduler.close();
+    assert!(matches!(stage.submit(10.0), Err(InferError::ShuttingDown)));
+    assert_eq!(stage.scheduler.join(Instant::now() + Duration::from_millis(20)), 2, "they still have work");
+    stage.strings.release();
+    for (i, ticket) in tickets.into_iter().enumerate() {
+        assert_eq!(answer(ticket).unwrap().logits[0], i as f32);
+    }
+    assert_eq!(stage.scheduler.join(Instant::now() + SOON), 0);
+    assert_eq!(stage.depth(), 0);
+}
+
+#[test]
+fn aborting_answers_at_once() {
+    let stage = start(options(1, 2, 100));
+    let busy = stage.occupy();
+    let tickets: Vec<Ticket> = (0..5).map(|i| stage.submit(i as f32).unwrap()).collect();
+    stage.scheduler.abort();
+    for ticket in tickets {
+        assert!(matches!(answer(ticket), Err(InferError::ShuttingDown)));
+    }
+    stage.strings.release();
+    answer(busy).unwrap();
+    assert_eq!(stage.scheduler.join(Instant::now() + SOON), 0);
+}
+
+#[test]
+fn a_model_that_fails_its_warm_up_does_not_start() {
+    let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+    *strings.fault.lock().unwrap() = Some(Fault::Short);
+    let started = Scheduler::start(job(&strings, &metrics), options(2, 2, 10));
+    assert!(matches!(started, Err(StartError::WarmUp { batch: 1, .. })), "{started:?}");
+}
+
+#[test]
+fn warm_up_runs_every_batch_size() {
+    let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+    let _scheduler = Scheduler::start(job(&strings, &metrics), options(1, 20, 10)).unwrap();
+    let mut sizes = strings.batches.lock().unwrap().clone();
+    sizes.sort_unstable();
+    sizes.dedup();
+    assert_eq!(sizes, [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]);
 }

@@ -16,8 +16,14 @@ mod cli;
 /// The same bits in any batch.
 mod invariance;
 
+/// Engines that misbehave, for the tests below.
+mod fakes;
+
 /// Queue and workers, with engines that misbehave.
 mod scheduler;
 
-/// The server, by real sockets and signals.
+/// The server over real sockets, with engines that misbehave.
 mod serve;
+
+/// The program as operators meet it: real model, real signals.
+mod process;

@@ -1,86 +1,87 @@
-//! `nfold serve` and `nfold healthcheck`: flags → [`ServeOptions`], signals → shutdown.
+//! `nfold serve` and `nfold healthcheck`: arguments, their defaults, and the way into the server.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, ValueEnum};
+use tokio::sync::mpsc;
 
 use crate::infer::engine::{EngineOptions, Provider};
 use crate::infer::image::ImageLimits;
-use crate::infer::registry::RegistryOptions;
+use crate::infer::registry::{Registry, RegistryOptions};
 use crate::infer::scheduler::SchedulerOptions;
 use crate::logging::{self, LogFormat};
-use crate::server::{self, Limits, ServeOptions};
+use crate::server::{Control, Options, Server};
 
-/// Arguments of `nfold serve`.
+/// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Model repository: every model and version in it is served
-    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}
+    #[arg(long, value_name = "DIR", env = "NFOLD_REPOSITORY", default_value = "repository")]
     repository: PathBuf,
-    /// Serve only this model, NAME or NAME:VERSION; may be repeated
-    #[arg(long = "model", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = parse_model, value_name = "NAME[:VERSION]")]
+    /// Model to serve, all its versions or one; repeat for several [default: everything in the repository]
+    #[arg(long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
     models: Vec<(String, Option<u32>)>,
     /// Address of the HTTP port; port 0 picks a free one
-    #[arg(long, env = "NFOLD_HTTP", default_value = "0.0.0.0:8000", value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000")]
     http: SocketAddr,
-    /// Address of the admin port (/livez, /readyz, /metrics)
-    #[arg(long, env = "NFOLD_ADMIN", default_value = "0.0.0.0:8002", value_name = "ADDR")]
+    /// Address of the admin port: /livez, /readyz, /metrics
+    #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "0.0.0.0:8002")]
     admin: SocketAddr,
-    /// Hardware that runs the models; cuda and tensorrt need a build with `--features gpu`
-    #[arg(long, env = "NFOLD_PROVIDER", default_value = "cpu")]
+    /// Hardware that runs the graphs
+    #[arg(long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
     provider: ProviderArg,
-    /// Engine threads for each model, each with its own session [default: one per core]
-    #[arg(long, env = "NFOLD_WORKERS", value_name = "N")]
-    workers: Option<usize>,
-    /// Threads inside one session
-    #[arg(long, env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_name = "N")]
-    intra_threads: usize,
-    /// Threads that only decode and resize; with 0 the engine threads do it themselves [default: 0 on cpu, else one per core]
-    #[arg(long, env = "NFOLD_DECODERS", value_name = "N")]
-    decoders: Option<usize>,
+    /// Threads with an engine each, per model; each holds a copy of the weights [default: the cores; 1 on a GPU]
+    #[arg(long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+    /// Threads inside one engine run
+    #[arg(long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    intra_threads: u16,
+    /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
+    #[arg(long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    decoders: Option<u16>,
     /// Most images in one engine run
-    #[arg(long, env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_name = "N")]
-    max_batch_size: usize,
-    /// How long an image may wait for company while an engine is free, in microseconds
-    #[arg(long, env = "NFOLD_MAX_QUEUE_DELAY_US", default_value_t = 0, value_name = "US")]
-    max_queue_delay_us: u64,
-    /// Most images admitted and not yet answered, for each model; more are refused with 429
-    #[arg(long, env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_name = "N")]
-    queue_limit: usize,
-    /// Deadline of a request in milliseconds; a request's own can only be shorter
-    #[arg(long, env = "NFOLD_REQUEST_TIMEOUT_MS", default_value_t = 30_000, value_name = "MS")]
-    request_timeout_ms: u64,
-    /// Largest request body in bytes
-    #[arg(long, env = "NFOLD_MAX_BODY_BYTES", default_value_t = 64 << 20, value_name = "BYTES")]
-    max_body_bytes: usize,
-    /// Largest encoded image in bytes
-    #[arg(long, env = "NFOLD_MAX_IMAGE_BYTES", default_value_t = ImageLimits::default().max_bytes, value_name = "BYTES")]
-    max_image_bytes: usize,
-    /// Largest image in pixels, width times height
-    #[arg(long, env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_name = "N")]
-    max_image_pixels: u64,
-    /// Most client connections at once
-    #[arg(long, env = "NFOLD_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N")]
-    max_connections: usize,
-    /// Time a client has to send a request's head, in milliseconds
-    #[arg(long, env = "NFOLD_HEADER_TIMEOUT_MS", default_value_t = 10_000, value_name = "MS")]
-    header_timeout_ms: u64,
-    /// After the first SIGTERM or SIGINT: how long to go on answering, not ready any more, in milliseconds
-    #[arg(long, env = "NFOLD_DRAIN_HOLD_MS", default_value_t = 0, value_name = "MS")]
-    drain_hold_ms: u64,
-    /// After that: how long requests in flight may take, in milliseconds
-    #[arg(long, env = "NFOLD_DRAIN_TIMEOUT_MS", default_value_t = 20_000, value_name = "MS")]
-    drain_timeout_ms: u64,
-    /// How log lines look
-    #[arg(long, env = "NFOLD_LOG_FORMAT", default_value = "text")]
+    #[arg(long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    max_batch_size: u16,
+    /// How long an image may wait for company although an engine is free; batches form under load without it
+    #[arg(long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
+    max_queue_delay: Duration,
+    /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After
+    #[arg(long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    queue_limit: u32,
+    /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
+    #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
+    request_timeout: Duration,
+    /// Most bytes of a request body
+    #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    body_limit: u64,
+    /// Client connections open at once; more wait
+    #[arg(long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    connections: u32,
+    /// Longest a client may take to send a request's head; also ends idle connections
+    #[arg(long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
+    head_timeout: Duration,
+    /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
+    #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
+    drain_hold: Duration,
+    /// After that: how long requests in flight may take to finish
+    #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration)]
+    drain_timeout: Duration,
+    /// An engine run longer than this is taken as hung, and the server as not ready
+    #[arg(long, value_name = "TIME", env = "NFOLD_HANG_LIMIT", default_value = "30s", value_parser = positive)]
+    hang_limit: Duration,
+    /// Engines out of order for longer than this end the server with exit code 1
+    #[arg(long, value_name = "TIME", env = "NFOLD_FAULT_LIMIT", default_value = "60s", value_parser = positive)]
+    fault_limit: Duration,
+    /// How log lines look; they go to stderr
+    #[arg(long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
     log_format: LogFormatArg,
-    /// What is logged: a level, or levels by module
-    #[arg(long, env = "NFOLD_LOG", default_value = "info,ort=warn", value_name = "FILTER")]
+    /// What is logged, as RUST_LOG takes it
+    #[arg(long, value_name = "FILTER", env = "NFOLD_LOG", default_value = "info,ort=warn")]
     log: String,
 }
 
@@ -88,7 +89,8 @@ pub struct ServeArgs {
 enum ProviderArg {
     Cpu,
     Cuda,
-    Tensorrt,
+    #[value(name = "tensorrt")]
+    TensorRt,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -97,133 +99,193 @@ enum LogFormatArg {
     Json,
 }
 
-fn parse_model(text: &str) -> Result<(String, Option<u32>), String> {
-    match text.split_once(':') {
-        None => Ok((text.into(), None)),
-        Some((name, version)) => {
-            let version = version.parse().map_err(|_| format!("`{version}` is not a version number"))?;
-            Ok((name.into(), Some(version)))
-        }
-    }
-}
-
 impl ServeArgs {
-    fn options(&self) -> ServeOptions {
+    /// Typed options: what is left open depends on the provider and on the machine's cores.
+    fn resolve(self) -> (Options, RegistryOptions) {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let provider = match self.provider {
             ProviderArg::Cpu => Provider::Cpu,
             ProviderArg::Cuda => Provider::Cuda,
-            ProviderArg::Tensorrt => Provider::TensorRt,
+            ProviderArg::TensorRt => Provider::TensorRt,
         };
         let on_cpu = provider == Provider::Cpu;
-        // a GPU runs one session at a time, and its thread mostly waits
-        let workers = self.workers.unwrap_or(if on_cpu { (cores / self.intra_threads.max(1)).max(1) } else { 1 });
-        let milliseconds = Duration::from_millis;
-        ServeOptions {
+        let intra_threads = usize::from(self.intra_threads);
+        let fitting = if on_cpu { (cores / intra_threads).max(1) } else { 1 };
+        let registry = RegistryOptions {
+            repository: self.repository,
+            models: self.models,
+            engine: EngineOptions { provider, intra_threads, spinning: false },
+            scheduler: SchedulerOptions {
+                workers: self.workers.map_or(fitting, usize::from),
+                decoders: self.decoders.map_or(if on_cpu { 0 } else { cores }, usize::from),
+                max_batch: self.max_batch_size.into(),
+                max_queue_delay: self.max_queue_delay,
+                queue_limit: self.queue_limit as usize,
+                image_limits: ImageLimits::default(),
+            },
+        };
+        let options = Options {
             http: self.http,
             admin: self.admin,
-            registry: RegistryOptions {
-                repository: self.repository.clone(),
-                models: self.models.clone(),
-                engine: EngineOptions { provider, intra_threads: self.intra_threads, spinning: false },
-                scheduler: SchedulerOptions {
-                    workers,
-                    decoders: self.decoders.unwrap_or(if on_cpu { 0 } else { cores }),
-                    max_batch: self.max_batch_size,
-                    max_queue_delay: Duration::from_micros(self.max_queue_delay_us),
-                    queue_limit: self.queue_limit,
-                    image_limits: ImageLimits {
-                        max_bytes: self.max_image_bytes,
-                        max_pixels: self.max_image_pixels,
-                        ..ImageLimits::default()
-                    },
-                },
-            },
-            limits: Limits {
-                max_body_bytes: self.max_body_bytes,
-                max_connections: self.max_connections,
-                header_timeout: milliseconds(self.header_timeout_ms),
-                request_timeout: milliseconds(self.request_timeout_ms),
-                ..Limits::default()
-            },
-            drain_hold: milliseconds(self.drain_hold_ms),
-            drain_timeout: milliseconds(self.drain_timeout_ms),
-        }
+            request_timeout: self.request_timeout,
+            body_limit: usize::try_from(self.body_limit).unwrap_or(usize::MAX),
+            connections: self.connections as usize,
+            head_timeout: self.head_timeout,
+            drain_hold: self.drain_hold,
+            drain_timeout: self.drain_timeout,
+            hang_limit: self.hang_limit,
+            fault_limit: self.fault_limit,
+            started: Instant::now(),
+        };
+        (options, registry)
     }
 }
 
-/// Runs `nfold serve` until a signal ends it.
-pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+/// Serves until SIGTERM or SIGINT; a second one stops at once.
+pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let format = match args.log_format {
         LogFormatArg::Text => LogFormat::Text,
         LogFormatArg::Json => LogFormat::Json,
     };
-    logging::init(format, &args.log).map_err(|e| anyhow!("{e}; see --log"))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let served = runtime.block_on(server::run(args.options(), signalled()));
-    // a signal while models load must not wait for the loading thread
-    runtime.shutdown_background();
-    served?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Resolves at the first SIGTERM or SIGINT. The second one ends the process at once.
-async fn signalled() {
-    one_signal().await;
-    tokio::spawn(async {
-        one_signal().await;
-        tracing::warn!("second signal: stopping at once");
-        std::process::exit(1);
+    logging::init(format, &args.log).map_err(anyhow::Error::msg)?;
+    let (options, registry) = args.resolve();
+    // async threads only move bytes: the compute threads need the cores
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .thread_name("nfold-io")
+        .max_blocking_threads(16)
+        .enable_all()
+        .build()
+        .map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
+    let served = runtime.block_on(async {
+        let control = signals().map_err(|e| anyhow!("can't listen for signals: {e}"))?;
+        let server = Server::bind(options)?;
+        server.run(move |metrics| Registry::open(&registry, metrics), control).await?;
+        Ok(ExitCode::SUCCESS)
     });
+    // a model that is still loading, or a hung engine, must not hold up the exit
+    runtime.shutdown_background();
+    served
 }
 
-async fn one_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let interrupt = tokio::signal::ctrl_c();
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt => {}
+/// SIGTERM (Kubernetes, systemd) and SIGINT (Ctrl-C) as requests to stop.
+fn signals() -> std::io::Result<mpsc::Receiver<Control>> {
+    let (sender, receiver) = mpsc::channel(2);
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+                if sender.send(Control::Stop).await.is_err() {
+                    break;
+                }
             }
-        }
-        // no handler to be had for SIGTERM: it then ends the process without a drain, SIGINT still drains
-        Err(_) => drop(interrupt.await),
+        });
     }
+    #[cfg(not(unix))]
+    tokio::spawn(
+        async move { while tokio::signal::ctrl_c().await.is_ok() && sender.send(Control::Stop).await.is_ok() {} },
+    );
+    Ok(receiver)
 }
 
-/// Arguments of `nfold healthcheck`.
+/// Exit code 0 when the server is ready: for containers without a shell.
 #[derive(Debug, Args)]
 pub struct HealthcheckArgs {
-    /// Address of the admin port
-    #[arg(long, env = "NFOLD_ADMIN", default_value = "127.0.0.1:8002", value_name = "ADDR")]
-    admin: SocketAddr,
-    /// How long to wait for the answer, in milliseconds
-    #[arg(long, env = "NFOLD_HEALTHCHECK_TIMEOUT_MS", default_value_t = 2_000, value_name = "MS")]
-    timeout_ms: u64,
+    /// Admin port of the server
+    #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "127.0.0.1:8002")]
+    admin: String,
+    /// How long to wait for the answer
+    #[arg(long, value_name = "TIME", env = "NFOLD_HEALTHCHECK_TIMEOUT", default_value = "2s", value_parser = positive)]
+    timeout: Duration,
 }
 
-/// Runs `nfold healthcheck`: fails unless `/readyz` says that the server is ready.
+/// Asks `/readyz` once.
 pub fn healthcheck(args: &HealthcheckArgs) -> anyhow::Result<ExitCode> {
-    let mut address = args.admin;
-    if address.ip().is_unspecified() {
-        // the server's own setting, shared through the environment, says where it listens
-        address.set_ip(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    }
-    let timeout = Duration::from_millis(args.timeout_ms.max(1));
-    let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&address, timeout)?;
-        stream.set_read_timeout(Some(timeout))?;
-        stream.set_write_timeout(Some(timeout))?;
-        write!(stream, "GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.take(64 << 10).read_to_end(&mut answer)?;
-        Ok(String::from_utf8_lossy(&answer).into_owned())
+    let HealthcheckArgs { admin, timeout } = args;
+    let mut addresses = admin.to_socket_addrs().map_err(|e| anyhow!("`{admin}` is no address: {e}; give HOST:PORT"))?;
+    let address = addresses.next().with_context(|| format!("`{admin}` resolves to no address"))?;
+    // NFOLD_ADMIN is usually the address to listen on, and a wildcard can't be connected to everywhere
+    let address = match address.ip().is_unspecified() {
+        true => SocketAddr::from(([127, 0, 0, 1], address.port())),
+        false => address,
     };
-    let answer = ask().map_err(|e| anyhow!("no server answers at {address}: {e}; is `nfold serve` running there?"))?;
-    if !answer.starts_with("HTTP/1.1 200") {
-        let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
-        bail!("the server at {address} is not ready: {}", body.trim());
+    let ask = || {
+        let mut stream = TcpStream::connect_timeout(&address, *timeout)?;
+        stream.set_read_timeout(Some(*timeout))?;
+        stream.set_write_timeout(Some(*timeout))?;
+        stream.write_all(format!("GET /readyz HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n").as_bytes())?;
+        let mut answer = Vec::new();
+        stream.take(4096).read_to_end(&mut answer)?;
+        Ok::<_, std::io::Error>(String::from_utf8_lossy(&answer).into_owned())
+    };
+    let answer =
+        ask().map_err(|e| anyhow!("no answer from {address}: {e}; is `nfold serve` running with this --admin?"))?;
+    let status = answer.split_whitespace().nth(1).unwrap_or_default();
+    match status {
+        "200" => Ok(ExitCode::SUCCESS),
+        _ => bail!("{}", answer.rsplit("\r\n").next().unwrap_or_default().trim()),
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+/// `NAME` or `NAME:VERSION`.
+fn model(text: &str) -> Result<(String, Option<u32>), String> {
+    let (name, version) = match text.split_once(':') {
+        None => (text, None),
+        Some((name, version)) => {
+            (name, Some(version.parse().map_err(|_| format!("version `{version}` is not a whole number"))?))
+        }
+    };
+    crate::model::check_name(name).map_err(|e| e.to_string())?;
+    Ok((name.into(), version))
+}
+
+/// A whole number and one of `us`, `ms`, `s`, `m`, `h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 =
+        text[..digits].parse().map_err(|_| "not a number and a unit, such as 500ms or 10s".to_string())?;
+    let micros = match &text[digits..] {
+        "us" => 1,
+        "ms" => 1_000,
+        "s" => 1_000_000,
+        "m" => 60_000_000,
+        "h" => 3_600_000_000,
+        "" if number == 0 => 0,
+        "" => return Err("a unit is missing: us, ms, s, m or h".into()),
+        unit => return Err(format!("`{unit}` is no unit; take us, ms, s, m or h")),
+    };
+    let longest = Duration::from_secs(7 * 24 * 3600);
+    let duration = number.checked_mul(micros).map(Duration::from_micros).filter(|d| *d <= longest);
+    duration.ok_or_else(|| "longer than a week".into())
+}
+
+fn positive(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|d| if d.is_zero() { Err("must be longer than zero".into()) } else { Ok(d) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(duration("0"), Ok(Duration::ZERO));
+        for bad in ["", "5", "s", "-1s", "1.5s", "1 s", "99999999999999999999s", "10000h", "1d"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+        assert!(positive("0s").is_err());
+    }
+
+    #[test]
+    fn models_may_name_a_version() {
+        assert_eq!(model("b0"), Ok(("b0".into(), None)));
+        assert_eq!(model("b0:3"), Ok(("b0".into(), Some(3))));
+        for bad in ["", ":1", "b0:", "b0:x", "../b0", "b0:-1"] {
+            assert!(model(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -12,4 +12,4 @@ pub mod resize;
 pub mod scheduler;
 pub mod top_k;
 pub mod verify;
-pub(crate) mod worker;
+mod worker;

@@ -308,8 +308,8 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Answers and counts the image. The slot is free before the caller can see the answer, so that a caller who
-    /// sends its next image at once finds room.
+    /// Answers and counts the image. The slot is free and the image counted before the caller can see the answer, so
+    /// that a caller who sends its next image at once finds room.
     pub(super) fn answer(mut self, result: Result<Output, InferError>) {
         self.end(result);
     }
@@ -318,11 +318,15 @@ impl Pending {
         let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
         let slots = slot.0.clone();
         drop(slot);
-        let mut ended = result.as_ref().map_or_else(outcome, |_| Outcome::Ok);
-        if reply.send(result).is_err() {
-            ended = if self.deadline <= Instant::now() { Outcome::DeadlineExceeded } else { Outcome::Cancelled };
-        }
+        let ended = match (&result, reply.is_closed()) {
+            (Ok(_), false) => Outcome::Ok,
+            (Err(error), false) => outcome(error),
+            (_, true) if self.deadline <= Instant::now() => Outcome::DeadlineExceeded,
+            (_, true) => Outcome::Cancelled,
+        };
         slots.metrics.images(ended, 1);
+        // an error means that the caller has gone since
+        let _ = reply.send(result);
     }
 
     /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).

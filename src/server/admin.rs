@@ -1,86 +1,90 @@
-//! The admin port, on its own thread: `/livez`, `/readyz`, `/metrics`. Answers while every worker is busy.
+//! The operator's port: `/livez`, `/readyz`, `/metrics`.
+//!
+//! It has its own OS thread and runtime, so that probes and scrapes answer while every other thread is busy. It is up
+//! before the models load and until the process ends.
+//!
+//! * `/livez`: 200 as long as the process can answer at all.
+//! * `/readyz`: 200 when requests are welcome, else 503 with the reason as text.
+//! * `/metrics`: Prometheus text.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
+use axum::Router;
 use axum::extract::State;
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::http::{HeaderName, header};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::status::Failure;
-use super::{App, ServeError};
-use crate::metrics::{self, Outcome};
+use super::readiness::Readiness;
+use super::status::Code;
+use crate::metrics::{CONTENT_TYPE, Metrics};
 
-/// The running admin port.
+/// The admin port, serving on its thread until dropped or stopped.
 #[derive(Debug)]
 pub(super) struct Admin {
-    /// Where it listens.
-    pub(super) address: SocketAddr,
     stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
 }
 
 impl Admin {
-    /// Closes the port; open connections are not waited for.
+    /// Serves on a bound listener.
+    pub(super) fn start(
+        listener: TcpListener,
+        readiness: Arc<Readiness>,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<Self> {
+        let address: SocketAddr = listener.local_addr()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let routes = Router::new()
+            .route("/livez", get(|| async { "alive\n" }))
+            .route("/readyz", get(readyz))
+            .route("/metrics", get(scrape))
+            .with_state(Arc::new(Shared { readiness, metrics }));
+        listener.set_nonblocking(true)?;
+        let thread = std::thread::Builder::new().name("nfold-admin".into()).spawn(move || {
+            let served = runtime.block_on(async {
+                let listener = tokio::net::TcpListener::from_std(listener)?;
+                tokio::select! {
+                    served = axum::serve(listener, routes) => served,
+                    // a scraper's idle connection must not hold up the exit
+                    _ = stopped => Ok(()),
+                }
+            });
+            if let Err(error) = served {
+                tracing::error!(%error, "the admin port stopped");
+            }
+        })?;
+        tracing::info!(protocol = "admin", %address, "admin port listens on {address}");
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends the thread. Blocks for a moment.
     pub(super) fn stop(self) {
-        // an error means that the thread is gone already
-        let _ = self.stop.send(());
+        drop(self.stop);
+        let _ = self.thread.join();
     }
 }
 
-/// Binds the port and serves it on a thread of its own, with a runtime of its own.
-pub(super) fn start(address: SocketAddr, app: Arc<App>) -> Result<Admin, ServeError> {
-    let bind = |source| ServeError::Bind { what: "admin", address, source };
-    let listener = std::net::TcpListener::bind(address).map_err(bind)?;
-    listener.set_nonblocking(true).map_err(bind)?;
-    let bound = listener.local_addr().map_err(bind)?;
-    let thread = |reason: String| ServeError::Thread { what: "admin", reason };
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| thread(e.to_string()))?;
-    let (stop, stopped) = oneshot::channel();
-    let serve = async move {
-        let listener = match tokio::net::TcpListener::from_std(listener) {
-            Ok(listener) => listener,
-            Err(error) => return tracing::error!(%error, "the admin port can't be served"),
-        };
-        let served = axum::serve(listener, router(app));
-        tokio::select! {
-            result = served.into_future() => if let Err(error) = result { tracing::error!(%error, "the admin port failed") },
-            // also when the sender is dropped: the server is gone
-            _ = stopped => {}
-        }
-    };
-    std::thread::Builder::new()
-        .name("admin".into())
-        .spawn(move || runtime.block_on(serve))
-        .map_err(|e| thread(e.to_string()))?;
-    Ok(Admin { address: bound, stop })
-}
-
-/// The admin port's routes.
-fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/livez", get(|| async { Json(json!({ "live": true })) }))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(scrape))
-        .fallback(|| async { Failure::new(Outcome::NotFound, "the admin port has /livez, /readyz and /metrics") })
-        .with_state(app)
-}
-
-async fn ready(State(app): State<Arc<App>>) -> Response {
-    match app.fault() {
-        None => Json(json!({ "ready": true })).into_response(),
-        Some(reason) => Failure::new(Outcome::NotReady, reason).with(json!({ "ready": false })),
+async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    match shared.readiness.check() {
+        Ok(()) => "ready\n".into_response(),
+        Err(reason) => (Code::NotReady.http(), format!("not ready: {reason}\n")).into_response(),
     }
 }
 
-async fn scrape(State(app): State<Arc<App>>) -> impl IntoResponse {
-    app.fault();
-    if let Some(registry) = app.registry() {
-        registry.observe();
-    }
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.encode())
+async fn scrape(State(shared): State<Arc<Shared>>) -> ([(HeaderName, &'static str); 1], String) {
+    let ready = shared.readiness.check().is_ok();
+    shared.metrics.ready.set(i64::from(ready));
+    shared.readiness.observe();
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], shared.metrics.encode())
 }

@@ -1,230 +1,308 @@
-//! The HTTP port: route table and the `/v1` handlers. Reads requests, asks the engine room, writes answers.
+//! The HTTP port: every route, the layers around them, and the `/v1` and `/v2/health` handlers.
+//!
+//! A handler turns a request into a call on the engine room and its answer into JSON; it decides nothing else. Errors go
+//! through `status`, bodies through `upload`.
 
+use std::any::Any;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::body::{self, Body};
+use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
-use axum::middleware::{self, Next};
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
-use bytes::Bytes;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 
-use super::App;
-use super::status::Failure;
+use super::readiness::Readiness;
+use super::status::{ApiError, Code, Failure};
+use super::upload;
 use crate::infer::error::InferError;
-use crate::infer::registry::Classified;
+use crate::infer::registry::Registry;
 use crate::infer::scheduler::Timings;
-use crate::metrics::{Outcome, Protocol};
+use crate::infer::top_k::Prediction;
+use crate::metrics::{Metrics, Outcome, Protocol};
 
-/// Classes named when a request does not say how many.
+/// Predictions per image when the request names no number.
 const DEFAULT_TOP_K: usize = 5;
-/// Header with a request's own deadline, in milliseconds.
-const REQUEST_TIMEOUT: &str = "x-request-timeout-ms";
-/// Where an answer's time went, in milliseconds, by phase.
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// Every route of the HTTP port, and what surrounds all of them. Layers run from the last to the first.
-pub fn router(app: Arc<App>) -> Router {
+/// What handlers need; lives as long as the server.
+#[derive(Debug)]
+pub(super) struct App {
+    pub(super) registry: Arc<Registry>,
+    pub(super) readiness: Arc<Readiness>,
+    pub(super) metrics: Arc<Metrics>,
+    /// Longest a request may take; a client can ask for less.
+    pub(super) request_timeout: Duration,
+    /// Most bytes of a body.
+    pub(super) body_limit: usize,
+}
+
+/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, body limit.
+pub(super) fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/classify", post(classify))
         .route("/v2/health/live", get(live))
         .route("/v2/health/ready", get(ready))
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(async || ApiError::new(Code::NotFound, "there is no such path"))
+        .method_not_allowed_fallback(async || {
+            ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")
+        })
+        .layer(DefaultBodyLimit::max(app.body_limit))
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(app.clone(), measure))
-        .layer(PropagateRequestIdLayer::x_request_id())
-        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), account))
         .with_state(app)
 }
 
-/// Counts and times every request, whatever became of it.
-async fn measure(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let protocol = match request.uri().path() {
-        path if path.starts_with("/v1/") => Protocol::Rest,
-        path if path.starts_with("/v2/health/") => Protocol::Health,
-        _ => Protocol::Other,
-    };
-    let guard = app.metrics.request(protocol);
-    let mut response = next.run(request).await;
-    guard.finish(response.extensions().get().copied().unwrap_or(Outcome::Ok));
-    if app.is_draining() {
-        // a client that keeps its connection would keep the drain waiting
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    ApiError::internal(format!("a handler panicked: {text}")).into_response()
 }
 
-fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    Failure::new(Outcome::Internal, format!("a handler panicked: {}", text.unwrap_or("no message"))).into_response()
-}
-
-async fn not_found(request: Request) -> Failure {
-    let path: String = request.uri().path().chars().take(200).collect();
-    Failure::new(Outcome::NotFound, format!("there is no `{path}`; images are classified by POST /v1/classify"))
-}
-
-async fn method_not_allowed(request: Request) -> Failure {
-    let (method, path) = (request.method(), request.uri().path());
-    Failure::new(Outcome::MethodNotAllowed, format!("`{path}` does not take {method}"))
-}
-
-async fn live() -> Json<Value> {
-    Json(json!({ "live": true }))
-}
-
-async fn ready(State(app): State<Arc<App>>) -> Response {
-    match app.fault() {
-        None => Json(json!({ "live": true, "ready": true })).into_response(),
-        Some(reason) => Failure::new(Outcome::NotReady, reason).with(json!({ "live": true, "ready": false })),
-    }
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Deserialize)]
 struct ClassifyQuery {
     model: Option<String>,
     version: Option<u32>,
     top_k: Option<usize>,
 }
 
-/// `{"images": [{"b64": "…"}], "top_k": 5}`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ClassifyBody {
-    images: Vec<EncodedImage>,
-    top_k: Option<usize>,
+#[derive(Serialize)]
+struct ClassifyAnswer<'a> {
+    model: &'a str,
+    version: u32,
+    results: Vec<ImageAnswer>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct EncodedImage {
-    b64: String,
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum ImageAnswer {
+    Predictions(Vec<Prediction>),
+    Error { code: &'static str, message: String },
 }
 
-/// `POST /v1/classify`: one image as the body, or several as multipart or JSON.
+/// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
+#[derive(Debug, Clone)]
+struct Served {
+    model: String,
+    version: u32,
+    images: usize,
+    timings: Timings,
+    faults: Vec<String>,
+}
+
 async fn classify(
     State(app): State<Arc<App>>,
     query: Result<Query<ClassifyQuery>, QueryRejection>,
     request: Request,
-) -> Result<Response, Failure> {
-    let Query(query) = query.map_err(|e| Failure::invalid_request(e.body_text()))?;
-    let registry = app.registry().ok_or(InferError::NotReady)?;
-    let model = registry.find(query.model.as_deref(), query.version)?;
-    let deadline = Instant::now() + timeout(request.headers(), app.limits.request_timeout)?;
-    let (images, top_k) = tokio::time::timeout_at(deadline.into(), read(request, app.limits.max_body_bytes))
-        .await
-        .map_err(|_| InferError::DeadlineExceeded)??;
-    let k = query.top_k.or(top_k).unwrap_or(DEFAULT_TOP_K);
-
-    let alone = images.len() == 1;
-    let answers = model.classify(images, k, deadline).await?;
-    let mut timings = Timings::default();
-    let mut results = Vec::with_capacity(answers.len());
-    for answer in answers {
+) -> Result<Response, ApiError> {
+    let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
+    let deadline = deadline(request.headers(), app.request_timeout)?;
+    // before the body: a wrong name should not cost an upload
+    let model = app.registry.find(query.model.as_deref(), query.version)?;
+    let upload = upload::read(request, deadline).await?;
+    let k = upload.top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
+    if k == 0 {
+        return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));
+    }
+    let images = upload.images.len();
+    let broken: Vec<Option<InferError>> =
+        upload.images.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
+    let whole = upload.images.into_iter().flatten().collect();
+    let mut answers = model.classify(whole, k, deadline).await?.into_iter();
+    let mut served = Served {
+        model: model.name.clone(),
+        version: model.version,
+        images,
+        timings: Timings::default(),
+        faults: vec![],
+    };
+    let mut results = Vec::with_capacity(images);
+    for broken in broken {
+        let answer = match broken {
+            Some(error) => Err(error),
+            None => answers.next().unwrap_or_else(|| Err(InferError::Internal("an image has no answer".into()))),
+        };
         results.push(match answer {
-            Ok(Classified { predictions, timings: t }) => {
-                // images of one request run side by side: the slowest decides
-                timings.decode = timings.decode.max(t.decode + t.preprocess);
-                timings.queue = timings.queue.max(t.queue);
-                timings.inference = timings.inference.max(t.inference);
-                json!({ "predictions": predictions })
+            Ok(classified) => {
+                served.timings = slowest(served.timings, classified.timings);
+                ImageAnswer::Predictions(classified.predictions)
             }
-            Err(error) if alone => return Err(error.into()),
-            Err(error) => json!({ "error": Failure::from(error).entry() }),
+            // a request of one image has no neighbours to save
+            Err(error) if images == 1 => return Err(error.into()),
+            Err(error) => {
+                let ApiError { code, message, detail, .. } = error.into();
+                served.faults.extend(detail);
+                ImageAnswer::Error { code: code.name(), message }
+            }
         });
     }
-    let body = json!({ "model": model.name, "version": model.version, "results": results });
-    let mut response = Json(body).into_response();
-    let ms = |d: Duration| d.as_secs_f64() * 1e3;
-    let Timings { decode, queue, inference, .. } = timings;
-    let timing =
-        format!("decode;dur={:.3}, queue;dur={:.3}, inference;dur={:.3}", ms(decode), ms(queue), ms(inference));
-    if let Ok(value) = HeaderValue::try_from(timing) {
+    let mut response = Json(ClassifyAnswer { model: &model.name, version: model.version, results }).into_response();
+    if let Ok(value) = HeaderValue::from_str(&server_timing(&served.timings)) {
         response.headers_mut().insert(SERVER_TIMING, value);
     }
+    response.extensions_mut().insert(served);
     Ok(response)
 }
 
-/// The request's own deadline, never longer than the server's.
-fn timeout(headers: &HeaderMap, limit: Duration) -> Result<Duration, Failure> {
-    let Some(value) = headers.get(REQUEST_TIMEOUT) else { return Ok(limit) };
-    let milliseconds = value.to_str().ok().and_then(|v| v.trim().parse::<u64>().ok()).filter(|ms| *ms > 0);
-    let bad = || Failure::invalid_request(format!("{REQUEST_TIMEOUT} must be a whole number of milliseconds above 0"));
-    milliseconds.map(|ms| Duration::from_millis(ms).min(limit)).ok_or_else(bad)
+/// `x-request-timeout-ms`, at most `longest`.
+fn deadline(headers: &HeaderMap, longest: Duration) -> Result<Instant, ApiError> {
+    let asked = headers.get(TIMEOUT).map(|value| {
+        let millis = value.to_str().ok().and_then(|t| t.trim().parse::<u64>().ok()).filter(|&ms| ms > 0);
+        millis.map(Duration::from_millis).ok_or_else(|| {
+            ApiError::new(Code::InvalidRequest, "header `x-request-timeout-ms` is not a positive whole number")
+        })
+    });
+    let timeout = asked.transpose()?.map_or(longest, |asked| asked.min(longest));
+    Ok(Instant::now() + timeout)
 }
 
-/// What the body holds: encoded images, and how many classes it asks for.
-async fn read(request: Request, limit: usize) -> Result<(Vec<Bytes>, Option<usize>), Failure> {
-    let kind = request.headers().get(header::CONTENT_TYPE).map(|v| v.to_str().unwrap_or("?").to_ascii_lowercase());
-    let essence = kind.as_deref().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-    let (parts, stream) = request.into_parts();
-    let too_large = || Failure::new(Outcome::BodyTooLarge, format!("the body is larger than {limit} bytes"));
-    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit as u64) {
-        return Err(too_large());
+/// Per phase the slowest image: images of one request go through the house side by side.
+fn slowest(a: Timings, b: Timings) -> Timings {
+    Timings {
+        decode: a.decode.max(b.decode),
+        preprocess: a.preprocess.max(b.preprocess),
+        queue: a.queue.max(b.queue),
+        inference: a.inference.max(b.inference),
+        batch: a.batch.max(b.batch),
     }
-    let body = body::to_bytes(stream, limit).await.map_err(|e| match is_too_long(&e) {
-        true => too_large(),
-        false => Failure::invalid_request("the body broke off"),
-    })?;
-    let (images, top_k) = match essence {
-        "multipart/form-data" => (files(Request::from_parts(parts, Body::from(body))).await?, None),
-        "application/json" => {
-            let read: ClassifyBody =
-                serde_json::from_slice(&body).map_err(|e| Failure::invalid_request(format!("JSON body: {e}")))?;
-            (read.images.iter().enumerate().map(decode_base64).collect::<Result<_, _>>()?, read.top_k)
-        }
-        // what curl --data-binary says when it is not told otherwise
-        "" | "application/octet-stream" | "application/x-www-form-urlencoded" => (vec![body], None),
-        image if image.starts_with("image/") => (vec![body], None),
-        other => {
-            let other: String = other.chars().take(100).collect();
-            let taken = "an image (image/*, application/octet-stream), multipart/form-data or application/json";
-            let message = format!("content type `{other}` is not taken; send {taken}");
-            return Err(Failure::new(Outcome::UnsupportedMediaType, message));
-        }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
+
+/// Milliseconds, as the header's specification wants them.
+fn server_timing(t: &Timings) -> String {
+    format!(
+        "decode;dur={}, preprocess;dur={}, queue;dur={}, inference;dur={}",
+        millis(t.decode),
+        millis(t.preprocess),
+        millis(t.queue),
+        millis(t.inference)
+    )
+}
+
+/// Both body styles that clients look for.
+#[derive(Serialize)]
+struct HealthAnswer {
+    live: bool,
+    ready: bool,
+}
+
+async fn live(State(app): State<Arc<App>>) -> Json<HealthAnswer> {
+    Json(HealthAnswer { live: true, ready: app.readiness.check().is_ok() })
+}
+
+async fn ready(State(app): State<Arc<App>>) -> Result<Json<HealthAnswer>, ApiError> {
+    let code = if app.readiness.is_draining() { Code::ShuttingDown } else { Code::NotReady };
+    app.readiness.check().map_err(|reason| ApiError::new(code, format!("not ready: {reason}")))?;
+    Ok(Json(HealthAnswer { live: true, ready: true }))
+}
+
+/// The outermost layer: every request gets an id, is counted once and leaves one log line.
+async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let protocol = protocol(request.uri().path());
+    // dropped with this future when the client goes away: that counts as cancelled
+    let guard = app.metrics.request(protocol);
+    let id = request_id(request.headers());
+    let (method, path) = (request.method().clone(), request.uri().path().to_string());
+    let http1 = request.version() <= Version::HTTP_11;
+    request.headers_mut().insert(REQUEST_ID, id.clone());
+    let mut response = next.run(request).await;
+    let failure = response.extensions_mut().remove::<Failure>();
+    let outcome = match &failure {
+        Some(failure) => failure.code.outcome(),
+        None if response.status().is_success() => Outcome::Ok,
+        None => Outcome::InvalidRequest,
     };
-    match images.is_empty() {
-        true => Err(Failure::invalid_request("the request holds no image")),
-        false => Ok((images, top_k)),
+    let served = response.extensions_mut().remove::<Served>();
+    response.headers_mut().insert(REQUEST_ID, id.clone());
+    if http1 && app.readiness.is_draining() {
+        // the next request of this client should find another server
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
+    let duration_ms = millis(guard.finish(outcome));
+    let request_id = id.to_str().unwrap_or_default();
+    let faults = failure.as_ref().and_then(|f| f.detail.clone()).into_iter();
+    for detail in faults.chain(served.iter().flat_map(|s| s.faults.clone())) {
+        tracing::error!(request_id, detail, "request {request_id} met an internal error");
+    }
+    log(&Line { request_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms }, served, &response);
+    response
 }
 
-fn is_too_long(error: &axum::Error) -> bool {
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
-    while let Some(error) = cause {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
+/// What every access log line says.
+struct Line<'a> {
+    request_id: &'a str,
+    method: &'a str,
+    path: &'a str,
+    protocol: Protocol,
+    outcome: Outcome,
+    duration_ms: f64,
+}
+
+fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
+    let Line { request_id, method, path, protocol, outcome, duration_ms } = *line;
+    let (status, outcome) = (response.status().as_u16(), outcome.name());
+    match served {
+        Some(Served { model, version, images, timings: t, .. }) => tracing::info!(
+            request_id,
+            method,
+            path,
+            status,
+            outcome,
+            duration_ms,
+            model,
+            version,
+            images,
+            decode_ms = millis(t.decode),
+            preprocess_ms = millis(t.preprocess),
+            queue_ms = millis(t.queue),
+            inference_ms = millis(t.inference),
+            batch = t.batch,
+            "request {request_id} {outcome}"
+        ),
+        None if protocol == Protocol::Health => {
+            tracing::debug!(request_id, method, path, status, outcome, duration_ms, "probe {request_id} {outcome}");
         }
-        cause = error.source();
+        None => {
+            tracing::info!(request_id, method, path, status, outcome, duration_ms, "request {request_id} {outcome}")
+        }
     }
-    false
 }
 
-/// The parts of a multipart body, each an image, whatever they are called.
-async fn files(request: Request) -> Result<Vec<Bytes>, Failure> {
-    let bad = |e: String| Failure::invalid_request(format!("multipart body: {e}"));
-    let mut parts = Multipart::from_request(request, &()).await.map_err(|e| bad(e.body_text()))?;
-    let mut images = Vec::new();
-    while let Some(part) = parts.next_field().await.map_err(|e| bad(e.body_text()))? {
-        images.push(part.bytes().await.map_err(|e| bad(e.body_text()))?);
+fn protocol(path: &str) -> Protocol {
+    if path.starts_with("/v1/") {
+        Protocol::Rest
+    } else if path.starts_with("/v2/health/") {
+        Protocol::Health
+    } else {
+        Protocol::Other
     }
-    Ok(images)
 }
 
-fn decode_base64((i, image): (usize, &EncodedImage)) -> Result<Bytes, Failure> {
-    let decoded = BASE64_STANDARD.decode(image.b64.trim());
-    decoded.map(Bytes::from).map_err(|e| Failure::invalid_request(format!("images[{i}].b64 is not base64: {e}")))
+/// The client's own id, if it is short and printable (it goes into logs), else a fresh one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let fits = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    headers.get(REQUEST_ID).filter(fits).cloned().unwrap_or_else(fresh_id)
+}
+
+fn fresh_id() -> HeaderValue {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static SEED: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
+    // seeded at random once per process, so that ids of restarts and replicas don't meet
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let id = format!("{:016x}", SEED.hash_one(count));
+    HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("none"))
 }

@@ -1,214 +1,271 @@
-//! The edge: connections, routes, status codes. Thin; everything about images and models is the engine room's.
+//! The edge: the server's life, and the protocols in rooms of their own.
 //!
-//! Life of the process: admin port up → models loaded and warm → HTTP port bound → ready → signal → not ready, still
-//! answering for the hold → no new connections → what is in flight is answered, or the drain time is over → threads
-//! joined.
+//! A server is bound first (addresses known, a taken port fails at once), then run: admin port up → models load and warm
+//! up → the HTTP port listens → ready → … → drain → end. Until it listens, connections are refused, so that even a probe
+//! that only connects tells the truth. Nothing here knows how a model was made or how an engine runs it.
 
+mod accept;
 mod admin;
-mod connections;
 mod http;
-mod status;
+mod readiness;
+pub mod status;
+mod upload;
 
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::infer::registry::{Registry, RegistryError, RegistryOptions};
+use tokio::net::TcpSocket;
+use tokio::sync::{mpsc, oneshot};
+
+use self::admin::Admin;
+use self::http::App;
+use self::readiness::Readiness;
+use crate::infer::registry::{Registry, RegistryError};
 use crate::metrics::Metrics;
 
-pub use http::router;
-
-/// How to serve.
+/// How a server listens, limits and stops.
 #[derive(Debug, Clone)]
-pub struct ServeOptions {
+pub struct Options {
     /// Address of the HTTP port; port 0 picks a free one.
     pub http: SocketAddr,
-    /// Address of the admin port: health and metrics.
+    /// Address of the admin port; port 0 picks a free one.
     pub admin: SocketAddr,
-    /// Models and engines.
-    pub registry: RegistryOptions,
-    /// What requests and connections may cost.
-    pub limits: Limits,
-    /// How long the server goes on answering, not ready any more, after the first signal: time for load balancers.
-    pub drain_hold: Duration,
-    /// How long requests in flight may take after that.
-    pub drain_timeout: Duration,
-}
-
-/// What requests and connections may cost.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Largest body, in bytes.
-    pub max_body_bytes: usize,
-    /// Most connections at once; more wait in the system's queue.
-    pub max_connections: usize,
-    /// Time to send a request's head.
-    pub header_timeout: Duration,
-    /// Deadline of a request that brings none.
+    /// Longest a request may take, body included; a client may ask for less.
     pub request_timeout: Duration,
-    /// An engine run older than this means that the engine hangs.
+    /// Most bytes of a request body.
+    pub body_limit: usize,
+    /// Client connections open at once.
+    pub connections: usize,
+    /// Longest a client may take to send a request's head.
+    pub head_timeout: Duration,
+    /// How long requests are still taken after a stop was asked for, while readiness already says no.
+    pub drain_hold: Duration,
+    /// How long requests in flight may take to finish after that.
+    pub drain_timeout: Duration,
+    /// An engine run longer than this is taken as hung: not ready.
     pub hang_limit: Duration,
+    /// Engines out of order for longer than this end the server with an error, so that it is restarted.
+    pub fault_limit: Duration,
+    /// When the process started: for the time from start to ready.
+    pub started: Instant,
 }
 
-impl Default for Limits {
+impl Default for Options {
     fn default() -> Self {
         Self {
-            max_body_bytes: 64 << 20,
-            max_connections: 1024,
-            header_timeout: Duration::from_secs(10),
-            request_timeout: Duration::from_secs(30),
-            hang_limit: Duration::from_secs(60),
-        }
-    }
-}
-
-/// Why the server could not start or had to give up.
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    /// The address is taken or not ours.
-    #[error("can't listen on {address} for {what}: {source}; choose another address with --{what}")]
-    Bind {
-        /// `http` or `admin`.
-        what: &'static str,
-        /// The address.
-        address: SocketAddr,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// The models don't load.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// A thread could not be made or died.
-    #[error("the {what} thread failed: {reason}")]
-    Thread {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        reason: String,
-    },
-    /// The drain time was over before everything was answered.
-    #[error("{0} compute threads were still busy when the drain time was over")]
-    Unfinished(usize),
-}
-
-/// What handlers share.
-#[derive(Debug)]
-pub struct App {
-    /// Every metric.
-    pub metrics: Metrics,
-    /// What requests may cost.
-    pub limits: Limits,
-    registry: OnceLock<Registry>,
-    stage: AtomicU8,
-    started: Instant,
-}
-
-/// Stages of the process, in order; there is no way back.
-const STARTING: u8 = 0;
-const SERVING: u8 = 1;
-const DRAINING: u8 = 2;
-
-impl App {
-    /// A server without models yet.
-    pub fn new(limits: Limits) -> Self {
-        Self {
-            metrics: Metrics::new(),
-            limits,
-            registry: OnceLock::new(),
-            stage: AtomicU8::new(STARTING),
+            http: SocketAddr::from(([0, 0, 0, 0], 8000)),
+            admin: SocketAddr::from(([0, 0, 0, 0], 8002)),
+            request_timeout: Duration::from_secs(10),
+            body_limit: 64 << 20,
+            connections: 1024,
+            head_timeout: Duration::from_secs(30),
+            drain_hold: Duration::ZERO,
+            drain_timeout: Duration::from_secs(25),
+            hang_limit: Duration::from_secs(30),
+            fault_limit: Duration::from_secs(60),
             started: Instant::now(),
         }
     }
+}
 
-    /// Warm models are there: from now on requests are answered.
-    pub fn open(&self, registry: Registry) {
-        if self.registry.set(registry).is_ok() && self.advance(SERVING) {
-            self.metrics.start_to_ready_seconds.set(self.started.elapsed().as_secs_f64());
-        }
-        self.fault();
-    }
+/// What the outside asks of a running server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Stop: finish what is in flight. Asked a second time: stop now.
+    Stop,
+}
 
-    /// The models, once there are any.
-    pub fn registry(&self) -> Option<&Registry> {
-        self.registry.get()
-    }
+/// Why a server ended other than by being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address that can't be listened on.
+    #[error("can't listen on {address} for {port}: {source}; choose another with --{port}")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// Which port: `http` or `admin`.
+        port: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The models.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The engines were out of order for too long.
+    #[error("{0}; giving up so that the server is restarted")]
+    Fault(String),
+    /// The system refused a thread, or a thread died.
+    #[error("the server can't run: {0}")]
+    Broken(String),
+}
 
-    /// Not ready any more, still answering.
-    pub fn drain(&self) {
-        self.advance(DRAINING);
-        self.fault();
-    }
+/// A server with its addresses, not yet running.
+#[derive(Debug)]
+pub struct Server {
+    options: Options,
+    metrics: Arc<Metrics>,
+    http: TcpSocket,
+    http_address: SocketAddr,
+    admin: TcpListener,
+    admin_address: SocketAddr,
+}
 
-    /// Whether the process is on its way out.
-    pub fn is_draining(&self) -> bool {
-        self.stage.load(Ordering::Acquire) == DRAINING
-    }
-
-    /// Why no request should be sent here, if so. Keeps the gauge in step.
-    pub fn fault(&self) -> Option<String> {
-        let fault = match (self.stage.load(Ordering::Acquire), self.registry()) {
-            (SERVING, Some(registry)) => registry.fault(self.limits.hang_limit),
-            (DRAINING, _) => Some("the server is shutting down".into()),
-            _ => Some("models are loading".into()),
+impl Server {
+    /// Takes the addresses. The admin port listens from now on, the HTTP port once the models are warm.
+    pub fn bind(options: Options) -> Result<Self, ServeError> {
+        let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
+        let http_failed = refuse("http", options.http);
+        let bind = || {
+            let socket = if options.http.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+            // a port in use is told by the system only if nobody else asks to share it
+            if options.http.port() != 0 {
+                TcpListener::bind(options.http)?;
+            }
+            socket.set_reuseaddr(true)?;
+            socket.bind(options.http)?;
+            let address = socket.local_addr()?;
+            Ok((socket, address))
         };
-        self.metrics.ready.set(i64::from(fault.is_none()));
-        fault
+        let (http, http_address) = bind().map_err(http_failed)?;
+        let admin_failed = refuse("admin", options.admin);
+        let bind = || TcpListener::bind(options.admin).and_then(|l| l.local_addr().map(|address| (l, address)));
+        let (admin, admin_address) = bind().map_err(admin_failed)?;
+        Ok(Self { options, metrics: Arc::new(Metrics::new()), http, http_address, admin, admin_address })
     }
 
-    fn advance(&self, stage: u8) -> bool {
-        self.stage.fetch_max(stage, Ordering::AcqRel) < stage
+    /// Where the HTTP port will listen.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// Where the admin port listens.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The server's metrics.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
+    }
+
+    /// The server's whole life. `load` opens and warms the models on a thread that may block. Ends after
+    /// [`Control::Stop`] with everything answered, or when the engines are beyond help. Dropping the sender of `control`
+    /// asks for a stop as well.
+    pub async fn run<L>(self, load: L, mut control: mpsc::Receiver<Control>) -> Result<(), ServeError>
+    where
+        L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
+    {
+        let Self { options, metrics, http, http_address, admin, .. } = self;
+        let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
+        let readiness = Arc::new(Readiness::new(options.hang_limit));
+        let admin = Admin::start(admin, readiness.clone(), metrics.clone()).map_err(broken)?;
+
+        let loading = {
+            let metrics = metrics.clone();
+            tokio::task::spawn_blocking(move || load(&metrics))
+        };
+        let registry = tokio::select! {
+            loaded = loading => Arc::new(loaded.map_err(|e| ServeError::Broken(e.to_string()))??),
+            // nothing is in flight yet
+            _ = control.recv() => return Ok(()),
+        };
+
+        let bind = |source| ServeError::Bind { address: http_address, port: "http", source };
+        let listener = http.listen(1024).map_err(bind)?;
+        let app = App {
+            registry: registry.clone(),
+            readiness: readiness.clone(),
+            metrics: metrics.clone(),
+            request_timeout: options.request_timeout,
+            body_limit: options.body_limit,
+        };
+        let (stop, stopped) = oneshot::channel();
+        let limits = accept::Limits { connections: options.connections, head_timeout: options.head_timeout };
+        let accepting =
+            tokio::spawn(accept::accept(listener, http::routes(Arc::new(app)), limits, metrics.clone(), stopped));
+        readiness.release(registry.clone());
+        let start_to_ready = options.started.elapsed();
+        metrics.start_to_ready_seconds.set(start_to_ready.as_secs_f64());
+        metrics.ready.set(1);
+        tracing::info!(protocol = "http", address = %http_address, "HTTP port listens on {http_address}");
+        tracing::info!(duration_ms = start_to_ready.as_millis() as u64, "ready");
+
+        let outcome = tokio::select! {
+            _ = control.recv() => Ok(()),
+            fault = watch(&registry, &options) => Err(ServeError::Fault(fault)),
+        };
+
+        readiness.drain();
+        metrics.ready.set(0);
+        tracing::info!(
+            hold_ms = options.drain_hold.as_millis() as u64,
+            timeout_ms = options.drain_timeout.as_millis() as u64,
+            inflight = metrics.inflight_requests.get(),
+            "stopping"
+        );
+        let drained = async {
+            if outcome.is_ok() {
+                tokio::time::sleep(options.drain_hold).await;
+            }
+            drop(stop);
+            let mut open = accepting.await.map_err(|e| ServeError::Broken(e.to_string()))?;
+            let finished = tokio::time::timeout(options.drain_timeout, open.finish()).await.is_ok();
+            Ok::<_, ServeError>(if finished { 0 } else { open.cut().await })
+        };
+        let cut = tokio::select! {
+            cut = drained => cut?,
+            () = asked_again(&mut control) => {
+                tracing::warn!("asked again: stopping now");
+                registry.abort();
+                return outcome;
+            }
+        };
+        if cut > 0 {
+            tracing::warn!(connections = cut, "cut what was not finished by the drain timeout");
+            registry.abort();
+        }
+        registry.close();
+        let hung = tokio::task::spawn_blocking(move || {
+            let hung = registry.join(Instant::now() + Duration::from_secs(2));
+            admin.stop();
+            hung
+        });
+        let hung = hung.await.map_err(|e| ServeError::Broken(e.to_string()))?;
+        if hung > 0 {
+            tracing::warn!(threads = hung, "left compute threads that did not end");
+        }
+        tracing::info!("stopped");
+        outcome
     }
 }
 
-/// Serves until `shutdown` resolves and everything in flight is answered.
-pub async fn run(options: ServeOptions, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-    let app = Arc::new(App::new(options.limits));
-    // admin first and on its own thread: probes and scrapes are answered while models load and while all cores are busy
-    let admin = admin::start(options.admin, app.clone())?;
-    tracing::info!(address = %admin.address, "admin listens on {}", admin.address);
-
-    let (loading, registry_options) = (app.clone(), options.registry.clone());
-    let load = tokio::task::spawn_blocking(move || Registry::open(&registry_options, &loading.metrics));
-    tokio::pin!(shutdown);
-    let registry = tokio::select! {
-        loaded = load => loaded.map_err(|e| ServeError::Thread { what: "loading", reason: e.to_string() })??,
-        () = &mut shutdown => return Ok(()),
-    };
-    let (what, address) = ("http", options.http);
-    let bind = |source| ServeError::Bind { what, address, source };
-    let listener = tokio::net::TcpListener::bind(address).await.map_err(bind)?;
-    let bound = listener.local_addr().map_err(bind)?;
-    app.open(registry);
-    tracing::info!(address = %bound, "http listens on {bound}");
-    tracing::info!(start_to_ready_ms = app.started.elapsed().as_millis() as u64, "ready");
-
-    let stop = async {
-        shutdown.await;
-        app.drain();
-        tracing::info!(hold_ms = options.drain_hold.as_millis() as u64, "shutting down: not ready any more");
-        tokio::time::sleep(options.drain_hold).await;
-    };
-    let routes = http::router(app.clone());
-    let left = connections::serve(listener, routes, &app, stop, options.drain_timeout).await;
-    if left > 0 {
-        tracing::warn!(connections = left, "the drain time is over, connections are cut");
+/// A second request to stop; a dropped sender is none.
+async fn asked_again(control: &mut mpsc::Receiver<Control>) {
+    if control.recv().await.is_none() {
+        std::future::pending::<()>().await;
     }
-    let closing = app.clone();
-    let joined = tokio::task::spawn_blocking(move || {
-        let Some(registry) = closing.registry() else { return 0 };
-        registry.close();
-        if registry.join(Instant::now() + Duration::from_secs(2)) == 0 {
-            return 0;
-        }
-        registry.abort();
-        registry.join(Instant::now() + Duration::from_secs(2))
-    });
-    let busy = joined.await.map_err(|e| ServeError::Thread { what: "closing", reason: e.to_string() })?;
-    admin.stop();
-    if busy > 0 {
-        return Err(ServeError::Unfinished(busy));
+}
+
+/// Ends with the reason once the engines have been out of order for longer than the limit.
+async fn watch(registry: &Registry, options: &Options) -> String {
+    let mut since: Option<Instant> = None;
+    let mut tick =
+        tokio::time::interval((options.fault_limit / 10).clamp(Duration::from_millis(10), Duration::from_secs(1)));
+    loop {
+        tick.tick().await;
+        since = match registry.fault(options.hang_limit) {
+            None => None,
+            Some(fault) => {
+                let first = since.unwrap_or_else(Instant::now);
+                if since.is_none() {
+                    tracing::error!(fault, "not ready: {fault}");
+                }
+                if first.elapsed() > options.fault_limit {
+                    return fault;
+                }
+                Some(first)
+            }
+        };
     }
-    tracing::info!("everything is answered, bye");
-    Ok(())
 }

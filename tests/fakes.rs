@@ -1,0 +1,154 @@
+//! Test doubles for the serving half: engines that do as they are told, and a model around them.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
+use nfold::infer::image::ImageLimits;
+use nfold::infer::scheduler::{OpenBackend, SchedulerOptions};
+use nfold::metrics::{Metrics, Outcome};
+use nfold::model::{Manifest, ModelDir};
+
+/// Height and width of the fake network's input.
+pub const SIDE: usize = 2;
+pub const CLASSES: usize = 3;
+
+/// Marks an image that a fault is about.
+pub const MARK: f32 = 1000.0;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// An error for every batch that holds a marked image.
+    Error,
+    /// A panic for every batch that holds a marked image.
+    Panic,
+    /// NaN logits for marked images.
+    Nan,
+    /// Too few logits.
+    Short,
+}
+
+/// Strings that pull the engines of one model.
+#[derive(Debug, Default)]
+pub struct Strings {
+    closed: Mutex<bool>,
+    opened: Condvar,
+    pub opens: AtomicUsize,
+    pub refuse_open: AtomicBool,
+    /// Sizes of the batches run since warm-up, and the first value of every image in them.
+    pub batches: Mutex<Vec<usize>>,
+    pub seen: Mutex<BTreeSet<i64>>,
+    pub delay: Mutex<Duration>,
+    pub fault: Mutex<Option<Fault>>,
+}
+
+impl Strings {
+    /// Engines block from their next run on.
+    pub fn hold(&self) {
+        *self.closed.lock().unwrap() = true;
+    }
+
+    pub fn release(&self) {
+        *self.closed.lock().unwrap() = false;
+        self.opened.notify_all();
+    }
+
+    pub fn forget_warm_up(&self) {
+        self.batches.lock().unwrap().clear();
+        self.seen.lock().unwrap().clear();
+    }
+
+    pub fn runs(&self) -> usize {
+        self.batches.lock().unwrap().len()
+    }
+}
+
+struct Puppet(Arc<Strings>);
+
+impl Backend for Puppet {
+    /// Logits of an image: its first value, its second, and 0.
+    fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
+        let strings = &self.0;
+        let len = 3 * SIDE * SIDE;
+        let images: Vec<&[f32]> = batch.data.chunks(len).collect();
+        strings.batches.lock().unwrap().push(batch.images);
+        strings.seen.lock().unwrap().extend(images.iter().map(|i| i[0] as i64));
+        let mut closed = strings.closed.lock().unwrap();
+        while *closed {
+            closed = strings.opened.wait(closed).unwrap();
+        }
+        drop(closed);
+        let delay = *strings.delay.lock().unwrap();
+        if !delay.is_zero() {
+            std::thread::sleep(delay);
+        }
+        let fault = *strings.fault.lock().unwrap();
+        let marked = images.iter().any(|i| i[0] == MARK);
+        match fault {
+            Some(Fault::Error) if marked => return Err(BackendError::Run("told to fail, secret detail".into())),
+            Some(Fault::Panic) if marked => panic!("told to panic, secret detail"),
+            Some(Fault::Short) => return Ok(Logits { images: 1, classes: 1, data: vec![0.0] }),
+            _ => {}
+        }
+        let nan = |i: &[f32]| if fault == Some(Fault::Nan) && i[0] == MARK { f32::NAN } else { i[0] };
+        let data = images.iter().flat_map(|i| [nan(i), i[1], 0.0]).collect();
+        Ok(Logits { images: batch.images, classes: CLASSES, data })
+    }
+}
+
+pub fn opener(strings: &Arc<Strings>) -> OpenBackend {
+    let strings = strings.clone();
+    Box::new(move || {
+        assert!(!strings.refuse_open.load(Ordering::SeqCst), "told not to open");
+        strings.opens.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(Puppet(strings.clone())))
+    })
+}
+
+pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> SchedulerOptions {
+    SchedulerOptions {
+        workers,
+        decoders: 0,
+        max_batch,
+        max_queue_delay: Duration::ZERO,
+        queue_limit,
+        image_limits: ImageLimits::default(),
+    }
+}
+
+/// A model whose image tensor is the image's bytes (mean 0, deviation 1/255).
+pub fn model_dir(name: &str, version: u32) -> ModelDir {
+    let manifest: Manifest = serde_json::from_value(serde_json::json!({
+        "format": 1, "producer": "test", "architecture": "puppet", "precision": "fp32", "classes": CLASSES,
+        "labels": ["first", "second", "third"],
+        "preprocessing": {
+            "height": SIDE, "width": SIDE, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear",
+            "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0],
+        },
+        "source_sha256": "00", "onnx_sha256": "11",
+        "fold": { "family": "nf", "activation": "relu", "parameters": 1, "folded_parameters": 1, "gmacs": 0.0,
+                  "gate": "resize", "blocks": [] },
+    }))
+    .unwrap();
+    ModelDir { path: "nowhere".into(), name: name.into(), version, manifest }
+}
+
+/// Images of a model that ended in `outcome`.
+pub fn images(metrics: &Metrics, name: &str, outcome: Outcome) -> u64 {
+    metrics.images_total.with_label_values(&[name, "1", outcome.name()]).get()
+}
+
+pub fn all_images(metrics: &Metrics, name: &str) -> u64 {
+    Outcome::ALL.iter().map(|&o| images(metrics, name, o)).sum()
+}
+
+/// Waits for something that other threads are about to make true.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < Duration::from_secs(20), "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

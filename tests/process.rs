@@ -1,0 +1,353 @@
+//! The server as clients and operators meet it: the real program, the real demo model, real sockets and signals.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::cli::{nfold, with_demo};
+
+/// A running `nfold serve` on free ports. Killed when dropped.
+struct Server {
+    child: Child,
+    http: SocketAddr,
+    admin: SocketAddr,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(flags: &[&str]) -> Self {
+        let folder = with_demo();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
+            .args(["serve", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"])
+            .args(flags)
+            .current_dir(folder.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut address_of = |what: &str| -> SocketAddr {
+            let line = lines.find_map(|l| l.ok().filter(|l| l.contains(what))).unwrap_or_else(|| panic!("no `{what}`"));
+            let line: Value = serde_json::from_str(&line).unwrap();
+            line["address"].as_str().unwrap().parse().unwrap()
+        };
+        let (admin, http) = (address_of("admin port listens"), address_of("HTTP port listens"));
+        // a full pipe would stop the server
+        std::thread::spawn(move || lines.for_each(drop));
+        Self { child, http, admin, _folder: folder }
+    }
+
+    fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        ask(self.http, "POST", target, headers, body).unwrap()
+    }
+
+    fn get(&self, target: &str) -> Answer {
+        ask(self.http, "GET", target, &[], &[]).unwrap()
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    }
+
+    fn wait(mut self) -> ExitStatus {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the server does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    fn header(&self, name: &str) -> Option<&str> {
+        let line = self.head.lines().find_map(|l| l.split_once(':').filter(|(n, _)| n.eq_ignore_ascii_case(name)))?;
+        Some(line.1.trim())
+    }
+}
+
+/// One request on a connection of its own.
+fn ask(to: SocketAddr, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(to)?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+    )?;
+    stream.write_all(body)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let broken = || std::io::Error::other(format!("no answer: {answer:?}"));
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(broken)?;
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or_else(broken)?;
+    Ok(Answer { status, head: head.into(), body: body.into() })
+}
+
+fn data(path: &str) -> Vec<u8> {
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)).unwrap()
+}
+
+fn multipart(images: &[&[u8]]) -> (String, Vec<u8>) {
+    let mut body = Vec::new();
+    for (i, image) in images.iter().enumerate() {
+        write!(body, "--edge\r\ncontent-disposition: form-data; name=\"f{i}\"; filename=\"{i}\"\r\n\r\n").unwrap();
+        body.extend_from_slice(image);
+        body.extend_from_slice(b"\r\n");
+    }
+    body.extend_from_slice(b"--edge--\r\n");
+    ("multipart/form-data; boundary=edge".into(), body)
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    base64::prelude::BASE64_STANDARD.encode(bytes)
+}
+
+#[test]
+fn one_photograph_one_answer_by_every_way() {
+    let server = Server::start(&[]);
+    let cat = data("cat.jpg");
+    let answer =
+        server.post("/v1/classify?top_k=3", &[("content-type", "image/jpeg"), ("x-request-id", "abc-1")], &cat);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.header("x-request-id"), Some("abc-1"));
+    assert!(answer.header("server-timing").is_some_and(|t| t.contains("decode;dur=") && t.contains("inference;dur=")));
+    let whole = answer.json();
+    assert_eq!((&whole["model"], &whole["version"]), (&json!("nf_regnet_cifar10"), &json!(1)));
+    let expected = &whole["results"][0]["predictions"];
+    assert_eq!(expected.as_array().unwrap().len(), 3);
+
+    // as the command line answers
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/cat.jpg").display().to_string();
+    let output = nfold(&["classify", &path, "--json", "-k", "3"], server._folder.path());
+    let by_cli: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(&by_cli["predictions"], expected);
+
+    for headers in [&[][..], &[("content-type", "application/octet-stream")], &[("content-type", "image/x-whatever")]] {
+        let answer = server.post("/v1/classify?top_k=3&model=nf_regnet_cifar10&version=1", headers, &cat);
+        assert_eq!(&answer.json()["results"][0]["predictions"], expected, "{headers:?}");
+        assert!(answer.header("x-request-id").is_some_and(|id| id.len() > 8));
+    }
+
+    // several at once, one of them broken: the others are answered, in order, as if alone
+    let ship = data("cifar10/ship/0000.jpg");
+    let (kind, body) = multipart(&[&cat, b"not an image", &ship]);
+    let several = server.post("/v1/classify?top_k=3", &[("content-type", &kind)], &body).json();
+    assert_eq!(&several["results"][0]["predictions"], expected);
+    assert_eq!(several["results"][1]["error"]["code"], "unsupported_media_type");
+    let alone = server.post("/v1/classify?top_k=3", &[], &ship).json();
+    assert_eq!(several["results"][2], alone["results"][0]);
+
+    let body = json!({ "images": [{ "b64": base64(&ship) }, { "b64": base64(&cat) }], "top_k": 3 }).to_string();
+    let by_json = server.post("/v1/classify", &[("content-type", "application/json")], body.as_bytes()).json();
+    assert_eq!(by_json["results"], json!([alone["results"][0], whole["results"][0]]));
+}
+
+#[test]
+fn every_refusal_is_json_with_its_code() {
+    let server = Server::start(&["--body-limit", "300000"]);
+    let cat = data("cat.jpg");
+    let json_kind = ("content-type", "application/json");
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [u8], u16, &'a str);
+    let cases: [Case<'_>; 14] = [
+        ("/v1/classify", &[], b"", 400, "invalid_image"),
+        ("/v1/classify", &[], b"a text", 415, "unsupported_media_type"),
+        ("/v1/classify", &[], &cat[..cat.len() / 2], 400, "invalid_image"),
+        ("/v1/classify", &[("content-type", "text/html")], &cat, 415, "unsupported_media_type"),
+        ("/v1/classify?model=other", &[], &cat, 404, "model_not_found"),
+        ("/v1/classify?version=9", &[], &cat, 404, "model_not_found"),
+        ("/v1/classify?version=x", &[], &cat, 400, "invalid_request"),
+        ("/v1/classify?top_k=0", &[], &cat, 400, "invalid_request"),
+        ("/v1/classify", &[("x-request-timeout-ms", "soon")], &cat, 400, "invalid_request"),
+        ("/v1/classify", &[json_kind], b"{", 400, "invalid_request"),
+        ("/v1/classify", &[json_kind], b"{\"images\": []}", 400, "invalid_request"),
+        ("/v1/classify", &[json_kind], b"{\"images\": [{\"b64\": \"?\"}]}", 400, "invalid_image"),
+        ("/v1/classify", &[("content-type", "multipart/form-data")], b"x", 400, "invalid_request"),
+        ("/v1/nothing", &[], b"", 404, "not_found"),
+    ];
+    for (target, headers, body, status, code) in cases {
+        let answer = server.post(target, headers, body);
+        let body = answer.json();
+        assert_eq!((answer.status, body["code"].as_str()), (status, Some(code)), "{target} {headers:?}: {answer:?}");
+        assert!(body["error"].as_str().is_some_and(|e| !e.is_empty()), "{answer:?}");
+        assert_eq!(answer.header("content-type"), Some("application/json"));
+    }
+    let large = server.post("/v1/classify", &[], &vec![0; 300_001]);
+    assert_eq!((large.status, large.json()["code"].as_str()), (413, Some("body_too_large")));
+    let wrong_method = server.get("/v1/classify");
+    assert_eq!((wrong_method.status, wrong_method.json()["code"].as_str()), (405, Some("method_not_allowed")));
+    let late = server.post("/v1/classify", &[("x-request-timeout-ms", "1")], &cat);
+    assert!(late.status == 504 || late.status == 200, "{late:?}");
+
+    // a header that promises 65535 x 65535 pixels is refused before any is decoded
+    let mut bomb = cat.clone();
+    let frame = bomb.windows(2).position(|w| w == [0xff, 0xc0] || w == [0xff, 0xc2]).unwrap();
+    bomb[frame + 5..frame + 9].fill(0xff);
+    let answer = server.post("/v1/classify", &[], &bomb);
+    assert_eq!((answer.status, answer.json()["code"].as_str()), (413, Some("image_too_large")), "{answer:?}");
+
+    // every request is in exactly one outcome
+    let metrics = ask(server.admin, "GET", "/metrics", &[], &[]).unwrap().body;
+    let total: f64 = metrics
+        .lines()
+        .filter(|l| l.starts_with("nfold_requests_total{"))
+        .map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+        .sum();
+    assert_eq!(total, (cases.len() + 4) as f64, "{metrics}");
+    assert!(metrics.contains("nfold_inflight_requests 0"));
+}
+
+#[test]
+fn health_says_what_is() {
+    let server = Server::start(&[]);
+    for target in ["/livez", "/readyz"] {
+        assert_eq!(ask(server.admin, "GET", target, &[], &[]).unwrap().status, 200, "{target}");
+    }
+    for target in ["/v2/health/live", "/v2/health/ready"] {
+        let answer = server.get(target);
+        assert_eq!((answer.status, answer.json()), (200, json!({"live": true, "ready": true})), "{target}");
+    }
+    let metrics = ask(server.admin, "GET", "/metrics", &[], &[]).unwrap().body;
+    for expected in
+        ["nfold_ready 1", "nfold_invariance_max_abs_diff{model=\"nf_regnet_cifar10\",version=\"1\"} 0", "process_"]
+    {
+        assert!(metrics.contains(expected), "{expected}");
+    }
+    let admin = server.admin.to_string();
+    let folder = tempfile::tempdir().unwrap();
+    assert!(nfold(&["healthcheck", "--admin", &admin], folder.path()).status.success());
+
+    // still answering, but not ready, while the hold lasts
+    drop(server);
+    let gone = nfold(&["healthcheck", "--admin", &admin], folder.path());
+    assert_eq!(gone.status.code(), Some(1));
+    let server = Server::start(&["--drain-hold", "1500ms"]);
+    server.signal("-TERM");
+    std::thread::sleep(Duration::from_millis(300));
+    let ready = ask(server.admin, "GET", "/readyz", &[], &[]).unwrap();
+    assert!(ready.status == 503 && ready.body.contains("shutting down"), "{ready:?}");
+    let ready = server.get("/v2/health/ready");
+    assert_eq!((ready.status, ready.json()["code"].as_str()), (503, Some("shutting_down")), "{ready:?}");
+    let during = server.post("/v1/classify", &[], &data("cat.jpg"));
+    assert_eq!(during.status, 200);
+    assert!(server.wait().success());
+}
+
+#[test]
+fn overload_is_refused_at_once_and_the_rest_is_answered() {
+    let server = Server::start(&["--workers", "1", "--queue-limit", "3"]);
+    let cat = data("cat.jpg");
+    let counts: Vec<(u16, Option<String>)> = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..12)
+            .map(|_| {
+                scope.spawn(|| {
+                    let answers = (0..15).map(|_| server.post("/v1/classify", &[], &cat));
+                    answers.map(|a| (a.status, a.header("retry-after").map(String::from))).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        callers.into_iter().flat_map(|c| c.join().unwrap()).collect()
+    });
+    let (ok, refused): (Vec<_>, Vec<_>) = counts.iter().partition(|(status, _)| *status == 200);
+    assert!(ok.len() >= 15 && !refused.is_empty(), "{} answered, {} refused", ok.len(), refused.len());
+    for (status, retry_after) in refused {
+        assert_eq!(*status, 429);
+        assert!(retry_after.as_deref().is_some_and(|s| s.parse::<u64>().is_ok_and(|s| s >= 1)), "{retry_after:?}");
+    }
+}
+
+/// SIGTERM in the middle of traffic: every request that was taken is answered, and the process ends well.
+#[test]
+fn a_signal_under_load_loses_nothing() {
+    let server = Server::start(&["--drain-hold", "200ms"]);
+    let (cat, address) = (data("cat.jpg"), server.http);
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let callers: Vec<_> = (0..4)
+        .map(|_| {
+            let (cat, stop, answered) = (cat.clone(), stop.clone(), answered.clone());
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    match ask(address, "POST", "/v1/classify", &[], &cat) {
+                        Ok(answer) => {
+                            assert_eq!(answer.status, 200, "{answer:?}");
+                            answered.fetch_add(1, Ordering::SeqCst);
+                        }
+                        // the port is closed, or was closed between the system's taking the connection and ours
+                        Err(_) if TcpStream::connect(address).is_err() => return,
+                        Err(error) => panic!("a request was lost: {error}"),
+                    }
+                }
+            })
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(500));
+    let before = answered.load(Ordering::SeqCst);
+    server.signal("-TERM");
+    assert!(server.wait().success());
+    stop.store(true, Ordering::SeqCst);
+    for caller in callers {
+        caller.join().unwrap();
+    }
+    assert!(before > 10 && answered.load(Ordering::SeqCst) > before, "{before}");
+}
+
+#[test]
+fn serve_refuses_what_it_cannot_serve() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = |flags: &[&str]| {
+        let mut args = vec!["serve", "--log", "off"];
+        for port in ["--http", "--admin"] {
+            if !flags.contains(&port) {
+                args.extend([port, "127.0.0.1:0"]);
+            }
+        }
+        let output = nfold(&[&args, flags].concat(), folder.path());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, text) = serve(&["--repository", "nowhere"]);
+    assert!(code == Some(1) && text.starts_with("error: ") && text.contains("nfold fold"), "{text}");
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    let (code, text) = serve(&["--repository", "empty"]);
+    assert!(code == Some(1) && text.contains("holds no model"), "{text}");
+    let demo = with_demo();
+    let repository = demo.path().join("repository").display().to_string();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let (code, text) = serve(&["--repository", &repository, "--admin", &address]);
+    assert!(code == Some(1) && text.contains("--admin") && text.contains(&address), "{text}");
+    let (code, text) = serve(&["--repository", &repository, "--http", &address]);
+    assert!(code == Some(1) && text.contains("--http"), "{text}");
+    let (code, text) = serve(&["--repository", &repository, "--model", "nf_regnet_cifar10:4"]);
+    assert!(code == Some(1) && text.contains("no version 4"), "{text}");
+    let (code, text) = serve(&["--repository", &repository, "--provider", "cuda"]);
+    assert!(code == Some(1) && text.contains("`cuda` is not available"), "{text}");
+}
