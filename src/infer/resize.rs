@@ -370,13 +370,13 @@ fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
         view
     };
     let mut out = vec![0; RGB * taps.len() * view.rows];
-    dispatch!(Level::new(), simd => horizontal(simd, view, &starts, &weights, &mut out));
+    dispatch!(Level::new(), simd => simd.vectorize(|| horizontal(view, &starts, &weights, &mut out)));
     out
 }
 
 /// The horizontal kernel: `weights` holds one padded run of coefficients, each three times, for each of `starts`.
 #[inline(always)]
-fn horizontal<S: Simd>(_: S, view: View<'_>, starts: &[usize], weights: &[i32], out: &mut [u8]) {
+fn horizontal(view: View<'_>, starts: &[usize], weights: &[i32], out: &mut [u8]) {
     let line = RGB * starts.len();
     let run = weights.len() / starts.len();
     for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
@@ -421,13 +421,13 @@ fn horizontal_rows<const N: usize>(rows: [&[u8]; N], starts: &[usize], weights: 
 /// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
 fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     let mut out = vec![0; view.len * taps.len()];
-    dispatch!(Level::new(), simd => vertical(simd, view, taps, origin, &mut out));
+    dispatch!(Level::new(), simd => simd.vectorize(|| vertical(view, taps, origin, &mut out)));
     out
 }
 
 /// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
 #[inline(always)]
-fn vertical<S: Simd>(_: S, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
+fn vertical(view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
     let lines = taps.bounds.iter().zip(taps.weights.chunks_exact(taps.stride));
     for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
         let (first, weights) = (first - origin, &weights[..*count]);
