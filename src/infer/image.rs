@@ -5,7 +5,7 @@
 //!
 //! Where it deviates from Pillow 13 (each pinned by a test in `tests/preprocess.rs`): JPEG pixels come from another
 //! inverse DCT and upsampler (`zune-jpeg`: up to 5 levels on photographs, 0.2 in the mean); 16-bit greyscale keeps its
-//! high byte where Pillow clips at 255; transparent pixels of a GIF that its first frame leaves open are black.
+//! high byte where Pillow clips at 255; what the first frame of a GIF leaves open is black, in Pillow its background.
 
 use std::error::Error;
 use std::io::{self, Cursor};
@@ -139,14 +139,13 @@ impl ImageLimits {
         over("too_much_memory", "bytes when decoded", decoded, self.max_decoded_bytes)
     }
 
-    /// The same for the decoders, with `bytes` for what they allocate.
-    fn for_decoder(&self, bytes: u64) -> image::Limits {
-        let mut limits = image::Limits::no_limits();
-        limits.max_image_width = Some(self.max_side);
-        limits.max_image_height = Some(self.max_side);
-        limits.max_alloc = Some(bytes);
-        limits
-    }
+}
+
+/// What a decoder may allocate. Sides and pixels are not its business: `check_header` says which of them is too much.
+fn allocation(bytes: u64) -> image::Limits {
+    let mut limits = image::Limits::no_limits();
+    limits.max_alloc = Some(bytes);
+    limits
 }
 
 /// Fails when `actual` is more than `limit`.
@@ -184,7 +183,7 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits, exif_orientation: bool) -> Res
         let detail = "JPEG has no end-of-image marker".to_owned();
         return Err(ImageError::Invalid { reason: "truncated", detail });
     }
-    decoder.set_limits(limits.for_decoder(limits.max_decoded_bytes)).map_err(failed)?;
+    decoder.set_limits(allocation(limits.max_decoded_bytes)).map_err(failed)?;
     // a broken EXIF block doesn't make the picture unreadable
     let orientation = if exif_orientation { decoder.orientation().ok() } else { None };
     let color = decoder.color_type();
@@ -213,7 +212,7 @@ fn open<'a>(
     let input = Cursor::new(bytes);
     Ok(match format {
         ImageFormat::Png => {
-            Box::new(png::PngDecoder::with_limits(input, limits.for_decoder(limits.max_metadata_bytes))?)
+            Box::new(png::PngDecoder::with_limits(input, allocation(limits.max_metadata_bytes))?)
         }
         ImageFormat::WebP => Box::new(webp::WebPDecoder::new(input)?),
         ImageFormat::Gif => Box::new(gif::GifDecoder::new(input)?),

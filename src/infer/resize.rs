@@ -6,7 +6,8 @@
 
 use std::ops::Range;
 
-use fearless_simd::{Level, Simd, dispatch};
+use fearless_simd::prelude::*;
+use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u8x32, u16x16};
 
 use super::image::RgbImage;
 use crate::model::{CropMode, Interpolation, Preprocessing};
@@ -17,8 +18,14 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 /// Bytes of one RGB pixel.
 const RGB: usize = 3;
-/// Pixels that one step of the horizontal kernel takes; their 24 samples are whole vectors at 128 and 256 bits.
-const STEP: usize = 8;
+/// Taps that one step of the horizontal kernel takes.
+const STEP: usize = 4;
+/// Samples of a step as the kernel multiplies them: four channels of each tap, one of them idle.
+const LANES: usize = 4 * STEP;
+/// Bytes that a step loads, of which it uses `RGB * STEP`.
+const BYTES: usize = 16;
+/// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
+const SPLIT_BITS: u32 = 12;
 /// Rows that share one load of the horizontal coefficients.
 const ROWS: usize = 4;
 /// Samples of one row that the vertical kernel keeps in registers.
@@ -100,16 +107,20 @@ impl Preprocessor {
         // where the crop of the resized image lies in the output
         let left = (columns.start as i64 - place.offset[0]) as usize;
         let top = (rows.start as i64 - place.offset[1]) as usize;
-        let plane = self.height * self.width;
-        for (channel, (table, out)) in self.tables.iter().zip(out.chunks_exact_mut(plane)).enumerate() {
-            if columns.len() < self.width || rows.len() < self.height {
-                out.fill(table[usize::from(self.fill[channel])]);
+        if columns.len() < self.width || rows.len() < self.height {
+            for (channel, plane) in out.chunks_exact_mut(self.height * self.width).enumerate() {
+                plane.fill(self.tables[channel][usize::from(self.fill[channel])]);
             }
-            let lines = out.chunks_exact_mut(self.width).skip(top);
-            for (line, source) in lines.zip(pixels.chunks_exact(RGB * columns.len().max(1))) {
-                for (value, pixel) in line[left..].iter_mut().zip(source.chunks_exact(RGB)) {
-                    *value = table[usize::from(pixel[channel])];
-                }
+        }
+        let (red, rest) = out.split_at_mut(self.height * self.width);
+        let (green, blue) = rest.split_at_mut(self.height * self.width);
+        for (y, line) in pixels.chunks_exact(RGB * columns.len().max(1)).enumerate() {
+            let at = (top + y) * self.width + left..(top + y) * self.width + left + columns.len();
+            let (red, green, blue) = (&mut red[at.clone()], &mut green[at.clone()], &mut blue[at]);
+            for (((pixel, red), green), blue) in line.chunks_exact(RGB).zip(red).zip(green).zip(blue) {
+                *red = self.tables[0][usize::from(pixel[0])];
+                *green = self.tables[1][usize::from(pixel[1])];
+                *blue = self.tables[2][usize::from(pixel[2])];
             }
         }
     }
@@ -215,8 +226,16 @@ impl<'a> View<'a> {
         &self.data[(self.top + y) * self.stride + self.left..][..self.len]
     }
 
+    /// A row and the bytes that follow it.
+    #[inline(always)]
+    fn row_and_more(self, y: usize, more: usize) -> &'a [u8] {
+        &self.data[(self.top + y) * self.stride + self.left..][..self.len + more]
+    }
+
     fn to_vec(self) -> Vec<u8> {
-        (0..self.rows).flat_map(|y| self.row(y)).copied().collect()
+        let mut out = Vec::with_capacity(self.len * self.rows);
+        (0..self.rows).for_each(|y| out.extend_from_slice(self.row(y)));
+        out
     }
 }
 
@@ -343,21 +362,27 @@ fn sample(sum: i32) -> u8 {
 /// Resamples every row of `view`, whose first column is column `origin` of the positions in `taps`.
 fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     // whole steps only: coefficients of zero before or after make up for it
-    let padded = taps.bounds.iter().map(|b| b.1).max().unwrap_or(0).next_multiple_of(STEP);
-    let room = (view.len / RGB).max(padded);
+    let run = taps.bounds.iter().map(|b| b.1).max().unwrap_or(0).next_multiple_of(STEP);
+    let room = (view.len / RGB).max(run);
     let mut starts = Vec::with_capacity(taps.len());
-    let mut weights = vec![0; taps.len() * padded * RGB];
-    let lines = taps.weights.chunks_exact(taps.stride).zip(weights.chunks_exact_mut(padded * RGB));
+    let mut weights = vec![0; taps.len() * run / STEP * LANES * 2];
+    let lines = taps.weights.chunks_exact(taps.stride).zip(weights.chunks_exact_mut(run / STEP * LANES * 2));
     for ((first, count), (from, to)) in taps.bounds.iter().zip(lines) {
         let first = first - origin;
-        let start = first.min(room - padded);
+        let start = first.min(room - run);
         starts.push(RGB * start);
-        let to = &mut to[RGB * (first - start)..];
-        for (to, from) in to.chunks_exact_mut(RGB).zip(&from[..*count]) {
-            to.fill(*from);
+        for (i, weight) in from[..*count].iter().enumerate() {
+            let tap = first - start + i;
+            let to = &mut to[tap / STEP * LANES * 2..][..LANES * 2];
+            // two taps lie side by side, once for each of four channels; the upper halves first, then the lower ones
+            for channel in 0..4 {
+                let lane = tap % STEP / 2 * 8 + channel * 2 + tap % 2;
+                to[lane] = (weight >> SPLIT_BITS) as i16;
+                to[LANES + lane] = (weight & ((1 << SPLIT_BITS) - 1)) as i16;
+            }
         }
     }
-    // narrower than one step: give the rows room
+    // narrower than one run: give the rows room
     let wide;
     let view = if view.len < RGB * room {
         let mut data = vec![0; RGB * room * view.rows];
@@ -370,50 +395,68 @@ fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
         view
     };
     let mut out = vec![0; RGB * taps.len() * view.rows];
-    dispatch!(Level::new(), simd => simd.vectorize(|| horizontal(view, &starts, &weights, &mut out)));
+    dispatch!(Level::new(), simd => simd.vectorize(#[inline(always)] || horizontal(simd, view, &starts, &weights, &mut out)));
     out
 }
 
-/// The horizontal kernel: `weights` holds one padded run of coefficients, each three times, for each of `starts`.
+/// The horizontal kernel: `weights` holds one run of split coefficients for each of `starts`.
 #[inline(always)]
-fn horizontal(view: View<'_>, starts: &[usize], weights: &[i32], out: &mut [u8]) {
+fn horizontal<S: Simd>(simd: S, view: View<'_>, starts: &[usize], weights: &[i16], out: &mut [u8]) {
     let line = RGB * starts.len();
-    let run = weights.len() / starts.len();
+    // a load takes more than the pixels of a step: behind the last row there may be nothing
+    let mut last = view.row(view.rows - 1).to_vec();
+    last.extend_from_slice(&[0; BYTES]);
+    let row = |y: usize| if y + 1 < view.rows { view.row_and_more(y, BYTES - RGB * STEP) } else { &last };
     for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
         let y = block * ROWS;
         if out.len() == ROWS * line {
-            let rows = std::array::from_fn::<_, ROWS, _>(|i| view.row(y + i));
-            horizontal_rows(rows, starts, weights, run, out);
+            horizontal_rows(simd, [row(y), row(y + 1), row(y + 2), row(y + 3)], starts, weights, out);
         } else {
             for (i, out) in out.chunks_mut(line).enumerate() {
-                horizontal_rows([view.row(y + i)], starts, weights, run, out);
+                horizontal_rows(simd, [row(y + i)], starts, weights, out);
             }
         }
     }
 }
 
-/// `N` rows at once.
+/// `N` rows at once. Products of 8-bit samples and 24-bit coefficients don't fit the instruction that multiplies and
+/// adds pairs of 16 bits, but with the coefficient in two parts they do: `sum(k·s) = 4096·sum(upper·s) + sum(lower·s)`.
 #[inline(always)]
-fn horizontal_rows<const N: usize>(rows: [&[u8]; N], starts: &[usize], weights: &[i32], run: usize, out: &mut [u8]) {
-    const LANES: usize = RGB * STEP;
+fn horizontal_rows<S: Simd, const N: usize>(
+    simd: S,
+    rows: [&[u8]; N],
+    starts: &[usize],
+    weights: &[i16],
+    out: &mut [u8],
+) {
+    // RGBRGBRGBRGB as pairs RR GG BB .. of 16 bits: two taps in the lower half, two in the upper
+    const PAIRS: [u8; 2 * BYTES] = [
+        0, 0, 3, 0, 1, 0, 4, 0, 2, 0, 5, 0, 2, 0, 5, 0, //
+        6, 0, 9, 0, 7, 0, 10, 0, 8, 0, 11, 0, 8, 0, 11, 0,
+    ];
+    let pairs = u8x32::load_array(simd, PAIRS);
+    let low_byte = u16x16::splat(simd, 0xFF);
     let line = RGB * starts.len();
+    let run = weights.len() / starts.len();
     for (x, (start, weights)) in starts.iter().zip(weights.chunks_exact(run)).enumerate() {
-        let sources = rows.map(|row| &row[*start..*start + run]);
-        let mut sums = [[0i32; LANES]; N];
-        for (step, weights) in weights.chunks_exact(LANES).enumerate() {
+        let sources = rows.map(|row| &row[*start..][..run / (2 * LANES) * RGB * STEP + BYTES - RGB * STEP]);
+        let mut upper = [i32x8::splat(simd, 0); N];
+        let mut lower = [i32x8::splat(simd, 0); N];
+        for (step, weights) in weights.chunks_exact(2 * LANES).enumerate() {
+            let upper_weights = i16x16::from_slice(simd, &weights[..LANES]);
+            let lower_weights = i16x16::from_slice(simd, &weights[LANES..]);
             for n in 0..N {
-                let samples = &sources[n][step * LANES..][..LANES];
-                for i in 0..LANES {
-                    sums[n][i] = sums[n][i].wrapping_add(i32::from(samples[i]).wrapping_mul(weights[i]));
-                }
+                let bytes = u8x16::from_slice(simd, &sources[n][step * RGB * STEP..][..BYTES]);
+                let spread: u16x16<S> = u8x32::block_splat(bytes).swizzle_dyn_within_blocks(pairs).bitcast();
+                let samples: i16x16<S> = (spread & low_byte).bitcast();
+                upper[n] += samples.pairwise_dot_product(upper_weights);
+                lower[n] += samples.pairwise_dot_product(lower_weights);
             }
         }
         for n in 0..N {
-            // fold the lanes of the same channel: 24 to 12 to 6 to 3
-            let twelve: [i32; 12] = std::array::from_fn(|i| sums[n][i].wrapping_add(sums[n][i + 12]));
-            let six: [i32; 6] = std::array::from_fn(|i| twelve[i].wrapping_add(twelve[i + 6]));
-            let pixel: [u8; 3] = std::array::from_fn(|i| sample(six[i].wrapping_add(six[i + 3]).wrapping_add(HALF)));
-            out[n * line + RGB * x..][..RGB].copy_from_slice(&pixel);
+            let (even, odd) = ((upper[n] << SPLIT_BITS) + lower[n]).split();
+            let sums: [i32; 4] = (even + odd + HALF).into();
+            out[n * line + RGB * x..][..RGB].copy_from_slice(&[sample(sums[0]), sample(sums[1]), sample(sums[2])]);
         }
     }
 }
@@ -421,33 +464,37 @@ fn horizontal_rows<const N: usize>(rows: [&[u8]; N], starts: &[usize], weights: 
 /// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
 fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     let mut out = vec![0; view.len * taps.len()];
-    dispatch!(Level::new(), simd => simd.vectorize(|| vertical(view, taps, origin, &mut out)));
+    dispatch!(Level::new(), simd => simd.vectorize(#[inline(always)] || vertical(simd, view, taps, origin, &mut out)));
     out
 }
 
 /// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
 #[inline(always)]
-fn vertical(view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
+fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
     let lines = taps.bounds.iter().zip(taps.weights.chunks_exact(taps.stride));
     for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
         let (first, weights) = (first - origin, &weights[..*count]);
         let mut blocks = out.chunks_exact_mut(BLOCK);
         let mut x = 0;
         for block in &mut blocks {
-            let mut sums = [HALF; BLOCK];
+            let mut sums = [i32x8::splat(simd, HALF); BLOCK / 8];
             for (i, weight) in weights.iter().enumerate() {
-                let samples = &view.row(first + i)[x..][..BLOCK];
-                for j in 0..BLOCK {
-                    sums[j] = sums[j].wrapping_add(i32::from(samples[j]).wrapping_mul(*weight));
+                let (a, b) = u8x32::from_slice(simd, &view.row(first + i)[x..][..BLOCK]).widen();
+                let ((a, b), (c, d)) = (a.widen(), b.widen());
+                for (sum, samples) in sums.iter_mut().zip([a, b, c, d]) {
+                    *sum += samples.bitcast::<i32x8<S>>() * *weight;
                 }
             }
-            for j in 0..BLOCK {
-                block[j] = sample(sums[j]);
+            for (sum, out) in sums.into_iter().zip(block.chunks_exact_mut(8)) {
+                let sums: [i32; 8] = sum.into();
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = sample(sum);
+                }
             }
             x += BLOCK;
         }
         for (j, out) in blocks.into_remainder().iter_mut().enumerate() {
-            let column = (0..weights.len()).zip(weights);
+            let column = weights.iter().enumerate();
             let sum = column.fold(HALF, |sum, (i, weight)| {
                 sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
             });

@@ -170,7 +170,7 @@ def encodings():
     yield "png_rgb_16.png", deep(wide, 2), 0, 0
     yield "png_rgba_16.png", deep(np.concatenate([wide, wide_alpha], 2), 6), 0, 0
     yield "png_grey_alpha_16.png", deep(np.concatenate([wide[..., :1], wide_alpha], 2), 4), 0, 0
-    yield "png_grey_16.png", deep(wide[..., :1], 0), 255, 130
+    yield "png_grey_16.png", deep(wide[..., :1], 0), 255, 90
     yield "webp_lossy.webp", saved(photo, "WEBP", quality=90), 0, 0
     yield "webp_lossy_alpha.webp", saved(rgba, "WEBP", quality=90), 0, 0
     yield "webp_lossless.webp", saved(photo, "WEBP", lossless=True), 0, 0
@@ -185,7 +185,7 @@ def encodings():
     inner[6:10] = struct.pack("<HH", 60, 50)
     at = inner.index(b"\x2c\0\0\0\0\x30\0\x24\0")
     inner[at + 1:at + 5] = struct.pack("<HH", 5, 7)
-    yield "gif_part.gif", bytes(inner), 255, 60
+    yield "gif_part.gif", bytes(inner), 255, 100
     yield "bmp_24.bmp", saved(small, "BMP"), 0, 0
     yield "bmp_8.bmp", saved(small.quantize(64), "BMP"), 0, 0
     yield "bmp_1.bmp", saved(photo.convert("1"), "BMP"), 0, 0
