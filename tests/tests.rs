@@ -27,3 +27,6 @@ mod serve;
 
 /// The program as operators meet it: real model, real signals.
 mod process;
+
+/// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
+mod preprocess;

@@ -4,7 +4,7 @@ Needs torch, timm, pillow, numpy and safetensors, no GPU. DATA holds train/CLASS
 test/CLASS/*.jpg, 32x32 each. The shipped weights were made by
 
     python train.py --data DATA --out OUT --minutes 59 --small-part 0.45 --chunk 64 --eval-every 2
-    python train.py --data DATA --out OUT --minutes 63.5 --small-part 0.45 --chunk 64 --eval-every 2 --ema 0.98
+    python train.py --data DATA --out OUT --minutes 63.5 --small-part 0.45 --chunk 64 --eval-every 1 --ema 0.98
 
 Runs are resumable: started again with the same --out, a stopped run goes on from its last
 whole epoch. The test photographs are only looked at to report progress.
