@@ -16,7 +16,9 @@ const SHORT: u32 = 284;
 
 fn main() {
     let rounds = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(31);
-    println!("image       nfold/ms  opponent/ms  ratio  tensor/ms   (bicubic, {SIZE}x{SIZE} of short side {SHORT}, {rounds} rounds)");
+    println!(
+        "image       nfold/ms  opponent/ms  ratio  tensor/ms   (bicubic, {SIZE}x{SIZE} of short side {SHORT}, {rounds} rounds)"
+    );
     for (width, height) in [(500, 375), (1920, 1080), (4000, 3000), (375, 500), (60, 40), (300, 900)] {
         let image = photograph(width, height);
         // a crop as large as the image makes `apply` resize and normalise; its share of the resize is measured alone
@@ -36,9 +38,8 @@ fn main() {
         let short = f64::from(width.min(height));
         let side = f64::from(SIZE) * short / f64::from(SHORT);
         let (left, top) = ((f64::from(width) - side) / 2.0, (f64::from(height) - side) / 2.0);
-        let options = ResizeOptions::new()
-            .resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom))
-            .crop(left, top, side, side);
+        let options =
+            ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).crop(left, top, side, side);
         let source = images::ImageRef::new(width, height, &image.data, PixelType::U8x3).expect("packed RGB");
         let mut target = images::Image::new(SIZE, SIZE, PixelType::U8x3);
         let mut opponent = Resizer::new();
@@ -47,7 +48,9 @@ fn main() {
         let square = resize(&image, SIZE, SIZE, Interpolation::Bicubic);
         for _ in 0..rounds {
             ours.push(time(|| preprocessor.apply(black_box(&image), black_box(&mut tensor))));
-            theirs.push(time(|| opponent.resize(black_box(&source), black_box(&mut target), &options).expect("sizes fit")));
+            theirs.push(time(|| {
+                opponent.resize(black_box(&source), black_box(&mut target), &options).expect("sizes fit")
+            }));
             // 256 of 256: a copy and the tables
             let plain = Preprocessor::new(&Preprocessing { crop_pct: 1.0, ..whole.clone() });
             table.push(time(|| plain.apply(black_box(&square), black_box(&mut tensor))));

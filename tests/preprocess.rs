@@ -246,8 +246,11 @@ fn a_filter() -> impl Strategy<Value = Interpolation> {
 
 fn an_image() -> impl Strategy<Value = RgbImage> {
     (1u32..70, 1u32..70).prop_flat_map(|(width, height)| {
-        proptest::collection::vec(any::<u8>(), (width * height * 3) as usize)
-            .prop_map(move |data| RgbImage { width, height, data })
+        proptest::collection::vec(any::<u8>(), (width * height * 3) as usize).prop_map(move |data| RgbImage {
+            width,
+            height,
+            data,
+        })
     })
 }
 

@@ -138,7 +138,6 @@ impl ImageLimits {
         over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)?;
         over("too_much_memory", "bytes when decoded", decoded, self.max_decoded_bytes)
     }
-
 }
 
 /// What a decoder may allocate. Sides and pixels are not its business: `check_header` says which of them is too much.
@@ -211,9 +210,7 @@ fn open<'a>(
 ) -> image::ImageResult<Box<dyn ImageDecoder + 'a>> {
     let input = Cursor::new(bytes);
     Ok(match format {
-        ImageFormat::Png => {
-            Box::new(png::PngDecoder::with_limits(input, allocation(limits.max_metadata_bytes))?)
-        }
+        ImageFormat::Png => Box::new(png::PngDecoder::with_limits(input, allocation(limits.max_metadata_bytes))?),
         ImageFormat::WebP => Box::new(webp::WebPDecoder::new(input)?),
         ImageFormat::Gif => Box::new(gif::GifDecoder::new(input)?),
         ImageFormat::Bmp => Box::new(bmp::BmpDecoder::new(input)?),
