@@ -396,6 +396,21 @@ fn draining_says_not_ready_answers_what_is_in_flight_and_refuses_the_rest() {
     house.thread.join().unwrap().unwrap();
 }
 
+/// To its client a connection in the system's queue is connected, and its request sent.
+#[test]
+fn a_stop_answers_connections_that_were_not_accepted_yet() {
+    let house = house(Options { connections: 1, ..local() }, options(1, 1, 8));
+    let busy = house.occupy();
+    let queued = send(house.http, "POST /v1/classify", &[], &png(1));
+    let silent = TcpStream::connect(house.http).unwrap();
+    house.stop();
+    eventually("the port is closed", || TcpStream::connect(house.http).is_err());
+    house.strings.release();
+    assert_eq!((receive(busy).status, receive(queued).status), (200, 200));
+    house.thread.join().unwrap().expect("one that says nothing does not hold up the end");
+    drop(silent);
+}
+
 #[test]
 fn a_drain_has_an_end() {
     let house = house(Options { drain_timeout: Duration::from_millis(100), ..local() }, options(1, 1, 8));

@@ -2,23 +2,24 @@
 //!
 //! Knows nothing of what the connections carry.
 
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
+use tower::ServiceExt as _;
 
-use std::sync::Arc;
+use crate::metrics::{IntGauge, Metrics};
 
-use crate::metrics::Metrics;
-
-/// How long accepting goes on after the stop, for clients that the system let in already: closing would reset them.
-const BACKLOG: Duration = Duration::from_millis(20);
+/// How long a connection that was accepted just before the stop may take to bring its first request.
+const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
 /// Limits on connections.
 #[derive(Debug, Clone, Copy)]
@@ -31,14 +32,14 @@ pub(super) struct Limits {
 
 /// Connections that are still open after accepting ended.
 pub(super) struct Open {
-    graceful: GracefulShutdown,
+    stopping: watch::Sender<bool>,
     tasks: JoinSet<()>,
 }
 
 impl Open {
     /// Lets every request in flight finish and closes idle connections.
     pub(super) async fn finish(&mut self) {
-        std::mem::take(&mut self.graceful).shutdown().await;
+        self.stopping.send_replace(true);
         while self.tasks.join_next().await.is_some() {}
     }
 
@@ -58,12 +59,19 @@ pub(super) async fn accept(
     metrics: Arc<Metrics>,
     mut stop: oneshot::Receiver<()>,
 ) -> Open {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.head_timeout);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
     let room = Arc::new(Semaphore::new(limits.connections.max(1)));
-    let mut open = Open { graceful: GracefulShutdown::new(), tasks: JoinSet::new() };
-    let mut end = None;
+    let (stopping, stopped) = watch::channel(false);
+    let mut open = Open { stopping, tasks: JoinSet::new() };
+    let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
+        let connection = serve(stream, routes.clone(), limits, stopped.clone());
+        let gauge = metrics.connections.clone();
+        gauge.inc();
+        let counted = Counted(gauge);
+        async move {
+            let _until_the_end = (permit, counted);
+            connection.await;
+        }
+    };
     loop {
         let next = async {
             // never closed, so acquiring can't fail
@@ -72,49 +80,70 @@ pub(super) async fn accept(
         };
         let (permit, accepted) = tokio::select! {
             biased;
-            _ = &mut stop, if end.is_none() => {
-                end = Some(tokio::time::Instant::now() + BACKLOG);
-                continue;
-            }
-            () = until(end) => return open,
+            _ = &mut stop => break,
             next = next => next,
             // keeps the set small
             Some(_) = open.tasks.join_next() => continue,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        match accepted {
+            Ok((stream, _)) => drop(open.tasks.spawn(serve(stream, permit))),
             Err(error) => {
                 // out of file descriptors, usually: a pause lets some come back
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
             }
-        };
-        let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(routes.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-        let connection = open.graceful.watch(connection);
-        let gauge = metrics.connections.clone();
-        gauge.inc();
-        open.tasks.spawn(async move {
-            let _permit = permit;
-            let _counted = Counted(gauge);
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended early");
-            }
-        });
+        }
+    }
+    // to their clients, those in the system's queue are connected: closing the port with them in it would reset them
+    for stream in queued(listener) {
+        open.tasks.spawn(serve(stream, None));
+    }
+    open
+}
+
+/// Closes the port; returns the connections that the system had accepted already.
+fn queued(listener: TcpListener) -> Vec<TcpStream> {
+    // the system itself is asked: the runtime may not have heard of the latest
+    let Ok(listener) = listener.into_std() else { return Vec::new() };
+    let mut streams = Vec::new();
+    while let Ok((stream, _)) = listener.accept() {
+        streams.extend(stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)));
+    }
+    streams
+}
+
+/// The whole life of a connection.
+async fn serve(stream: TcpStream, routes: Router, limits: Limits, mut stopped: watch::Receiver<bool>) {
+    let _ = stream.set_nodelay(true);
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.head_timeout);
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
+    let (first, mut seen) = watch::channel(false);
+    let service = tower::service_fn(move |request| {
+        let request: Request<_> = request;
+        first.send_replace(true);
+        routes.clone().oneshot(request)
+    });
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
+    let last_call = async {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+        // told to shut down before its first request, a connection would drop that request unread
+        let _ = tokio::time::timeout(FIRST_REQUEST, seen.wait_for(|seen| *seen)).await;
+    };
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = last_call => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error, "a connection ended early");
     }
 }
 
-/// Resolves at `end`; never without one.
-async fn until(end: Option<tokio::time::Instant>) {
-    match end {
-        Some(end) => tokio::time::sleep_until(end).await,
-        None => std::future::pending().await,
-    }
-}
-
-struct Counted(crate::metrics::IntGauge);
+/// An open connection in the metrics.
+struct Counted(IntGauge);
 
 impl Drop for Counted {
     fn drop(&mut self) {
