@@ -7,7 +7,8 @@ test/CLASS/*.jpg, 32x32 each. The shipped weights were made by
     python train.py --data DATA --out OUT --minutes 63.5 --small-part 0.45 --chunk 64 --eval-every 1 --ema 0.98
 
 Runs are resumable: started again with the same --out, a stopped run goes on from its last
-whole epoch. The test photographs are only looked at to report progress.
+whole epoch. No weights are trained on the test photographs, but their
+accuracy is printed, and for the shipped weights it decided two settings: see README.md.
 
 How it works, in order of appearance below:
 

@@ -222,7 +222,7 @@ async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) 
     let mut response = next.run(request).await;
     let failure = response.extensions_mut().remove::<Failure>();
     let outcome = match &failure {
-        Some(failure) => failure.code.outcome(),
+        Some(failure) => failure.code,
         None if response.status().is_success() => Outcome::Ok,
         None => Outcome::InvalidRequest,
     };

@@ -9,74 +9,27 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::infer::error::InferError;
-use crate::infer::image::ImageError;
-use crate::metrics::Outcome;
+use crate::infer::scheduler::outcome;
 
-/// What a client can tell errors apart by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// The request can't be understood.
-    InvalidRequest,
-    /// Bytes that are no image.
-    InvalidImage,
-    /// An image past the pixel limits.
-    ImageTooLarge,
-    /// A body past the byte limit.
-    BodyTooLarge,
-    /// A content type or image format that is not taken.
-    UnsupportedMediaType,
-    /// A model or version that is not served.
-    ModelNotFound,
-    /// No such path.
-    NotFound,
-    /// The path exists, for another method.
-    MethodNotAllowed,
-    /// The queue is full.
-    Overloaded,
-    /// The deadline passed.
-    DeadlineExceeded,
-    /// The server is stopping.
-    ShuttingDown,
-    /// The server or model is not ready.
-    NotReady,
-    /// A fault on our side.
-    Internal,
-}
+/// What a client tells errors apart by is what the metrics count them as.
+pub use crate::metrics::Outcome as Code;
 
 impl Code {
-    /// Every code, in declaration order.
-    pub const ALL: [Self; 13] = [
-        Self::InvalidRequest,
-        Self::InvalidImage,
-        Self::ImageTooLarge,
-        Self::BodyTooLarge,
-        Self::UnsupportedMediaType,
-        Self::ModelNotFound,
-        Self::NotFound,
-        Self::MethodNotAllowed,
-        Self::Overloaded,
-        Self::DeadlineExceeded,
-        Self::ShuttingDown,
-        Self::NotReady,
-        Self::Internal,
-    ];
-
-    /// The table: HTTP status, gRPC status number, outcome in the metrics.
-    fn row(self) -> (StatusCode, i32, Outcome) {
+    /// The table: HTTP status and gRPC status number.
+    fn row(self) -> (StatusCode, i32) {
         match self {
-            Self::InvalidRequest => (StatusCode::BAD_REQUEST, 3, Outcome::InvalidRequest),
-            Self::InvalidImage => (StatusCode::BAD_REQUEST, 3, Outcome::InvalidImage),
-            Self::ImageTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 3, Outcome::ImageTooLarge),
-            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 3, Outcome::BodyTooLarge),
-            Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, 3, Outcome::UnsupportedMediaType),
-            Self::ModelNotFound => (StatusCode::NOT_FOUND, 5, Outcome::ModelNotFound),
-            Self::NotFound => (StatusCode::NOT_FOUND, 5, Outcome::NotFound),
-            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, 12, Outcome::MethodNotAllowed),
-            Self::Overloaded => (StatusCode::TOO_MANY_REQUESTS, 8, Outcome::Overloaded),
-            Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, 4, Outcome::DeadlineExceeded),
-            Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, 14, Outcome::ShuttingDown),
-            Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, 14, Outcome::NotReady),
-            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, 13, Outcome::Internal),
+            Self::Ok => (StatusCode::OK, 0),
+            Self::InvalidRequest | Self::InvalidImage => (StatusCode::BAD_REQUEST, 3),
+            Self::ImageTooLarge | Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 3),
+            Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, 3),
+            Self::ModelNotFound | Self::NotFound => (StatusCode::NOT_FOUND, 5),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, 12),
+            Self::Overloaded => (StatusCode::TOO_MANY_REQUESTS, 8),
+            Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, 4),
+            Self::ShuttingDown | Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, 14),
+            // nobody is there to read it
+            Self::Cancelled => (StatusCode::REQUEST_TIMEOUT, 1),
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, 13),
         }
     }
 
@@ -88,16 +41,6 @@ impl Code {
     /// gRPC status number.
     pub fn grpc(self) -> i32 {
         self.row().1
-    }
-
-    /// How it counts in the metrics.
-    pub fn outcome(self) -> Outcome {
-        self.row().2
-    }
-
-    /// Name on the wire, the same as in the metrics.
-    pub fn name(self) -> &'static str {
-        self.outcome().name()
     }
 }
 
@@ -129,24 +72,15 @@ impl ApiError {
 
 impl From<InferError> for ApiError {
     fn from(error: InferError) -> Self {
-        let code = match &error {
-            InferError::Image(ImageError::Unsupported { .. }) => Code::UnsupportedMediaType,
-            InferError::Image(ImageError::TooLarge { .. }) => Code::ImageTooLarge,
-            InferError::Image(ImageError::Empty | ImageError::Invalid { .. }) => Code::InvalidImage,
-            InferError::TooManyImages { .. } | InferError::ModelNotNamed { .. } => Code::InvalidRequest,
-            InferError::Overloaded { .. } => Code::Overloaded,
-            InferError::DeadlineExceeded => Code::DeadlineExceeded,
-            InferError::ShuttingDown => Code::ShuttingDown,
-            InferError::NotReady => Code::NotReady,
-            InferError::ModelNotFound { .. } => Code::ModelNotFound,
-            InferError::Internal(detail) => return Self::internal(detail.clone()),
-        };
+        if let InferError::Internal(detail) = error {
+            return Self::internal(detail);
+        }
         let retry_after = match &error {
             InferError::Overloaded { retry_after } => Some(*retry_after),
             InferError::ShuttingDown | InferError::NotReady => Some(Duration::from_secs(1)),
             _ => None,
         };
-        Self { code, message: error.to_string(), retry_after, detail: None }
+        Self { code: outcome(&error), message: error.to_string(), retry_after, detail: None }
     }
 }
 
@@ -190,6 +124,7 @@ mod tests {
         assert_eq!(
             table,
             [
+                ("ok", 200, 0),
                 ("invalid_request", 400, 3),
                 ("invalid_image", 400, 3),
                 ("image_too_large", 413, 3),
@@ -202,30 +137,17 @@ mod tests {
                 ("deadline_exceeded", 504, 4),
                 ("shutting_down", 503, 14),
                 ("not_ready", 503, 14),
+                ("cancelled", 408, 1),
                 ("internal", 500, 13),
             ]
         );
     }
 
     #[test]
-    fn the_engine_room_and_the_edge_count_alike() {
-        use crate::infer::scheduler::outcome;
-        let errors = [
-            InferError::Image(ImageError::Empty),
-            InferError::TooManyImages { images: 2, limit: 1 },
-            InferError::Overloaded { retry_after: Duration::from_millis(1500) },
-            InferError::DeadlineExceeded,
-            InferError::ShuttingDown,
-            InferError::NotReady,
-            InferError::ModelNotFound { model: "x".into(), available: "y".into() },
-            InferError::Internal("secret".into()),
-        ];
-        for error in errors {
-            let counted = outcome(&error);
-            let api = ApiError::from(error);
-            assert_eq!(api.code.outcome(), counted);
-            assert!(!api.message.contains("secret"));
-        }
+    fn faults_of_this_side_keep_their_detail() {
+        let error = ApiError::from(InferError::Internal("secret".into()));
+        assert_eq!((error.code, error.detail.as_deref()), (Code::Internal, Some("secret")));
+        assert!(!error.message.contains("secret"));
     }
 
     #[test]
