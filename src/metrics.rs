@@ -4,6 +4,9 @@
 //! models: other rooms hand it numbers. Durations are seconds, sizes bytes; a field's documentation is the metric's
 //! help text (a test holds the two together).
 
+pub mod statistics;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -13,6 +16,8 @@ use prometheus::{
 };
 
 pub use prometheus::IntGauge;
+
+use self::statistics::Statistics;
 
 /// Content type of [`Metrics::encode`]'s text.
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -36,6 +41,8 @@ pub enum Outcome {
     ModelNotFound,
     /// A path that does not exist.
     NotFound,
+    /// An API key is asked for, and none or an unknown one came.
+    Unauthenticated,
     /// A path that exists, asked with another method.
     MethodNotAllowed,
     /// Refused because the queue was full.
@@ -54,7 +61,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every outcome, in declaration order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Ok,
         Self::InvalidRequest,
         Self::InvalidImage,
@@ -63,6 +70,7 @@ impl Outcome {
         Self::UnsupportedMediaType,
         Self::ModelNotFound,
         Self::NotFound,
+        Self::Unauthenticated,
         Self::MethodNotAllowed,
         Self::Overloaded,
         Self::DeadlineExceeded,
@@ -83,6 +91,7 @@ impl Outcome {
             Self::UnsupportedMediaType => "unsupported_media_type",
             Self::ModelNotFound => "model_not_found",
             Self::NotFound => "not_found",
+            Self::Unauthenticated => "unauthenticated",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::Overloaded => "overloaded",
             Self::DeadlineExceeded => "deadline_exceeded",
@@ -99,7 +108,11 @@ impl Outcome {
 pub enum Protocol {
     /// `/v1` of the HTTP port.
     Rest,
-    /// `/v2/health` of the HTTP port, apart so that probes don't colour latency.
+    /// `/v2` of the HTTP port.
+    OipHttp,
+    /// The gRPC port.
+    Grpc,
+    /// Health calls of the HTTP and gRPC ports, apart so that probes don't colour latency.
     Health,
     /// Any other path of the HTTP port.
     Other,
@@ -107,12 +120,14 @@ pub enum Protocol {
 
 impl Protocol {
     /// Every protocol, in declaration order.
-    pub const ALL: [Self; 3] = [Self::Rest, Self::Health, Self::Other];
+    pub const ALL: [Self; 5] = [Self::Rest, Self::OipHttp, Self::Grpc, Self::Health, Self::Other];
 
     /// Label value.
     pub fn name(self) -> &'static str {
         match self {
             Self::Rest => "rest",
+            Self::OipHttp => "oip_http",
+            Self::Grpc => "grpc",
             Self::Health => "health",
             Self::Other => "other",
         }
@@ -197,7 +212,7 @@ pub struct Metrics {
     pub queue_oldest_age_seconds: GaugeVec,
     /// Requests being answered.
     pub inflight_requests: IntGauge,
-    /// Client connections open on the HTTP port.
+    /// Client connections open on the HTTP and gRPC ports.
     pub connections: IntGauge,
     /// Engine runs by provider and result, warm-up included.
     pub engine_runs_total: IntCounterVec,
@@ -281,7 +296,7 @@ impl Metrics {
                 &["model", "version"],
             ),
             inflight_requests: int_gauge(r, "inflight_requests", "Requests being answered."),
-            connections: int_gauge(r, "connections", "Client connections open on the HTTP port."),
+            connections: int_gauge(r, "connections", "Client connections open on the HTTP and gRPC ports."),
             engine_runs_total: counters(
                 r,
                 "engine_runs_total",
@@ -360,6 +375,7 @@ impl Metrics {
             engine_workers: self.engine_workers.with_label_values(&model),
             invariance_max_abs_diff: self.invariance_max_abs_diff.with_label_values(&model),
             decode_rejects: self.decode_rejects_total.clone(),
+            statistics: Arc::default(),
         }
     }
 
@@ -419,6 +435,8 @@ pub struct ModelMetrics {
     pub engine_workers: IntGauge,
     /// Largest difference between an image alone and in a batch.
     pub invariance_max_abs_diff: Gauge,
+    /// Running totals for the protocol's statistics.
+    pub statistics: Arc<Statistics>,
 }
 
 impl ModelMetrics {

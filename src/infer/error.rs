@@ -11,6 +11,9 @@ pub enum InferError {
     /// The bytes are no image that can be taken: [`ImageError`] says why.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Numbers that a client sent in place of an image and that no network can take.
+    #[error("{0}; send finite, normalised values")]
+    BadTensor(String),
     /// One request holds more images than may ever be admitted at once.
     #[error("{images} images in one request, at most {limit} are taken; send fewer at a time")]
     TooManyImages {

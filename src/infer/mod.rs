@@ -10,6 +10,7 @@ pub mod image;
 pub mod registry;
 pub mod resize;
 pub mod scheduler;
+pub mod tensor;
 pub mod top_k;
 pub mod verify;
 mod worker;

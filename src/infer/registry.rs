@@ -13,8 +13,9 @@ use bytes::Bytes;
 use super::engine::{Backend, EngineOptions, OrtBackend};
 use super::error::InferError;
 use super::resize::Preprocessor;
-use super::scheduler::{Health, Input, Job, OpenBackend, Scheduler, SchedulerOptions, StartError, Timings};
-use super::top_k::{Prediction, top_k};
+use super::scheduler::{Health, Input, Job, OpenBackend, Output, Scheduler, SchedulerOptions, StartError, Timings};
+use super::top_k::{NotFinite, Prediction, check_finite, top_k};
+use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelMetrics, Phase};
 use crate::model::{self, Manifest, ModelDir, ModelError};
 
@@ -134,31 +135,72 @@ impl LiveModel {
         Ok(Self { name, version, manifest, scheduler, metrics: model_metrics })
     }
 
-    /// Classifies the images of one request, in order. All are admitted or none; what is wrong with one image stays with
+    /// The logits of one request's images, in order, each made into what is asked for by `finish`. The one way to an
+    /// answer, whichever protocol asks. All are admitted or none; what is wrong with one image stays with
     /// that image, what concerns the request (overload, deadline, shutdown) is the outer error.
+    pub async fn infer<T>(
+        &self,
+        inputs: Vec<Input>,
+        deadline: Instant,
+        finish: impl Fn(Vec<f32>) -> Result<T, NotFinite>,
+    ) -> Result<Vec<Result<(T, Timings), InferError>>, InferError> {
+        let mut request = Counted {
+            statistics: &self.metrics.statistics,
+            started: Instant::now(),
+            images: 0,
+            times: Answered::default(),
+        };
+        // a client's own numbers may overflow the network; an image can't
+        let by_hand = !inputs.iter().all(|input| matches!(input, Input::Encoded(_)));
+        let tickets = self.scheduler.submit(inputs, deadline)?;
+        let mut answers = Vec::with_capacity(tickets.len());
+        for ticket in tickets {
+            answers.push(match ticket.answer().await {
+                Ok(Output { logits, timings }) => {
+                    let started = Instant::now();
+                    let finished = check_finite(&logits).and_then(|()| finish(logits));
+                    let took = started.elapsed();
+                    self.metrics.phase(Phase::Postprocess, took);
+                    match finished {
+                        Ok(answer) => {
+                            request.answered(&timings, took);
+                            Ok((answer, timings))
+                        }
+                        Err(error) if by_hand => Err(InferError::BadTensor(error.to_string())),
+                        Err(error) => Err(InferError::Internal(error.to_string())),
+                    }
+                }
+                Err(error @ (InferError::Image(_) | InferError::BadTensor(_) | InferError::Internal(_))) => Err(error),
+                Err(error) => {
+                    request.images = 0;
+                    return Err(error);
+                }
+            });
+        }
+        Ok(answers)
+    }
+
+    /// Classifies the encoded images of one request, in order, as [`infer`](Self::infer) does.
     pub async fn classify(
         &self,
         images: Vec<Bytes>,
         k: usize,
         deadline: Instant,
     ) -> Result<Vec<Result<Classified, InferError>>, InferError> {
-        let tickets = self.scheduler.submit(images.into_iter().map(Input::Encoded).collect(), deadline)?;
-        let mut answers = Vec::with_capacity(tickets.len());
-        for ticket in tickets {
-            answers.push(match ticket.answer().await {
-                Ok(output) => {
-                    let started = Instant::now();
-                    let predictions = top_k(&output.logits, k, &self.manifest.labels);
-                    self.metrics.phase(Phase::Postprocess, started.elapsed());
-                    predictions
-                        .map(|predictions| Classified { predictions, timings: output.timings })
-                        .map_err(|e| InferError::Internal(e.to_string()))
-                }
-                Err(error @ (InferError::Image(_) | InferError::Internal(_))) => Err(error),
-                Err(error) => return Err(error),
-            });
-        }
-        Ok(answers)
+        let inputs = images.into_iter().map(Input::Encoded).collect();
+        let answers = self.infer(inputs, deadline, |logits| top_k(&logits, k, &self.manifest.labels)).await?;
+        let classified = |(predictions, timings)| Classified { predictions, timings };
+        Ok(answers.into_iter().map(|answer| answer.map(classified)).collect())
+    }
+
+    /// How images are queued and batched.
+    pub fn options(&self) -> &SchedulerOptions {
+        self.scheduler.options()
+    }
+
+    /// What this model has done so far.
+    pub fn statistics(&self) -> Snapshot {
+        self.metrics.statistics.snapshot()
     }
 
     /// Whether the engines work.
@@ -169,6 +211,35 @@ impl LiveModel {
     /// The queue, for callers that bring tensors or want logits.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+}
+
+/// One request in the statistics, counted when it is dropped: as failed if no image was answered.
+struct Counted<'a> {
+    statistics: &'a Statistics,
+    started: Instant,
+    images: usize,
+    times: Answered,
+}
+
+impl Counted<'_> {
+    fn answered(&mut self, timings: &Timings, output: Duration) {
+        self.images += 1;
+        let times = &mut self.times;
+        times.queue = times.queue.max(timings.queue);
+        times.input = times.input.max(timings.decode + timings.preprocess);
+        times.infer = times.infer.max(timings.inference);
+        times.output += output;
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let whole = self.started.elapsed();
+        match self.images {
+            0 => self.statistics.failed(whole),
+            images => self.statistics.answered(images, &Answered { whole, ..self.times }),
+        }
     }
 }
 

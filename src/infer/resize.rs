@@ -125,6 +125,16 @@ impl Preprocessor {
         }
     }
 
+    /// Normalises an image that has the tensor's size already, `[height, width, 3]`: no resize, no crop. The same values
+    /// that [`apply`](Self::apply) gives those pixels.
+    pub fn normalise(&self, pixels: &[u8]) -> Vec<f32> {
+        let mut out = Vec::with_capacity(pixels.len());
+        for (channel, table) in self.tables.iter().enumerate() {
+            out.extend(pixels.iter().skip(channel).step_by(RGB).map(|&sample| table[usize::from(sample)]));
+        }
+        out
+    }
+
     /// timm's geometry for a `width` × `height` image: to which size it is resized and where the crop starts.
     fn placement(&self, width: u32, height: u32) -> Placement {
         let [scale_h, scale_w] = self.scale;

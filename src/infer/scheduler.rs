@@ -17,6 +17,7 @@ use super::engine::{Backend, EngineError};
 use super::error::InferError;
 use super::image::ImageLimits;
 use super::resize::Preprocessor;
+use super::tensor::RawTensor;
 use super::worker::{self, Role};
 use crate::metrics::{ModelMetrics, Outcome};
 
@@ -84,6 +85,19 @@ pub enum Input {
     Encoded(Bytes),
     /// A tensor ready for the network, `[3, height, width]`.
     Tensor(Vec<f32>),
+    /// The same, or its pixels, in bytes.
+    Raw(RawTensor),
+}
+
+impl Input {
+    /// Whether it can be a network's input of `len` values. Encoded images can, until they are decoded.
+    fn fits(&self, len: usize) -> bool {
+        match self {
+            Self::Encoded(_) => true,
+            Self::Tensor(values) => values.len() == len,
+            Self::Raw(raw) => raw.values() == Some(len),
+        }
+    }
 }
 
 /// Where an image's time went.
@@ -187,6 +201,11 @@ impl Scheduler {
         self.shared.slots.limit
     }
 
+    /// How images are queued and batched.
+    pub fn options(&self) -> &SchedulerOptions {
+        &self.shared.options
+    }
+
     /// Whether the engines work.
     pub fn health(&self) -> Health {
         let state = self.shared.lock();
@@ -253,7 +272,9 @@ pub fn outcome(error: &InferError) -> Outcome {
         InferError::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,
         InferError::Image(ImageError::TooLarge { .. }) => Outcome::ImageTooLarge,
         InferError::Image(_) => Outcome::InvalidImage,
-        InferError::TooManyImages { .. } | InferError::ModelNotNamed { .. } => Outcome::InvalidRequest,
+        InferError::BadTensor(_) | InferError::TooManyImages { .. } | InferError::ModelNotNamed { .. } => {
+            Outcome::InvalidRequest
+        }
         InferError::Overloaded { .. } => Outcome::Overloaded,
         InferError::DeadlineExceeded => Outcome::DeadlineExceeded,
         InferError::ShuttingDown => Outcome::ShuttingDown,
@@ -462,7 +483,7 @@ impl Shared {
             return Err(InferError::TooManyImages { images, limit });
         }
         let tensor_len = self.job.preprocessor.tensor_len();
-        if inputs.iter().any(|input| matches!(input, Input::Tensor(t) if t.len() != tensor_len)) {
+        if !inputs.iter().all(|input| input.fits(tensor_len)) {
             return Err(InferError::Internal(format!("a tensor does not have {tensor_len} values")));
         }
         if deadline <= now {

@@ -21,12 +21,15 @@ pub struct NotFinite {
     pub index: usize,
 }
 
+/// Refuses logits that are no numbers.
+pub fn check_finite(logits: &[f32]) -> Result<(), NotFinite> {
+    logits.iter().position(|l| !l.is_finite()).map_or(Ok(()), |index| Err(NotFinite { index }))
+}
+
 /// The `k` most probable classes, most probable first, ties by index. `k` is clamped to the number of classes.
 /// Probabilities are computed in double precision from `logits` (`[classes]`).
 pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Prediction>, NotFinite> {
-    if let Some(index) = logits.iter().position(|l| !l.is_finite()) {
-        return Err(NotFinite { index });
-    }
+    check_finite(logits)?;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exp = |l: f32| f64::from(l - largest).exp();
     let total: f64 = logits.iter().map(|&l| exp(l)).sum();

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use super::engine::{Backend, Batch, Logits};
 use super::error::InferError;
 use super::image;
-use super::scheduler::{Entry, Input, Output, Prepared, Seat, Shared, StartError, Task, Timings};
+use super::scheduler::{Entry, Input, Output, Pending, Prepared, Seat, Shared, StartError, Task, Timings};
+use super::tensor;
 use crate::metrics::{Phase, RunResult};
 
 /// Shortest and longest pause between two tries to reopen an engine.
@@ -162,14 +163,12 @@ fn check(logits: &Logits, batch: &Batch, classes: usize) -> Result<(), String> {
 
 fn prepare(shared: &Shared, entry: Entry) {
     let Entry { input, pending } = entry;
-    let bytes = match input {
-        Input::Tensor(tensor) => {
-            let prepared = Prepared { tensor, decode: Duration::ZERO, preprocess: Duration::ZERO, pending };
-            return shared.prepared(Some(prepared), Duration::ZERO);
-        }
-        Input::Encoded(bytes) => bytes,
-    };
     let started = Instant::now();
+    let bytes = match input {
+        Input::Encoded(bytes) => bytes,
+        Input::Tensor(tensor) => return take(shared, tensor, started, pending),
+        Input::Raw(raw) => return take(shared, raw.tensor(&shared.job.preprocessor), started, pending),
+    };
     let job = &shared.job;
     let result = catch_unwind(AssertUnwindSafe(|| {
         let decoded = image::decode(&bytes, &shared.options.image_limits, job.exif_orientation);
@@ -200,6 +199,16 @@ fn prepare(shared: &Shared, entry: Entry) {
     }
 }
 
+/// A tensor that needs no decoding.
+fn take(shared: &Shared, tensor: Vec<f32>, started: Instant, pending: Pending) {
+    if let Err(error) = tensor::check(&tensor) {
+        pending.answer(Err(error));
+        return shared.prepared(None, Duration::ZERO);
+    }
+    let prepared = Prepared { tensor, decode: Duration::ZERO, preprocess: started.elapsed(), pending };
+    shared.prepared(Some(prepared), Duration::ZERO);
+}
+
 fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
     let started = Instant::now();
     let count = images.len();
@@ -212,6 +221,8 @@ fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
     match worker.attempt(shared, &batch) {
         Ok(logits) => {
             let took = started.elapsed();
+            let input = images.iter().map(|image| image.decode + image.preprocess).sum();
+            shared.metrics().statistics.ran(count, input, took);
             for (i, image) in images.into_iter().enumerate() {
                 answer(shared, image, (started, took), count, Ok(logits.row(i).to_vec()));
             }
@@ -237,6 +248,9 @@ fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
                 let started = Instant::now();
                 let single = worker.attempt(shared, &Batch { images: 1, height, width, data: data.to_vec() });
                 let row = single.map(|logits| logits.data);
+                if row.is_ok() {
+                    shared.metrics().statistics.ran(1, image.decode + image.preprocess, started.elapsed());
+                }
                 answer(shared, image, (started, started.elapsed()), 1, row);
             }
         }
