@@ -24,7 +24,17 @@ impl Server {
     fn start(flags: &[&str]) -> Self {
         let folder = with_demo();
         let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
-            .args(["serve", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"])
+            .args([
+                "serve",
+                "--http",
+                "127.0.0.1:0",
+                "--grpc",
+                "127.0.0.1:0",
+                "--admin",
+                "127.0.0.1:0",
+                "--log-format",
+                "json",
+            ])
             .args(flags)
             .current_dir(folder.path())
             .stderr(Stdio::piped())

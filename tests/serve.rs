@@ -93,7 +93,7 @@ struct House {
 /// Free ports of this machine.
 fn local() -> Options {
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    Options { http: any, admin: any, ..Options::default() }
+    Options { http: any, grpc: any, admin: any, ..Options::default() }
 }
 
 /// A server that loads its model once `go` says so.
@@ -515,7 +515,17 @@ fn the_program_serves_a_folded_model() {
     let folded = crate::cli::nfold(&["fold", &checkpoint], folder.path());
     assert!(folded.status.success(), "{}", String::from_utf8_lossy(&folded.stderr));
     let mut server = Command::new(env!("CARGO_BIN_EXE_nfold"))
-        .args(["serve", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"])
+        .args([
+            "serve",
+            "--http",
+            "127.0.0.1:0",
+            "--grpc",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+            "--log-format",
+            "json",
+        ])
         .args(["--workers", "2", "--max-batch-size", "4"])
         .current_dir(folder.path())
         .env_remove("NFOLD_LOG")

@@ -15,7 +15,7 @@ use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::infer::scheduler::SchedulerOptions;
 use crate::logging::{self, LogFormat};
-use crate::server::{Control, Options, Server};
+use crate::server::{Control, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
@@ -29,6 +29,9 @@ pub struct ServeArgs {
     /// Address of the HTTP port; port 0 picks a free one
     #[arg(long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000")]
     http: SocketAddr,
+    /// Address of the gRPC port
+    #[arg(long, value_name = "ADDR", env = "NFOLD_GRPC", default_value = "0.0.0.0:8001")]
+    grpc: SocketAddr,
     /// Address of the admin port: /livez, /readyz, /metrics
     #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "0.0.0.0:8002")]
     admin: SocketAddr,
@@ -56,15 +59,33 @@ pub struct ServeArgs {
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
     #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
-    /// Most bytes of a request body
+    /// Most bytes of a request body, decompressed
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
-    /// Client connections open at once; more wait
+    /// Client connections open at once, on each port; more wait
     #[arg(long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     connections: u32,
     /// Longest a client may take to send a request's head; also ends idle connections
     #[arg(long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
     head_timeout: Duration,
+    /// Certificate of the HTTP and gRPC ports, PEM; read again on SIGHUP
+    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, PEM
+    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Authorities of client certificates, PEM; clients without one are refused
+    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_CLIENT_CA", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+    /// File of API keys, one a line; requests need `authorization: Bearer KEY`. Read again on SIGHUP
+    #[arg(long, value_name = "FILE", env = "NFOLD_API_KEY_FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Origin whose pages may call this server (CORS), such as https://example.org, or `*`; repeat for several
+    #[arg(long = "cors-origin", value_name = "ORIGIN", env = "NFOLD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
+    cors_origins: Vec<String>,
+    /// Let clients load and unload models of the repository
+    #[arg(long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
+    model_control: bool,
     /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
     #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
     drain_hold: Duration,
@@ -126,11 +147,20 @@ impl ServeArgs {
         };
         let options = Options {
             http: self.http,
+            grpc: self.grpc,
             admin: self.admin,
             request_timeout: self.request_timeout,
             body_limit: usize::try_from(self.body_limit).unwrap_or(usize::MAX),
             connections: self.connections as usize,
             head_timeout: self.head_timeout,
+            tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsOptions {
+                cert,
+                key,
+                client_ca: self.tls_client_ca,
+            }),
+            api_key_file: self.api_key_file,
+            cors_origins: self.cors_origins,
+            model_control: self.model_control,
             drain_hold: self.drain_hold,
             drain_timeout: self.drain_timeout,
             hang_limit: self.hang_limit,
@@ -167,17 +197,22 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     served
 }
 
-/// SIGTERM (Kubernetes, systemd) and SIGINT (Ctrl-C) as requests to stop.
+/// SIGTERM (Kubernetes, systemd) and SIGINT (Ctrl-C) as requests to stop, SIGHUP as one to read files again.
 fn signals() -> std::io::Result<mpsc::Receiver<Control>> {
     let (sender, receiver) = mpsc::channel(2);
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut hangup = signal(SignalKind::hangup())?;
         tokio::spawn(async move {
             loop {
-                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-                if sender.send(Control::Stop).await.is_err() {
+                let asked = tokio::select! {
+                    _ = terminate.recv() => Control::Stop,
+                    _ = interrupt.recv() => Control::Stop,
+                    _ = hangup.recv() => Control::Reload,
+                };
+                if sender.send(asked).await.is_err() {
                     break;
                 }
             }
@@ -239,6 +274,16 @@ fn model(text: &str) -> Result<(String, Option<u32>), String> {
     };
     crate::model::check_name(name).map_err(|e| e.to_string())?;
     Ok((name.into(), version))
+}
+
+/// `*`, or what browsers send in the header `origin`.
+fn origin(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let plain = |host: &str| !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+    match text == "*" || host.is_some_and(plain) {
+        true => Ok(text.into()),
+        false => Err("not an origin, such as https://example.org or http://localhost:3000".into()),
+    }
 }
 
 /// A whole number and one of `us`, `ms`, `s`, `m`, `h`.

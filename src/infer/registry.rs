@@ -48,6 +48,9 @@ pub enum RegistryError {
         /// Why.
         source: StartError,
     },
+    /// There is no repository to load from.
+    #[error("this server's models don't come from a repository; none can be loaded")]
+    NoRepository,
     /// Nothing to serve.
     #[error("repository `{0}` holds no model; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
     Empty(PathBuf),
@@ -249,12 +252,14 @@ type Models = BTreeMap<String, BTreeMap<u32, Arc<LiveModel>>>;
 #[derive(Debug, Default)]
 pub struct Registry {
     models: RwLock<Models>,
+    /// Where models come from that are loaded later; none: nowhere.
+    source: Option<RegistryOptions>,
 }
 
 impl Registry {
     /// Opens what the options ask for, or everything. Blocks until all of it is warm.
     pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
-        let registry = Self::default();
+        let registry = Self { source: Some(options.clone()), ..Self::default() };
         for dir in select(options)? {
             registry.add(LiveModel::open(&dir, options, metrics)?);
         }
@@ -262,9 +267,35 @@ impl Registry {
     }
 
     /// Adds a warm model, in place of one of the same name and version.
+    /// The one it replaces answers what it has queued, then ends.
     pub fn add(&self, model: LiveModel) {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
+        let old = models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
+        drop(models);
+        if let Some(old) = old {
+            old.scheduler.close();
+        }
+    }
+
+    /// Opens the named model's newest version and adds it. Blocks until it is warm.
+    pub fn load(&self, name: &str, metrics: &Metrics) -> Result<(), RegistryError> {
+        let source = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
+        let dir = ModelDir::open(&source.repository, Some(name), None)?;
+        self.add(LiveModel::open(&dir, source, metrics)?);
+        Ok(())
+    }
+
+    /// Takes every version of the named model out of service; what it has queued is still answered.
+    pub fn unload(&self, name: &str) -> Result<(), InferError> {
+        self.find(Some(name), None)?;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        let gone = models.remove(name).unwrap_or_default();
+        drop(models);
+        for model in gone.values() {
+            model.scheduler.close();
+            tracing::info!(model = model.name, version = model.version, "model unloaded");
+        }
+        Ok(())
     }
 
     /// The model a request means: the named one, or the only one; the given version, or the highest.

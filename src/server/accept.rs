@@ -1,4 +1,4 @@
-//! Accepting connections: how many, how long a client may take to send a head, and how they end.
+//! Accepting connections: how many, TLS or not, how long a client may take to send a head, and how they end.
 //!
 //! Knows nothing of what the connections carry.
 
@@ -11,23 +11,34 @@ use axum::extract::Request;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
+use super::tls::Tls;
 use crate::metrics::{IntGauge, Metrics};
 
 /// How long a connection that was accepted just before the stop may take to bring its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
-/// Limits on connections.
-#[derive(Debug, Clone, Copy)]
+/// Most bytes of a request's line and headers.
+const HEAD_LIMIT: usize = 64 * 1024;
+/// Most headers of a request.
+const HEADERS: usize = 128;
+/// Requests under way on one HTTP/2 connection.
+const STREAMS: u32 = 256;
+
+/// Limits on connections, and how they speak.
+#[derive(Debug, Clone)]
 pub(super) struct Limits {
     /// Connections open at once; more wait in the system's backlog.
     pub(super) connections: usize,
     /// Longest a client may take to send a request's head, from the connection's start or the last answer.
     pub(super) head_timeout: Duration,
+    /// None: plain TCP.
+    pub(super) tls: Option<Arc<Tls>>,
 }
 
 /// Connections that are still open after accepting ended.
@@ -63,7 +74,7 @@ pub(super) async fn accept(
     let (stopping, stopped) = watch::channel(false);
     let mut open = Open { stopping, tasks: JoinSet::new() };
     let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
-        let connection = serve(stream, routes.clone(), limits, stopped.clone());
+        let connection = connect(stream, routes.clone(), limits.clone(), stopped.clone());
         let gauge = metrics.connections.clone();
         gauge.inc();
         let counted = Counted(gauge);
@@ -112,12 +123,31 @@ fn queued(listener: TcpListener) -> Vec<TcpStream> {
     streams
 }
 
-/// The whole life of a connection.
-async fn serve(stream: TcpStream, routes: Router, limits: Limits, mut stopped: watch::Receiver<bool>) {
+/// The whole life of a connection: a handshake, where there is one, and requests.
+async fn connect(stream: TcpStream, routes: Router, limits: Limits, stopped: watch::Receiver<bool>) {
     let _ = stream.set_nodelay(true);
+    let Some(tls) = &limits.tls else { return serve(stream, routes, &limits, stopped).await };
+    match tokio::time::timeout(limits.head_timeout, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => serve(stream, routes, &limits, stopped).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+        Err(_) => tracing::debug!("a TLS handshake took too long"),
+    }
+}
+
+async fn serve<S>(stream: S, routes: Router, limits: &Limits, mut stopped: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.head_timeout);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
+    let mut http1 = builder.http1();
+    http1
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head_timeout)
+        .max_buf_size(HEAD_LIMIT)
+        .max_headers(HEADERS);
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
+    http2.max_header_list_size(HEAD_LIMIT as u32).max_concurrent_streams(STREAMS).adaptive_window(true);
     let (first, mut seen) = watch::channel(false);
     let service = tower::service_fn(move |request| {
         let request: Request<_> = request;

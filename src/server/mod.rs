@@ -1,17 +1,26 @@
 //! The edge: the server's life, and the protocols in rooms of their own.
 //!
 //! A server is bound first (addresses known, a taken port fails at once), then run: admin port up → models load and warm
-//! up → the HTTP port listens → ready → … → drain → end. Until it listens, connections are refused, so that even a probe
+//! up → the HTTP and gRPC ports listen → ready → … → drain → end. Until it listens, connections are refused, so that even a probe
 //! that only connects tells the truth. Nothing here knows how a model was made or how an engine runs it.
 
 mod accept;
+mod access;
 mod admin;
+mod control;
+mod deadline;
+mod grpc;
 mod http;
+mod keys;
+pub mod oip;
+mod openapi;
 mod readiness;
 pub mod status;
+mod tls;
 mod upload;
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +29,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
 use self::http::App;
+use self::keys::Keys;
+pub use self::keys::KeysError;
 use self::readiness::Readiness;
+use self::tls::Tls;
+pub use self::tls::{TlsError, TlsOptions};
 use crate::infer::registry::{Registry, RegistryError};
 use crate::metrics::Metrics;
 
@@ -29,16 +42,26 @@ use crate::metrics::Metrics;
 pub struct Options {
     /// Address of the HTTP port; port 0 picks a free one.
     pub http: SocketAddr,
+    /// Address of the gRPC port; port 0 picks a free one.
+    pub grpc: SocketAddr,
     /// Address of the admin port; port 0 picks a free one.
     pub admin: SocketAddr,
     /// Longest a request may take, body included; a client may ask for less.
     pub request_timeout: Duration,
-    /// Most bytes of a request body.
+    /// Most bytes of a request body, decompressed.
     pub body_limit: usize,
-    /// Client connections open at once.
+    /// Client connections open at once, on each port.
     pub connections: usize,
     /// Longest a client may take to send a request's head.
     pub head_timeout: Duration,
+    /// Certificates; none: plain TCP. The admin port is always plain.
+    pub tls: Option<TlsOptions>,
+    /// File of API keys, one a line; none: everybody may ask.
+    pub api_key_file: Option<PathBuf>,
+    /// Origins whose pages may ask (CORS); `*`: all; empty: none.
+    pub cors_origins: Vec<String>,
+    /// Clients may load and unload models.
+    pub model_control: bool,
     /// How long requests are still taken after a stop was asked for, while readiness already says no.
     pub drain_hold: Duration,
     /// How long requests in flight may take to finish after that.
@@ -55,11 +78,16 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             http: SocketAddr::from(([0, 0, 0, 0], 8000)),
+            grpc: SocketAddr::from(([0, 0, 0, 0], 8001)),
             admin: SocketAddr::from(([0, 0, 0, 0], 8002)),
             request_timeout: Duration::from_secs(10),
             body_limit: 64 << 20,
             connections: 1024,
             head_timeout: Duration::from_secs(30),
+            tls: None,
+            api_key_file: None,
+            cors_origins: Vec::new(),
+            model_control: false,
             drain_hold: Duration::ZERO,
             drain_timeout: Duration::from_secs(25),
             hang_limit: Duration::from_secs(30),
@@ -74,6 +102,8 @@ impl Default for Options {
 pub enum Control {
     /// Stop: finish what is in flight. Asked a second time: stop now.
     Stop,
+    /// Read certificates and API keys again.
+    Reload,
 }
 
 /// Why a server ended other than by being asked to.
@@ -84,11 +114,17 @@ pub enum ServeError {
     Bind {
         /// The address asked for.
         address: SocketAddr,
-        /// Which port: `http` or `admin`.
+        /// Which port: `http`, `grpc` or `admin`.
         port: &'static str,
         /// What the system said.
         source: std::io::Error,
     },
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// API keys.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
     /// The models.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -105,38 +141,41 @@ pub enum ServeError {
 pub struct Server {
     options: Options,
     metrics: Arc<Metrics>,
+    secrets: Secrets,
     http: TcpSocket,
     http_address: SocketAddr,
+    grpc: TcpSocket,
+    grpc_address: SocketAddr,
     admin: TcpListener,
     admin_address: SocketAddr,
 }
 
 impl Server {
-    /// Takes the addresses. The admin port listens from now on, the HTTP port once the models are warm.
+    /// Reads certificates and keys and takes the addresses. The admin port listens from now on, the others once the models
+    /// are warm.
     pub fn bind(options: Options) -> Result<Self, ServeError> {
-        let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
-        let http_failed = refuse("http", options.http);
-        let bind = || {
-            let socket = if options.http.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-            // a port in use is told by the system only if nobody else asks to share it
-            if options.http.port() != 0 {
-                TcpListener::bind(options.http)?;
-            }
-            socket.set_reuseaddr(true)?;
-            socket.bind(options.http)?;
-            let address = socket.local_addr()?;
-            Ok((socket, address))
+        let secrets = Secrets {
+            tls: options.tls.clone().map(Tls::open).transpose()?.map(Arc::new),
+            keys: options.api_key_file.clone().map(Keys::open).transpose()?.map(Arc::new),
         };
-        let (http, http_address) = bind().map_err(http_failed)?;
+        let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
+        let (http, http_address) = reserve(options.http).map_err(refuse("http", options.http))?;
+        let (grpc, grpc_address) = reserve(options.grpc).map_err(refuse("grpc", options.grpc))?;
         let admin_failed = refuse("admin", options.admin);
         let bind = || TcpListener::bind(options.admin).and_then(|l| l.local_addr().map(|address| (l, address)));
         let (admin, admin_address) = bind().map_err(admin_failed)?;
-        Ok(Self { options, metrics: Arc::new(Metrics::new()), http, http_address, admin, admin_address })
+        let metrics = Arc::new(Metrics::new());
+        Ok(Self { options, metrics, secrets, http, http_address, grpc, grpc_address, admin, admin_address })
     }
 
     /// Where the HTTP port will listen.
     pub fn http_address(&self) -> SocketAddr {
         self.http_address
+    }
+
+    /// Where the gRPC port will listen.
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.grpc_address
     }
 
     /// Where the admin port listens.
@@ -156,7 +195,7 @@ impl Server {
     where
         L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
     {
-        let Self { options, metrics, http, http_address, admin, .. } = self;
+        let Self { options, metrics, secrets, http, http_address, grpc, grpc_address, admin, .. } = self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
         let admin = Admin::start(admin, readiness.clone(), metrics.clone()).map_err(broken)?;
@@ -168,31 +207,40 @@ impl Server {
         let registry = tokio::select! {
             loaded = loading => Arc::new(loaded.map_err(|e| ServeError::Broken(e.to_string()))??),
             // nothing is in flight yet
-            _ = control.recv() => return Ok(()),
+            () = secrets.until_stop(&mut control) => return Ok(()),
         };
 
-        let bind = |source| ServeError::Bind { address: http_address, port: "http", source };
-        let listener = http.listen(1024).map_err(bind)?;
-        let app = App {
+        let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
+        let http = http.listen(1024).map_err(refuse("http", http_address))?;
+        let grpc = grpc.listen(1024).map_err(refuse("grpc", grpc_address))?;
+        let app = Arc::new(App {
             registry: registry.clone(),
             readiness: readiness.clone(),
             metrics: metrics.clone(),
             request_timeout: options.request_timeout,
             body_limit: options.body_limit,
-        };
-        let (stop, stopped) = oneshot::channel();
-        let limits = accept::Limits { connections: options.connections, head_timeout: options.head_timeout };
-        let accepting =
-            tokio::spawn(accept::accept(listener, http::routes(Arc::new(app)), limits, metrics.clone(), stopped));
+            keys: secrets.keys.clone(),
+            cors_origins: options.cors_origins.clone(),
+            model_control: options.model_control,
+        });
+        let (stop_http, http_stopped) = oneshot::channel();
+        let (stop_grpc, grpc_stopped) = oneshot::channel();
+        let Options { connections, head_timeout, .. } = options;
+        let limits = accept::Limits { connections, head_timeout, tls: secrets.tls.clone() };
+        let http_routes = http::routes(app.clone());
+        let grpc_routes = grpc::routes(app).map_err(ServeError::Broken)?;
+        let http = tokio::spawn(accept::accept(http, http_routes, limits.clone(), metrics.clone(), http_stopped));
+        let grpc = tokio::spawn(accept::accept(grpc, grpc_routes, limits, metrics.clone(), grpc_stopped));
         readiness.release(registry.clone());
         let start_to_ready = options.started.elapsed();
         metrics.start_to_ready_seconds.set(start_to_ready.as_secs_f64());
         metrics.ready.set(1);
         tracing::info!(protocol = "http", address = %http_address, "HTTP port listens on {http_address}");
+        tracing::info!(protocol = "grpc", address = %grpc_address, "gRPC port listens on {grpc_address}");
         tracing::info!(duration_ms = start_to_ready.as_millis() as u64, "ready");
 
         let outcome = tokio::select! {
-            _ = control.recv() => Ok(()),
+            () = secrets.until_stop(&mut control) => Ok(()),
             fault = watch(&registry, &options) => Err(ServeError::Fault(fault)),
         };
 
@@ -208,14 +256,18 @@ impl Server {
             if outcome.is_ok() {
                 tokio::time::sleep(options.drain_hold).await;
             }
-            drop(stop);
-            let mut open = accepting.await.map_err(|e| ServeError::Broken(e.to_string()))?;
-            let finished = tokio::time::timeout(options.drain_timeout, open.finish()).await.is_ok();
-            Ok::<_, ServeError>(if finished { 0 } else { open.cut().await })
+            drop((stop_http, stop_grpc));
+            let (http, grpc) = tokio::join!(http, grpc);
+            let open =
+                |joined: Result<_, tokio::task::JoinError>| joined.map_err(|e| ServeError::Broken(e.to_string()));
+            let (mut http, mut grpc): (accept::Open, accept::Open) = (open(http)?, open(grpc)?);
+            let both = async { tokio::join!(http.finish(), grpc.finish()) };
+            let finished = tokio::time::timeout(options.drain_timeout, both).await.is_ok();
+            Ok::<_, ServeError>(if finished { 0 } else { http.cut().await + grpc.cut().await })
         };
         let cut = tokio::select! {
             cut = drained => cut?,
-            () = asked_again(&mut control) => {
+            () = secrets.asked_again(&mut control) => {
                 tracing::warn!("asked again: stopping now");
                 registry.abort();
                 return outcome;
@@ -240,10 +292,54 @@ impl Server {
     }
 }
 
-/// A second request to stop; a dropped sender is none.
-async fn asked_again(control: &mut mpsc::Receiver<Control>) {
-    if control.recv().await.is_none() {
-        std::future::pending::<()>().await;
+/// An address of our own, not yet listening.
+fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // a port in use is told by the system only if nobody else asks to share it
+    if address.port() != 0 {
+        TcpListener::bind(address)?;
+    }
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let address = socket.local_addr()?;
+    Ok((socket, address))
+}
+
+/// What is read from files that change while the server runs.
+#[derive(Debug)]
+struct Secrets {
+    tls: Option<Arc<Tls>>,
+    keys: Option<Arc<Keys>>,
+}
+
+impl Secrets {
+    /// Reads the files again. One that can't be used leaves the old contents in force.
+    fn reload(&self) {
+        match self.tls.as_ref().map(|tls| tls.reload()) {
+            Some(Err(error)) => tracing::error!(%error, "the old certificates stay: {error}"),
+            Some(Ok(())) => tracing::info!("certificates read again"),
+            None => {}
+        }
+        match self.keys.as_ref().map(|keys| keys.reload()) {
+            Some(Err(error)) => tracing::error!(%error, "the old API keys stay: {error}"),
+            Some(Ok(keys)) => tracing::info!(keys, "API keys read again"),
+            None => {}
+        }
+    }
+
+    /// A request to stop, or its sender gone. Does meanwhile what else is asked.
+    async fn until_stop(&self, control: &mut mpsc::Receiver<Control>) {
+        while let Some(Control::Reload) = control.recv().await {
+            self.reload();
+        }
+    }
+
+    /// A second request to stop; a dropped sender is none.
+    async fn asked_again(&self, control: &mut mpsc::Receiver<Control>) {
+        self.until_stop(control).await;
+        if control.is_closed() && control.is_empty() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

@@ -36,6 +36,13 @@ impl Readiness {
         self.draining.load(Ordering::Acquire)
     }
 
+    /// Returns once the server is stopping.
+    pub(super) async fn drained(&self) {
+        while !self.is_draining() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     /// Ready, or the reason why not.
     pub(super) fn check(&self) -> Result<(), String> {
         if self.is_draining() {

@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tonic::metadata::MetadataValue;
+use utoipa::ToSchema;
 
 use crate::infer::error::InferError;
 use crate::infer::scheduler::outcome;
@@ -86,10 +88,49 @@ impl From<InferError> for ApiError {
 }
 
 /// The body of every error.
-#[derive(Serialize)]
-struct Body<'a> {
+#[derive(Serialize, ToSchema)]
+pub(super) struct ErrorBody<'a> {
+    /// What is wrong and what to do next.
     error: &'a str,
+    /// What kind.
     code: &'static str,
+}
+
+/// Tells gRPC clients what HTTP clients read as `code`; a status number stands for several.
+const ERROR_CODE: &str = "x-error-code";
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+impl ApiError {
+    /// The error as gRPC tells it.
+    pub(super) fn into_status(self) -> tonic::Status {
+        let mut status = tonic::Status::new(tonic::Code::from_i32(self.code.grpc()), self.message);
+        let metadata = status.metadata_mut();
+        metadata.insert(ERROR_CODE, MetadataValue::from_static(self.code.name()));
+        if let Some(after) = self.retry_after.and_then(|after| MetadataValue::try_from(seconds(after).to_string()).ok())
+        {
+            metadata.insert("retry-after", after);
+        }
+        status
+    }
+}
+
+/// How a gRPC call ended that failed before it had anything to send; none: it did not, or it was no gRPC call.
+pub(super) fn grpc_outcome(headers: &HeaderMap) -> Option<Code> {
+    let number: i32 = headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()?;
+    let named = headers.get(ERROR_CODE).and_then(|name| Code::ALL.into_iter().find(|code| name == code.name()));
+    match (named, number) {
+        (_, 0) => None,
+        (Some(code), _) => Some(code),
+        // what the framework says itself
+        (None, 11) => Some(Code::BodyTooLarge),
+        (None, 5 | 12) => Some(Code::NotFound),
+        (None, _) => Some(Code::InvalidRequest),
+    }
+}
+
+/// Whole seconds, rounded up: `retry-after` knows no fractions.
+fn seconds(after: Duration) -> u64 {
+    after.as_secs_f64().ceil().max(1.0) as u64
 }
 
 /// What middleware reads off a failed response: the code for the metrics, the detail for the log.
@@ -103,11 +144,10 @@ pub struct Failure {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = Body { error: &self.message, code: self.code.name() };
+        let body = ErrorBody { error: &self.message, code: self.code.name() };
         let mut response = (self.code.http(), axum::Json(body)).into_response();
         if let Some(after) = self.retry_after {
-            let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds(after)));
         }
         response.extensions_mut().insert(Failure { code: self.code, detail: self.detail });
         response

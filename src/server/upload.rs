@@ -10,6 +10,7 @@ use axum::http::{StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::status::{ApiError, Code};
 use crate::infer::image::ImageError;
@@ -26,24 +27,47 @@ pub(super) struct Upload {
     pub(super) top_k: Option<usize>,
 }
 
-#[derive(Deserialize)]
+/// Images in base64.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct JsonBody {
+pub(super) struct JsonBody {
+    #[schema(min_items = 1)]
     images: Vec<JsonImage>,
+    /// Predictions per image.
+    #[schema(minimum = 1)]
     top_k: Option<usize>,
 }
 
-#[derive(Deserialize)]
+/// Files, each in a field of any name, and the number of predictions.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: a form is read field by field")]
+pub(super) struct Form {
+    image: Vec<Vec<u8>>,
+    top_k: Option<usize>,
+}
+
+/// An encoded image.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct JsonImage {
+pub(super) struct JsonImage {
+    /// Base64 of the file.
     b64: String,
+}
+
+/// The whole body, whatever it is, until `deadline` at the latest.
+pub(super) async fn whole(request: Request, deadline: Instant) -> Result<Bytes, ApiError> {
+    tokio::time::timeout_at(deadline.into(), raw(request)).await.unwrap_or_else(|_| Err(too_late()))
+}
+
+fn too_late() -> ApiError {
+    ApiError::new(Code::DeadlineExceeded, "the deadline passed before the body had arrived")
 }
 
 /// Reads the body by its content type, until `deadline` at the latest.
 pub(super) async fn read(request: Request, deadline: Instant) -> Result<Upload, ApiError> {
     match tokio::time::timeout_at(deadline.into(), read_any(request)).await {
         Ok(upload) => upload,
-        Err(_) => Err(ApiError::new(Code::DeadlineExceeded, "the deadline passed before the body had arrived")),
+        Err(_) => Err(too_late()),
     }
 }
 

@@ -1,0 +1,186 @@
+//! Every request, on either port, gets an id, is counted once and leaves one log line.
+//!
+//! Knows what a request was about only by what its handler leaves in the response: [`Served`], or a failure's code.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use axum::middleware::Next;
+use axum::response::Response;
+
+use super::http::App;
+use super::status::{self, Failure};
+use crate::infer::registry::LiveModel;
+use crate::infer::scheduler::Timings;
+use crate::metrics::{Outcome, Protocol};
+
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    model: String,
+    version: u32,
+    images: usize,
+    /// Per phase the slowest image.
+    timings: Timings,
+    /// For the log only.
+    pub(super) faults: Vec<String>,
+}
+
+impl Served {
+    /// `images` of a request reached `model`.
+    pub(super) fn new(model: &LiveModel, images: usize) -> Self {
+        let (model, version) = (model.name.clone(), model.version);
+        Self { model, version, images, timings: Timings::default(), faults: Vec::new() }
+    }
+
+    /// One image took that long: images of one request go through the house side by side.
+    pub(super) fn took(&mut self, b: &Timings) {
+        let a = &mut self.timings;
+        a.decode = a.decode.max(b.decode);
+        a.preprocess = a.preprocess.max(b.preprocess);
+        a.queue = a.queue.max(b.queue);
+        a.inference = a.inference.max(b.inference);
+        a.batch = a.batch.max(b.batch);
+    }
+
+    /// Value of the header `server-timing`: milliseconds, as its specification wants them.
+    pub(super) fn server_timing(&self) -> String {
+        let Timings { decode, preprocess, queue, inference, .. } = self.timings;
+        format!(
+            "decode;dur={}, preprocess;dur={}, queue;dur={}, inference;dur={}",
+            millis(decode),
+            millis(preprocess),
+            millis(queue),
+            millis(inference)
+        )
+    }
+}
+
+/// The outermost layer.
+pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let protocol = protocol(request.uri().path());
+    // dropped with this future when the client goes away: that counts as cancelled
+    let guard = app.metrics.request(protocol);
+    let id = request_id(request.headers());
+    let (method, path) = (request.method().clone(), request.uri().path().to_string());
+    let http1 = request.version() <= Version::HTTP_11;
+    request.headers_mut().insert(REQUEST_ID, id.clone());
+    let mut response = next.run(request).await;
+    let failure = response.extensions_mut().remove::<Failure>();
+    let outcome = match &failure {
+        Some(failure) => failure.code,
+        None if !response.status().is_success() => Outcome::InvalidRequest,
+        None => status::grpc_outcome(response.headers()).unwrap_or(Outcome::Ok),
+    };
+    let served = response.extensions_mut().remove::<Served>();
+    response.headers_mut().insert(REQUEST_ID, id.clone());
+    if http1 && app.readiness.is_draining() {
+        // the next request of this client should find another server
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    let duration_ms = millis(guard.finish(outcome));
+    let request_id = id.to_str().unwrap_or_default();
+    let faults = failure.as_ref().and_then(|f| f.detail.clone()).into_iter();
+    for detail in faults.chain(served.iter().flat_map(|s| s.faults.clone())) {
+        tracing::error!(request_id, detail, "request {request_id} met an internal error");
+    }
+    log(&Line { request_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms }, served, &response);
+    response
+}
+
+/// What every access log line says.
+struct Line<'a> {
+    request_id: &'a str,
+    method: &'a str,
+    path: &'a str,
+    protocol: Protocol,
+    outcome: Outcome,
+    duration_ms: f64,
+}
+
+fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
+    let Line { request_id, method, path, protocol, outcome, duration_ms } = *line;
+    let (status, outcome) = (response.status().as_u16(), outcome.name());
+    match served {
+        Some(Served { model, version, images, timings: t, .. }) => tracing::info!(
+            request_id,
+            method,
+            path,
+            status,
+            outcome,
+            duration_ms,
+            model,
+            version,
+            images,
+            decode_ms = millis(t.decode),
+            preprocess_ms = millis(t.preprocess),
+            queue_ms = millis(t.queue),
+            inference_ms = millis(t.inference),
+            batch = t.batch,
+            "request {request_id} {outcome}"
+        ),
+        None if protocol == Protocol::Health => {
+            tracing::debug!(request_id, method, path, status, outcome, duration_ms, "probe {request_id} {outcome}");
+        }
+        None => {
+            tracing::info!(request_id, method, path, status, outcome, duration_ms, "request {request_id} {outcome}")
+        }
+    }
+}
+
+fn protocol(path: &str) -> Protocol {
+    const HEALTH: [&str; 4] = [
+        "/v2/health/",
+        "/grpc.health.v1.Health/",
+        "/inference.GRPCInferenceService/ServerLive",
+        "/inference.GRPCInferenceService/ServerReady",
+    ];
+    if HEALTH.iter().any(|health| path.starts_with(health)) {
+        Protocol::Health
+    } else if path.starts_with("/v1/") {
+        Protocol::Rest
+    } else if path == "/v2" || path.starts_with("/v2/") {
+        Protocol::OipHttp
+    } else if path.starts_with("/inference.GRPCInferenceService/") {
+        Protocol::Grpc
+    } else {
+        Protocol::Other
+    }
+}
+
+/// Whether it is a gRPC request.
+pub(super) fn is_grpc(request: &Request) -> bool {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// Whether a path only asks how the server is.
+pub(super) fn is_health(path: &str) -> bool {
+    protocol(path) == Protocol::Health
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
+
+/// The client's own id, if it is short and printable (it goes into logs), else a fresh one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let fits = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    headers.get(REQUEST_ID).filter(fits).cloned().unwrap_or_else(fresh_id)
+}
+
+fn fresh_id() -> HeaderValue {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static SEED: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
+    // seeded at random once per process, so that ids of restarts and replicas don't meet
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let id = format!("{:016x}", SEED.hash_one(count));
+    HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("none"))
+}

@@ -1,0 +1,75 @@
+//! `grpc.health.v1.Health`: what readiness says, for the whole server (``), the inference service, and by model name.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+use super::super::http::App;
+
+/// How often a watched status is looked at.
+const WATCH: Duration = Duration::from_millis(250);
+
+const INFERENCE: &str = "inference.GRPCInferenceService";
+
+pub(super) fn service(app: Arc<App>) -> HealthServer<Service> {
+    HealthServer::new(Service(app))
+}
+
+#[derive(Debug)]
+pub(super) struct Service(Arc<App>);
+
+impl Service {
+    fn knows(&self, service: &str) -> bool {
+        service.is_empty() || service == INFERENCE || self.0.registry.find(Some(service), None).is_ok()
+    }
+
+    fn status(&self) -> ServingStatus {
+        match self.0.readiness.check() {
+            Ok(()) => ServingStatus::Serving,
+            Err(_) => ServingStatus::NotServing,
+        }
+    }
+}
+
+fn response(status: ServingStatus) -> HealthCheckResponse {
+    HealthCheckResponse { status: status.into() }
+}
+
+#[tonic::async_trait]
+impl Health for Service {
+    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        match self.knows(&request.get_ref().service) {
+            true => Ok(Response::new(response(self.status()))),
+            false => Err(Status::not_found("there is no such service, and no model of that name")),
+        }
+    }
+
+    type WatchStream = ReceiverStream<Result<HealthCheckResponse, Status>>;
+
+    async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let (watched, service) = (Self(self.0.clone()), request.into_inner().service);
+        let (sender, stream) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let mut last = None;
+            loop {
+                let draining = watched.0.readiness.is_draining();
+                let status = if watched.knows(&service) { watched.status() } else { ServingStatus::ServiceUnknown };
+                if last != Some(status) && sender.send(Ok(response(status))).await.is_err() {
+                    break;
+                }
+                last = Some(status);
+                if draining {
+                    break;
+                }
+                tokio::select! { () = sender.closed() => break, () = tokio::time::sleep(WATCH) => {} }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}

@@ -1,0 +1,227 @@
+//! The Open Inference Protocol over HTTP (`/v2`), with Triton's extensions: binary tensor data, classification,
+//! statistics, model configuration, schedule policy, model repository.
+//!
+//! Handlers only: `framing` has the wire format, `inference` the request path that gRPC shares, `describe` what is told
+//! about models. Health is in `http`.
+
+pub mod datatype;
+pub(super) mod describe;
+pub mod framing;
+pub mod inference;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
+use axum::response::Response;
+use axum::routing::{get, post};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::deadline;
+use super::http::App;
+use super::status::{ApiError, Code, ErrorBody};
+use super::upload;
+use crate::pb::open_inference as pb;
+
+/// JSON above this many bytes is parsed on a blocking thread: a tensor as text takes milliseconds.
+const PARSE_INLINE: usize = 64 * 1024;
+
+/// Every route under `/v2` but health. What names a version is documented; the same without one means the highest.
+pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(server))
+        .route("/v2/", get(server))
+        .routes(routes!(models))
+        .routes(routes!(all_statistics))
+        .routes(routes!(model))
+        .route("/v2/models/{model}", get(model))
+        .routes(routes!(model_ready))
+        .route("/v2/models/{model}/ready", get(model_ready))
+        .routes(routes!(config))
+        .route("/v2/models/{model}/config", get(config))
+        .routes(routes!(statistics))
+        .route("/v2/models/{model}/stats", get(statistics))
+        .routes(routes!(infer))
+        .route("/v2/models/{model}/infer", post(infer))
+        .routes(routes!(index))
+        .routes(routes!(load))
+        .routes(routes!(unload))
+}
+
+/// The model of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct ModelPath {
+    /// Name in the repository.
+    model: String,
+    /// Version in the repository.
+    #[param(value_type = String, required = true)]
+    version: Option<String>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ModelPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = Path::<Self>::from_request_parts(parts, state).await;
+        path.map(|Path(path)| path).map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))
+    }
+}
+
+/// Names of the models that are served.
+#[derive(Debug, Serialize, ToSchema)]
+struct Models {
+    models: Vec<String>,
+}
+
+/// Whether a model can answer.
+#[derive(Debug, Serialize, ToSchema)]
+struct ModelReady {
+    name: String,
+    ready: bool,
+}
+
+/// Which models to list.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+struct IndexRequest {
+    /// Only those that are ready; all that are listed are.
+    #[serde(default, rename = "ready")]
+    _ready: Option<bool>,
+}
+
+/// Name, version and extensions of the server.
+#[utoipa::path(get, path = "/v2", tag = "Open Inference Protocol", responses(
+    (status = 200, body = pb::ServerMetadataResponse), (status = "default", body = ErrorBody)))]
+async fn server() -> Json<pb::ServerMetadataResponse> {
+    Json(describe::server())
+}
+
+/// Names of the models.
+#[utoipa::path(get, path = "/v2/models", tag = "Open Inference Protocol", responses(
+    (status = 200, body = Models), (status = "default", body = ErrorBody)))]
+async fn models(State(app): State<Arc<App>>) -> Json<Models> {
+    let mut models: Vec<_> = app.registry.all().iter().map(|m| m.name.clone()).collect();
+    models.dedup();
+    Json(Models { models })
+}
+
+/// A model's tensors and versions.
+#[utoipa::path(get, path = "/v2/models/{model}/versions/{version}", tag = "Open Inference Protocol",
+    params(ModelPath), responses(
+    (status = 200, body = pb::ModelMetadataResponse), (status = "default", body = ErrorBody)))]
+async fn model(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<pb::ModelMetadataResponse>, ApiError> {
+    let model = describe::find(&app, &path.model, path.version.as_deref())?;
+    Ok(Json(describe::model(&app, &model)))
+}
+
+/// Whether a model can answer.
+#[utoipa::path(get, path = "/v2/models/{model}/versions/{version}/ready", tag = "Open Inference Protocol",
+    params(ModelPath), responses((status = 200, body = ModelReady), (status = "default", body = ErrorBody)))]
+async fn model_ready(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<ModelReady>, ApiError> {
+    let model = describe::ready(&app, &path.model, path.version.as_deref())?;
+    Ok(Json(ModelReady { name: model.name.clone(), ready: true }))
+}
+
+/// A model's configuration, as far as load generators read it.
+#[utoipa::path(get, path = "/v2/models/{model}/versions/{version}/config", tag = "Open Inference Protocol",
+    params(ModelPath), responses((status = 200, body = pb::ModelConfig), (status = "default", body = ErrorBody)))]
+async fn config(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<pb::ModelConfig>, ApiError> {
+    let model = describe::find(&app, &path.model, path.version.as_deref())?;
+    Ok(Json(describe::config(&model)))
+}
+
+/// A model's running totals.
+#[utoipa::path(get, path = "/v2/models/{model}/versions/{version}/stats", tag = "Open Inference Protocol",
+    params(ModelPath), responses(
+    (status = 200, body = pb::ModelStatisticsResponse), (status = "default", body = ErrorBody)))]
+async fn statistics(
+    State(app): State<Arc<App>>,
+    path: ModelPath,
+) -> Result<Json<pb::ModelStatisticsResponse>, ApiError> {
+    Ok(Json(describe::statistics(&app, &path.model, path.version.as_deref())?))
+}
+
+/// Running totals of every model.
+#[utoipa::path(get, path = "/v2/models/stats", tag = "Open Inference Protocol", responses(
+    (status = 200, body = pb::ModelStatisticsResponse), (status = "default", body = ErrorBody)))]
+async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelStatisticsResponse>, ApiError> {
+    Ok(Json(describe::statistics(&app, "", None)?))
+}
+
+/// Runs a model on a tensor, on pixels or on encoded images.
+///
+/// With the header `inference-header-content-length: N` the first N bytes of the body are JSON and tensors follow as
+/// little-endian bytes; with 0 the body is one image's tensor (FP32), or an encoded image.
+#[utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "Open Inference Protocol",
+    params(ModelPath,
+        ("inference-header-content-length" = Option<u64>, Header, description = "Bytes of the body that are JSON"),
+        ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
+    request_body(content(
+        (framing::InferRequest<'_> = "application/json"), (Vec<u8> = "application/octet-stream"))),
+    responses(
+    (status = 200, content(
+        (framing::InferResponse<'_> = "application/json"), (Vec<u8> = "application/octet-stream"))),
+    (status = "default", body = ErrorBody)))]
+async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let deadline = deadline::http(request.headers(), app.request_timeout)?;
+    // before the body: a wrong name should not cost an upload
+    let model = describe::find(&app, &path.model, path.version.as_deref())?;
+    let length = framing::json_length(request.headers())?;
+    let body = upload::whole(request, deadline).await?;
+    let inference = parse(length, body).await?;
+    framing::respond(inference::run(model, inference, arrived, deadline).await?)
+}
+
+async fn parse(length: Option<usize>, body: Bytes) -> Result<inference::Inference, ApiError> {
+    if length.unwrap_or(body.len()) <= PARSE_INLINE {
+        return framing::parse(length, &body);
+    }
+    let parsed = tokio::task::spawn_blocking(move || framing::parse(length, &body)).await;
+    parsed.unwrap_or_else(|e| Err(ApiError::internal(format!("parsing an inference request panicked: {e}"))))
+}
+
+/// What the repository serves.
+#[utoipa::path(post, path = "/v2/repository/index", tag = "Open Inference Protocol",
+    request_body(content = Option<IndexRequest>, content_type = "application/json"), responses(
+    (status = 200, body = Vec<pb::repository_index_response::ModelIndex>), (status = "default", body = ErrorBody)))]
+async fn index(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Json<Vec<pb::repository_index_response::ModelIndex>>, ApiError> {
+    let deadline = deadline::http(request.headers(), app.request_timeout)?;
+    let body = upload::whole(request, deadline).await?;
+    if !body.is_empty() {
+        let read = serde_json::from_slice::<Option<IndexRequest>>(&body);
+        read.map_err(|e| inference::invalid(format!("the body is not {{\"ready\": true}}: {e}")))?;
+    }
+    Ok(Json(describe::index(&app).models))
+}
+
+/// The answer of a call that has nothing to tell.
+#[derive(Debug, Serialize, ToSchema)]
+struct Done {}
+
+/// Loads or reloads a model's newest version from the repository. Only with `--model-control`.
+#[utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "Open Inference Protocol",
+    params(("model" = String, Path, description = "Name in the repository")),
+    responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
+async fn load(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<Done>, ApiError> {
+    super::control::load(&app, &path.model).await?;
+    Ok(Json(Done {}))
+}
+
+/// Unloads every version of a model. Only with `--model-control`.
+#[utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "Open Inference Protocol",
+    params(("model" = String, Path, description = "Name in the repository")),
+    responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
+async fn unload(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<Done>, ApiError> {
+    super::control::unload(&app, &path.model).await?;
+    Ok(Json(Done {}))
+}

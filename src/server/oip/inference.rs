@@ -1,0 +1,351 @@
+//! One inference, whichever protocol brought it: what was asked, checked against the model, run, and what comes back.
+//!
+//! Owns what tensors a model takes and gives. Knows neither JSON nor protobuf.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::super::access::Served;
+use super::super::status::{ApiError, Code};
+use super::datatype::Datatype;
+use crate::infer::error::InferError;
+use crate::infer::registry::LiveModel;
+use crate::infer::scheduler::Input;
+use crate::infer::tensor::RawTensor;
+use crate::infer::top_k::{Prediction, top_k};
+
+/// The models' one input, as the folded graph names it.
+pub const INPUT: &str = "input";
+/// The models' one output, as the folded graph names it.
+pub const OUTPUT: &str = "logits";
+
+/// Named values beside a request or a tensor.
+pub type Parameters = BTreeMap<String, Value>;
+
+/// What a client asks for. Parsed, not yet checked against a model.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Inference {
+    /// Echoed.
+    pub id: Option<String>,
+    /// Longest that the client waits.
+    pub timeout: Option<Duration>,
+    /// Lower numbers first; 0 is the default.
+    pub priority: u32,
+    /// Input tensors.
+    pub inputs: Vec<InputTensor>,
+    /// Outputs wanted; empty: all of them.
+    pub outputs: Vec<Wanted>,
+    /// Outputs as bytes where they don't say otherwise.
+    pub binary_output: bool,
+}
+
+/// A tensor from a client.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputTensor {
+    /// Its name.
+    pub name: String,
+    /// Its shape, the number of images first.
+    pub shape: Vec<i64>,
+    /// Its elements, row-major.
+    pub contents: Contents,
+}
+
+/// A tensor's elements.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Contents {
+    /// FP32 values.
+    Fp32(Vec<f32>),
+    /// Elements in little-endian bytes; those of BYTES each with its length (4 bytes) before it.
+    Raw(Datatype, Bytes),
+    /// Elements of BYTES.
+    Elements(Vec<Bytes>),
+    /// A body without any description: a single image's tensor, or an encoded image.
+    Bare(Bytes),
+}
+
+/// An output that a client wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its name.
+    pub name: String,
+    /// As the most probable classes, this many, instead of numbers.
+    pub classes: Option<usize>,
+    /// As bytes; none: as the request says.
+    pub binary: Option<bool>,
+}
+
+/// What a client gets.
+#[derive(Debug)]
+pub(in crate::server) struct Answered {
+    pub(in crate::server) model: Arc<LiveModel>,
+    pub(in crate::server) id: Option<String>,
+    pub(in crate::server) outputs: Vec<OutputTensor>,
+    pub(in crate::server) served: Served,
+}
+
+/// A tensor for a client.
+#[derive(Debug)]
+pub(in crate::server) struct OutputTensor {
+    pub(in crate::server) name: &'static str,
+    pub(in crate::server) shape: [usize; 2],
+    pub(in crate::server) data: OutputData,
+    pub(in crate::server) binary: bool,
+}
+
+#[derive(Debug)]
+pub(in crate::server) enum OutputData {
+    Logits(Vec<f32>),
+    /// `VALUE:INDEX:LABEL`, or without the label.
+    Classes(Vec<String>),
+}
+
+impl OutputData {
+    pub(in crate::server) fn datatype(&self) -> Datatype {
+        match self {
+            Self::Logits(_) => Datatype::Fp32,
+            Self::Classes(_) => Datatype::Bytes,
+        }
+    }
+
+    /// Little-endian; BYTES elements each with its length before it.
+    pub(in crate::server) fn to_bytes(&self) -> Bytes {
+        match self {
+            Self::Logits(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Classes(classes) => {
+                let mut bytes = Vec::new();
+                for class in classes {
+                    // labels are far shorter than 4 GiB: a manifest is
+                    bytes.extend((class.len() as u32).to_le_bytes());
+                    bytes.extend(class.as_bytes());
+                }
+                bytes.into()
+            }
+        }
+    }
+}
+
+pub(super) fn invalid(text: impl Into<String>) -> ApiError {
+    ApiError::new(Code::InvalidRequest, text)
+}
+
+/// A number of a parameter that must be whole and not negative.
+pub(in crate::server) fn whole(parameters: &Parameters, name: &str) -> Result<Option<u64>, ApiError> {
+    let Some(value) = parameters.get(name) else { return Ok(None) };
+    let number = match value {
+        Value::Number(n) => {
+            n.as_u64().or_else(|| n.as_f64().filter(|f| f.fract() == 0.0 && (0.0..9e15).contains(f)).map(|f| f as u64))
+        }
+        // clients that only know strings send digits
+        Value::String(text) => text.parse().ok(),
+        _ => None,
+    };
+    number.map(Some).ok_or_else(|| invalid(format!("parameter `{name}` is not a whole number: {value}")))
+}
+
+/// A switch among parameters.
+pub(in crate::server) fn flag(parameters: &Parameters, name: &str) -> Result<Option<bool>, ApiError> {
+    match parameters.get(name) {
+        None => Ok(None),
+        Some(Value::Bool(on)) => Ok(Some(*on)),
+        Some(other) => Err(invalid(format!("parameter `{name}` is neither true nor false: {other}"))),
+    }
+}
+
+/// What parameters mean for every tensor: that its data lies in shared memory is refused.
+pub(in crate::server) fn refuse_shared_memory(parameters: &Parameters, tensor: &str) -> Result<(), ApiError> {
+    match parameters.contains_key("shared_memory_region") {
+        false => Ok(()),
+        true => Err(invalid(format!(
+            "tensor `{}` is in shared memory, which this server does not use; send its data in the request",
+            tensor.escape_debug()
+        ))),
+    }
+}
+
+impl Inference {
+    /// Reads the request's parameters.
+    pub(in crate::server) fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, ApiError> {
+        self.timeout = whole(parameters, "timeout")?.filter(|&us| us > 0).map(Duration::from_micros);
+        let priority = whole(parameters, "priority")?.unwrap_or(0);
+        self.priority = u32::try_from(priority).map_err(|_| invalid(format!("priority {priority} is too large")))?;
+        self.binary_output = flag(parameters, "binary_data_output")?.unwrap_or(false);
+        Ok(self)
+    }
+}
+
+impl Wanted {
+    /// Reads an output's parameters.
+    pub(in crate::server) fn new(name: String, parameters: &Parameters) -> Result<Self, ApiError> {
+        refuse_shared_memory(parameters, &name)?;
+        let classes = whole(parameters, "classification")?.map(|k| usize::try_from(k).unwrap_or(usize::MAX));
+        Ok(Self { name, classes: classes.filter(|&k| k > 0), binary: flag(parameters, "binary_data")? })
+    }
+}
+
+/// Runs an inference on `model`; `deadline` counts unless the request wants its answer sooner than that, from `arrived`.
+pub(in crate::server) async fn run(
+    model: Arc<LiveModel>,
+    inference: Inference,
+    arrived: Instant,
+    deadline: Instant,
+) -> Result<Answered, ApiError> {
+    let Inference { id, timeout, priority: _, inputs, outputs, binary_output } = inference;
+    let deadline = timeout.and_then(|timeout| arrived.checked_add(timeout)).map_or(deadline, |at| at.min(deadline));
+    let wanted = check_outputs(outputs)?;
+    let images = images(&model, inputs)?;
+    let count = images.len();
+    let mut served = Served::new(&model, count);
+    let most = wanted.iter().filter_map(|w| w.classes).max();
+    let labels = &model.manifest.labels;
+    let finish = |logits: Vec<f32>| {
+        let top = most.map(|k| top_k(&logits, k, labels)).transpose()?;
+        Ok((logits, top.unwrap_or_default()))
+    };
+    let mut rows = Vec::with_capacity(count);
+    for (i, answer) in model.infer(images, deadline, finish).await?.into_iter().enumerate() {
+        let (row, timings) = answer.map_err(|error| place(error, i, count))?;
+        served.took(&timings);
+        rows.push(row);
+    }
+    let make = |Wanted { classes, binary, .. }: Wanted| {
+        let (width, data) = match classes {
+            None => {
+                (model.manifest.classes as usize, OutputData::Logits(rows.iter().flat_map(|r| r.0.clone()).collect()))
+            }
+            Some(k) => {
+                let k = k.min(model.manifest.classes as usize);
+                let class = |logits: &[f32], index: usize, label: &str| match labels.is_empty() {
+                    true => format!("{:.6}:{index}", logits[index]),
+                    false => format!("{:.6}:{index}:{label}", logits[index]),
+                };
+                let row = |(logits, top): &(Vec<f32>, Vec<Prediction>)| -> Vec<String> {
+                    top.iter().take(k).map(|p| class(logits, p.index, &p.label)).collect()
+                };
+                (k, OutputData::Classes(rows.iter().flat_map(row).collect()))
+            }
+        };
+        OutputTensor { name: OUTPUT, shape: [count, width], data, binary: binary.unwrap_or(binary_output) }
+    };
+    let outputs = wanted.into_iter().map(make).collect();
+    Ok(Answered { model: model.clone(), id, outputs, served })
+}
+
+/// An image's error, with the image's place where there are several.
+fn place(error: InferError, index: usize, images: usize) -> ApiError {
+    let mut error = ApiError::from(error);
+    if images > 1 && error.code != Code::Internal {
+        error.message = format!("image {index} of the batch: {}", error.message);
+    }
+    error
+}
+
+fn check_outputs(outputs: Vec<Wanted>) -> Result<Vec<Wanted>, ApiError> {
+    if let Some(other) = outputs.iter().find(|w| w.name != OUTPUT) {
+        return Err(invalid(format!("output `{}` does not exist; there is `{OUTPUT}`", other.name.escape_debug())));
+    }
+    match outputs.len() {
+        0 => Ok(vec![Wanted { name: OUTPUT.into(), classes: None, binary: None }]),
+        1 => Ok(outputs),
+        _ => Err(invalid(format!("output `{OUTPUT}` is asked for more than once"))),
+    }
+}
+
+/// A tensor as images.
+fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>, ApiError> {
+    let (Some(InputTensor { name, shape, contents }), true) = (inputs.pop(), inputs.is_empty()) else {
+        return Err(invalid(format!("exactly one input is taken, `{INPUT}`")));
+    };
+    if name != INPUT {
+        return Err(invalid(format!("input `{}` does not exist; there is `{INPUT}`", name.escape_debug())));
+    }
+    let (height, width) = (model.manifest.preprocessing.height as usize, model.manifest.preprocessing.width as usize);
+    let len = 3 * height * width;
+    let limit = model.scheduler().queue_limit();
+    let planes = |contents: &str| shaped(&shape, &[3, height, width], limit, contents);
+    match contents {
+        Contents::Bare(bytes) if bytes.len() == 4 * len => Ok(vec![Input::Raw(RawTensor::Fp32(bytes))]),
+        Contents::Bare(bytes) => Ok(vec![Input::Encoded(bytes)]),
+        Contents::Fp32(values) => {
+            let count = planes("FP32")?;
+            sized(values.len(), count * len, "values")?;
+            Ok(values.chunks_exact(len).map(|image| Input::Tensor(image.to_vec())).collect())
+        }
+        Contents::Raw(Datatype::Fp32, bytes) => {
+            let count = planes("FP32")?;
+            Ok(split(bytes, count, 4 * len)?.map(|b| Input::Raw(RawTensor::Fp32(b))).collect())
+        }
+        Contents::Raw(Datatype::Fp16, bytes) => {
+            let count = planes("FP16")?;
+            Ok(split(bytes, count, 2 * len)?.map(|b| Input::Raw(RawTensor::Fp16(b))).collect())
+        }
+        Contents::Raw(Datatype::Uint8, bytes) => {
+            let count = shaped(&shape, &[height, width, 3], limit, "UINT8")?;
+            Ok(split(bytes, count, len)?.map(|b| Input::Raw(RawTensor::Pixels(b))).collect())
+        }
+        Contents::Raw(Datatype::Bytes, bytes) => encoded(elements(&bytes, limit)?, &shape, limit),
+        Contents::Elements(elements) => encoded(elements, &shape, limit),
+        Contents::Raw(other, _) => Err(invalid(format!(
+            "input `{INPUT}` is not taken as {}; send FP32 or FP16 [N,3,{height},{width}] normalised, UINT8 [N,{height},{width},3] pixels, or BYTES [N] encoded images",
+            other.name()
+        ))),
+    }
+}
+
+/// Images of a shape that must be `[N, …each]`.
+fn shaped(shape: &[i64], each: &[usize], limit: usize, datatype: &str) -> Result<usize, ApiError> {
+    let fits = shape.len() == each.len() + 1 && shape[1..].iter().zip(each).all(|(&a, &b)| usize::try_from(a) == Ok(b));
+    let count = shape.first().and_then(|&n| usize::try_from(n).ok()).filter(|&n| fits && n > 0);
+    let count = count.ok_or_else(|| {
+        let each = each.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        invalid(format!("input `{INPUT}` has shape {shape:?}; as {datatype} it must be [N,{each}]"))
+    })?;
+    at_most(count, limit)
+}
+
+fn at_most(images: usize, limit: usize) -> Result<usize, ApiError> {
+    if images <= limit { Ok(images) } else { Err(InferError::TooManyImages { images, limit }.into()) }
+}
+
+fn sized(found: usize, due: usize, what: &str) -> Result<(), ApiError> {
+    match found == due {
+        true => Ok(()),
+        false => Err(invalid(format!("input `{INPUT}` has {found} {what}, its shape needs {due}"))),
+    }
+}
+
+/// `count` images of `len` bytes each, without copying.
+fn split(bytes: Bytes, count: usize, len: usize) -> Result<impl Iterator<Item = Bytes>, ApiError> {
+    sized(bytes.len(), count.saturating_mul(len), "bytes")?;
+    Ok((0..count).map(move |i| bytes.slice(i * len..(i + 1) * len)))
+}
+
+/// Encoded images, shape `[N]` or `[N, 1]`.
+fn encoded(elements: Vec<Bytes>, shape: &[i64], limit: usize) -> Result<Vec<Input>, ApiError> {
+    let each: &[usize] = if shape.len() > 1 { &[1] } else { &[] };
+    let count = shaped(shape, each, limit, "BYTES")?;
+    sized(elements.len(), count, "elements")?;
+    Ok(elements.into_iter().map(Input::Encoded).collect())
+}
+
+/// Byte strings, each with its length (4 bytes, little-endian) before it.
+fn elements(whole: &Bytes, limit: usize) -> Result<Vec<Bytes>, ApiError> {
+    let (mut found, mut at) = (Vec::new(), 0);
+    while at < whole.len() {
+        at_most(found.len() + 1, limit)?;
+        let element = whole.get(at..at + 4).and_then(|length| {
+            let start = at + 4;
+            let end = start.checked_add(u32::from_le_bytes(length.try_into().ok()?) as usize)?;
+            (end <= whole.len()).then_some(start..end)
+        });
+        let Some(range) = element else {
+            return Err(invalid(format!("element {} of input `{INPUT}` reaches past the data's end", found.len())));
+        };
+        at = range.end;
+        found.push(whole.slice(range));
+    }
+    Ok(found)
+}

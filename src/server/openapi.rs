@@ -1,0 +1,61 @@
+//! `/openapi.json` and `/docs`: what the HTTP port answers, generated from the handlers, readable without a network.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::header;
+use axum::routing::get;
+use utoipa::OpenApi;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa_swagger_ui::{Config, SwaggerUi};
+
+use super::http::App;
+
+/// What no handler says.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "nfold",
+        description = "Normalizer-Free image classifiers over HTTP. Every error is `{\"error\": message, \"code\": code}`; every answer has the header `x-request-id`."
+    ),
+    tags(
+        (name = "Classification", description = "Images in, classes out"),
+        (name = "Health", description = "For load balancers and clients; the admin port has its own"),
+        (name = "Open Inference Protocol", description = "KServe v2 with Triton's extensions"),
+    )
+)]
+pub(super) struct Described;
+
+/// The part of a path that names a version.
+const VERSION: &str = "/versions/{version}";
+
+/// Completes the description and serves it.
+pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi, keys: bool) -> Router<Arc<App>> {
+    // the same without a version: the highest
+    let versioned: Vec<_> = api.paths.paths.iter().filter(|(path, _)| path.contains(VERSION)).collect();
+    let shorter: Vec<_> = versioned.iter().map(|(path, item)| (path.replace(VERSION, ""), latest(item))).collect();
+    api.paths.paths.extend(shorter);
+    if keys {
+        let bearer = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+        api.components.get_or_insert_default().add_security_scheme("api_key", bearer);
+        api.security = Some(vec![utoipa::openapi::SecurityRequirement::new("api_key", Vec::<String>::new())]);
+    }
+    let text: Arc<str> = api.to_json().unwrap_or_default().into();
+    let document = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], text.to_string()) });
+    let docs = SwaggerUi::new("/docs").config(Config::from("/openapi.json"));
+    routes.route("/openapi.json", document).merge(docs)
+}
+
+fn latest(item: &PathItem) -> PathItem {
+    let mut item = item.clone();
+    for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+        let Operation { operation_id, parameters, .. } = operation;
+        *operation_id = operation_id.take().map(|id| format!("{id}_latest"));
+        if let Some(parameters) = parameters {
+            parameters.retain(|p| !matches!(p, RefOr::T(parameter) if parameter.name == "version"));
+        }
+    }
+    item
+}

@@ -1,0 +1,98 @@
+//! TLS for both ports: certificate, key, and the authority of client certificates, read again on demand.
+//!
+//! rustls with ring: no C library and no OpenSSL. TLS 1.2 and 1.3.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio_rustls::TlsAcceptor;
+
+/// Where the certificates are. All files are PEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsOptions {
+    /// The server's certificate, and those between it and its authority.
+    pub cert: PathBuf,
+    /// The private key of the first of them.
+    pub key: PathBuf,
+    /// Authorities of client certificates. When set, a client without such a certificate is refused.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// Why TLS can't be spoken.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file that can't be read, or is not what it should be.
+    #[error("can't use `{path}` as {what}: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What it was to be.
+        what: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// The present configuration.
+#[derive(Debug)]
+pub(super) struct Tls {
+    options: TlsOptions,
+    config: RwLock<Arc<ServerConfig>>,
+}
+
+impl Tls {
+    /// Reads the files.
+    pub(super) fn open(options: TlsOptions) -> Result<Self, TlsError> {
+        let config = RwLock::new(configure(&options)?);
+        Ok(Self { options, config })
+    }
+
+    /// Reads the files again, for connections from now on; on failure the old ones stay.
+    pub(super) fn reload(&self) -> Result<(), TlsError> {
+        let config = configure(&self.options)?;
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+        Ok(())
+    }
+
+    /// For one handshake.
+    pub(super) fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(self.config.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+fn configure(options: &TlsOptions) -> Result<Arc<ServerConfig>, TlsError> {
+    let file = |path: &Path, what, reason: String| TlsError::File { path: path.into(), what, reason };
+    let certificates = |path: &Path, what| {
+        let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        match read {
+            Ok(found) if found.is_empty() => Err(file(path, what, "it holds no PEM certificate".into())),
+            read => read.map_err(|e| file(path, what, e.to_string())),
+        }
+    };
+    let chain = certificates(&options.cert, "certificate (--tls-cert)")?;
+    let bad_key = |reason: String| file(&options.key, "private key of the certificate (--tls-key)", reason);
+    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| bad_key(e.to_string()))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| bad_key(e.to_string()))?;
+    let builder = match &options.client_ca {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let what = "authority of client certificates (--tls-client-ca)";
+            let mut roots = RootCertStore::empty();
+            for certificate in certificates(path, what)? {
+                roots.add(certificate).map_err(|e| file(path, what, e.to_string()))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build();
+            builder.with_client_cert_verifier(verifier.map_err(|e| file(path, what, e.to_string()))?)
+        }
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(|e| bad_key(e.to_string()))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
