@@ -21,19 +21,20 @@ use crate::fakes::{Fault, MARK, Strings, eventually, images, model_dir, opener, 
 
 /// An answer, or none: the connection ended first.
 #[derive(Debug)]
-struct Answer {
-    status: u16,
-    headers: BTreeMap<String, String>,
-    body: String,
+pub struct Answer {
+    pub status: u16,
+    pub headers: BTreeMap<String, String>,
+    pub body: String,
+    pub bytes: Vec<u8>,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
     /// The error body that every failure has.
-    fn error(&self) -> (u16, String) {
+    pub fn error(&self) -> (u16, String) {
         let body = self.json();
         assert!(body["error"].as_str().is_some_and(|e| !e.is_empty()), "{self:?}");
         assert_eq!(self.headers["content-type"], "application/json", "{self:?}");
@@ -42,7 +43,7 @@ impl Answer {
     }
 }
 
-fn send(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
+pub fn send(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut text = format!("{head} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n");
@@ -58,40 +59,42 @@ fn send(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8]) 
     stream
 }
 
-fn receive(mut stream: TcpStream) -> Answer {
+pub fn receive(mut stream: TcpStream) -> Answer {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
     let text = String::from_utf8_lossy(&bytes).into_owned();
+    let after = bytes.windows(4).position(|w| w == b"\r\n\r\n").map_or(bytes.len(), |at| at + 4);
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {text:?}"));
     let mut lines = head.lines();
     let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
     let headers = lines.filter_map(|l| l.split_once(": ")).map(|(n, v)| (n.to_lowercase(), v.to_string())).collect();
-    Answer { status, headers, body: body.into() }
+    Answer { status, headers, body: body.into(), bytes: bytes.split_off(after) }
 }
 
-fn ask(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+pub fn ask(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
     receive(send(address, head, headers, body))
 }
 
 /// A one-colour PNG; the puppet's logits are its red over 255.
-fn png(red: u8) -> Vec<u8> {
+pub fn png(red: u8) -> Vec<u8> {
     let image = image::RgbImage::from_pixel(2, 2, image::Rgb([red, 7, 9]));
     let mut bytes = std::io::Cursor::new(Vec::new());
     image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
     bytes.into_inner()
 }
 
-struct House {
-    http: SocketAddr,
-    admin: SocketAddr,
-    strings: Arc<Strings>,
-    metrics: Arc<Metrics>,
-    control: tokio::sync::mpsc::Sender<Control>,
-    thread: JoinHandle<Result<(), ServeError>>,
+pub struct House {
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub admin: SocketAddr,
+    pub strings: Arc<Strings>,
+    pub metrics: Arc<Metrics>,
+    pub control: tokio::sync::mpsc::Sender<Control>,
+    pub thread: JoinHandle<Result<(), ServeError>>,
 }
 
 /// Free ports of this machine.
-fn local() -> Options {
+pub fn local() -> Options {
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     Options { http: any, grpc: any, admin: any, ..Options::default() }
 }
@@ -104,7 +107,8 @@ fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static 
         let _inside = runtime.enter();
         Server::bind(server).unwrap()
     };
-    let (http, admin, metrics) = (server.http_address(), server.admin_address(), server.metrics());
+    let (http, grpc, admin) = (server.http_address(), server.grpc_address(), server.admin_address());
+    let metrics = server.metrics();
     let (control, controlled) = tokio::sync::mpsc::channel(2);
     let pulled = strings.clone();
     let load = move |metrics: &Metrics| {
@@ -121,10 +125,10 @@ fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static 
         runtime.shutdown_background();
         ended
     });
-    House { http, admin, strings, metrics, control, thread }
+    House { http, grpc, admin, strings, metrics, control, thread }
 }
 
-fn house(server: Options, scheduler: SchedulerOptions) -> House {
+pub fn house(server: Options, scheduler: SchedulerOptions) -> House {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
     let house = open(server, scheduler, &["m"], gone);
@@ -137,32 +141,32 @@ impl House {
         eventually("ready", || ask(self.admin, "GET /readyz", &[], b"").status == 200);
     }
 
-    fn classify(&self, query: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub fn classify(&self, query: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         ask(self.http, &format!("POST /v1/classify{query}"), headers, body)
     }
 
     /// Sends an image and leaves it inside the held engine.
-    fn occupy(&self) -> TcpStream {
+    pub fn occupy(&self) -> TcpStream {
         self.strings.hold();
         let stream = send(self.http, "POST /v1/classify", &[], &png(0));
         eventually("the engine is busy", || self.strings.runs() == 1);
         stream
     }
 
-    fn stop(&self) {
+    pub fn stop(&self) {
         self.control.blocking_send(Control::Stop).unwrap();
     }
 
-    fn end(self) -> Result<(), ServeError> {
+    pub fn end(self) -> Result<(), ServeError> {
         drop(self.control);
         self.thread.join().unwrap()
     }
 
-    fn requests(&self, protocol: Protocol, outcome: Outcome) -> u64 {
+    pub fn requests(&self, protocol: Protocol, outcome: Outcome) -> u64 {
         self.metrics.requests_total.with_label_values(&[protocol.name(), outcome.name()]).get()
     }
 
-    fn depth(&self) -> i64 {
+    pub fn depth(&self) -> i64 {
         self.metrics.queue_depth.with_label_values(&["m", "1"]).get()
     }
 }

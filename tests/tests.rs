@@ -25,6 +25,15 @@ mod scheduler;
 /// The server over real sockets, with engines that misbehave.
 mod serve;
 
+/// The Open Inference Protocol over HTTP: framing, datatypes, errors, damage.
+mod oip;
+
+/// The Open Inference Protocol over gRPC, health and reflection.
+mod grpc;
+
+/// API keys, TLS, CORS, slow clients.
+mod secure;
+
 /// The program as operators meet it: real model, real signals.
 mod process;
 

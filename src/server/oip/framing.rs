@@ -22,7 +22,7 @@ use super::inference::{
 /// How many bytes of a body are JSON; the tensors' bytes follow. 0: the body is one input and no JSON.
 pub(in crate::server) const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
-/// Numbers of at most this many bytes each can be in a JSON body: more are refused before they are parsed.
+/// Arrays in arrays, at most: a tensor of images needs four.
 const MAX_DEPTH: usize = 16;
 
 /// A request for an inference.
@@ -237,10 +237,10 @@ struct List<'a, T> {
 
 impl<T: Element> List<'_, T> {
     fn push<E: serde::de::Error>(self, element: Option<T>, what: &str) -> Result<(), E> {
-        let element = element.ok_or_else(|| E::custom(format!("{what} can't be an element")))?;
         if self.depth == 0 {
             return Err(E::custom("an array is due"));
         }
+        let element = element.ok_or_else(|| E::custom(format!("{what} can't be an element")))?;
         if self.out.len() >= self.most {
             return Err(E::custom(format!("more than the {} elements of the shape", self.most)));
         }

@@ -1,0 +1,289 @@
+//! Who may ask, and how much of the server a slow or silent client may hold: keys, TLS, CORS, limits.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nfold::metrics::{Outcome, Protocol};
+use nfold::pb::open_inference as pb;
+use nfold::pb::open_inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use nfold::server::{Control, Options, ServeError, Server, TlsOptions};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use tonic::Code;
+use tonic::transport::Channel;
+
+use crate::fakes::{eventually, options};
+use crate::serve::{ask, house, local, png, receive, send};
+
+const KEY: &str = "a-key-that-is-long-enough";
+
+fn key_file(folder: &Path, keys: &str) -> PathBuf {
+    let path = folder.join("keys");
+    std::fs::write(&path, keys).unwrap();
+    path
+}
+
+#[test]
+fn without_a_key_only_health_and_pages_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = key_file(folder.path(), &format!("{KEY}\n"));
+    let house = house(Options { api_key_file: Some(path.clone()), ..local() }, options(1, 4, 8));
+    let bearer = format!("Bearer {KEY}");
+    let with: &[(&str, &str)] = &[("authorization", &bearer)];
+    for head in ["POST /v1/classify", "GET /v2", "GET /v2/models/m", "POST /v2/models/m/infer", "GET /nothing"] {
+        let refused = ask(house.http, head, &[("authorization", "Bearer a-key-that-is-long-enougH")], b"");
+        assert_eq!(refused.error(), (401, "unauthenticated".into()), "{head}");
+        assert_eq!(refused.headers["www-authenticate"], "Bearer");
+        assert_ne!(ask(house.http, head, with, b"").status, 401, "{head}");
+    }
+    assert_eq!(house.classify("", with, &png(3)).status, 200);
+    for open in ["/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs/"] {
+        assert_eq!(ask(house.http, &format!("GET {open}"), &[], b"").status, 200, "{open}");
+    }
+    assert_eq!(ask(house.admin, "GET /metrics", &[], b"").status, 200);
+    let api = ask(house.http, "GET /openapi.json", &[], b"").json();
+    assert_eq!(api["components"]["securitySchemes"]["api_key"]["scheme"], "bearer");
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (http, grpc) = (house.http, house.grpc);
+    runtime.block_on(async {
+        let channel = Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
+        let mut client = GrpcInferenceServiceClient::new(channel.clone());
+        assert!(client.server_live(pb::ServerLiveRequest {}).await.unwrap().into_inner().live);
+        let refused = client.server_metadata(pb::ServerMetadataRequest {}).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthenticated, "{refused:?}");
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+        health.check(tonic_health::pb::HealthCheckRequest::default()).await.unwrap();
+        let mut request = tonic::Request::new(pb::ServerMetadataRequest {});
+        request.metadata_mut().insert("authorization", bearer.parse().unwrap());
+        assert_eq!(client.server_metadata(request).await.unwrap().into_inner().name, "nfold");
+    });
+    // with its connection: the server waits for clients that don't say goodbye
+    drop(runtime);
+    eventually("counted", || house.requests(Protocol::Grpc, Outcome::Unauthenticated) == 1);
+
+    // other keys from now on; a file that would lock everybody out changes nothing
+    let ask_with = |key: &str| ask(http, "GET /v2", &[("authorization", &format!("Bearer {key}"))], b"").status;
+    std::fs::write(&path, "").unwrap();
+    house.control.blocking_send(Control::Reload).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(ask_with(KEY), 200);
+    std::fs::write(&path, "another-key-that-is-long-enough").unwrap();
+    house.control.blocking_send(Control::Reload).unwrap();
+    eventually("the new key is known", || ask_with("another-key-that-is-long-enough") == 200);
+    assert_eq!(ask_with(KEY), 401);
+    house.end().unwrap();
+}
+
+/// An authority, and certificates of it.
+struct Authority {
+    pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { pem, issuer: Issuer::new(params, key) }
+    }
+
+    /// A certificate and its key.
+    fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
+        let key = KeyPair::generate().unwrap();
+        (CertificateParams::new(vec![name.to_string()]).unwrap().signed_by(&key, &self.issuer).unwrap(), key)
+    }
+
+    fn write(&self, folder: &Path, name: &str) -> (PathBuf, PathBuf) {
+        let (certificate, key) = self.issue(name);
+        let (cert, private) = (folder.join("cert.pem"), folder.join("key.pem"));
+        std::fs::write(&cert, certificate.pem()).unwrap();
+        std::fs::write(&private, key.serialize_pem()).unwrap();
+        (cert, private)
+    }
+}
+
+fn client(authority: &str, identity: Option<(rcgen::Certificate, KeyPair)>, alpn: &[u8]) -> Arc<ClientConfig> {
+    use rustls::pki_types::pem::PemObject as _;
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let builder = builder.with_root_certificates(roots);
+    let mut config = match identity {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+            builder.with_client_auth_cert(vec![certificate.der().clone()], key).unwrap()
+        }
+    };
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Arc::new(config)
+}
+
+/// A request by TLS: the answer's first line.
+fn ask_tls(to: SocketAddr, config: Arc<ClientConfig>, name: &str) -> std::io::Result<String> {
+    let connection = ClientConnection::new(config, ServerName::try_from(name.to_string()).unwrap()).unwrap();
+    let mut stream = StreamOwned::new(connection, TcpStream::connect(to)?);
+    stream.write_all(b"GET /v2/health/live HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        Err(e) if answer.is_empty() => Err(e),
+        _ => Ok(String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().into()),
+    }
+}
+
+#[test]
+fn a_real_handshake_on_both_ports_and_new_certificates_without_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let (cert, key) = authority.write(folder.path(), "first.test");
+    let tls = TlsOptions { cert, key, client_ca: None };
+    let house = house(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
+    let plain = client(&authority.pem, None, b"http/1.1");
+    let ok = "HTTP/1.1 200 OK";
+    assert_eq!(ask_tls(house.http, plain.clone(), "first.test").unwrap(), ok);
+    assert!(ask_tls(house.http, plain.clone(), "second.test").is_err(), "another name");
+    let stranger = client(&Authority::new().pem, None, b"http/1.1");
+    assert!(ask_tls(house.http, stranger, "first.test").is_err(), "an unknown authority");
+    let mut bare = Vec::new();
+    let mut stream = TcpStream::connect(house.http).unwrap();
+    stream.write_all(b"GET /v2/health/live HTTP/1.1\r\nhost: t\r\n\r\n").unwrap();
+    let _ = stream.read_to_end(&mut bare);
+    assert!(!String::from_utf8_lossy(&bare).contains("200 OK"), "no plain answer");
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let grpc = house.grpc;
+    let live = |config: Arc<ClientConfig>, name: &'static str| {
+        runtime.block_on(async {
+            let connector = tower::service_fn(move |_: axum::http::Uri| {
+                let config = config.clone();
+                async move {
+                    let tcp = tokio::net::TcpStream::connect(grpc).await?;
+                    let name = ServerName::try_from(name).unwrap();
+                    let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await?;
+                    Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(tls))
+                }
+            });
+            let channel = Channel::from_static("http://grpc.test").connect_with_connector(connector).await.ok()?;
+            let answer = GrpcInferenceServiceClient::new(channel).server_live(pb::ServerLiveRequest {}).await.ok()?;
+            Some(answer.into_inner().live)
+        })
+    };
+    let over_h2 = client(&authority.pem, None, b"h2");
+    assert_eq!(live(over_h2.clone(), "first.test"), Some(true));
+
+    std::fs::write(folder.path().join("cert.pem"), "no certificate").unwrap();
+    house.control.blocking_send(Control::Reload).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(ask_tls(house.http, plain.clone(), "first.test").unwrap(), ok, "the old one stays");
+    authority.write(folder.path(), "second.test");
+    house.control.blocking_send(Control::Reload).unwrap();
+    eventually("the new certificate", || ask_tls(house.http, plain.clone(), "second.test").is_ok());
+    assert_eq!(live(over_h2, "second.test"), Some(true));
+    drop(runtime);
+    house.end().unwrap();
+}
+
+#[test]
+fn clients_without_a_certificate_are_refused_where_one_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let (cert, key) = authority.write(folder.path(), "server.test");
+    let ca = folder.path().join("ca.pem");
+    std::fs::write(&ca, &authority.pem).unwrap();
+    let tls = TlsOptions { cert, key, client_ca: Some(ca) };
+    let house = house(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
+    let ask = |identity| ask_tls(house.http, client(&authority.pem, identity, b"http/1.1"), "server.test");
+    assert!(ask(None).is_err());
+    assert!(ask(Some(Authority::new().issue("stranger.test"))).is_err());
+    assert_eq!(ask(Some(authority.issue("client.test"))).unwrap(), "HTTP/1.1 200 OK");
+    house.end().unwrap();
+}
+
+#[test]
+fn files_that_are_no_certificates_or_keys_are_told_before_anything_runs() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let folder = tempfile::tempdir().unwrap();
+    let (cert, key) = Authority::new().write(folder.path(), "x.test");
+    let missing = folder.path().join("missing.pem");
+    for (cert, key, flag) in
+        [(&missing, &key, "--tls-cert"), (&cert, &missing, "--tls-key"), (&key, &cert, "--tls-cert")]
+    {
+        let tls = TlsOptions { cert: cert.clone(), key: key.clone(), client_ca: None };
+        let error = Server::bind(Options { tls: Some(tls), ..local() }).unwrap_err();
+        assert!(matches!(error, ServeError::Tls(_)) && error.to_string().contains(flag), "{error}");
+    }
+    let error = Server::bind(Options { api_key_file: Some(missing), ..local() }).unwrap_err();
+    assert!(error.to_string().contains("--api-key-file"), "{error}");
+}
+
+#[test]
+fn other_origins_only_where_allowed() {
+    let origin = [("origin", "https://page.test")];
+    let preflight = [
+        ("origin", "https://page.test"),
+        ("access-control-request-method", "POST"),
+        ("access-control-request-headers", "content-type"),
+    ];
+    let closed = house(local(), options(1, 4, 8));
+    let answer = ask(closed.http, "GET /v2", &origin, b"");
+    assert!(answer.status == 200 && !answer.headers.contains_key("access-control-allow-origin"), "{answer:?}");
+    closed.end().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let open = Options {
+        cors_origins: vec!["https://page.test".into()],
+        api_key_file: Some(key_file(folder.path(), KEY)),
+        ..local()
+    };
+    let open = house(open, options(1, 4, 8));
+    let asked = ask(open.http, "OPTIONS /v1/classify", &preflight, b"");
+    assert_eq!((asked.status, asked.headers["access-control-allow-origin"].as_str()), (200, "https://page.test"));
+    let bearer = format!("Bearer {KEY}");
+    let answer = ask(open.http, "GET /v2", &[origin[0], ("authorization", &bearer)], b"");
+    assert_eq!((answer.status, answer.headers["access-control-allow-origin"].as_str()), (200, "https://page.test"));
+    assert!(answer.headers["access-control-expose-headers"].contains("x-request-id"));
+    let other = ask(open.http, "GET /v2", &[("origin", "https://other.test"), ("authorization", &bearer)], b"");
+    assert!(!other.headers.contains_key("access-control-allow-origin"), "{other:?}");
+    open.end().unwrap();
+}
+
+/// A client that sends its head byte by byte, or never, loses its place to one that has something to say.
+#[test]
+fn slow_clients_don_t_keep_others_out() {
+    let limits = Options { connections: 2, head_timeout: Duration::from_millis(300), ..local() };
+    let house = house(limits, options(1, 1, 8));
+    let mut slow = TcpStream::connect(house.http).unwrap();
+    let _silent = TcpStream::connect(house.http).unwrap();
+    slow.write_all(b"GET /v2 HTTP/1.1\r\nx: ").unwrap();
+    eventually("both are in", || house.metrics.connections.get() >= 2);
+    let started = Instant::now();
+    assert_eq!(ask(house.http, "GET /v2", &[], b"").status, 200);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    let mut rest = Vec::new();
+    let _ = slow.read_to_end(&mut rest);
+    assert!(!String::from_utf8_lossy(&rest).starts_with("HTTP/1.1 200"));
+    house.end().unwrap();
+}
+
+#[test]
+fn heads_have_a_limit() {
+    let house = house(local(), options(1, 1, 8));
+    let long = "x".repeat(100_000);
+    let answer = receive(send(house.http, "GET /v2", &[("x-long", &long)], b""));
+    assert_eq!(answer.status, 431, "{answer:?}");
+    let many: Vec<(String, String)> = (0..200).map(|i| (format!("x-{i}"), "1".into())).collect();
+    let many: Vec<(&str, &str)> = many.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    assert_eq!(receive(send(house.http, "GET /v2", &many, b"")).status, 431);
+    let answer = receive(send(house.http, &format!("GET /{long}"), &[], b""));
+    assert!(matches!(answer.status, 414 | 431), "{answer:?}");
+    assert_eq!(ask(house.http, "GET /v2", &[], b"").status, 200);
+    house.end().unwrap();
+}
