@@ -3,6 +3,7 @@
 
 mod classify;
 mod fold;
+mod gamma;
 mod init;
 mod inspect;
 mod serve;
@@ -34,6 +35,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write a freshly initialised checkpoint in timm's layout
     Init(init::InitArgs),
+    /// γ of an activation: closed form, quadrature, simulation and timm's constant
+    Gamma(gamma::GammaArgs),
 }
 
 /// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage.
@@ -46,6 +49,7 @@ pub fn main() -> ExitCode {
         Command::Healthcheck(args) => serve::healthcheck(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Init(args) => init::run(&args),
+        Command::Gamma(args) => gamma::run(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -238,3 +238,21 @@ fn the_demo_is_as_accurate_as_timm() {
     assert!(all >= 500 && (accuracy - timm).abs() <= 0.003, "accuracy {accuracy}, timm {timm}");
     assert!(agree * 100 >= all as usize * 98, "{agree} of {all}");
 }
+
+#[test]
+fn gamma_four_ways() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let output = nfold(&["gamma", "relu", "--json", "--samples", "200000"], here);
+    let relu: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |path: &str| relu.pointer(path).and_then(Value::as_f64).unwrap();
+    let exact = 1.712_858_550_449_663_2;
+    assert!((number("/closed_form") - exact).abs() < 1e-14 && (number("/quadrature/gamma") - exact).abs() < 1e-12);
+    let (simulated, error) = (number("/simulation/gamma"), number("/simulation/standard_error"));
+    assert!(error > 1e-3 && error < 1e-2 && (simulated - exact).abs() < 5.0 * error, "{relu}");
+    assert!((number("/timm_relative_difference") - 6.4237e-4).abs() < 1e-7, "{relu}");
+    assert!(text(&nfold(&["gamma", "mish"], here).stdout).contains("none known"));
+    assert!(text(&nfold(&["gamma", "se"], here).stdout).contains("factor          1.99"));
+    assert_eq!(text(&nfold(&["gamma", "all", "--samples", "1000"], here).stdout).lines().count(), 20);
+    refused(&nfold(&["gamma", "softmax"], here), "known are celu");
+}

@@ -4,6 +4,7 @@
 //! the checkpoint, its shape and its scalars. Folding walks the plan; so does `nfold init`, through [`Network::tensors`].
 
 pub mod activation;
+pub mod gamma;
 pub mod nf;
 pub mod resnet;
 
