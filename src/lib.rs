@@ -8,7 +8,7 @@
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`infer`]: encoded image → predictions: decode, resize, batch, engine, top-k. Knows no protocol.
 //! * [`server`]: the edge: HTTP, health, metrics.
-//! * [`metrics`]: every metric, declared once. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up.
+//! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up.
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
 //! Imports only point down (`cli` → `fold` | `server` → `infer` → `checkpoint` → `nets`, `model`, `metrics`, `pb`);
@@ -24,6 +24,7 @@ pub mod fold;
 pub mod infer;
 pub mod server;
 
+pub mod chart;
 pub mod logging;
 pub mod metrics;
 pub mod pb;

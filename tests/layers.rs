@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 12] = [
+const ROOMS: [(&str, &[&str]); 13] = [
     ("main", &["cli"]),
     ("cli", &["fold", "server", "infer", "checkpoint", "nets", "model", "metrics", "logging"]),
     ("fold", &["checkpoint", "nets", "model", "pb"]),
@@ -16,6 +16,7 @@ const ROOMS: [(&str, &[&str]); 12] = [
     ("model", &[]),
     ("metrics", &[]),
     ("logging", &[]),
+    ("chart", &[]),
     ("pb", &[]),
     ("lib", &[]),
 ];
