@@ -5,13 +5,14 @@
 //! * [`model`]: what both halves agree on: the model repository, the manifest, preprocessing, labels.
 //! * [`nets`]: what a network is: configurations, block plans, activations and their γ. Pure data and maths.
 //! * [`checkpoint`]: reads untrusted `config.json` + `model.safetensors` into validated tensors, and writes fresh ones.
+//! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`infer`]: encoded image → predictions: decode, resize, batch, engine, top-k. Knows no protocol.
 //! * [`server`]: the edge: HTTP, health, metrics.
 //! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up.
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
-//! Imports only point down (`cli` → `fold` | `server` → `infer` → `checkpoint` → `nets`, `model`, `metrics`, `pb`);
+//! Imports only point down (`cli` → `fold` | `server` → `infer` → `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`);
 //! `tests/layers.rs` holds the house to that.
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod nets;
 
 pub mod checkpoint;
 pub mod fold;
+pub mod graph;
 
 pub mod infer;
 pub mod server;

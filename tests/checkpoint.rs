@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use nfold::checkpoint::init::{InitOptions, init};
 use nfold::checkpoint::{Checkpoint, CheckpointError};
 use nfold::fold::{FoldError, FoldOptions, fold};
+use nfold::graph::GraphError;
 use nfold::infer::engine::{EngineOptions, OrtBackend};
 use nfold::infer::verify::{answers, compare};
 use proptest::prelude::*;
@@ -161,7 +162,7 @@ fn weights_too_large_for_half_precision_are_named() {
     let checkpoint = Checkpoint::open(copy.folder.path()).unwrap();
     let half = FoldOptions { precision: nfold::model::Precision::Fp16, ..FoldOptions::default() };
     let error = fold(&checkpoint, &half).unwrap_err();
-    assert!(matches!(&error, FoldError::Overflow { name, .. } if name == "fc.bias"), "{error}");
+    assert!(matches!(&error, FoldError::Graph(GraphError::Overflow { name, .. }) if name == "fc.bias"), "{error}");
 }
 
 #[test]

@@ -5,13 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 13] = [
+const ROOMS: [(&str, &[&str]); 14] = [
     ("main", &["cli"]),
     ("cli", &["fold", "server", "infer", "checkpoint", "nets", "model", "metrics", "logging"]),
-    ("fold", &["checkpoint", "nets", "model", "pb"]),
+    ("fold", &["checkpoint", "graph", "nets", "model", "pb"]),
     ("server", &["infer", "model", "metrics", "pb"]),
     ("infer", &["model", "metrics"]),
     ("checkpoint", &["nets", "model"]),
+    ("graph", &["nets", "model", "pb"]),
     ("nets", &[]),
     ("model", &[]),
     ("metrics", &[]),

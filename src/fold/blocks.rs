@@ -1,15 +1,15 @@
 //! Walks a network's plan and emits it: stem, blocks, head. Where every scalar goes is decided here, once for folded
 //! graphs (scalars vanish into weights) and unfolded ones (scalars stay as operations).
 
+use super::FoldError;
 use super::batch_norm::BatchNorm;
-use super::graph::{GraphBuilder, Map};
-use super::{FoldError, scaled_ws};
 use crate::checkpoint::Reader;
+use crate::graph::{GraphBuilder, Map};
 use crate::model::BlockScalars;
 use crate::nets::activation::Activation;
 use crate::nets::nf::{NfBlock, NfPlan, Place};
 use crate::nets::resnet::ResNetPlan;
-use crate::nets::{Attention, Conv, Norm};
+use crate::nets::{Attention, Conv, Norm, scaled_ws};
 
 /// What a convolution's input and output are multiplied by. In a folded graph both go into its weights, the output's
 /// into its bias too.
@@ -334,6 +334,6 @@ impl<'a> Emitter<'a> {
     }
 
     fn scale(&mut self, x: &Map, scalar: f64) -> Result<Map, FoldError> {
-        if scalar == 1.0 { Ok(x.clone()) } else { self.graph.scale(x, scalar) }
+        if scalar == 1.0 { Ok(x.clone()) } else { Ok(self.graph.scale(x, scalar)?) }
     }
 }

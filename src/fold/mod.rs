@@ -1,19 +1,17 @@
 //! Checkpoint → ONNX. Synchronous and offline: knows neither tokio nor ONNX Runtime.
 //!
 //! The story is [`fold`]: plan and tensors come from the checkpoint; `blocks` walks the plan and puts every scalar
-//! where it belongs, with `scaled_ws` and `batch_norm` for the weights; `graph` writes the bytes. All arithmetic is in
+//! where it belongs, with `nets::scaled_ws` and `batch_norm` for the weights; [`graph`](crate::graph) writes the bytes. All arithmetic is in
 //! double precision, rounded once.
 
 mod batch_norm;
 mod blocks;
-mod graph;
-mod scaled_ws;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::graph::{Emission, GraphBuilder, GraphError};
 use crate::model::{self, FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision};
 use crate::nets::Network;
 use blocks::Emitter;
-use graph::{Emission, GraphBuilder};
 
 /// What can go wrong while folding.
 #[derive(Debug, thiserror::Error)]
@@ -24,16 +22,9 @@ pub enum FoldError {
     /// The preprocessing can't be resolved for the size asked for.
     #[error("{0}; choose another --size")]
     Size(String),
-    /// A folded weight is too large for the number format.
-    #[error("`{name}` folds to {value:e}, which {precision:?} can't hold; try --precision fp32")]
-    Overflow {
-        /// The tensor.
-        name: String,
-        /// The value.
-        value: f64,
-        /// The number format.
-        precision: Precision,
-    },
+    /// The graph can't be written.
+    #[error(transparent)]
+    Graph(#[from] GraphError),
     /// A running variance below zero.
     #[error(
         "batch normalisation `{layer}` has a negative running variance in channel {channel}; the checkpoint is damaged"

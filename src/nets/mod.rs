@@ -7,6 +7,7 @@ pub mod activation;
 pub mod gamma;
 pub mod nf;
 pub mod resnet;
+pub mod scaled_ws;
 
 use serde_json::{Map, Value};
 

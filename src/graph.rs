@@ -8,7 +8,6 @@ use bytes::Bytes;
 use half::f16;
 use prost::Message as _;
 
-use super::FoldError;
 use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, ShortcutPool};
@@ -26,10 +25,26 @@ const INT64: i32 = 7;
 const FLOAT16: i32 = 10;
 const DOUBLE: i32 = 11;
 
+/// What can't be written.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum GraphError {
+    /// A weight is too large for the number format.
+    #[error("`{name}` folds to {value:e}, which {precision:?} can't hold; try --precision fp32")]
+    Overflow {
+        /// The tensor.
+        name: String,
+        /// The value.
+        value: f64,
+        /// The number format.
+        precision: Precision,
+    },
+}
+
 /// A feature map `[N, chs, height, width]` of the graph under construction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Map {
-    name: String,
+    /// Name of the tensor.
+    pub name: String,
     /// Channels.
     pub chs: usize,
     /// Height in pixels, at the nominal size when the graph is dynamic.
@@ -62,6 +77,8 @@ pub struct GraphBuilder {
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
     value_info: Vec<ValueInfoProto>,
+    inputs: Vec<ValueInfoProto>,
+    outputs: Vec<ValueInfoProto>,
     /// Multiply-accumulates of one image so far.
     pub macs: u64,
     /// Weights and biases so far.
@@ -69,18 +86,24 @@ pub struct GraphBuilder {
 }
 
 impl GraphBuilder {
-    /// An empty graph and its input map.
-    pub fn new(emission: Emission) -> (Self, Map) {
-        let (height, width) = (emission.height as usize, emission.width as usize);
-        let mut graph = Self {
+    /// An empty graph.
+    pub fn empty(emission: Emission) -> Self {
+        Self {
             emission,
             nodes: Vec::new(),
             initializers: Vec::new(),
             value_info: Vec::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
             macs: 0,
             parameters: 0,
-        };
-        let mut input = Map { name: "input".into(), chs: 3, height, width };
+        }
+    }
+
+    /// A classifier's graph so far: its input map, `input`, float32 `[batch, 3, H, W]`.
+    pub fn new(emission: Emission) -> (Self, Map) {
+        let mut graph = Self::empty(emission);
+        let mut input = graph.input("input", 3, emission.height as usize, emission.width as usize);
         if emission.precision == Precision::Fp16 {
             let cast = graph.node("Cast", "input.fp16", &["input"], vec![int("to", FLOAT16.into())]);
             input.name = cast;
@@ -88,15 +111,28 @@ impl GraphBuilder {
         (graph, input)
     }
 
+    /// Declares a float32 input map.
+    pub fn input(&mut self, name: &str, chs: usize, height: usize, width: usize) -> Map {
+        let side = |name: &str, size: usize| if self.emission.dynamic { dim(name) } else { fixed(size) };
+        let dims = [dim(BATCH), fixed(chs), side("height", height), side("width", width)];
+        self.inputs.push(typed(name, FLOAT, &dims));
+        Map { name: name.into(), chs, height, width }
+    }
+
+    /// Declares a map to be an output, under its own name. Its size must be fixed.
+    pub fn output(&mut self, x: &Map) {
+        self.outputs.push(self.value(&x.name, &[dim(BATCH), fixed(x.chs), fixed(x.height), fixed(x.width)]));
+    }
+
     /// A constant of the graph's precision (`dims`, row-major). Fails on a value that the precision can't hold.
-    pub fn constant(&mut self, name: &str, dims: &[usize], values: &[f64]) -> Result<String, FoldError> {
+    pub fn constant(&mut self, name: &str, dims: &[usize], values: &[f64]) -> Result<String, GraphError> {
         let precision = self.emission.precision;
         let overflow = |v: &&f64| match precision {
             Precision::Fp32 => !(**v as f32).is_finite(),
             Precision::Fp16 => !f16::from_f64(**v).is_finite(),
         };
         if let Some(value) = values.iter().find(overflow) {
-            return Err(FoldError::Overflow { name: name.into(), value: *value, precision });
+            return Err(GraphError::Overflow { name: name.into(), value: *value, precision });
         }
         let raw: Vec<u8> = match precision {
             Precision::Fp32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
@@ -236,7 +272,7 @@ impl GraphBuilder {
     }
 
     /// `x · scalar`, for graphs that carry their scalars. The same product is written once.
-    pub fn scale(&mut self, x: &Map, scalar: f64) -> Result<Map, FoldError> {
+    pub fn scale(&mut self, x: &Map, scalar: f64) -> Result<Map, GraphError> {
         let name = format!("{}.times{scalar}", x.name);
         if !self.nodes.iter().any(|n| n.name == name) {
             let factor = self.constant(&format!("{name}.factor"), &[], &[scalar])?;
@@ -291,7 +327,7 @@ impl GraphBuilder {
 
     /// 1-D convolution over the channels of a `[N, C, 1, 1]` map, then a sigmoid, shape kept. `weight` is
     /// `[1, 1, kernel]`.
-    pub fn channel_conv(&mut self, x: &Map, weight: &str, kernel: usize, name: &str) -> Result<Map, FoldError> {
+    pub fn channel_conv(&mut self, x: &Map, weight: &str, kernel: usize, name: &str) -> Result<Map, GraphError> {
         let shape = self.integers(&format!("{name}.as_row"), &[0, 1, x.chs as i64]);
         let row = self.node("Reshape", &format!("{name}.row"), &[&x.name, &shape], vec![]);
         let attributes = vec![ints("kernel_shape", &[kernel]), ints("pads", &[kernel / 2; 2])];
@@ -354,16 +390,18 @@ impl GraphBuilder {
         }
     }
 
-    /// The graph as ONNX bytes: input `input` `[batch, 3, H, W]`, output `logits` `[batch, classes]`, both float32.
-    pub fn finish(self, classes: usize, metadata: &[(&str, String)]) -> Vec<u8> {
-        let Emission { height, width, dynamic, .. } = self.emission;
-        let side = |name: &str, size: u32| if dynamic { dim(name) } else { fixed(size as usize) };
-        let input = [dim(BATCH), fixed(3), side("height", height), side("width", width)];
-        let float_value = |name: &str, dims: &[pb::DimensionProto]| typed(name, FLOAT, dims);
+    /// A classifier as ONNX bytes: input `input` `[batch, 3, H, W]`, output `logits` `[batch, classes]`, both float32.
+    pub fn finish(mut self, classes: usize, metadata: &[(&str, String)]) -> Vec<u8> {
+        self.outputs.push(typed("logits", FLOAT, &[dim(BATCH), fixed(classes)]));
+        self.encode(metadata)
+    }
+
+    /// The graph as ONNX bytes, with the inputs and outputs declared.
+    pub fn encode(self, metadata: &[(&str, String)]) -> Vec<u8> {
         let graph = pb::GraphProto {
             name: "nfold".into(),
-            input: vec![float_value("input", &input)],
-            output: vec![float_value("logits", &[dim(BATCH), fixed(classes)])],
+            input: self.inputs,
+            output: self.outputs,
             node: self.nodes,
             initializer: self.initializers,
             value_info: self.value_info,
