@@ -308,6 +308,7 @@ fn fresh_checkpoints_fold() {
         ("test_nfnet", &json!({})),
         ("resnet18d", &plain),
         ("resnet50", &plain),
+        ("regnety_008", &json!({})),
     ] {
         let options =
             InitOptions { architecture: architecture.into(), seed: 1, model_args: args.as_object().unwrap().clone() };

@@ -6,7 +6,7 @@ use super::batch_norm::BatchNorm;
 use crate::checkpoint::Reader;
 use crate::graph::{GraphBuilder, Map};
 use crate::model::BlockScalars;
-use crate::nets::activation::Activation;
+use crate::nets::batch_normed::{BatchNormedPlan, Shortcut};
 use crate::nets::nf::{NfBlock, NfPlan, Place};
 use crate::nets::resnet::ResNetPlan;
 use crate::nets::{Attention, Conv, Norm, scaled_ws};
@@ -160,6 +160,44 @@ impl<'a> Emitter<'a> {
         self.head(&x, "fc", plan.classes, 1.0)
     }
 
+    /// A batch-normalised network whose blocks gate the input of their last convolution.
+    pub fn batch_normed(&mut self, plan: &BatchNormedPlan, input: Map) -> Result<(), FoldError> {
+        let act = plan.activation;
+        let mut x = self.conv(&input, &plan.stem, Scales::NONE, None)?;
+        x = self.graph.activation(&x, act, "stem.act");
+        for block in &plan.blocks {
+            let (name, last) = (&block.name, block.convs.len() - 1);
+            let mut y = x.clone();
+            for (i, conv) in block.convs.iter().enumerate() {
+                if i > 0 {
+                    y = self.graph.activation(&y, act, &format!("{name}.act{i}"));
+                }
+                if i == last {
+                    y = self.attention(&y, block.attention.as_ref(), 1.0)?;
+                }
+                y = self.conv(&y, conv, Scales::NONE, None)?;
+            }
+            x = match &block.shortcut {
+                Shortcut::None => y,
+                Shortcut::Identity => self.graph.add(&y, &x, &format!("{name}.sum")),
+                Shortcut::Conv(conv) => {
+                    let shortcut = self.conv(&x, conv, Scales::NONE, None)?;
+                    self.graph.add(&y, &shortcut, &format!("{name}.sum"))
+                }
+            };
+            if block.activated {
+                x = self.graph.activation(&x, act, name);
+            }
+        }
+        if let Some(conv) = &plan.final_conv {
+            x = self.conv(&x, conv, Scales::NONE, None)?;
+        }
+        if plan.final_conv.is_some() || plan.final_act {
+            x = self.graph.activation(&x, act, "final_act");
+        }
+        self.head(&x, plan.classifier, plan.classes, 1.0)
+    }
+
     /// Convolution, then attention where there is one, then the output's scale.
     ///
     /// Folding the output's scale r into a convolution in front of attention changes what the gate sees: its first
@@ -278,15 +316,15 @@ impl<'a> Emitter<'a> {
         let Some(attention) = attention else { return Ok(y.clone()) };
         let weights = self.attention_weights(attention, gate_scale)?;
         match (attention, weights.as_slice()) {
-            (Attention::SqueezeExcite { fc1, fc2 }, [w1, b1, w2, b2]) => {
-                let module = fc1.name.trim_end_matches(".fc1");
+            (Attention::SqueezeExcite { fc1, fc2, activation }, [w1, b1, w2, b2]) => {
+                let module = fc1.name.rsplit_once('.').map_or("", |(module, _)| module);
                 let mean = self.graph.global_average_pool(y, &format!("{module}.mean"));
                 let w1 = self.graph.constant(&format!("{}.weight", fc1.name), &fc1.weight_shape(), w1)?;
                 let b1 = self.graph.constant(&format!("{}.bias", fc1.name), &[fc1.out_chs], b1)?;
                 let w2 = self.graph.constant(&format!("{}.weight", fc2.name), &fc2.weight_shape(), w2)?;
                 let b2 = self.graph.constant(&format!("{}.bias", fc2.name), &[fc2.out_chs], b2)?;
                 let reduced = self.graph.conv(&mean, fc1, &w1, Some(&b1));
-                let reduced = self.graph.activation(&reduced, Activation::Relu, &format!("{module}.act"));
+                let reduced = self.graph.activation(&reduced, *activation, &format!("{module}.act"));
                 let expanded = self.graph.conv(&reduced, fc2, &w2, Some(&b2));
                 let gate = self.graph.sigmoid(&expanded, &format!("{module}.sigmoid"));
                 Ok(self.graph.gate(y, &gate, module))
@@ -305,7 +343,7 @@ impl<'a> Emitter<'a> {
     /// Weights of an attention layer, the first of them (which reads the map's mean) multiplied by `gate_scale`.
     fn attention_weights(&self, attention: &Attention, gate_scale: f64) -> Result<Vec<Vec<f64>>, FoldError> {
         let mut all = match attention {
-            Attention::SqueezeExcite { fc1, fc2 } => {
+            Attention::SqueezeExcite { fc1, fc2, .. } => {
                 let ((w1, b1), (w2, b2)) = (self.weights(fc1)?, self.weights(fc2)?);
                 vec![w1, b1, w2, b2]
             }

@@ -109,6 +109,10 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
             emitter.resnet(plan, input)?;
             ("resnet", plan.activation, None, Vec::new())
         }
+        Network::BatchNormed(plan) => {
+            emitter.batch_normed(plan, input)?;
+            (plan.family, plan.activation, None, Vec::new())
+        }
     };
     let graph = emitter.graph;
     reader.finish()?;

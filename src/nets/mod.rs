@@ -5,11 +5,15 @@
 
 pub mod activation;
 pub mod gamma;
+pub mod batch_normed;
 pub mod nf;
+pub mod regnet;
 pub mod resnet;
 pub mod scaled_ws;
 
 use serde_json::{Map, Value};
+
+use activation::Activation;
 
 /// Why an architecture can't be planned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -109,12 +113,14 @@ impl Conv {
 /// Channel attention: gates a `[N, C, H, W]` map by `[N, C, 1, 1]`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Attention {
-    /// Squeeze-and-excitation: mean → `fc1` → ReLU → `fc2` → sigmoid.
+    /// Squeeze-and-excitation: mean → `fc1` → activation → `fc2` → sigmoid.
     SqueezeExcite {
         /// Reduction, `[reduced, C, 1, 1]`.
         fc1: Conv,
         /// Expansion, `[C, reduced, 1, 1]`.
         fc2: Conv,
+        /// Between the two.
+        activation: Activation,
     },
     /// Efficient channel attention: mean → 1-D convolution over channels → sigmoid.
     Efficient {
@@ -172,15 +178,29 @@ impl TensorSpec {
     fn buffer(name: String, shape: &[usize], init: Init) -> Self {
         Self { trainable: false, ..Self::new(name, shape, init) }
     }
+
+    /// A fresh batch normalisation over `chs` channels: its own weight is `scale`.
+    fn batch_norm(layer: &str, chs: usize, scale: f32) -> [Self; 5] {
+        let name = |leaf: &str| format!("{layer}.{leaf}");
+        [
+            Self::new(name("weight"), &[chs], Init::Constant(scale)),
+            Self::new(name("bias"), &[chs], Init::Constant(0.0)),
+            Self::buffer(name("running_mean"), &[chs], Init::Constant(0.0)),
+            Self::buffer(name("running_var"), &[chs], Init::Constant(1.0)),
+            Self::buffer(name("num_batches_tracked"), &[], Init::Counter),
+        ]
+    }
 }
 
-/// A planned network of either family.
+/// A planned network of any family.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Network {
     /// Normalizer-Free (timm `NormFreeNet`).
     NormFree(nf::NfPlan),
     /// Batch-normalised residual network (timm `ResNet`).
     ResNet(resnet::ResNetPlan),
+    /// Batch-normalised network with attention inside its blocks (timm `RegNet`).
+    BatchNormed(batch_normed::BatchNormedPlan),
 }
 
 impl Network {
@@ -193,6 +213,9 @@ impl Network {
         if let Some(config) = resnet::variant(name) {
             return Ok(Self::ResNet(resnet::ResNetPlan::new(name, config, model_args)?));
         }
+        if let Some(config) = regnet::variant(name) {
+            return Ok(Self::BatchNormed(config.plan(name, model_args)?));
+        }
         Err(NetError::UnknownArchitecture { name: name.into(), supported: architectures().join(", ") })
     }
 
@@ -201,6 +224,7 @@ impl Network {
         match self {
             Self::NormFree(plan) => plan.classes,
             Self::ResNet(plan) => plan.classes,
+            Self::BatchNormed(plan) => plan.classes,
         }
     }
 
@@ -209,6 +233,7 @@ impl Network {
         match self {
             Self::NormFree(plan) => plan.tensors(),
             Self::ResNet(plan) => plan.tensors(),
+            Self::BatchNormed(plan) => plan.tensors(),
         }
     }
 
@@ -237,12 +262,12 @@ pub struct Evaluation {
 /// timm's evaluation settings for a supported architecture.
 pub fn evaluation(architecture: &str) -> Option<Evaluation> {
     let name = base_name(architecture);
-    nf::evaluation(name).or_else(|| resnet::evaluation(name))
+    nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(|| regnet::evaluation(name))
 }
 
 /// Names of all supported architectures.
 pub fn architectures() -> Vec<&'static str> {
-    nf::VARIANTS.iter().copied().chain(resnet::VARIANTS.iter().copied()).collect()
+    [&nf::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS].concat()
 }
 
 /// `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.
@@ -283,7 +308,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// Takes what both families share: classes, input channels, pooling.
+    /// Takes what all families share: classes, input channels, pooling.
     fn classifier(&mut self) -> Result<usize, NetError> {
         let (mut classes, mut in_chans, mut pool) = (1000usize, 3usize, "avg".to_string());
         self.set("num_classes", &mut classes)?;

@@ -147,7 +147,7 @@ impl NfPlan {
             before.into_iter().flatten().for_each(|c| conv(&mut out, c, 1.0));
             conv(&mut out, &block.conv3, if block.skipinit { 1.0 } else { 0.0 });
             match &block.attention {
-                Some((_, Attention::SqueezeExcite { fc1, fc2 })) => {
+                Some((_, Attention::SqueezeExcite { fc1, fc2, .. })) => {
                     conv(&mut out, fc1, 1.0);
                     conv(&mut out, fc2, 1.0);
                 }
@@ -358,7 +358,9 @@ impl NfConfig {
                 let rounded = || make_divisible(chs as f64 * ratio, divisor, 0.0);
                 let reduced = rd_channels.filter(|&c| c > 0).unwrap_or_else(rounded);
                 let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
-                Ok(Some(Attention::SqueezeExcite { fc1: fc("fc1", chs, reduced), fc2: fc("fc2", reduced, chs) }))
+                let (fc1, fc2) = (fc("fc1", chs, reduced), fc("fc2", reduced, chs));
+                // ReLU whatever the network's own activation is
+                Ok(Some(Attention::SqueezeExcite { fc1, fc2, activation: Activation::Relu }))
             }
             Some("eca") => {
                 let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;

@@ -81,13 +81,7 @@ impl ResNetPlan {
             let std = (2.0 / fan_out as f64).sqrt();
             out.push(TensorSpec::new(format!("{}.weight", c.name), &c.weight_shape(), Init::Normal(std)));
             let Norm::BatchNorm { layer, .. } = &c.norm else { return };
-            let name = |leaf: &str| format!("{layer}.{leaf}");
-            let chs = [c.out_chs];
-            out.push(TensorSpec::new(name("weight"), &chs, Init::Constant(scale)));
-            out.push(TensorSpec::new(name("bias"), &chs, Init::Constant(0.0)));
-            out.push(TensorSpec::buffer(name("running_mean"), &chs, Init::Constant(0.0)));
-            out.push(TensorSpec::buffer(name("running_var"), &chs, Init::Constant(1.0)));
-            out.push(TensorSpec::buffer(name("num_batches_tracked"), &[], Init::Counter));
+            out.extend(TensorSpec::batch_norm(layer, c.out_chs, scale));
         };
         self.stem.iter().for_each(|c| conv(&mut out, c, 1.0));
         for block in &self.blocks {

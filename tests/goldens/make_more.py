@@ -1,8 +1,8 @@
 """Goldens for the corners of the configuration space: dilation, deep stems, every activation, BN variants.
 
-    python make_more.py OUT_DIR
+    python make_more.py OUT_DIR [NAME ...]
 
-Needs torch, timm and safetensors. Each case becomes OUT_DIR/NAME/{config.json,model.safetensors,golden.safetensors}
+Needs torch, timm and safetensors. Each case, or each one named, becomes OUT_DIR/NAME/{config.json,model.safetensors,golden.safetensors}
 in the layout of the other goldens: `input.K`, `logits.K` (timm in double precision), `logits32.K` (in single).
 Parameters are moved off their initial values, at which a scalar folded into the wrong place would go unseen.
 Also writes OUT_DIR/architectures.json: parameters, tensors and evaluation settings of every architecture named.
@@ -34,6 +34,19 @@ CASES = {
 }
 for act in ("celu", "elu", "gelu", "identity", "relu6", "selu", "sigmoid", "tanh"):
     CASES[f"nf_regnet_{act}"] = ("nf_regnet_b0", dict(TINY, act_layer=act), [(1, 48, 48)])
+CASES |= {
+    # stage widths by the rule are 24, 40, 64 and 96: groups of 12 make them 24, 36, 60 and 96
+    "regnety_small": (
+        "regnety_008",
+        dict(depth=6, w0=24, wa=16.0, wm=1.6, group_size=12, stem_width=16),
+        [(2, 64, 64), (1, 65, 97)],
+    ),
+    "regnety_linear": (
+        "regnety_016",
+        dict(depth=5, w0=16, wa=14.0, wm=1.8, group_size=8, stem_width=8, linear_out=True, act_layer="silu", bottle_ratio=0.5, num_features=48),
+        [(1, 63, 50)],
+    ),
+}
 
 
 def disturb(model, gen):
@@ -62,7 +75,10 @@ def disturb(model, gen):
 
 def main():
     out = Path(sys.argv[1])
+    only = sys.argv[2:]
     for seed, (name, (architecture, args, sizes)) in enumerate(CASES.items()):
+        if only and name not in only:
+            continue
         gen = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -83,7 +99,8 @@ def main():
 
     table = {"timm": timm.__version__}
     names = timm.list_models(["nf_regnet_*", "nf_*resnet*", "*nfnet*"]) + "resnet18 resnet18d resnet26 resnet26d resnet34 \
-        resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d".split()
+        resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d \
+        regnety_002 regnety_004 regnety_006 regnety_008 regnety_008_tv regnety_016 regnety_032".split()
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)

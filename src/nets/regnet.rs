@@ -1,0 +1,306 @@
+//! RegNetY as timm builds it (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces", section 3.3):
+//! opponents of the benchmark. Widths come from the paper's linear rule.
+
+use serde_json::{Map, Value};
+
+use super::activation::{ACTIVATIONS, Activation};
+use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
+use super::{Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
+
+/// PyTorch's default of `BatchNorm2d`.
+const EPS: f64 = 1e-5;
+/// Every network has as many.
+const STAGES: usize = 4;
+
+/// What makes one architecture of the family (timm `RegNetCfg`).
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs)]
+pub struct RegNetConfig {
+    pub depth: usize,
+    pub w0: usize,
+    pub wa: f64,
+    pub wm: f64,
+    pub group_size: usize,
+    pub bottle_ratio: f64,
+    pub se_ratio: f64,
+    /// Above 0 rounds bottleneck widths as torchvision does.
+    pub group_min_ratio: f64,
+    pub stem_width: usize,
+    pub linear_out: bool,
+    pub num_features: usize,
+    pub act_layer: String,
+}
+
+/// A stage: width, depth and channels in a group of its 3x3 convolutions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stage {
+    width: usize,
+    depth: usize,
+    group_size: usize,
+}
+
+impl RegNetConfig {
+    /// Lays `args` over the configuration and plans the network.
+    pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
+        let mut args = Arguments::new(architecture, args);
+        let classes = args.classifier()?;
+        let (mut preact, mut downsample, mut output_stride) = (false, "conv1x1".to_string(), 32usize);
+        args.set("depth", &mut self.depth)?;
+        args.set("w0", &mut self.w0)?;
+        args.set("wa", &mut self.wa)?;
+        args.set("wm", &mut self.wm)?;
+        args.set("group_size", &mut self.group_size)?;
+        args.set("bottle_ratio", &mut self.bottle_ratio)?;
+        args.set("se_ratio", &mut self.se_ratio)?;
+        args.set("group_min_ratio", &mut self.group_min_ratio)?;
+        args.set("stem_width", &mut self.stem_width)?;
+        args.set("linear_out", &mut self.linear_out)?;
+        args.set("num_features", &mut self.num_features)?;
+        args.set("act_layer", &mut self.act_layer)?;
+        args.set("preact", &mut preact)?;
+        args.set("downsample", &mut downsample)?;
+        args.set("output_stride", &mut output_stride)?;
+        args.ignore(&["zero_init_last"]);
+        args.finish()?;
+        let refuse = |name: &str, value: Value, reason: &str| Err(bad_argument(name, &value, reason.into()));
+        if preact {
+            return refuse("preact", true.into(), "only post-activation networks are supported");
+        }
+        if downsample != "conv1x1" {
+            return refuse("downsample", downsample.into(), "only `conv1x1` is supported");
+        }
+        if output_stride != 32 {
+            return refuse("output_stride", output_stride.into(), "only 32 is supported");
+        }
+        self.network(classes)
+    }
+
+    fn network(&self, classes: usize) -> Result<BatchNormedPlan, NetError> {
+        let activation = self.check()?;
+        let stem = Conv::square("stem.conv".into(), (3, self.stem_width), 3, 2, norm("stem.bn"));
+        let (mut in_chs, mut blocks) = (self.stem_width, Vec::new());
+        for (s, stage) in self.stages()?.into_iter().enumerate() {
+            for index in 0..stage.depth {
+                let stride = if index == 0 { 2 } else { 1 };
+                blocks.push(self.block(format!("s{}.b{}", s + 1, index + 1), in_chs, stage, stride, activation)?);
+                in_chs = stage.width;
+            }
+        }
+        let wide = self.num_features;
+        let final_conv =
+            (wide > 0).then(|| Conv::pointwise("final_conv.conv".into(), in_chs, wide, norm("final_conv.bn")));
+        Ok(BatchNormedPlan {
+            family: "regnet",
+            activation,
+            stem,
+            blocks,
+            final_act: final_conv.is_none() && self.linear_out,
+            num_features: final_conv.as_ref().map_or(in_chs, |c| c.out_chs),
+            final_conv,
+            classifier: "head.fc",
+            classifier_init: Init::Normal(0.01),
+            zero_init_last: true,
+            classes,
+        })
+    }
+
+    fn check(&self) -> Result<Activation, NetError> {
+        let whole = [
+            ("depth", self.depth, 1..=1000),
+            ("w0", self.w0, 8..=4096),
+            ("group_size", self.group_size, 1..=4096),
+            ("stem_width", self.stem_width, 1..=4096),
+            ("num_features", self.num_features, 0..=65_536),
+        ];
+        for (name, value, range) in whole {
+            if !range.contains(&value) {
+                let reason = format!("must lie in {}..={}", range.start(), range.end());
+                return Err(bad_argument(name, &value.into(), reason));
+            }
+        }
+        let real = [
+            ("wa", self.wa, 0.0..=1e4),
+            ("wm", self.wm, 1.001..=64.0),
+            ("bottle_ratio", self.bottle_ratio, 0.01..=16.0),
+            ("se_ratio", self.se_ratio, 0.0..=16.0),
+            ("group_min_ratio", self.group_min_ratio, 0.0..=1.0),
+        ];
+        for (name, value, range) in real {
+            if !range.contains(&value) {
+                let reason = format!("must lie in {}..={}", range.start(), range.end());
+                return Err(bad_argument(name, &value.into(), reason));
+            }
+        }
+        if !self.w0.is_multiple_of(8) {
+            return Err(bad_argument("w0", &self.w0.into(), "must be a multiple of 8".into()));
+        }
+        let known = || ACTIVATIONS.map(Activation::name).join(", ");
+        Activation::parse(&self.act_layer)
+            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+    }
+
+    /// Blocks' widths by the paper's rule (equations 2 to 4), in single precision as timm computes them; equal widths
+    /// make a stage; each stage's width is then made to fit its groups.
+    fn stages(&self) -> Result<Vec<Stage>, NetError> {
+        let (w0, wm) = (self.w0 as f32, self.wm.ln() as f32);
+        let width = |block: usize| {
+            let exponent = ((block as f32 * self.wa as f32 + w0) / w0).ln() / wm;
+            let wide = w0 * (self.wm as f32).powf(exponent.round_ties_even());
+            ((wide / 8.0).round_ties_even() * 8.0) as usize
+        };
+        let mut stages: Vec<Stage> = Vec::new();
+        for width in (0..self.depth).map(width) {
+            match stages.last_mut() {
+                Some(stage) if stage.width == width => stage.depth += 1,
+                _ => stages.push(Stage { width, depth: 1, group_size: self.group_size }),
+            }
+        }
+        if stages.len() != STAGES || stages.iter().any(|s| !(1..=65_536).contains(&s.width)) {
+            let value = Value::from(stages.iter().map(|s| s.width).collect::<Vec<_>>());
+            return Err(bad_argument("w0, wa, wm, depth", &value, format!("{STAGES} stage widths are needed")));
+        }
+        for stage in &mut stages {
+            let bottleneck = (stage.width as f64 * self.bottle_ratio) as usize;
+            stage.group_size = self.group_size.min(bottleneck).max(1);
+            let size = stage.group_size;
+            let fitted = match self.group_min_ratio > 0.0 {
+                true => make_divisible(bottleneck as f64, size, 0.9),
+                false => (bottleneck as f64 / size as f64).round_ties_even() as usize * size,
+            };
+            stage.width = (fitted as f64 / self.bottle_ratio) as usize;
+            if stage.width == 0 {
+                return Err(bad_argument("group_size", &self.group_size.into(), "leaves a stage no channel".into()));
+            }
+        }
+        Ok(stages)
+    }
+
+    fn block(
+        &self,
+        name: String,
+        in_chs: usize,
+        stage: Stage,
+        stride: usize,
+        activation: Activation,
+    ) -> Result<BatchNormedBlock, NetError> {
+        let Stage { width, group_size, .. } = stage;
+        let mid = (width as f64 * self.bottle_ratio).round_ties_even() as usize;
+        let groups = mid / group_size;
+        if groups == 0 || !mid.is_multiple_of(groups) {
+            let reason = format!("does not divide the {mid} bottleneck channels of `{name}`");
+            return Err(bad_argument("group_size", &self.group_size.into(), reason));
+        }
+        let reduced = (in_chs as f64 * self.se_ratio).round_ties_even() as usize;
+        if self.se_ratio > 0.0 && reduced == 0 {
+            return Err(bad_argument("se_ratio", &self.se_ratio.into(), format!("leaves `{name}.se` no channel")));
+        }
+        let fc = |leaf: &str, from, to| Conv::pointwise(format!("{name}.se.{leaf}"), from, to, Norm::Plain);
+        let point = |leaf: &str, from, to| {
+            Conv::pointwise(format!("{name}.{leaf}.conv"), from, to, norm(&format!("{name}.{leaf}.bn")))
+        };
+        let grouped =
+            Conv::square(format!("{name}.conv2.conv"), (mid, mid), 3, stride, norm(&format!("{name}.conv2.bn")));
+        Ok(BatchNormedBlock {
+            convs: vec![point("conv1", in_chs, mid), Conv { groups, ..grouped }, point("conv3", mid, width)],
+            attention: (reduced > 0).then(|| Attention::SqueezeExcite {
+                fc1: fc("fc1", mid, reduced),
+                fc2: fc("fc2", reduced, mid),
+                activation,
+            }),
+            shortcut: match in_chs == width && stride == 1 {
+                true => Shortcut::Identity,
+                false => Shortcut::Conv(Conv { stride, ..point("downsample", in_chs, width) }),
+            },
+            activated: !self.linear_out,
+            name,
+        })
+    }
+}
+
+fn norm(layer: &str) -> Norm {
+    Norm::BatchNorm { layer: layer.into(), eps: EPS }
+}
+
+/// Names of the family's architectures.
+pub const VARIANTS: [&str; 7] =
+    ["regnety_002", "regnety_004", "regnety_006", "regnety_008", "regnety_008_tv", "regnety_016", "regnety_032"];
+
+/// timm's configuration of an architecture.
+pub fn variant(name: &str) -> Option<RegNetConfig> {
+    let (depth, w0, wa, wm, group_size) = match name {
+        "regnety_002" => (13, 24, 36.44, 2.49, 8),
+        "regnety_004" => (16, 48, 27.89, 2.09, 8),
+        "regnety_006" => (15, 48, 32.54, 2.32, 16),
+        "regnety_008" | "regnety_008_tv" => (14, 56, 38.84, 2.4, 16),
+        "regnety_016" => (27, 48, 20.71, 2.65, 24),
+        "regnety_032" => (21, 80, 42.63, 2.66, 24),
+        _ => return None,
+    };
+    Some(RegNetConfig {
+        depth,
+        w0,
+        wa,
+        wm,
+        group_size,
+        bottle_ratio: 1.0,
+        se_ratio: 0.25,
+        group_min_ratio: if name == "regnety_008_tv" { 0.9 } else { 0.0 },
+        stem_width: 32,
+        linear_out: false,
+        num_features: 0,
+        act_layer: "relu".into(),
+    })
+}
+
+/// timm's evaluation settings of an architecture.
+pub fn evaluation(name: &str) -> Option<Evaluation> {
+    let name = VARIANTS.into_iter().find(|v| *v == name)?;
+    let (test_input, crop_pct, test_crop_pct) = match name {
+        "regnety_004" | "regnety_008_tv" | "regnety_016" => (None, 0.965, None),
+        "regnety_032" => (Some(288), 0.95, Some(1.0)),
+        _ => (None, 0.875, None),
+    };
+    Some(Evaluation { input: 224, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(name: &str, args: Value) -> Result<BatchNormedPlan, NetError> {
+        let args = args.as_object().cloned().unwrap_or_default();
+        variant(name).expect("known").plan(name, &args)
+    }
+
+    /// The paper's table of final networks (figure 16 and appendix): widths and depths.
+    #[test]
+    fn widths_are_the_papers() {
+        for (name, widths, depths) in [
+            ("regnety_008", [64, 128, 320, 768], [1, 3, 8, 2]),
+            ("regnety_016", [48, 120, 336, 888], [2, 6, 17, 2]),
+            ("regnety_032", [72, 216, 576, 1512], [2, 5, 13, 1]),
+        ] {
+            let stages = variant(name).expect("known").stages().expect("plans");
+            assert_eq!(stages.iter().map(|s| s.width).collect::<Vec<_>>(), widths, "{name}");
+            assert_eq!(stages.iter().map(|s| s.depth).collect::<Vec<_>>(), depths, "{name}");
+        }
+    }
+
+    #[test]
+    fn arguments_are_refused_by_name() {
+        for (args, what) in [
+            (serde_json::json!({"preact": true}), "`preact`"),
+            (serde_json::json!({"downsample": "avg"}), "`downsample`"),
+            (serde_json::json!({"output_stride": 16}), "`output_stride`"),
+            (serde_json::json!({"depth": 0}), "`depth`"),
+            (serde_json::json!({"wm": 1.0}), "`wm`"),
+            (serde_json::json!({"depth": 2}), "stage widths"),
+            (serde_json::json!({"depths": [1]}), "`depths`"),
+            (serde_json::json!({"act_layer": "softmax"}), "`act_layer`"),
+            (serde_json::json!({"se_ratio": 0.001}), "`se_ratio`"),
+        ] {
+            let error = plan("regnety_008", args).expect_err(what).to_string();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+}
