@@ -309,6 +309,7 @@ fn fresh_checkpoints_fold() {
         ("resnet18d", &plain),
         ("resnet50", &plain),
         ("regnety_008", &json!({})),
+        ("efficientnet_b0", &json!({})),
     ] {
         let options =
             InitOptions { architecture: architecture.into(), seed: 1, model_args: args.as_object().unwrap().clone() };

@@ -22,6 +22,7 @@ fn logits_do_not_depend_on_the_batch() {
         "dm_nfnet_f0_small",
         "resnet50_small",
         "regnety_small",
+        "efficientnet_small",
     ] {
         let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
         let options = FoldOptions { size: nfold::fold::Size::Fixed(67, 64), ..FoldOptions::default() };

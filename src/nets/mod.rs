@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod gamma;
 pub mod batch_normed;
+pub mod efficientnet;
 pub mod nf;
 pub mod regnet;
 pub mod resnet;
@@ -199,7 +200,7 @@ pub enum Network {
     NormFree(nf::NfPlan),
     /// Batch-normalised residual network (timm `ResNet`).
     ResNet(resnet::ResNetPlan),
-    /// Batch-normalised network with attention inside its blocks (timm `RegNet`).
+    /// Batch-normalised network with attention inside its blocks (timm `RegNet`, `EfficientNet`).
     BatchNormed(batch_normed::BatchNormedPlan),
 }
 
@@ -214,6 +215,9 @@ impl Network {
             return Ok(Self::ResNet(resnet::ResNetPlan::new(name, config, model_args)?));
         }
         if let Some(config) = regnet::variant(name) {
+            return Ok(Self::BatchNormed(config.plan(name, model_args)?));
+        }
+        if let Some(config) = efficientnet::variant(name) {
             return Ok(Self::BatchNormed(config.plan(name, model_args)?));
         }
         Err(NetError::UnknownArchitecture { name: name.into(), supported: architectures().join(", ") })
@@ -262,12 +266,13 @@ pub struct Evaluation {
 /// timm's evaluation settings for a supported architecture.
 pub fn evaluation(architecture: &str) -> Option<Evaluation> {
     let name = base_name(architecture);
-    nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(|| regnet::evaluation(name))
+    let opponents = || regnet::evaluation(name).or_else(|| efficientnet::evaluation(name));
+    nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents)
 }
 
 /// Names of all supported architectures.
 pub fn architectures() -> Vec<&'static str> {
-    [&nf::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS].concat()
+    [&nf::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS, &efficientnet::VARIANTS].concat()
 }
 
 /// `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
+from timm.models.efficientnet import _gen_efficientnet
 
 TINY = dict(depths=(1, 1, 1, 1), width_factor=0.17, num_features=96)
 NFNET = dict(depths=(1, 1, 2, 1), channels=(32, 48, 64, 64), group_size=16, stem_chs=32, num_features=96)
@@ -46,7 +47,23 @@ CASES |= {
         dict(depth=5, w0=16, wa=14.0, wm=1.8, group_size=8, stem_width=8, linear_out=True, act_layer="silu", bottle_ratio=0.5, num_features=48),
         [(1, 63, 50)],
     ),
+    "efficientnet_small": (
+        "efficientnet_b0",
+        dict(channel_multiplier=0.25, depth_multiplier=0.5),
+        [(2, 64, 64), (1, 65, 97)],
+    ),
+    "efficientnet_odd": (
+        "efficientnet_b1",
+        dict(channel_multiplier=0.3, depth_multiplier=0.6, channel_divisor=4, act_layer="hard_swish", bn_eps=0.001),
+        [(1, 63, 50)],
+    ),
 }
+
+
+def create(architecture, args):
+    if "channel_multiplier" in args:  # timm's entry points fix an EfficientNet's multipliers
+        return _gen_efficientnet(architecture, num_classes=7, **args).eval()
+    return timm.create_model(architecture, num_classes=7, **args).eval()
 
 
 def disturb(model, gen):
@@ -82,9 +99,9 @@ def main():
         gen = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         with torch.no_grad():
-            model = timm.create_model(architecture, num_classes=7, **args).eval()
+            model = create(architecture, args)
             disturb(model, gen)
-            wide = timm.create_model(architecture, num_classes=7, **args).eval()
+            wide = create(architecture, args)
             wide.load_state_dict(model.state_dict())
             wide.double()
             golden = {}
@@ -100,7 +117,8 @@ def main():
     table = {"timm": timm.__version__}
     names = timm.list_models(["nf_regnet_*", "nf_*resnet*", "*nfnet*"]) + "resnet18 resnet18d resnet26 resnet26d resnet34 \
         resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d \
-        regnety_002 regnety_004 regnety_006 regnety_008 regnety_008_tv regnety_016 regnety_032".split()
+        regnety_002 regnety_004 regnety_006 regnety_008 regnety_008_tv regnety_016 regnety_032 \
+        efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4".split()
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)
