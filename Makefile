@@ -2,6 +2,7 @@
 #   make demo    fold the demo checkpoint and classify real photographs
 #   make test    every test
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
+#   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
 #   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ PYTHON ?= python3
 DEMO := target/debug/nfold
 PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,$(firstword $(wildcard tests/data/cifar10/$(c)/*.jpg)))
 
-.PHONY: demo test serve ort ort-gpu
+.PHONY: demo test serve tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -25,6 +26,11 @@ serve: ort
 	cargo build --release --locked
 	target/release/nfold fold models/nf_regnet_cifar10 --replace
 	target/release/nfold serve
+
+# as root on Debian
+tools:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver fonts-liberation >/dev/null
 
 ort:
 	@deploy/onnxruntime/fetch cpu

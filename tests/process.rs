@@ -13,15 +13,15 @@ use serde_json::{Value, json};
 use crate::cli::{nfold, with_demo};
 
 /// A running `nfold serve` on free ports. Killed when dropped.
-struct Server {
+pub struct Server {
     child: Child,
-    http: SocketAddr,
-    admin: SocketAddr,
+    pub http: SocketAddr,
+    pub admin: SocketAddr,
     _folder: tempfile::TempDir,
 }
 
 impl Server {
-    fn start(flags: &[&str]) -> Self {
+    pub fn start(flags: &[&str]) -> Self {
         let folder = with_demo();
         let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
             .args([
@@ -85,36 +85,56 @@ impl Drop for Server {
 }
 
 #[derive(Debug)]
-struct Answer {
-    status: u16,
+pub struct Answer {
+    pub status: u16,
     head: String,
-    body: String,
+    pub body: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub fn header(&self, name: &str) -> Option<&str> {
         let line = self.head.lines().find_map(|l| l.split_once(':').filter(|(n, _)| n.eq_ignore_ascii_case(name)))?;
         Some(line.1.trim())
     }
 }
 
+/// Whether an answer that says its length is all there.
+fn is_whole(answer: &[u8]) -> bool {
+    let Some(head) = answer.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
+    let text = String::from_utf8_lossy(&answer[..head]).to_ascii_lowercase();
+    let length = text.lines().find_map(|l| l.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
+    length.is_some_and(|length| answer.len() >= head + 4 + length)
+}
+
 /// One request on a connection of its own.
-fn ask(to: SocketAddr, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> std::io::Result<Answer> {
+pub fn ask(
+    to: SocketAddr,
+    method: &str,
+    target: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> std::io::Result<Answer> {
     let mut stream = TcpStream::connect(to)?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
     let length = body.len();
     write!(
         stream,
-        "{method} {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        "{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
     )?;
     stream.write_all(body)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
+    let (mut answer, mut part) = (Vec::new(), [0; 65536]);
+    // some servers keep the connection although asked to close it
+    while !is_whole(&answer) {
+        match stream.read(&mut part)? {
+            0 => break,
+            read => answer.extend_from_slice(&part[..read]),
+        }
+    }
     let answer = String::from_utf8_lossy(&answer).into_owned();
     let broken = || std::io::Error::other(format!("no answer: {answer:?}"));
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(broken)?;
@@ -122,7 +142,7 @@ fn ask(to: SocketAddr, method: &str, target: &str, headers: &[(&str, &str)], bod
     Ok(Answer { status, head: head.into(), body: body.into() })
 }
 
-fn data(path: &str) -> Vec<u8> {
+pub fn data(path: &str) -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)).unwrap()
 }
 

@@ -39,3 +39,6 @@ mod process;
 
 /// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
 mod preprocess;
+
+/// The web page in a real browser.
+mod page;

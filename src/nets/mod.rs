@@ -4,9 +4,9 @@
 //! the checkpoint, its shape and its scalars. Folding walks the plan; so does `nfold init`, through [`Network::tensors`].
 
 pub mod activation;
-pub mod gamma;
 pub mod batch_normed;
 pub mod efficientnet;
+pub mod gamma;
 pub mod nf;
 pub mod regnet;
 pub mod resnet;

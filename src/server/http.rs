@@ -25,6 +25,7 @@ use utoipa_axum::routes;
 
 use super::access::{self, Served};
 use super::keys::{self, Keys};
+use super::page;
 use super::readiness::Readiness;
 use super::status::{ApiError, Code, ErrorBody};
 use super::{deadline, oip, openapi, upload};
@@ -69,6 +70,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .merge(oip::routes())
         .split_for_parts();
     let mut routes = openapi::serve(routes, api, app.keys.is_some())
+        .merge(page::routes())
         .fallback(async || ApiError::new(Code::NotFound, "there is no such path"))
         .method_not_allowed_fallback(async || {
             ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")

@@ -14,6 +14,7 @@ mod http;
 mod keys;
 pub mod oip;
 mod openapi;
+mod page;
 mod readiness;
 pub mod status;
 mod tls;

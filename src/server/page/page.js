@@ -1,0 +1,343 @@
+// The page: images in, one POST /v1/classify each, answers out. No dependency; every text goes in as text, never as HTML.
+
+const TOP = 5;
+/** Requests under way at once: enough to keep a small server busy, too few to fill its queue. */
+const AT_ONCE = 4;
+/** How often an image that a full server refused is sent again. */
+const RETRIES = 4;
+/** Phases of the header `server-timing`, and how a person calls them. */
+const PHASES = [["decode", "decode"], ["preprocess", "resize"], ["queue", "queue"], ["inference", "inference"]];
+const HEADLINES = {
+  unsupported_media_type: "This is not an image that the server can read.",
+  invalid_image: "This image is damaged or not an image.",
+  image_too_large: "This image has too many pixels.",
+  body_too_large: "This file is too large.",
+  model_not_found: "The server no longer has this model.",
+  overloaded: "The server is busy.",
+  deadline_exceeded: "The server took too long.",
+  not_ready: "The server is not ready.",
+  shutting_down: "The server is stopping.",
+  internal: "The server failed.",
+};
+
+const $ = (id) => document.getElementById(id);
+const make = (name, className, text) => {
+  const element = document.createElement(name);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+};
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const say = (text) => { $("said").textContent = text; };
+
+/** What an answer other than 200 says, whoever made it. */
+class Refusal extends Error {
+  constructor(message, code, retryAfter) {
+    super(message);
+    this.code = code;
+    this.retryAfter = retryAfter;
+  }
+}
+
+async function call(target, options) {
+  let response;
+  try {
+    response = await fetch(target, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal("No answer came back. Is the server running, and can this file still be read?", "network");
+  }
+  const body = await response.text();
+  let json = null;
+  try { json = JSON.parse(body); } catch { /* a proxy's page */ }
+  if (response.ok && json) return { json, headers: response.headers };
+  const after = Number(response.headers.get("retry-after"));
+  const message = json?.error ?? `The answer was ${response.status} ${response.statusText}, from something in between.`;
+  throw new Refusal(String(message), json?.code ?? `http_${response.status}`, after);
+}
+
+/** `decode;dur=1.2, queue;dur=3` → {decode: 1.2, queue: 3}, in milliseconds. */
+function timings(header) {
+  const found = {};
+  for (const part of (header ?? "").split(",")) {
+    const match = /^\s*([\w-]+)\s*;.*?dur=([\d.]+)/.exec(part);
+    if (match) found[match[1]] = Number(match[2]);
+  }
+  return found;
+}
+
+const percent = (score) => (score < 0.0005 ? "< 0.1 %" : `${(100 * score).toFixed(1)} %`);
+const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
+/** A word that a POSIX shell takes as it is. */
+const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
+/** Where `/v1/classify` is, beside this page: a proxy may have put both under a prefix. */
+function target() {
+  const url = new URL("v1/classify", document.baseURI);
+  const chosen = $("chooser").hidden ? null : $("model").selectedOptions[0];
+  if (chosen) {
+    url.searchParams.set("model", chosen.dataset.model);
+    if (chosen.dataset.version) url.searchParams.set("version", chosen.dataset.version);
+  }
+  url.searchParams.set("top_k", String(TOP));
+  return url;
+}
+
+// --- cards -----------------------------------------------------------------------------------------------------------
+
+class Card {
+  constructor(file) {
+    this.file = file;
+    this.name = file.name || "pasted image";
+    this.stop = new AbortController();
+    this.element = $("card").content.firstElementChild.cloneNode(true);
+    this.find = (selector) => this.element.querySelector(selector);
+    this.find("h2").textContent = this.name;
+    this.find(".remove").setAttribute("aria-label", `remove ${this.name}`);
+    this.find(".remove").onclick = () => this.remove(true);
+    this.find(".again").onclick = () => { this.find(".again").hidden = true; enqueue([this]); };
+    this.find(".copy").onclick = () => this.copy();
+    const picture = this.find(".thumb img");
+    this.url = URL.createObjectURL(file);
+    picture.onload = () => { picture.hidden = false; };
+    picture.src = this.url;
+  }
+
+  show(state, text) {
+    this.element.dataset.state = state;
+    this.find(".state").hidden = !text;
+    this.find(".state").textContent = text ?? "";
+  }
+
+  async run() {
+    this.show("running", "classifying…");
+    const url = target();
+    for (let tries = 0; ; tries++) {
+      const started = performance.now();
+      try {
+        const headers = { "content-type": "application/octet-stream" };
+        const answer = await call(url, { method: "POST", body: this.file, headers, signal: this.stop.signal });
+        return this.answered(answer, performance.now() - started, url);
+      } catch (error) {
+        if (this.stop.signal.aborted) return;
+        if (error.code === "overloaded" && tries < RETRIES) {
+          this.show("running", "the server is busy: trying again…");
+          await sleep(1000 * Math.max(1, error.retryAfter || 0));
+          continue;
+        }
+        return this.failed(error);
+      }
+    }
+  }
+
+  answered({ json, headers }, total, url) {
+    const predictions = json.results?.[0]?.predictions;
+    if (!Array.isArray(predictions) || predictions.length === 0) {
+      return this.failed(new Refusal("The answer holds no prediction.", "unknown"));
+    }
+    const list = this.find(".predictions");
+    list.replaceChildren(...predictions.map(({ index, label, score }) => {
+      const item = make("li");
+      const fill = make("span", "fill");
+      fill.style.width = `${100 * score}%`;
+      fill.ariaHidden = "true";
+      item.append(fill, make("span", "label", label || `class ${index}`), make("span", "share", percent(score)));
+      return item;
+    }));
+    list.setAttribute("aria-label", `${predictions.length} most probable classes`);
+    list.hidden = false;
+    this.times(timings(headers.get("server-timing")), total);
+    this.find(".who").textContent = `answered by ${json.model}, version ${json.version}`;
+    this.find(".curl code").textContent = `curl --data-binary @${quoted(this.name)} ${quoted(url.href)}`;
+    this.find(".curl code").tabIndex = 0;
+    this.find(".more").hidden = false;
+    this.show("done");
+    const [first] = predictions;
+    say(`${this.name}: ${first.label || `class ${first.index}`}, ${percent(first.score)}`);
+  }
+
+  /** Server phases, and what is left of the time the browser saw. */
+  times(phases, total) {
+    const known = PHASES.filter(([name]) => name in phases).map(([name, title]) => [name, title, phases[name]]);
+    const rest = Math.max(0, total - known.reduce((sum, [, , ms]) => sum + ms, 0));
+    if (known.length > 0) known.push(["rest", "network and rest", rest]);
+    this.find(".split").replaceChildren(...known.map(([name, , ms]) => {
+      const part = make("span");
+      part.dataset.phase = name;
+      part.style.flexGrow = ms;
+      return part;
+    }));
+    const rows = known.map(([name, title, ms]) => {
+      const row = make("div");
+      row.dataset.phase = name;
+      row.append(make("dt", "", title), make("dd", "", milliseconds(ms)));
+      return row;
+    });
+    const sum = make("div", "total");
+    sum.append(make("dt", "", "in all"), make("dd", "", milliseconds(total)));
+    this.find(".times").replaceChildren(...rows, sum);
+  }
+
+  failed(error) {
+    const headline = HEADLINES[error.code];
+    const detail = error.message.charAt(0).toUpperCase() + error.message.slice(1);
+    const text = [headline, detail].filter(Boolean).join("\n");
+    this.find(".predictions").hidden = true;
+    this.find(".more").hidden = true;
+    this.find(".again").hidden = false;
+    this.find(".again").setAttribute("aria-label", `try again: ${this.name}`);
+    this.show("failed", text);
+    say(`${this.name}: ${text}`);
+  }
+
+  async copy() {
+    const code = this.find(".curl code");
+    const button = this.find(".copy");
+    let copied = true;
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+    } catch {
+      // without https only the old way works
+      getSelection().selectAllChildren(code);
+      copied = document.execCommand("copy");
+    }
+    button.textContent = copied ? "copied" : "selected";
+    say(copied ? "command copied" : "command selected, copy it with the keyboard");
+    setTimeout(() => { button.textContent = "copy"; }, 2000);
+  }
+
+  remove(alone) {
+    this.stop.abort();
+    URL.revokeObjectURL(this.url);
+    const next = this.element.nextElementSibling ?? this.element.previousElementSibling;
+    this.element.remove();
+    cards.delete(this);
+    if (alone) (next?.querySelector(".remove") ?? $("files")).focus();
+    $("clear").hidden = cards.size === 0;
+  }
+}
+
+const cards = new Set();
+const queue = [];
+let running = 0;
+
+function enqueue(some) {
+  for (const card of some) card.show("waiting", "waiting…");
+  queue.push(...some);
+  while (running < AT_ONCE && queue.length > 0) {
+    running++;
+    work();
+  }
+}
+
+async function work() {
+  for (let card; (card = queue.shift()); ) {
+    if (!card.stop.signal.aborted) await card.run();
+  }
+  running--;
+}
+
+/** New images, above the earlier ones. */
+function take(files) {
+  refuse(null);
+  const some = [...files].map((file) => new Card(file));
+  if (some.length === 0) return;
+  $("results").prepend(...some.map((card) => card.element));
+  for (const card of some) cards.add(card);
+  $("clear").hidden = false;
+  say(some.length === 1 ? `classifying ${some[0].name}` : `classifying ${some.length} images`);
+  enqueue(some);
+}
+
+function refuse(text) {
+  $("refused").hidden = !text;
+  $("refused").textContent = text ?? "";
+}
+
+// --- ways in ---------------------------------------------------------------------------------------------------------
+
+$("files").onchange = () => {
+  take($("files").files);
+  // the same file may be chosen again
+  $("files").value = "";
+};
+$("clear").onclick = () => {
+  for (const card of [...cards]) card.remove(false);
+  say("all removed");
+  $("files").focus();
+};
+
+let depth = 0;
+const over = (delta) => {
+  depth = delta === 0 ? 0 : Math.max(0, depth + delta);
+  $("zone").classList.toggle("over", depth > 0);
+};
+addEventListener("dragenter", (event) => { event.preventDefault(); over(1); });
+addEventListener("dragleave", () => over(-1));
+// dropped beside the zone, an image would replace the page
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  over(0);
+  const items = [...event.dataTransfer.items].filter((item) => item.kind === "file");
+  const folders = items.some((item) => item.webkitGetAsEntry?.()?.isDirectory);
+  if (folders) return refuse("That is a folder. Drop the images in it, or use nfold classify --recursive.");
+  if (event.dataTransfer.files.length === 0) return refuse("That is no file. Save the image first, then drop the file.");
+  take(event.dataTransfer.files);
+});
+addEventListener("paste", (event) => {
+  const files = event.clipboardData?.files ?? [];
+  if (files.length > 0) {
+    event.preventDefault();
+    take(files);
+  } else {
+    refuse("There is no image to paste. Copy an image, not its address or file name.");
+  }
+});
+
+// --- the server ------------------------------------------------------------------------------------------------------
+
+async function health() {
+  const shown = $("health");
+  const tell = (state, text) => {
+    // said once, not every time it is asked
+    if (shown.textContent === text) return;
+    shown.dataset.state = state;
+    shown.textContent = text;
+  };
+  try {
+    await call(new URL("v2/health/ready", document.baseURI));
+    tell("ready", "server ready");
+  } catch (error) {
+    tell("down", error.code === "network" ? "server does not answer" : "server not ready");
+  }
+}
+
+/** Fills the chooser; a server that can't list its models picks one itself, and says in its answer which. */
+async function models() {
+  let names = [];
+  try {
+    const { json } = await call(new URL("v2/models", document.baseURI));
+    names = (json.models ?? []).map((model) => model?.name ?? model).filter((name) => typeof name === "string");
+  } catch { /* no list, no chooser */ }
+  const options = (await Promise.all(names.map(async (name) => {
+    let versions = [];
+    try {
+      const { json } = await call(new URL(`v2/models/${encodeURIComponent(name)}`, document.baseURI));
+      versions = (json.versions ?? []).map(String).sort((a, b) => b - a);
+    } catch { /* the name alone will do */ }
+    const newest = [name, versions.length > 1 ? `${name}, newest` : name, ""];
+    return [newest, ...(versions.length > 1 ? versions.map((v) => [name, `${name}, version ${v}`, v]) : [])];
+  }))).flat();
+  $("model").replaceChildren(...options.map(([name, title, version]) => {
+    const option = make("option", "", title);
+    Object.assign(option.dataset, { model: name, version });
+    return option;
+  }));
+  $("chooser").hidden = options.length === 0;
+}
+$("model").onchange = () => enqueue([...cards].filter((card) => ["done", "failed"].includes(card.element.dataset.state)));
+
+models();
+health();
+setInterval(() => { if (!document.hidden) health(); }, 10_000);

@@ -1,0 +1,296 @@
+//! The web page in a real browser: headless Chromium, driven over the WebDriver protocol through ChromeDriver.
+//!
+//! Without a browser the test says SKIP on stderr and passes; `make tools` installs one on Debian. With the variable
+//! SCREENSHOTS set to a folder, pictures of the page are left there.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::process::{Server, ask, data};
+
+/// A browser window. Closed when dropped.
+struct Browser {
+    driver: Child,
+    address: SocketAddr,
+    session: String,
+}
+
+impl Browser {
+    /// None when this machine has no browser.
+    fn open() -> Option<Self> {
+        let browser = on_path(&["chromium", "chromium-browser", "google-chrome"])?;
+        let mut driver =
+            Command::new(on_path(&["chromedriver"])?).arg("--port=0").stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
+        let said = "started successfully on port ";
+        let port = lines.find_map(|l| l.unwrap().split_once(said).map(|(_, port)| port.to_string())).unwrap();
+        std::thread::spawn(move || lines.for_each(drop));
+        let port: u16 = port.trim_end_matches('.').parse().unwrap();
+        let mut window = Self { driver, address: SocketAddr::from(([127, 0, 0, 1], port)), session: String::new() };
+        let flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run \
+                     --disable-background-networking --disable-component-update --disable-sync --window-size=900,1000";
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        let wanted = json!({ "capabilities": { "alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": { "binary": browser, "args": flags },
+        } } });
+        let made = window.call("", wanted);
+        window.session = format!("/{}", made["sessionId"].as_str().unwrap());
+        Some(window)
+    }
+
+    fn call(&self, path: &str, body: Value) -> Value {
+        let target = format!("/session{}{path}", self.session);
+        let answer = ask(self.address, "POST", &target, &[], body.to_string().as_bytes()).unwrap();
+        let answer = answer.json();
+        assert!(answer["value"]["error"].is_null(), "{path} {body}: {answer}");
+        answer["value"].clone()
+    }
+
+    /// A command of the browser's own protocol.
+    fn raw(&self, command: &str, parameters: Value) -> Value {
+        self.call("/goog/cdp/execute", json!({ "cmd": command, "params": parameters }))
+    }
+
+    fn visit(&self, server: &Server) {
+        self.call("/url", json!({ "url": format!("http://{}/", server.http) }));
+    }
+
+    /// The value of a JavaScript expression in the page.
+    fn value(&self, expression: &str) -> Value {
+        self.call("/execute/sync", json!({ "script": format!("return {expression}"), "args": [] }))
+    }
+
+    fn text(&self, selector: &str) -> String {
+        self.value(&format!("document.querySelector({selector:?})?.innerText ?? ''")).as_str().unwrap().into()
+    }
+
+    /// Waits until an expression is true.
+    fn until(&self, expression: &str) {
+        let deadline = Instant::now() + Duration::from_secs(15);
+        while self.value(&format!("Boolean({expression})")) != json!(true) {
+            let page = self.value("document.body.innerText");
+            assert!(Instant::now() < deadline, "never so: {expression}\n{page}");
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// As the file dialog would.
+    fn choose(&self, files: &[&Path]) {
+        let input = self.call("/element", json!({ "using": "css selector", "value": "#files" }));
+        let id = input.as_object().unwrap().values().next().unwrap().as_str().unwrap();
+        let names: Vec<_> = files.iter().map(|f| f.display().to_string()).collect();
+        self.call(&format!("/element/{id}/value"), json!({ "text": names.join("\n") }));
+    }
+
+    /// As a mouse that drags a file from outside would.
+    fn drop_file(&self, file: &Path) {
+        for kind in ["dragEnter", "dragOver", "drop"] {
+            let files = json!([file.display().to_string()]);
+            let dragged = json!({ "items": [], "files": files, "dragOperationsMask": 1 });
+            self.raw("Input.dispatchDragEvent", json!({ "type": kind, "x": 300, "y": 150, "data": dragged }));
+        }
+    }
+
+    fn press(&self, key: &str) {
+        let keys = json!([{ "type": "keyDown", "value": key }, { "type": "keyUp", "value": key }]);
+        self.call("/actions", json!({ "actions": [{ "type": "key", "id": "keys", "actions": keys }] }));
+    }
+
+    fn look(&self, width: u32, scheme: &str) {
+        let phone = width < 500;
+        let size = json!({ "width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": phone });
+        self.raw("Emulation.setDeviceMetricsOverride", size);
+        let feature = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
+        self.raw("Emulation.setEmulatedMedia", json!({ "features": feature }));
+    }
+
+    fn picture(&self, name: &str) {
+        let Some(folder) = std::env::var_os("SCREENSHOTS") else { return };
+        std::thread::sleep(Duration::from_millis(400)); // the bars grow
+        let shot = self.raw("Page.captureScreenshot", json!({ "captureBeyondViewport": true }));
+        use base64::Engine as _;
+        let png = base64::prelude::BASE64_STANDARD.decode(shot["data"].as_str().unwrap()).unwrap();
+        std::fs::write(Path::new(&folder).join(name), png).unwrap();
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // ends the browser, which the driver's end would orphan
+        let _ = ask(self.address, "DELETE", &format!("/session{}", self.session), &[], &[]);
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+fn on_path(names: &[&str]) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    names.iter().find_map(|name| std::env::split_paths(&path).map(|folder| folder.join(name)).find(|f| f.is_file()))
+}
+
+fn project(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+const DONE: &str = "document.querySelector('article')?.dataset.state === 'done'";
+const FAILED: &str = "document.querySelector('article')?.dataset.state === 'failed'";
+
+#[test]
+fn a_person_with_a_photograph() {
+    let Some(browser) = Browser::open() else {
+        // past the test harness, which keeps the output of tests that pass
+        writeln!(
+            std::io::stderr(),
+            "SKIP: no chromium with chromedriver here, so the page was not tested (make tools)"
+        )
+        .unwrap();
+        return;
+    };
+    let server = Server::start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    browser.look(900, "light");
+    browser.visit(&server);
+    browser.until("document.querySelector('#health').dataset.state === 'ready'");
+    assert_eq!(browser.text("#health"), "server ready");
+
+    // the keyboard's first stop is the way in, and it has a name
+    browser.press("\u{e004}");
+    assert_eq!(browser.value("document.activeElement.id"), "files");
+    assert_eq!(browser.value("document.querySelector('#files').labels[0].textContent"), "choose images");
+
+    // a dropped photograph: the right class with bars, times, model and command
+    browser.drop_file(&project("tests/data/cat.jpg"));
+    browser.until(DONE);
+    assert_eq!(browser.text("article .predictions li:first-child .label"), "cat");
+    assert_eq!(browser.text("article .predictions li:first-child .share"), "85.2 %");
+    assert_eq!(browser.value("document.querySelectorAll('article .predictions li').length"), 5);
+    let widths = "[...document.querySelectorAll('article .fill')].map(f => f.style.width)";
+    let widths: Vec<f64> = serde_json::from_value::<Vec<String>>(browser.value(widths))
+        .unwrap()
+        .iter()
+        .map(|w| w.trim_end_matches('%').parse().unwrap())
+        .collect();
+    assert!((widths[0] - 85.2).abs() < 0.5 && widths.is_sorted_by(|a, b| a >= b), "{widths:?}");
+    let times = browser.text("article .times");
+    for phase in ["decode", "resize", "queue", "inference", "network and rest", "in all"] {
+        assert!(times.contains(phase), "{times}");
+    }
+    assert!(browser.text("article .who").contains("nf_regnet_cifar10, version 1"));
+    let command = browser.text("article .curl code");
+    let expected = format!("curl --data-binary @cat.jpg 'http://{}/v1/classify?", server.http);
+    assert!(command.starts_with(&expected), "{command}");
+    assert!(browser.text("#said").contains("cat.jpg: cat, 85.2 %"), "what a screen reader is told");
+    browser.until("document.querySelector('article .thumb img').naturalWidth === 451");
+    browser.picture("page.png");
+    // the command does what it says
+    let said = Command::new("sh").arg("-c").arg(&command).current_dir(project("tests/data")).output();
+    if let Some(said) = said.ok().filter(|said| said.status.success()) {
+        let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert_eq!(said["results"][0]["predictions"][0]["label"], "cat");
+    }
+
+    // a text file: an error that says so, and the way to try again
+    let text = folder.path().join("it's a note.txt");
+    std::fs::write(&text, "not an image").unwrap();
+    browser.choose(&[&text]);
+    browser.until(FAILED);
+    let error = browser.text("article .state");
+    assert!(
+        error.contains("not an image that the server can read") && error.contains("\nThe bytes are not"),
+        "{error}"
+    );
+    assert_eq!(browser.value("document.querySelector('article .again').hidden"), json!(false));
+    assert_eq!(browser.value("document.querySelector('article .predictions').hidden"), json!(true));
+
+    // several at once, one of them pasted; in their order, above the earlier ones
+    let photographs = ["ship", "horse", "truck"].map(|c| project(&format!("tests/data/cifar10/{c}/0000.jpg")));
+    browser.choose(&photographs.each_ref().map(PathBuf::as_path));
+    let done = "document.querySelectorAll('article[data-state=done]').length";
+    browser.until(&format!("{done} === 4"));
+    let firsts = "[...document.querySelectorAll('article .predictions li:first-child .label')].map(l => l.textContent)";
+    assert_eq!(browser.value(firsts), json!(["ship", "horse", "truck", "cat"]));
+    let bytes = data("cifar10/frog/0000.jpg");
+    let paste = format!(
+        "(() => {{ const held = new DataTransfer(); held.items.add(new File([new Uint8Array({bytes:?})], 'frog.jpg')); \
+         document.dispatchEvent(new ClipboardEvent('paste', {{ clipboardData: held, bubbles: true }})); }})()"
+    );
+    browser.value(&paste);
+    browser.until(&format!("{done} === 5"));
+    assert_eq!(browser.text("article .predictions li:first-child .label"), "frog");
+
+    // nothing came from elsewhere, nothing overflows a phone
+    let hosts = "[...new Set(performance.getEntriesByType('resource').map(r => new URL(r.name).host))]";
+    assert_eq!(browser.value(hosts), json!([server.http.to_string()]));
+    for (width, scheme, name) in [(900, "light", "light.png"), (900, "dark", "dark.png"), (360, "light", "phone.png")] {
+        browser.look(width, scheme);
+        let scrolled = browser.value("document.documentElement.scrollWidth");
+        assert!(scrolled.as_u64().unwrap() <= width.into(), "{name}: {scrolled}");
+        browser.picture(name);
+    }
+    browser.look(900, "light");
+    browser.value("document.querySelector('article .remove').click()");
+    assert_eq!(browser.value("document.activeElement.className"), "remove", "focus must not fall off the page");
+    browser.value("document.querySelector('#clear').click()");
+    assert_eq!(browser.value("document.querySelectorAll('article').length"), 0);
+
+    choosing_a_model(&browser, &server);
+
+    drop(server);
+    browser.choose(&[&text]);
+    browser.until(FAILED);
+    assert!(browser.text("article .state").contains("No answer came back"), "{}", browser.text("article .state"));
+}
+
+/// The list of models is another server's, with a version that this one lacks.
+fn choosing_a_model(browser: &Browser, server: &Server) {
+    let list = "{ 'v2/models': { models: ['nf_regnet_cifar10', 'other'] }, \
+                  'v2/models/nf_regnet_cifar10': { versions: ['1', '12', '7'] } }";
+    let script = format!(
+        "const real = fetch, lists = {list}; \
+         window.fetch = (url, ...rest) => {{ \
+           const path = new URL(url).pathname.slice(1); \
+           return path in lists ? Promise.resolve(new Response(JSON.stringify(lists[path]))) : real(url, ...rest); }}"
+    );
+    let script = browser.raw("Page.addScriptToEvaluateOnNewDocument", json!({ "source": script }));
+    browser.visit(server);
+    browser.until("document.querySelector('#model').options.length > 0");
+    let options = "[...document.querySelector('#model').options].map(o => o.textContent)";
+    let all = ["nf_regnet_cifar10, newest", "version 12", "version 7", "version 1", "other"];
+    let shown: Vec<String> = serde_json::from_value(browser.value(options)).unwrap();
+    assert!(shown.len() == 5 && shown.iter().zip(all).all(|(s, a)| s.ends_with(a)), "{shown:?}");
+    browser.choose(&[&project("tests/data/cat.jpg")]);
+    browser.until(DONE);
+    let pick = |i: usize| {
+        let picked = format!("document.querySelector('#model').selectedIndex = {i}");
+        browser.value(&format!("({picked}, document.querySelector('#model').dispatchEvent(new Event('change')))"));
+    };
+    pick(1);
+    browser.until(FAILED);
+    let error = browser.text("article .state");
+    assert!(error.contains("no longer has this model") && error.contains("version 12"), "{error}");
+    browser.picture("error.png");
+    pick(3);
+    browser.until(DONE);
+    assert!(browser.text("article .curl code").contains("version=1&"), "{}", browser.text("article .curl code"));
+    browser.raw("Page.removeScriptToEvaluateOnNewDocument", json!({ "identifier": script["identifier"] }));
+    browser.visit(server);
+    browser.until("document.querySelector('#health').dataset.state === 'ready'");
+}
+
+#[test]
+fn the_page_may_load_and_call_only_this_server() {
+    let server = Server::start(&[]);
+    for (path, kind) in [("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")] {
+        let answer = ask(server.http, "GET", path, &[], &[]).unwrap();
+        assert_eq!(answer.status, 200);
+        assert!(answer.header("content-type").is_some_and(|k| k.starts_with(kind)), "{answer:?}");
+        assert!(answer.header("content-security-policy").is_some_and(|p| p.starts_with("default-src 'none'")));
+        assert!(!answer.body.contains("://") && !answer.body.contains("innerHTML"), "{path} names another place");
+    }
+    assert_eq!(ask(server.http, "POST", "/", &[], b"x").unwrap().status, 405);
+}
