@@ -214,6 +214,37 @@ fn classify_answers_and_refuses() {
     refused(&nfold(&["classify", &cat], here), "sha256");
 }
 
+/// Shards share the images out, and together answer what one process answers.
+#[test]
+fn shards_are_a_partition() {
+    let folder = with_demo();
+    let here = folder.path();
+    let photographs = project("tests/data/cifar10/cat");
+    fs::create_dir(here.join("broken")).unwrap();
+    fs::write(here.join("broken/a.jpg"), "no image").unwrap();
+    let classify = |more: &[&str]| nfold(&[&["classify", "--recursive", &photographs, "broken"], more].concat(), here);
+    let whole = classify(&["--json"]);
+    assert_eq!(whole.status.code(), Some(1), "a broken image fails the run");
+    let mut expected: Vec<String> = text(&whole.stdout).lines().map(String::from).collect();
+    let mut found = Vec::new();
+    for index in 0..3 {
+        let (shard, file) = (format!("--shard={index}/3"), format!("{index}.jsonl"));
+        let output = classify(&[&shard, "--skip-broken", "--output", &file]);
+        assert!(output.status.success() && output.stdout.is_empty(), "{}", text(&output.stderr));
+        let lines = fs::read_to_string(here.join(&file)).unwrap();
+        assert!(lines.lines().count().abs_diff(expected.len() / 3) <= 1, "shards are even");
+        found.extend(lines.lines().map(String::from));
+    }
+    expected.sort();
+    found.sort();
+    assert_eq!(expected, found);
+    // a shard without an image is an empty file, not a failure
+    let empty = nfold(&["classify", &project("tests/data/cat.jpg"), "--shard", "1/2", "--output", "empty.jsonl"], here);
+    assert!(empty.status.success() && fs::read(here.join("empty.jsonl")).unwrap().is_empty());
+    refused(&nfold(&["classify", &project("tests/data/cat.jpg"), "--output", "nowhere/x.jsonl"], here), "--output");
+    assert!(!entries(here).iter().any(|name| name.starts_with(".classify")), "{:?}", entries(here));
+}
+
 /// The whole line on real photographs: the folded demo model is as accurate as timm on the same files.
 #[test]
 fn the_demo_is_as_accurate_as_timm() {

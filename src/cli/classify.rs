@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read as _, Write};
+use std::io::{self, BufWriter, Read as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,6 +15,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use crate::infer::engine::{Backend, Batch, EngineOptions, OrtBackend};
 use crate::infer::image::{ImageLimits, decode};
@@ -51,9 +52,36 @@ pub struct ClassifyArgs {
     /// Worker threads [default: one per core]
     #[arg(long, env = "NFOLD_THREADS", value_name = "N")]
     threads: Option<usize>,
+    /// Of the images, in order, take every Nth from the Ith on (I/N, counted from 0): shares for N processes
+    #[arg(long, env = "NFOLD_SHARD", value_name = "I/N", value_parser = shard)]
+    shard: Option<Shard>,
+    /// Write the answers to this file, as JSON lines; it appears when it is complete
+    #[arg(long, env = "NFOLD_OUTPUT", value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Exit 0 although some images could not be classified; the answers say which
+    #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
+    skip_broken: bool,
     /// Print one JSON object a line on stdout
     #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
+}
+
+/// Which share of the images is this process's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shard {
+    index: usize,
+    count: usize,
+}
+
+/// `I/N` with I < N.
+fn shard(text: &str) -> Result<Shard, String> {
+    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    let (index, count) = parsed.ok_or("not two whole numbers, such as 0/8")?;
+    if index < count {
+        Ok(Shard { index, count })
+    } else {
+        Err(format!("there is no shard {index} of {count}: the first is 0"))
+    }
 }
 
 /// What became of one image: its predictions, or why there are none (a stable reason and a message).
@@ -61,7 +89,10 @@ type Answer = Result<Vec<Prediction>, (&'static str, String)>;
 
 /// Runs `nfold classify`. Exit code 1 when any image could not be classified.
 pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
-    let images = gather(args)?;
+    let mut images = gather(args)?;
+    if let Some(Shard { index, count }) = args.shard {
+        images = images.into_iter().skip(index).step_by(count).collect();
+    }
     let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
     let onnx = model.read_onnx()?;
     let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -73,14 +104,38 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     let backends: Vec<_> = (0..workers).map(|_| OrtBackend::open(&onnx, &what, &options)).collect::<Result<_, _>>()?;
 
     let many = images.len() > MANY;
-    let mut printer = Printer { model: &model, json: args.json || many, failed: 0, out: io::stdout().lock() };
+    let (out, written): (Box<dyn Write>, _) = match &args.output {
+        None => (Box::new(io::stdout().lock()), None),
+        Some(path) => {
+            let file = temporary(path)?;
+            (Box::new(BufWriter::new(file.reopen()?)), Some((file, path)))
+        }
+    };
+    let json = args.json || many || args.output.is_some();
+    let mut printer = Printer { model: &model, json, failed: 0, out };
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
     classify(&images, backends, &model, args.top_k, |i, answer| {
         progress.inc(1);
         printer.print(&images[i], answer)
     })?;
     progress.finish_and_clear();
-    Ok(if printer.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    printer.out.flush()?;
+    if let Some((file, path)) = written {
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|e| anyhow!("can't write `{}`: {}", path.display(), e.error))?;
+    }
+    Ok(if printer.failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A file beside `path`, to be renamed to it.
+fn temporary(path: &Path) -> anyhow::Result<NamedTempFile> {
+    let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // as readable as any other file: whoever collects the answers may be another user
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    let file = builder.prefix(".classify-").tempfile_in(folder);
+    file.map_err(|e| anyhow!("can't write into `{}`: {e}; check --output", folder.display()))
 }
 
 /// Classifies on one thread per backend and hands over the answers in the order of `images`. Stops early when
@@ -241,4 +296,18 @@ fn blocks(share: f64) -> String {
     let eighths = (share * 240.0).round() as usize;
     let partial = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
     "█".repeat(eighths / 8) + partial[eighths % 8]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_counted_from_zero() {
+        assert_eq!(shard("0/1"), Ok(Shard { index: 0, count: 1 }));
+        assert_eq!(shard("7/8"), Ok(Shard { index: 7, count: 8 }));
+        for bad in ["", "1", "8/8", "1/0", "0/0", "-1/2", "a/b", "1/2/3"] {
+            assert!(shard(bad).is_err(), "{bad}");
+        }
+    }
 }
