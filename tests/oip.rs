@@ -315,7 +315,7 @@ fn every_mistake_is_told_by_name() {
         (with("data", json!("text")), "an array is due"),
         (with("data", json!([["a"]])), "a string can't be an element"),
         (with("data", json!([null])), "data"),
-        (with("data", json!([1e300; LEN])), "send finite"),
+        (with("data", json!(vec![1e300; LEN])), "send finite"),
         (with("data", Value::Null), "no `data`"),
         (with("parameters", json!({ "binary_data_size": 48 })), "both `data` and"),
         (with("parameters", json!({ "shared_memory_region": "r" })), "shared memory"),
