@@ -4,6 +4,7 @@
 mod classify;
 mod fold;
 mod gamma;
+mod healthcheck;
 mod init;
 mod inspect;
 mod serve;
@@ -30,7 +31,7 @@ enum Command {
     /// Serve a model repository over HTTP
     Serve(serve::ServeArgs),
     /// Exit 0 when a server is ready: for containers without a shell
-    Healthcheck(serve::HealthcheckArgs),
+    Healthcheck(healthcheck::HealthcheckArgs),
     /// Say what a folded model or a checkpoint is
     Inspect(inspect::InspectArgs),
     /// Write a freshly initialised checkpoint in timm's layout
@@ -46,7 +47,7 @@ pub fn main() -> ExitCode {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
         Command::Serve(args) => serve::run(args),
-        Command::Healthcheck(args) => serve::healthcheck(&args),
+        Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Gamma(args) => gamma::run(&args),

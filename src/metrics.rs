@@ -204,6 +204,8 @@ pub struct Metrics {
     pub phase_duration_seconds: HistogramVec,
     /// Images per engine run.
     pub batch_size: HistogramVec,
+    /// Empty images that batches were padded with, to reach a size of --batch-buckets.
+    pub padding_images_total: IntCounterVec,
     /// Images admitted and not yet answered.
     pub queue_depth: IntGaugeVec,
     /// Images that may be admitted and unanswered at once; more are refused.
@@ -220,6 +222,8 @@ pub struct Metrics {
     pub engine_workers: IntGaugeVec,
     /// Always 1; its labels say which model is served.
     pub model_info: IntGaugeVec,
+    /// Models loaded or replaced while the server runs, by result; after an error the old one stays.
+    pub model_reloads_total: IntCounterVec,
     /// Largest difference of any logit between an image alone and the same image in a batch, measured at warm-up.
     pub invariance_max_abs_diff: GaugeVec,
     /// Images refused before preprocessing, by reason.
@@ -282,6 +286,12 @@ impl Metrics {
                 &["model", "version"],
                 vec![1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0],
             ),
+            padding_images_total: counters(
+                r,
+                "padding_images_total",
+                "Empty images that batches were padded with, to reach a size of --batch-buckets.",
+                &["model", "version"],
+            ),
             queue_depth: int_gauges(r, "queue_depth", "Images admitted and not yet answered.", &["model", "version"]),
             queue_limit: int_gauges(
                 r,
@@ -314,6 +324,12 @@ impl Metrics {
                 "model_info",
                 "Always 1; its labels say which model is served.",
                 &["model", "version", "architecture", "precision", "provider", "sha256", "source_sha256"],
+            ),
+            model_reloads_total: counters(
+                r,
+                "model_reloads_total",
+                "Models loaded or replaced while the server runs, by result; after an error the old one stays.",
+                &["model", "result"],
             ),
             invariance_max_abs_diff: gauges(
                 r,
@@ -358,6 +374,18 @@ impl Metrics {
         RequestGuard { metrics: self, protocol, started: std::time::Instant::now(), outcome: Outcome::Cancelled }
     }
 
+    /// A model was loaded or replaced while the server runs, or could not be.
+    pub fn reloaded(&self, model: &str, ok: bool) {
+        self.model_reloads_total.with_label_values(&[model, if ok { "ok" } else { "error" }]).inc();
+    }
+
+    /// The line that says which model is served; its labels as [`model_info`](Self::model_info) has them.
+    pub fn model_info(&self, labels: [String; 7]) -> ModelInfo {
+        let info = ModelInfo { metric: self.model_info.clone(), labels };
+        info.set();
+        info
+    }
+
     /// The metrics of one version of one model, its labels resolved once.
     pub fn model(&self, name: &str, version: u32, provider: &str) -> ModelMetrics {
         let version = version.to_string();
@@ -369,6 +397,7 @@ impl Metrics {
             runs: RunResult::ALL
                 .map(|r| self.engine_runs_total.with_label_values(&[name, version.as_str(), provider, r.name()])),
             batch_size: self.batch_size.with_label_values(&model),
+            padding: self.padding_images_total.with_label_values(&model),
             queue_depth: self.queue_depth.with_label_values(&model),
             queue_limit: self.queue_limit.with_label_values(&model),
             queue_oldest_age_seconds: self.queue_oldest_age_seconds.with_label_values(&model),
@@ -416,6 +445,30 @@ impl Drop for RequestGuard<'_> {
     }
 }
 
+/// A model's line in the metrics; gone with the model.
+#[derive(Debug)]
+pub struct ModelInfo {
+    metric: IntGaugeVec,
+    labels: [String; 7],
+}
+
+impl ModelInfo {
+    /// Shows the line, should a twin have taken it away.
+    pub fn set(&self) {
+        self.metric.with_label_values(&self.labels()).set(1);
+    }
+
+    fn labels(&self) -> [&str; 7] {
+        self.labels.each_ref().map(String::as_str)
+    }
+}
+
+impl Drop for ModelInfo {
+    fn drop(&mut self) {
+        let _ = self.metric.remove_label_values(&self.labels());
+    }
+}
+
 /// The metrics of one version of one model.
 #[derive(Debug, Clone)]
 pub struct ModelMetrics {
@@ -425,6 +478,8 @@ pub struct ModelMetrics {
     decode_rejects: IntCounterVec,
     /// Images per engine run.
     pub batch_size: Histogram,
+    /// Empty images in engine runs.
+    pub padding: IntCounter,
     /// Images admitted and not yet answered.
     pub queue_depth: IntGauge,
     /// Images that may be admitted and unanswered at once.

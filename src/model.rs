@@ -242,6 +242,20 @@ pub struct Manifest {
     pub onnx_sha256: String,
     /// What folding did.
     pub fold: FoldReport,
+    /// What the graph answered when it was folded; a server asks it again before it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub golden: Option<Golden>,
+}
+
+/// One input and its logits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Golden {
+    /// SHA-256 of the input `[3, height, width]`, float32 little-endian: a fixed pseudo-random image.
+    pub input_sha256: String,
+    /// Its logits, `[classes]`.
+    pub logits: Vec<f32>,
+    /// Largest difference of a logit that is taken for the same answer.
+    pub tolerance: f64,
 }
 
 impl Manifest {
@@ -254,6 +268,9 @@ impl Manifest {
             return Err(format!("{} labels for {} classes", self.labels.len(), self.classes));
         }
         p.check()?;
+        if let Some(golden) = self.golden.as_ref().filter(|g| g.logits.len() != self.classes as usize) {
+            return Err(format!("{} golden logits for {} classes", golden.logits.len(), self.classes));
+        }
         let differs = |graph: Option<u32>, size: u32| graph.is_some_and(|g| g != size);
         if differs(self.graph_height, p.height) || differs(self.graph_width, p.width) {
             return Err("the graph's size differs from the preprocessing's".into());

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
 use nfold::infer::image::ImageLimits;
-use nfold::infer::scheduler::{OpenBackend, SchedulerOptions};
+use nfold::infer::registry::Engines;
+use nfold::infer::scheduler::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::metrics::{Metrics, Outcome};
 use nfold::model::{Manifest, ModelDir};
 
@@ -28,6 +29,8 @@ pub enum Fault {
     Nan,
     /// Too few logits.
     Short,
+    /// Logits that depend on how many images run together.
+    Company,
 }
 
 /// Strings that pull the engines of one model.
@@ -93,7 +96,8 @@ impl Backend for Puppet {
             _ => {}
         }
         let nan = |i: &[f32]| if fault == Some(Fault::Nan) && i[0] == MARK { f32::NAN } else { i[0] };
-        let data = images.iter().flat_map(|i| [nan(i), i[1], 0.0]).collect();
+        let third = if fault == Some(Fault::Company) { batch.images as f32 } else { 0.0 };
+        let data = images.iter().flat_map(|i| [nan(i), i[1], third]).collect();
         Ok(Logits { images: batch.images, classes: CLASSES, data })
     }
 }
@@ -107,6 +111,10 @@ pub fn opener(strings: &Arc<Strings>) -> OpenBackend {
     })
 }
 
+pub fn engines(strings: &Arc<Strings>) -> Engines {
+    Engines { open: opener(strings), open_wide: None, provider: "fake" }
+}
+
 pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> SchedulerOptions {
     SchedulerOptions {
         workers,
@@ -115,6 +123,8 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         max_queue_delay: Duration::ZERO,
         queue_limit,
         image_limits: ImageLimits::default(),
+        buckets: Vec::new(),
+        invariance: Invariance::Report,
     }
 }
 

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use nfold::infer::error::InferError;
 use nfold::infer::resize::Preprocessor;
-use nfold::infer::scheduler::{Input, Job, Output, Scheduler, SchedulerOptions, StartError, Ticket};
+use nfold::infer::scheduler::{
+    Golden, Input, Invariance, Job, Output, Scheduler, SchedulerOptions, StartError, Terms, Ticket,
+};
 use nfold::metrics::{Metrics, Outcome};
 
 use crate::fakes::{CLASSES, Fault, MARK, SIDE, Strings, all_images, eventually, images, model_dir, opener, options};
@@ -35,6 +37,8 @@ fn job(strings: &Arc<Strings>, metrics: &Metrics) -> Job {
         exif_orientation: false,
         classes: CLASSES,
         open: opener(strings),
+        open_wide: None,
+        golden: None,
         metrics: metrics.model("m", 1, "fake"),
     }
 }
@@ -345,5 +349,129 @@ fn warm_up_runs_every_batch_size() {
     let mut sizes = strings.batches.lock().unwrap().clone();
     sizes.sort_unstable();
     sizes.dedup();
-    assert_eq!(sizes, [1, 2, 3, 4, 5, 6, 7, 8, 16, 20]);
+    assert_eq!(sizes, (1..=20).collect::<Vec<_>>());
+}
+
+/// A stage with a second kind of engine, for an idle machine.
+fn elastic(options: SchedulerOptions) -> (Stage, Arc<Strings>) {
+    let (strings, wide, metrics) = (Arc::new(Strings::default()), Arc::new(Strings::default()), Metrics::new());
+    let job = Job { open_wide: Some(opener(&wide)), ..job(&strings, &metrics) };
+    let scheduler = Scheduler::start(job, options).unwrap();
+    strings.forget_warm_up();
+    wide.forget_warm_up();
+    (Stage { scheduler, strings, metrics }, wide)
+}
+
+#[test]
+fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
+    let (stage, wide) = elastic(options(2, 4, 100));
+    for id in 0..3 {
+        assert_eq!(answer(stage.submit(id as f32).unwrap()).unwrap().logits[0], id as f32);
+    }
+    assert_eq!((wide.runs(), stage.strings.runs()), (3, 0));
+    // the wide engine is busy: what comes now gets a core of its own
+    wide.hold();
+    let first = stage.submit(10.0).unwrap();
+    eventually("the wide engine has it", || wide.runs() == 4);
+    assert_eq!(answer(stage.submit(11.0).unwrap()).unwrap().logits[0], 11.0);
+    assert_eq!(stage.strings.runs(), 1);
+    wide.release();
+    answer(first).unwrap();
+    // several at once share out the cores
+    stage.strings.hold();
+    let both = stage.scheduler.submit(vec![tensor(20.0), tensor(21.0)], Instant::now() + SOON).unwrap();
+    eventually("each has a core", || stage.strings.runs() == 3 || wide.runs() == 5);
+    stage.strings.release();
+    for ticket in both {
+        answer(ticket).unwrap();
+    }
+    assert_eq!(all_images(&stage.metrics, "m"), stage.ended(Outcome::Ok));
+}
+
+#[test]
+fn what_the_wide_engine_fails_at_a_core_answers() {
+    for fault in [Fault::Error, Fault::Panic, Fault::Short] {
+        let (stage, wide) = elastic(options(1, 4, 100));
+        *wide.fault.lock().unwrap() = Some(fault);
+        assert_eq!(answer(stage.submit(MARK).unwrap()).unwrap().logits[0], MARK, "{fault:?}");
+        *wide.fault.lock().unwrap() = None;
+        assert_eq!(answer(stage.submit(2.0).unwrap()).unwrap().logits[0], 2.0);
+        assert_eq!(wide.runs(), 2, "it is back after {fault:?}");
+        assert_eq!((stage.ended(Outcome::Ok), stage.depth()), (2, 0));
+    }
+}
+
+#[test]
+fn priority_goes_before_arrival() {
+    let stage = start(options(1, 1, 100));
+    let busy = stage.occupy();
+    let submit = |id: f32, priority| {
+        let terms = Terms { deadline: Instant::now() + SOON, priority };
+        stage.scheduler.submit(vec![tensor(id)], terms).unwrap().remove(0)
+    };
+    // unnamed, last, first, unnamed, first: by priority, then by arrival
+    let tickets: Vec<(f32, Ticket)> =
+        [(1.0, 0), (2.0, 4_000_000), (3.0, 1), (4.0, 0), (5.0, 1)].map(|(id, p)| (id, submit(id, p))).into();
+    let finished = std::sync::Mutex::new(Vec::new());
+    stage.strings.release();
+    std::thread::scope(|scope| {
+        *stage.strings.delay.lock().unwrap() = Duration::from_millis(20);
+        for (id, ticket) in tickets {
+            let finished = &finished;
+            scope.spawn(move || {
+                answer(ticket).unwrap();
+                finished.lock().unwrap().push(id as i64);
+            });
+        }
+    });
+    answer(busy).unwrap();
+    assert_eq!(*finished.lock().unwrap(), [3, 5, 1, 4, 2]);
+}
+
+#[test]
+fn batches_are_padded_to_buckets_and_the_padding_counted() {
+    let stage = start(SchedulerOptions { buckets: vec![4, 1], ..options(1, 8, 100) });
+    let busy = stage.occupy();
+    let tickets: Vec<Ticket> = (1..=3).map(|i| stage.submit(i as f32).unwrap()).collect();
+    stage.strings.release();
+    answer(busy).unwrap();
+    let answers: Vec<Output> = tickets.into_iter().map(|t| answer(t).unwrap()).collect();
+    assert_eq!(answers.iter().map(|o| o.logits[0] as i64).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(answers.iter().all(|o| o.logits.len() == CLASSES && o.timings.batch == 3));
+    let runs = stage.strings.batches.lock().unwrap().clone();
+    assert_eq!(runs, [1, 4], "no other shape reaches the engine");
+    assert!(stage.metrics.padding_images_total.with_label_values(&["m", "1"]).get() >= 1);
+    assert!(stage.scheduler.options().max_batch == 4, "no batch is larger than the largest bucket");
+}
+
+#[test]
+fn answers_that_depend_on_company_are_found_at_the_start() {
+    let begin = |invariance| {
+        let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+        *strings.fault.lock().unwrap() = Some(Fault::Company);
+        let started = Scheduler::start(job(&strings, &metrics), SchedulerOptions { invariance, ..options(2, 4, 10) });
+        (started.map(drop), metrics.invariance_max_abs_diff.with_label_values(&["m", "1"]).get())
+    };
+    let (refused, _) = begin(Invariance::Require);
+    assert!(matches!(refused, Err(StartError::Variant { difference: 3.0 })), "{refused:?}");
+    let (started, measured) = begin(Invariance::Report);
+    assert!(started.is_ok() && measured == 3.0, "{measured}");
+    let (started, measured) = begin(Invariance::Off);
+    assert!(started.is_ok() && measured.is_nan(), "{measured}");
+}
+
+#[test]
+fn a_model_that_forgot_its_golden_answer_does_not_start() {
+    let begin = |first: f32, tolerance| {
+        let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+        let mut input = vec![0.0; 3 * SIDE * SIDE];
+        (input[0], input[1]) = (7.0, 8.0);
+        let golden = Golden { input, logits: vec![first, 8.0, 0.0], tolerance };
+        let job = Job { golden: Some(golden), ..job(&strings, &metrics) };
+        Scheduler::start(job, options(1, 1, 10)).map(drop)
+    };
+    begin(7.0, 0.0).unwrap();
+    begin(7.4, 0.5).unwrap();
+    assert!(matches!(begin(7.5, 0.4), Err(StartError::Golden { difference: 0.5, .. })));
+    assert!(matches!(begin(f32::NAN, 0.4), Err(StartError::Golden { .. })));
 }

@@ -17,7 +17,7 @@ use nfold::metrics::{Metrics, Outcome, Protocol};
 use nfold::server::{Control, Options, ServeError, Server};
 use serde_json::{Value, json};
 
-use crate::fakes::{Fault, MARK, Strings, eventually, images, model_dir, opener, options};
+use crate::fakes::{Fault, MARK, Strings, engines, eventually, images, model_dir, options};
 
 /// An answer, or none: the connection ended first.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static 
         go.recv().unwrap();
         let registry = Registry::default();
         for name in names {
-            registry.add(LiveModel::start(&model_dir(name, 1), opener(&pulled), "fake", &scheduler, metrics)?);
+            registry.add(LiveModel::start(&model_dir(name, 1), engines(&pulled), &scheduler, metrics)?);
         }
         pulled.forget_warm_up();
         Ok(registry)
@@ -251,7 +251,7 @@ fn every_error_is_json_with_its_code() {
         ("GET /v1/classify", vec![], vec![], 405, "method_not_allowed"),
         ("DELETE /v2/health/live", vec![], vec![], 405, "method_not_allowed"),
         ("GET /v1/nothing", vec![], vec![], 404, "not_found"),
-        ("GET /", vec![], vec![], 404, "not_found"),
+        ("GET /page", vec![], vec![], 404, "not_found"),
     ];
     let count = cases.len() as u64;
     for (head, headers, body, status, code) in cases {

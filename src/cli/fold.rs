@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::fold::{self, FoldOptions, Folded, Size};
 use crate::infer::engine::{EngineOptions, OrtBackend};
 use crate::infer::verify;
-use crate::model::{self, Gate, Manifest, ModelDir, ModelError, Precision, Target, Verification};
+use crate::model::{self, Gate, Golden, Manifest, ModelDir, ModelError, Precision, Target, Verification};
 
 /// Arguments of `nfold fold`.
 #[derive(Debug, Args)]
@@ -91,7 +91,9 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;
     let mut folded = fold::fold(&checkpoint, &options)?;
-    folded.manifest.fold.verification = Some(verify(&checkpoint, &folded, &options)?);
+    let (verification, golden) = verify(&checkpoint, &folded, &options)?;
+    folded.manifest.fold.verification = Some(verification);
+    folded.manifest.golden = Some(golden);
 
     let target = Target { repository: &args.repository, name, version: args.model_version, replace: args.replace };
     let (written, state) = match ModelDir::publish(&target, &folded.onnx, &folded.manifest) {
@@ -113,16 +115,17 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The same model, whatever verification measured.
+/// The same model, whatever this machine measured.
 fn same(a: &Manifest, b: &Manifest) -> bool {
     let mut a = a.clone();
     a.fold.verification.clone_from(&b.fold.verification);
+    a.golden.clone_from(&b.golden);
     a == *b
 }
 
 /// Runs the graph against its counterpart (folded against unfolded) on random images. The counterpart is in single
 /// precision with weight arithmetic in double: ONNX Runtime has no double-precision convolution.
-fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> anyhow::Result<Verification> {
+fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> anyhow::Result<(Verification, Golden)> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let engine = EngineOptions { intra_threads: threads, ..EngineOptions::default() };
     let manifest = &folded.manifest;
@@ -135,7 +138,8 @@ fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> an
     let counterpart =
         FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
     let reference = answers(&fold::fold(checkpoint, &counterpart)?.onnx, "the counterpart for verification")?;
-    let found = verify::compare(&reference, &answers(&folded.onnx, "the folded graph")?);
+    let mut logits = answers(&folded.onnx, "the folded graph")?;
+    let found = verify::compare(&reference, &logits);
     let tolerance = match options.precision {
         Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
         Precision::Fp16 => 2e-2 * found.logit_span + 1e-3,
@@ -148,10 +152,14 @@ fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> an
             found.logit_span
         );
     }
-    Ok(Verification {
+    logits.truncate(manifest.classes as usize);
+    let input = verify::images(size).next().unwrap_or_default();
+    let golden = Golden { input_sha256: verify::digest(&input), logits, tolerance };
+    let verification = Verification {
         images: images as u32,
         max_abs_diff: found.max_abs_diff,
         logit_span: found.logit_span,
         tolerance,
-    })
+    };
+    Ok((verification, golden))
 }

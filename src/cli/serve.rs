@@ -1,19 +1,18 @@
-//! `nfold serve` and `nfold healthcheck`: arguments, their defaults, and the way into the server.
+//! `nfold serve`: arguments, their defaults, and the way into the server.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
 use crate::infer::engine::{EngineOptions, Provider};
 use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
-use crate::infer::scheduler::SchedulerOptions;
+use crate::infer::scheduler::{Invariance, SchedulerOptions};
 use crate::logging::{self, LogFormat};
 use crate::server::{Control, Options, Server, TlsOptions};
 
@@ -44,12 +43,23 @@ pub struct ServeArgs {
     /// Threads inside one engine run
     #[arg(long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     intra_threads: u16,
+    /// Threads of one further engine (and copy of the weights) that takes an image when nothing else is under way: an idle
+    /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
+    #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    elastic_threads: Option<u16>,
     /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     decoders: Option<u16>,
     /// Most images in one engine run
     #[arg(long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
     max_batch_size: u16,
+    /// Sizes that batches are padded to, such as 1,4,8: for engines whose answer depends on the batch (CUDA, TensorRT)
+    #[arg(long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch_buckets: Vec<u16>,
+    /// Whether an image's answer may depend on its batch, as a test of every batch size at the start finds: `require` refuses
+    /// to serve then, `report` logs and publishes the difference, `off` skips the test
+    #[arg(long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
+    invariance: InvarianceArg,
     /// How long an image may wait for company although an engine is free; batches form under load without it
     #[arg(long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
     max_queue_delay: Duration,
@@ -59,6 +69,15 @@ pub struct ServeArgs {
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
     #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
+    /// Most bytes of an encoded image
+    #[arg(long, value_name = "BYTES", env = "NFOLD_MAX_IMAGE_BYTES", default_value_t = ImageLimits::default().max_bytes as u64, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    max_image_bytes: u64,
+    /// Most pixels of an image's width, and of its height
+    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_SIDE", default_value_t = ImageLimits::default().max_side, value_parser = clap::value_parser!(u32).range(1..))]
+    max_image_side: u32,
+    /// Most pixels of an image
+    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..))]
+    max_image_pixels: u64,
     /// Most bytes of a request body, decompressed
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
@@ -86,6 +105,9 @@ pub struct ServeArgs {
     /// Let clients load and unload models of the repository
     #[arg(long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
     model_control: bool,
+    /// Look at the repository this often for new, changed and gone models [default: only on SIGHUP]
+    #[arg(long, value_name = "TIME", env = "NFOLD_WATCH", value_parser = positive)]
+    watch: Option<Duration>,
     /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
     #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
     drain_hold: Duration,
@@ -115,6 +137,13 @@ enum ProviderArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum InvarianceArg {
+    Require,
+    Report,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum LogFormatArg {
     Text,
     Json,
@@ -136,13 +165,30 @@ impl ServeArgs {
             repository: self.repository,
             models: self.models,
             engine: EngineOptions { provider, intra_threads, spinning: false },
+            elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
             scheduler: SchedulerOptions {
                 workers: self.workers.map_or(fitting, usize::from),
                 decoders: self.decoders.map_or(if on_cpu { 0 } else { cores }, usize::from),
                 max_batch: self.max_batch_size.into(),
                 max_queue_delay: self.max_queue_delay,
                 queue_limit: self.queue_limit as usize,
-                image_limits: ImageLimits::default(),
+                image_limits: ImageLimits {
+                    max_bytes: usize::try_from(self.max_image_bytes).unwrap_or(usize::MAX),
+                    max_side: self.max_image_side,
+                    max_pixels: self.max_image_pixels,
+                    // four bytes a pixel, as the defaults have it
+                    max_decoded_bytes: self
+                        .max_image_pixels
+                        .saturating_mul(4)
+                        .max(ImageLimits::default().max_decoded_bytes),
+                    ..ImageLimits::default()
+                },
+                buckets: self.batch_buckets.iter().map(|&b| b.into()).collect(),
+                invariance: match self.invariance {
+                    InvarianceArg::Require => Invariance::Require,
+                    InvarianceArg::Report => Invariance::Report,
+                    InvarianceArg::Off => Invariance::Off,
+                },
             },
         };
         let options = Options {
@@ -161,6 +207,7 @@ impl ServeArgs {
             api_key_file: self.api_key_file,
             cors_origins: self.cors_origins,
             model_control: self.model_control,
+            watch: self.watch,
             drain_hold: self.drain_hold,
             drain_timeout: self.drain_timeout,
             hang_limit: self.hang_limit,
@@ -225,45 +272,6 @@ fn signals() -> std::io::Result<mpsc::Receiver<Control>> {
     Ok(receiver)
 }
 
-/// Exit code 0 when the server is ready: for containers without a shell.
-#[derive(Debug, Args)]
-pub struct HealthcheckArgs {
-    /// Admin port of the server
-    #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "127.0.0.1:8002")]
-    admin: String,
-    /// How long to wait for the answer
-    #[arg(long, value_name = "TIME", env = "NFOLD_HEALTHCHECK_TIMEOUT", default_value = "2s", value_parser = positive)]
-    timeout: Duration,
-}
-
-/// Asks `/readyz` once.
-pub fn healthcheck(args: &HealthcheckArgs) -> anyhow::Result<ExitCode> {
-    let HealthcheckArgs { admin, timeout } = args;
-    let mut addresses = admin.to_socket_addrs().map_err(|e| anyhow!("`{admin}` is no address: {e}; give HOST:PORT"))?;
-    let address = addresses.next().with_context(|| format!("`{admin}` resolves to no address"))?;
-    // NFOLD_ADMIN is usually the address to listen on, and a wildcard can't be connected to everywhere
-    let address = match address.ip().is_unspecified() {
-        true => SocketAddr::from(([127, 0, 0, 1], address.port())),
-        false => address,
-    };
-    let ask = || {
-        let mut stream = TcpStream::connect_timeout(&address, *timeout)?;
-        stream.set_read_timeout(Some(*timeout))?;
-        stream.set_write_timeout(Some(*timeout))?;
-        stream.write_all(format!("GET /readyz HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n").as_bytes())?;
-        let mut answer = Vec::new();
-        stream.take(4096).read_to_end(&mut answer)?;
-        Ok::<_, std::io::Error>(String::from_utf8_lossy(&answer).into_owned())
-    };
-    let answer =
-        ask().map_err(|e| anyhow!("no answer from {address}: {e}; is `nfold serve` running with this --admin?"))?;
-    let status = answer.split_whitespace().nth(1).unwrap_or_default();
-    match status {
-        "200" => Ok(ExitCode::SUCCESS),
-        _ => bail!("{}", answer.rsplit("\r\n").next().unwrap_or_default().trim()),
-    }
-}
-
 /// `NAME` or `NAME:VERSION`.
 fn model(text: &str) -> Result<(String, Option<u32>), String> {
     let (name, version) = match text.split_once(':') {
@@ -306,7 +314,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     duration.ok_or_else(|| "longer than a week".into())
 }
 
-fn positive(text: &str) -> Result<Duration, String> {
+pub(super) fn positive(text: &str) -> Result<Duration, String> {
     duration(text).and_then(|d| if d.is_zero() { Err("must be longer than zero".into()) } else { Ok(d) })
 }
 

@@ -76,7 +76,7 @@ impl Default for FoldOptions {
 pub struct Folded {
     /// The graph.
     pub onnx: Vec<u8>,
-    /// What to write beside it; its verification is still empty.
+    /// What to write beside it; its verification and golden answer are still empty.
     pub manifest: Manifest,
 }
 
@@ -154,6 +154,7 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
             blocks,
             verification: None,
         },
+        golden: None,
     };
     Ok(Folded { onnx, manifest })
 }

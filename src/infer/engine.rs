@@ -149,7 +149,8 @@ pub struct EngineOptions {
     pub provider: Provider,
     /// Threads inside one operator. 1 makes no thread of its own.
     pub intra_threads: usize,
-    /// Let the pool's threads spin between operators: faster when one session owns the cores, harmful otherwise.
+    /// Let the pool's threads spin between operators, but not after a run: faster when one session owns the cores, harmful
+    /// otherwise.
     pub spinning: bool,
 }
 
@@ -202,6 +203,7 @@ fn prepare(environment: &Environment, options: &EngineOptions) -> ort::Result<Se
         .with_intra_threads(options.intra_threads.max(1))?
         .with_inter_threads(1)?
         .with_intra_op_spinning(options.spinning)?
+        .with_config_entry("session.force_spinning_stop", if options.spinning { "1" } else { "0" })?
         .with_inter_op_spinning(false)?;
     match options.provider {
         Provider::Cpu => Ok(builder),

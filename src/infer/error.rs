@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::image::ImageError;
+use crate::metrics::Outcome;
 
 /// Why an image, or a whole request, got no logits.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -54,4 +55,22 @@ pub enum InferError {
     /// A fault on this side. The text is for the log, never for the caller.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+impl InferError {
+    /// How it counts.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,
+            Self::Image(ImageError::TooLarge { .. }) => Outcome::ImageTooLarge,
+            Self::Image(_) => Outcome::InvalidImage,
+            Self::BadTensor(_) | Self::TooManyImages { .. } | Self::ModelNotNamed { .. } => Outcome::InvalidRequest,
+            Self::Overloaded { .. } => Outcome::Overloaded,
+            Self::DeadlineExceeded => Outcome::DeadlineExceeded,
+            Self::ShuttingDown => Outcome::ShuttingDown,
+            Self::NotReady => Outcome::NotReady,
+            Self::ModelNotFound { .. } => Outcome::ModelNotFound,
+            Self::Internal(_) => Outcome::Internal,
+        }
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,10 +13,13 @@ use bytes::Bytes;
 use super::engine::{Backend, EngineOptions, OrtBackend};
 use super::error::InferError;
 use super::resize::Preprocessor;
-use super::scheduler::{Health, Input, Job, OpenBackend, Output, Scheduler, SchedulerOptions, StartError, Timings};
+use super::scheduler::{
+    self, Health, Input, Job, OpenBackend, Output, Scheduler, SchedulerOptions, StartError, Terms, Timings,
+};
 use super::top_k::{NotFinite, Prediction, check_finite, top_k};
+use super::verify;
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
-use crate::metrics::{Metrics, ModelMetrics, Phase};
+use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
 use crate::model::{self, Manifest, ModelDir, ModelError};
 
 /// Which models are served, and how.
@@ -28,6 +31,8 @@ pub struct RegistryOptions {
     pub models: Vec<(String, Option<u32>)>,
     /// How engines are opened.
     pub engine: EngineOptions,
+    /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
+    pub elastic_threads: usize,
     /// How images are queued and batched.
     pub scheduler: SchedulerOptions,
 }
@@ -38,6 +43,9 @@ pub enum RegistryError {
     /// The repository or a manifest.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The manifest's golden answer belongs to another input than this program makes.
+    #[error("the golden input of model `{0}` can't be made by this version of nfold; fold the checkpoint again")]
+    Golden(String),
     /// A model that does not start.
     #[error("model `{name}` version {version} does not start: {source}")]
     Start {
@@ -76,6 +84,17 @@ pub struct LiveModel {
     pub manifest: Manifest,
     scheduler: Scheduler,
     metrics: ModelMetrics,
+    info: ModelInfo,
+}
+
+/// What a model's compute threads run.
+pub struct Engines {
+    /// Opens a worker's engine.
+    pub open: OpenBackend,
+    /// Opens the one that has every core.
+    pub open_wide: Option<OpenBackend>,
+    /// Name of the hardware, for metrics.
+    pub provider: &'static str,
 }
 
 impl LiveModel {
@@ -83,20 +102,31 @@ impl LiveModel {
     /// Blocks for seconds.
     pub fn open(dir: &ModelDir, options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
         let onnx = Arc::new(dir.read_onnx()?);
-        let (engine, what) = (options.engine, dir.onnx().display().to_string());
-        let open = move || Ok(Box::new(OrtBackend::open(&onnx, &what, &engine)?) as Box<dyn Backend>);
-        Self::start(dir, Box::new(open), engine.provider.name(), &options.scheduler, metrics)
+        let what = dir.onnx().display().to_string();
+        let opener = |engine: EngineOptions| -> OpenBackend {
+            let (onnx, what) = (onnx.clone(), what.clone());
+            Box::new(move || Ok(Box::new(OrtBackend::open(&onnx, &what, &engine)?) as Box<dyn Backend>))
+        };
+        let engine = options.engine;
+        let engines = Engines {
+            open: opener(engine),
+            // it alone spins: several pools that do so disturb each other
+            open_wide: (options.elastic_threads > engine.intra_threads)
+                .then(|| opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine })),
+            provider: engine.provider.name(),
+        };
+        Self::start(dir, engines, &options.scheduler, metrics)
     }
 
-    /// Starts a model on engines that `open` makes. Blocks for seconds.
+    /// Starts a model on these engines. Blocks for seconds.
     pub fn start(
         dir: &ModelDir,
-        open: OpenBackend,
-        provider: &'static str,
+        engines: Engines,
         options: &SchedulerOptions,
         metrics: &Metrics,
     ) -> Result<Self, RegistryError> {
         let (name, version, manifest) = (dir.name.clone(), dir.version, dir.manifest.clone());
+        let Engines { open, open_wide, provider } = engines;
         let model_metrics = metrics.model(&name, version, provider);
         let job = Job {
             what: format!("{name}/{version}"),
@@ -104,6 +134,8 @@ impl LiveModel {
             exif_orientation: manifest.preprocessing.exif_orientation,
             classes: manifest.classes as usize,
             open,
+            open_wide,
+            golden: golden(dir)?,
             metrics: model_metrics.clone(),
         };
         let started = Instant::now();
@@ -113,18 +145,16 @@ impl LiveModel {
             source,
         })?;
         let precision = serde_json::to_value(manifest.precision).unwrap_or_default();
-        metrics
-            .model_info
-            .with_label_values(&[
-                name.as_str(),
-                &version.to_string(),
-                &manifest.architecture,
-                precision.as_str().unwrap_or_default(),
-                provider,
-                &manifest.onnx_sha256,
-                &manifest.source_sha256,
-            ])
-            .set(1);
+        let info = [
+            name.clone(),
+            version.to_string(),
+            manifest.architecture.clone(),
+            precision.as_str().unwrap_or_default().into(),
+            provider.into(),
+            manifest.onnx_sha256.clone(),
+            manifest.source_sha256.clone(),
+        ];
+        let info = metrics.model_info(info);
         tracing::info!(
             model = name,
             version,
@@ -135,7 +165,7 @@ impl LiveModel {
             duration_ms = started.elapsed().as_millis() as u64,
             "model {name} version {version} is warm"
         );
-        Ok(Self { name, version, manifest, scheduler, metrics: model_metrics })
+        Ok(Self { name, version, manifest, scheduler, metrics: model_metrics, info })
     }
 
     /// The logits of one request's images, in order, each made into what is asked for by `finish`. The one way to an
@@ -144,7 +174,7 @@ impl LiveModel {
     pub async fn infer<T>(
         &self,
         inputs: Vec<Input>,
-        deadline: Instant,
+        terms: impl Into<Terms>,
         finish: impl Fn(Vec<f32>) -> Result<T, NotFinite>,
     ) -> Result<Vec<Result<(T, Timings), InferError>>, InferError> {
         let mut request = Counted {
@@ -155,7 +185,7 @@ impl LiveModel {
         };
         // a client's own numbers may overflow the network; an image can't
         let by_hand = !inputs.iter().all(|input| matches!(input, Input::Encoded(_)));
-        let tickets = self.scheduler.submit(inputs, deadline)?;
+        let tickets = self.scheduler.submit(inputs, terms)?;
         let mut answers = Vec::with_capacity(tickets.len());
         for ticket in tickets {
             answers.push(match ticket.answer().await {
@@ -254,46 +284,89 @@ pub struct Registry {
     models: RwLock<Models>,
     /// Where models come from that are loaded later; none: nowhere.
     source: Option<RegistryOptions>,
+    /// Held by whoever loads: one at a time.
+    reloading: Mutex<()>,
 }
 
 impl Registry {
     /// Opens what the options ask for, or everything. Blocks until all of it is warm.
     pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
         let registry = Self { source: Some(options.clone()), ..Self::default() };
-        for dir in select(options)? {
+        for (name, version) in select(options)? {
+            let dir = ModelDir::open(&options.repository, Some(&name), Some(version))?;
             registry.add(LiveModel::open(&dir, options, metrics)?);
         }
         Ok(registry)
     }
 
-    /// Adds a warm model, in place of one of the same name and version.
-    /// The one it replaces answers what it has queued, then ends.
+    /// Adds a warm model, in place of one of the same name and version. Requests that have found the old one still get its
+    /// answer; it ends with the last of them.
     pub fn add(&self, model: LiveModel) {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        let old = models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
-        drop(models);
-        if let Some(old) = old {
-            old.scheduler.close();
-        }
+        models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
     }
 
     /// Opens the named model's newest version and adds it. Blocks until it is warm.
     pub fn load(&self, name: &str, metrics: &Metrics) -> Result<(), RegistryError> {
+        let _one = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let source = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
-        let dir = ModelDir::open(&source.repository, Some(name), None)?;
-        self.add(LiveModel::open(&dir, source, metrics)?);
+        let opened = ModelDir::open(&source.repository, Some(name), None).map_err(RegistryError::from);
+        let opened = opened.and_then(|dir| LiveModel::open(&dir, source, metrics));
+        metrics.reloaded(name, opened.is_ok());
+        self.add(opened?);
         Ok(())
     }
 
-    /// Takes every version of the named model out of service; what it has queued is still answered.
+    /// Takes every version of the named model out of service. Requests that have found it still get their answer.
     pub fn unload(&self, name: &str) -> Result<(), InferError> {
         self.find(Some(name), None)?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        let gone = models.remove(name).unwrap_or_default();
-        drop(models);
-        for model in gone.values() {
-            model.scheduler.close();
-            tracing::info!(model = model.name, version = model.version, "model unloaded");
+        models.remove(name);
+        tracing::info!(model = name, "model unloaded");
+        Ok(())
+    }
+
+    /// Brings what is served in line with the repository: new and changed versions are opened beside the old ones, warmed
+    /// and tested, and only then take their place; what has gone from the repository goes. Whatever fails leaves the old
+    /// model serving. Blocks until all of it is warm.
+    pub fn reload(&self, metrics: &Metrics) -> Result<(), RegistryError> {
+        let _one = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let source = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
+        let wanted = select(source)?;
+        for (name, version) in &wanted {
+            let opened = ModelDir::open(&source.repository, Some(name), Some(*version)).map_err(RegistryError::from);
+            let serves =
+                |dir: &ModelDir| self.find(Some(name), Some(*version)).is_ok_and(|m| m.manifest == dir.manifest);
+            if opened.as_ref().is_ok_and(serves) {
+                continue;
+            }
+            let opened = opened.and_then(|dir| LiveModel::open(&dir, source, metrics));
+            metrics.reloaded(name, opened.is_ok());
+            match opened {
+                Ok(model) => self.add(model),
+                Err(error) => {
+                    tracing::error!(model = name, version, %error, "not reloaded, what was served stays: {error}")
+                }
+            }
+        }
+        let gone = |wanted: &[(String, u32)]| -> Vec<Arc<LiveModel>> {
+            let kept = |model: &Arc<LiveModel>| wanted.iter().any(|(n, v)| *n == model.name && *v == model.version);
+            self.all().into_iter().filter(|model| !kept(model)).collect()
+        };
+        if gone(&wanted).is_empty() {
+            return Ok(());
+        }
+        // a version that is being replaced is away for a moment
+        std::thread::sleep(Duration::from_secs(1));
+        let mut wanted = wanted;
+        wanted.extend(select(source)?);
+        for model in gone(&wanted) {
+            let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+            if let Some(versions) = models.get_mut(&model.name) {
+                versions.remove(&model.version);
+            }
+            models.retain(|_, versions| !versions.is_empty());
+            tracing::info!(model = model.name, version = model.version, "gone from the repository, no longer served");
         }
         Ok(())
     }
@@ -347,7 +420,10 @@ impl Registry {
 
     /// Sets the gauges that are measured when somebody looks.
     pub fn observe(&self) {
-        self.all().iter().for_each(|model| model.scheduler.observe());
+        for model in self.all() {
+            model.scheduler.observe();
+            model.info.set();
+        }
     }
 
     /// Takes no new images; what is queued is still answered.
@@ -366,31 +442,33 @@ impl Registry {
     }
 }
 
-/// The version folders that the options name.
-fn select(options: &RegistryOptions) -> Result<Vec<ModelDir>, RegistryError> {
-    let repository = &options.repository;
-    let held = model::list(repository)?;
-    let mut dirs = Vec::new();
-    let mut take = |name: &str, version: Option<u32>| {
-        dirs.push(ModelDir::open(repository, Some(name), version)?);
-        Ok::<_, ModelError>(())
-    };
+/// Names and versions that the options ask for.
+fn select(options: &RegistryOptions) -> Result<Vec<(String, u32)>, RegistryError> {
+    let held = model::list(&options.repository)?;
+    let all = |(name, versions): &(String, Vec<u32>)| versions.iter().map(|&v| (name.clone(), v)).collect::<Vec<_>>();
+    let mut selected = Vec::new();
     if options.models.is_empty() {
-        for (name, versions) in &held {
-            for &version in versions {
-                take(name, Some(version))?;
-            }
-        }
+        selected.extend(held.iter().flat_map(all));
     }
     for (name, version) in &options.models {
         match (version, held.iter().find(|(n, _)| n == name)) {
-            (None, Some((_, versions))) => {
-                for &version in versions {
-                    take(name, Some(version))?;
-                }
+            (None, Some(model)) => selected.extend(all(model)),
+            _ => {
+                let dir = ModelDir::open(&options.repository, Some(name), *version)?;
+                selected.push((dir.name, dir.version));
             }
-            _ => take(name, *version)?,
         }
     }
-    if dirs.is_empty() { Err(RegistryError::Empty(repository.clone())) } else { Ok(dirs) }
+    if selected.is_empty() { Err(RegistryError::Empty(options.repository.clone())) } else { Ok(selected) }
+}
+
+/// What the manifest says that the model must answer.
+fn golden(dir: &ModelDir) -> Result<Option<scheduler::Golden>, RegistryError> {
+    let Some(golden) = &dir.manifest.golden else { return Ok(None) };
+    let p = &dir.manifest.preprocessing;
+    let input = verify::images((p.height as usize, p.width as usize)).next().unwrap_or_default();
+    if verify::digest(&input) != golden.input_sha256 {
+        return Err(RegistryError::Golden(dir.name.clone()));
+    }
+    Ok(Some(scheduler::Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance }))
 }

@@ -1,11 +1,8 @@
 //! Admission, queue, batching and deadlines of one model.
 //!
-//! An image is admitted with a slot or refused at once; its queue entry owns the slot, and dropping the entry, wherever
-//! that happens, frees it: admission and queue can't disagree. Compute threads (see `worker`) ask this room for their
-//! next task. It knows no protocol, no labels and no engine's inner life.
+//! An image is admitted with a slot or refused at once: admission and queue (see `queue`) can't disagree. Compute threads
+//! (see `worker`) ask this room for their next task. It knows no protocol, no labels and no engine's inner life.
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,10 +13,12 @@ use tokio::sync::oneshot;
 use super::engine::{Backend, EngineError};
 use super::error::InferError;
 use super::image::ImageLimits;
+use super::queue::{Entry, Pending, Phase, Prepared, Slots, State, Take, smooth};
 use super::resize::Preprocessor;
 use super::tensor::RawTensor;
+use super::warm_up::Warm;
 use super::worker::{self, Role};
-use crate::metrics::{ModelMetrics, Outcome};
+use crate::metrics::ModelMetrics;
 
 /// Opens a fresh engine for a compute thread: at the start, and again after a panic in the old one.
 pub type OpenBackend = Box<dyn Fn() -> Result<Box<dyn Backend>, EngineError> + Send + Sync>;
@@ -41,6 +40,59 @@ pub struct SchedulerOptions {
     pub queue_limit: usize,
     /// What an encoded image may cost at most.
     pub image_limits: ImageLimits,
+    /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
+    /// the batch, or that are built for some shapes only. The largest limits `max_batch`.
+    pub buckets: Vec<usize>,
+    /// What is made of a difference between an image alone and in a batch.
+    pub invariance: Invariance,
+}
+
+impl SchedulerOptions {
+    /// Images in the engine run that `images` need, padding included.
+    pub(super) fn padded(&self, images: usize) -> usize {
+        self.buckets.iter().copied().find(|&bucket| bucket >= images).unwrap_or(images)
+    }
+}
+
+/// What the self-test at the start does: the same images alone and in every batch size that can occur.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Invariance {
+    /// Any difference in any bit stops the start.
+    Require,
+    /// The largest difference is logged and published.
+    #[default]
+    Report,
+    /// Not tested.
+    Off,
+}
+
+/// Until when a request may take, and who goes first.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// When nobody waits any more.
+    pub deadline: Instant,
+    /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served.
+    pub priority: u32,
+}
+
+/// The place in the queue of a request that names no priority.
+pub const DEFAULT_PRIORITY: u32 = 100;
+
+impl From<Instant> for Terms {
+    fn from(deadline: Instant) -> Self {
+        Self { deadline, priority: 0 }
+    }
+}
+
+/// What a model must answer before it is served: one image's tensor and its logits, as they were when it was folded.
+#[derive(Debug, Clone)]
+pub struct Golden {
+    /// `[3, height, width]`.
+    pub input: Vec<f32>,
+    /// `[classes]`.
+    pub logits: Vec<f32>,
+    /// Largest difference of a logit that is taken.
+    pub tolerance: f64,
 }
 
 /// What a scheduler runs.
@@ -55,6 +107,10 @@ pub struct Job {
     pub classes: usize,
     /// Opens an engine.
     pub open: OpenBackend,
+    /// Opens an engine that has every core, for an image that comes to an idle machine.
+    pub open_wide: Option<OpenBackend>,
+    /// What it must answer.
+    pub golden: Option<Golden>,
     /// Where numbers go.
     pub metrics: ModelMetrics,
 }
@@ -72,6 +128,24 @@ pub enum StartError {
         batch: usize,
         /// What went wrong.
         reason: String,
+    },
+    /// Not the model that was folded, or not the arithmetic.
+    #[error(
+        "its logits differ by {difference:.3e} from those at folding (tolerance {tolerance:.3e}); fold the checkpoint again, or see what is different about this machine with `nfold inspect`"
+    )]
+    Golden {
+        /// Largest difference of a logit.
+        difference: f64,
+        /// What is taken.
+        tolerance: f64,
+    },
+    /// [`Invariance::Require`] is not met.
+    #[error(
+        "a logit differs by {difference:.3e} between an image alone and in a batch; serve with --batch-buckets, --max-batch-size 1 or --invariance report"
+    )]
+    Variant {
+        /// Largest difference of a logit.
+        difference: f64,
     },
     /// The system gave no thread, or the thread died.
     #[error("can't start a compute thread: {0}")]
@@ -182,16 +256,19 @@ impl Scheduler {
             // the scheduler is dropped on failure, and that stops the other threads
             let warm = reports.recv().map_err(|_| StartError::Thread("it died while warming up".into()))??;
             shared.warmed(&warm);
+            if shared.options.invariance == Invariance::Require && warm.max_abs_diff > 0.0 {
+                return Err(StartError::Variant { difference: warm.max_abs_diff });
+            }
         }
         Ok(scheduler)
     }
 
     /// Admits all images of a request or none. Nothing has been computed when this refuses.
-    pub fn submit(&self, inputs: Vec<Input>, deadline: Instant) -> Result<Vec<Ticket>, InferError> {
+    pub fn submit(&self, inputs: Vec<Input>, terms: impl Into<Terms>) -> Result<Vec<Ticket>, InferError> {
         let images = inputs.len();
-        let admitted = self.shared.admit(inputs, deadline);
+        let admitted = self.shared.admit(inputs, terms.into());
         if let Err(error) = &admitted {
-            self.shared.metrics().images(outcome(error), images);
+            self.shared.metrics().images(error.outcome(), images);
         }
         admitted
     }
@@ -217,9 +294,7 @@ impl Scheduler {
     /// Sets the gauges that are measured when somebody looks.
     pub fn observe(&self) {
         let state = self.shared.lock();
-        let oldest =
-            state.raw.iter().map(|e| e.pending.arrived).chain(state.ready.front().map(|p| p.pending.arrived)).min();
-        let age = oldest.map_or(Duration::ZERO, |a| a.elapsed());
+        let age = state.oldest().map_or(Duration::ZERO, |arrived| arrived.elapsed());
         let engines = state.engines;
         drop(state);
         self.shared.metrics().queue_oldest_age_seconds.set(age.as_secs_f64());
@@ -265,124 +340,11 @@ impl Drop for Scheduler {
     }
 }
 
-/// How an error counts.
-pub fn outcome(error: &InferError) -> Outcome {
-    use super::image::ImageError;
-    match error {
-        InferError::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,
-        InferError::Image(ImageError::TooLarge { .. }) => Outcome::ImageTooLarge,
-        InferError::Image(_) => Outcome::InvalidImage,
-        InferError::BadTensor(_) | InferError::TooManyImages { .. } | InferError::ModelNotNamed { .. } => {
-            Outcome::InvalidRequest
-        }
-        InferError::Overloaded { .. } => Outcome::Overloaded,
-        InferError::DeadlineExceeded => Outcome::DeadlineExceeded,
-        InferError::ShuttingDown => Outcome::ShuttingDown,
-        InferError::NotReady => Outcome::NotReady,
-        InferError::ModelNotFound { .. } => Outcome::ModelNotFound,
-        InferError::Internal(_) => Outcome::Internal,
-    }
-}
-
-/// Counts images admitted and not yet answered.
-#[derive(Debug)]
-struct Slots {
-    used: AtomicUsize,
-    limit: usize,
-    metrics: ModelMetrics,
-}
-
-impl Slots {
-    /// Takes `count` slots or none.
-    fn take(self: &Arc<Self>, count: usize) -> Option<Vec<Slot>> {
-        let fits = |used: usize| used.checked_add(count).filter(|&sum| sum <= self.limit);
-        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
-        self.metrics.queue_depth.add(count as i64);
-        Some((0..count).map(|_| Slot(self.clone())).collect())
-    }
-
-    fn used(&self) -> usize {
-        self.used.load(Ordering::Acquire)
-    }
-}
-
-/// The right of one image to be in the house. Not `Clone`: released once, by drop.
-#[derive(Debug)]
-struct Slot(Arc<Slots>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::AcqRel);
-        self.0.metrics.queue_depth.dec();
-    }
-}
-
-/// The scheduler's end of one admitted image.
-#[derive(Debug)]
-pub(super) struct Pending {
-    reply: Option<oneshot::Sender<Result<Output, InferError>>>,
-    slot: Option<Slot>,
-    sequence: u64,
-    /// When it was admitted.
-    pub(super) arrived: Instant,
-    deadline: Instant,
-}
-
-impl Pending {
-    /// Answers and counts the image. The slot is free and the image counted before the caller can see the answer, so
-    /// that a caller who sends its next image at once finds room.
-    pub(super) fn answer(mut self, result: Result<Output, InferError>) {
-        self.end(result);
-    }
-
-    fn end(&mut self, result: Result<Output, InferError>) {
-        let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
-        let slots = slot.0.clone();
-        drop(slot);
-        let ended = match (&result, reply.is_closed()) {
-            (Ok(_), false) => Outcome::Ok,
-            (Err(error), false) => outcome(error),
-            (_, true) if self.deadline <= Instant::now() => Outcome::DeadlineExceeded,
-            (_, true) => Outcome::Cancelled,
-        };
-        slots.metrics.images(ended, 1);
-        // an error means that the caller has gone since
-        let _ = reply.send(result);
-    }
-
-    /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
-    fn is_dead(&self, now: Instant, lead: Duration) -> bool {
-        self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.end(Err(InferError::Internal("an image was dropped without an answer".into())));
-    }
-}
-
-/// An image waiting to be decoded.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) input: Input,
-    pub(super) pending: Pending,
-}
-
-/// An image waiting for an engine.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    pub(super) tensor: Vec<f32>,
-    pub(super) decode: Duration,
-    pub(super) preprocess: Duration,
-    pub(super) pending: Pending,
-}
-
 /// What a compute thread does next.
 #[derive(Debug)]
 pub(super) enum Task {
     Prepare(Entry),
-    Run(Vec<Prepared>),
+    Run { images: Vec<Prepared>, alone: bool },
     Reopen,
     Stop,
 }
@@ -396,13 +358,6 @@ pub(super) struct Seat {
     pub(super) reopen_at: Option<Instant>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
-    Open,
-    Closing,
-    Aborted,
-}
-
 /// What threads and callers share.
 pub(super) struct Shared {
     state: Mutex<State>,
@@ -410,6 +365,8 @@ pub(super) struct Shared {
     work: Condvar,
     /// Something to run, where decoders do the rest.
     batch: Condvar,
+    /// The engine that has every core; whoever runs it holds the lock, nobody waits for it.
+    pub(super) wide: Mutex<Option<Box<dyn Backend>>>,
     slots: Arc<Slots>,
     pub(super) options: SchedulerOptions,
     pub(super) job: Job,
@@ -421,43 +378,19 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-#[derive(Debug)]
-struct State {
-    phase: Phase,
-    raw: VecDeque<Entry>,
-    /// Images that a thread is decoding right now.
-    decoding: usize,
-    ready: VecDeque<Prepared>,
-    sequence: u64,
-    engines: usize,
-    failures: u32,
-    running: Vec<Option<Instant>>,
-    /// Engine time per image, and decode plus resize time per image: moving averages.
-    run_cost: Duration,
-    prepare_cost: Duration,
-}
-
 impl Shared {
     fn new(job: Job, mut options: SchedulerOptions) -> Self {
         options.workers = options.workers.max(1);
-        options.max_batch = options.max_batch.max(1);
+        options.buckets.sort_unstable();
+        options.max_batch = options.buckets.last().map_or(options.max_batch, |&b| b.min(options.max_batch)).max(1);
         options.queue_limit = options.queue_limit.max(1);
         let limit = options.queue_limit;
         job.metrics.queue_limit.set(limit as i64);
-        let slots = Arc::new(Slots { used: AtomicUsize::new(0), limit, metrics: job.metrics.clone() });
-        let state = State {
-            phase: Phase::Open,
-            raw: VecDeque::new(),
-            decoding: 0,
-            ready: VecDeque::new(),
-            sequence: 0,
-            engines: 0,
-            failures: 0,
-            running: vec![None; options.workers],
-            run_cost: Duration::ZERO,
-            prepare_cost: Duration::ZERO,
-        };
-        Self { state: Mutex::new(state), work: Condvar::new(), batch: Condvar::new(), slots, options, job }
+        job.metrics.invariance_max_abs_diff.set(0.0);
+        let slots = Arc::new(Slots::new(limit, job.metrics.clone()));
+        let state = Mutex::new(State::new(options.workers));
+        let (work, batch, wide) = (Condvar::new(), Condvar::new(), Mutex::new(None));
+        Self { state, work, batch, wide, slots, options, job }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -469,14 +402,19 @@ impl Shared {
         &self.slots.metrics
     }
 
-    fn warmed(&self, warm: &worker::Warm) {
+    fn warmed(&self, warm: &Warm) {
         let mut state = self.lock();
         state.run_cost = state.run_cost.max(warm.run_cost);
         let gauge = &self.metrics().invariance_max_abs_diff;
-        gauge.set(gauge.get().max(warm.max_abs_diff));
+        match self.options.invariance {
+            Invariance::Off => gauge.set(f64::NAN),
+            _ => gauge.set(gauge.get().max(warm.max_abs_diff)),
+        }
     }
 
-    fn admit(&self, inputs: Vec<Input>, deadline: Instant) -> Result<Vec<Ticket>, InferError> {
+    fn admit(&self, inputs: Vec<Input>, terms: Terms) -> Result<Vec<Ticket>, InferError> {
+        let Terms { deadline, priority } = terms;
+        let priority = if priority == 0 { DEFAULT_PRIORITY } else { priority };
         let (images, limit) = (inputs.len(), self.slots.limit);
         let now = Instant::now();
         if images > limit {
@@ -509,10 +447,10 @@ impl Shared {
         let mut tickets = Vec::with_capacity(images);
         for (input, slot) in inputs.into_iter().zip(slots) {
             let (reply, receiver) = oneshot::channel();
-            let sequence = state.sequence;
+            let place = (priority, state.sequence);
             state.sequence += 1;
-            let pending = Pending { reply: Some(reply), slot: Some(slot), sequence, arrived: now, deadline };
-            state.raw.push_back(Entry { input, pending });
+            let pending = Pending { reply: Some(reply), slot: Some(slot), place, arrived: now, deadline };
+            state.push_raw(Entry { input, pending });
             tickets.push(Ticket { reply: receiver, deadline });
         }
         drop(state);
@@ -543,11 +481,11 @@ impl Shared {
             let mut wake = seat.reopen_at;
             if can_run {
                 match state.take_batch(now, &self.options) {
-                    Take::Batch(batch) => {
+                    Take::Batch { images, alone } => {
                         if let Some(worker) = seat.worker {
                             state.running[worker] = Some(now);
                         }
-                        return Task::Run(batch);
+                        return Task::Run { images, alone };
                     }
                     Take::At(time) => wake = Some(time),
                     Take::Nothing => {}
@@ -586,11 +524,7 @@ impl Shared {
             state.prepare_cost = smooth(state.prepare_cost, took);
         }
         if let Some(prepared) = prepared {
-            // decoding may finish out of order; images run in the order they came
-            let behind =
-                state.ready.iter().rev().take_while(|p| p.pending.sequence > prepared.pending.sequence).count();
-            let at = state.ready.len() - behind;
-            state.ready.insert(at, prepared);
+            state.push_ready(prepared);
         }
         let idle_hands = state.engines < self.options.workers || state.phase != Phase::Open;
         drop(state);
@@ -642,111 +576,4 @@ impl Shared {
         self.work.notify_all();
         self.batch.notify_all();
     }
-}
-
-/// What there is for a free engine.
-enum Take {
-    Batch(Vec<Prepared>),
-    /// Nothing before that moment: the oldest image may wait for company until then.
-    At(Instant),
-    Nothing,
-}
-
-impl State {
-    fn is_empty(&self) -> bool {
-        self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0
-    }
-
-    /// The next live image to decode.
-    fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
-        while let Some(entry) = self.raw.pop_front() {
-            let lead = self.lead(self.raw.len(), self.run_cost + self.prepare_cost, options);
-            if !entry.pending.is_dead(now, lead) {
-                return Some(entry);
-            }
-            entry.pending.answer(Err(InferError::DeadlineExceeded));
-        }
-        None
-    }
-
-    /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
-    /// engines and batches grow only with the queue.
-    fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
-        let Some(oldest) = self.ready.front() else { return Take::Nothing };
-        let waits = !options.max_queue_delay.is_zero();
-        let undecoded = if options.decoders == 0 { self.raw.len() + self.decoding } else { 0 };
-        let waiting = self.ready.len() + undecoded;
-        let share =
-            if waits { options.max_batch } else { waiting.div_ceil(self.engines.max(1)).min(options.max_batch) };
-        if self.ready.len() < share {
-            if options.decoders == 0 && !self.raw.is_empty() {
-                return Take::Nothing; // decode first, this thread can
-            }
-            let until = oldest.pending.arrived + options.max_queue_delay;
-            if waits && self.phase == Phase::Open && now < until {
-                return Take::At(until);
-            }
-        }
-        let mut batch = Vec::with_capacity(share);
-        while batch.len() < share
-            && let Some(prepared) = self.ready.pop_front()
-        {
-            let lead = self.lead(self.ready.len() + self.raw.len(), self.run_cost, options);
-            match prepared.pending.is_dead(now, lead) {
-                true => prepared.pending.answer(Err(InferError::DeadlineExceeded)),
-                false => batch.push(prepared),
-            }
-        }
-        if batch.is_empty() { Take::Nothing } else { Take::Batch(batch) }
-    }
-
-    /// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes
-    /// the others late; without one, there is nothing to lose by trying.
-    fn lead(&self, behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
-        if behind >= options.workers { cost } else { Duration::ZERO }
-    }
-
-    /// Removes images that nobody waits for, so that they don't keep out those that somebody does.
-    fn bury(&mut self, now: Instant) {
-        let dead = |pending: &Pending| pending.is_dead(now, Duration::ZERO);
-        for i in (0..self.raw.len()).rev() {
-            if dead(&self.raw[i].pending)
-                && let Some(entry) = self.raw.remove(i)
-            {
-                entry.pending.answer(Err(InferError::DeadlineExceeded));
-            }
-        }
-        for i in (0..self.ready.len()).rev() {
-            if dead(&self.ready[i].pending)
-                && let Some(prepared) = self.ready.remove(i)
-            {
-                prepared.pending.answer(Err(InferError::DeadlineExceeded));
-            }
-        }
-    }
-
-    fn answer_all(&mut self) {
-        for entry in self.raw.drain(..) {
-            entry.pending.answer(Err(InferError::ShuttingDown));
-        }
-        for prepared in self.ready.drain(..) {
-            prepared.pending.answer(Err(InferError::ShuttingDown));
-        }
-    }
-
-    /// How long `images` keep the threads busy, by the measured costs.
-    fn drain_time(&self, images: usize, options: &SchedulerOptions) -> Duration {
-        let engines = self.engines.max(1) as f64;
-        let (run, prepare) = (self.run_cost.as_secs_f64(), self.prepare_cost.as_secs_f64());
-        let each = match options.decoders {
-            0 => (run + prepare) / engines,
-            decoders => (run / engines).max(prepare / decoders as f64),
-        };
-        Duration::try_from_secs_f64(each * images as f64).unwrap_or(Duration::MAX)
-    }
-}
-
-/// Moving average over about ten values.
-fn smooth(average: Duration, value: Duration) -> Duration {
-    if average.is_zero() { value } else { (average * 9 + value) / 10 }
 }

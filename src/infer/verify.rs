@@ -3,6 +3,7 @@
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};
+use sha2::{Digest as _, Sha256};
 
 use super::engine::{Backend, BackendError, Batch};
 
@@ -15,16 +16,26 @@ pub struct Difference {
     pub logit_span: f64,
 }
 
-/// A graph's logits on `images` unit Gaussian images of (height, width), always the same ones, run one by one.
-pub fn answers(graph: &mut dyn Backend, images: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
+/// Unit Gaussian images of (height, width), `[3, height, width]` each: always the same ones.
+pub fn images(size: (usize, usize)) -> impl Iterator<Item = Vec<f32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
+    std::iter::repeat_with(move || (0..3 * size.0 * size.1).map(|_| StandardNormal.sample(&mut rng)).collect())
+}
+
+/// A graph's logits on the first `count` [`images`], run one by one.
+pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
     let mut logits = Vec::new();
-    for _ in 0..images {
-        let mut batch = Batch::zeros(1, size.0, size.1);
-        batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
-        logits.extend(graph.run(&batch)?.data);
+    for data in images(size).take(count) {
+        logits.extend(graph.run(&Batch { images: 1, height: size.0, width: size.1, data })?.data);
     }
     Ok(logits)
+}
+
+/// SHA-256 of an image as little-endian bytes, in hexadecimal.
+pub fn digest(image: &[f32]) -> String {
+    let mut hash = Sha256::new();
+    image.iter().for_each(|value| hash.update(value.to_le_bytes()));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Compares the [`answers`] of two graphs.

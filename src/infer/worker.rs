@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 use super::engine::{Backend, Batch, Logits};
 use super::error::InferError;
 use super::image;
-use super::scheduler::{Entry, Input, Output, Pending, Prepared, Seat, Shared, StartError, Task, Timings};
+use super::queue::{Entry, Pending, Prepared};
+use super::scheduler::{Input, Output, Seat, Shared, StartError, Task, Timings};
 use super::tensor;
+use super::warm_up::{Warm, warm_up};
 use crate::metrics::{Phase, RunResult};
 
 /// Shortest and longest pause between two tries to reopen an engine.
@@ -27,15 +29,6 @@ pub(super) enum Role {
     Decoder,
 }
 
-/// What warming up one engine showed.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Warm {
-    /// Engine time per image in the largest batch.
-    pub(super) run_cost: Duration,
-    /// Largest difference of a logit between an image alone and in any batch.
-    pub(super) max_abs_diff: f64,
-}
-
 /// The whole life of a compute thread. A worker reports once: warm, or why not.
 pub(super) fn main(shared: &Shared, role: Role, report: Sender<Result<Warm, StartError>>) {
     let mut worker = match role {
@@ -44,7 +37,7 @@ pub(super) fn main(shared: &Shared, role: Role, report: Sender<Result<Warm, Star
             let opened = (shared.job.open)().map_err(StartError::from);
             let warmed = opened.and_then(|engine| {
                 let mut worker = Worker { number: Some(number), engine: Some(engine), reopen: None };
-                warm(shared, &mut worker).map(|warm| (worker, warm))
+                warm_up(shared, &mut worker, number == 0).map(|warm| (worker, warm))
             });
             match warmed {
                 Ok((worker, warm)) => {
@@ -63,7 +56,7 @@ pub(super) fn main(shared: &Shared, role: Role, report: Sender<Result<Warm, Star
     loop {
         match shared.next(worker.seat()) {
             Task::Prepare(entry) => prepare(shared, entry),
-            Task::Run(batch) => run(shared, &mut worker, batch),
+            Task::Run { images, alone } => run(shared, &mut worker, images, alone),
             Task::Reopen => worker.reopen(shared),
             Task::Stop => break,
         }
@@ -74,7 +67,7 @@ pub(super) fn main(shared: &Shared, role: Role, report: Sender<Result<Warm, Star
     worker.discard();
 }
 
-struct Worker {
+pub(super) struct Worker {
     number: Option<usize>,
     engine: Option<Box<dyn Backend>>,
     /// When to try again, and the pause after that try.
@@ -112,25 +105,10 @@ impl Worker {
         }
     }
 
-    /// One engine run; the error says what to log.
-    fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Logits, String> {
+    /// One engine run, padded to a bucket; the error says what to log.
+    pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
         let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
-        let started = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| engine.run(batch)));
-        let took = started.elapsed();
-        let metrics = shared.metrics();
-        metrics.phase(Phase::Inference, took);
-        metrics.batch_size.observe(batch.images as f64);
-        let (count, result) = match result {
-            Ok(Ok(logits)) => match check(&logits, batch, shared.job.classes) {
-                Ok(()) => (RunResult::Ok, Ok(logits)),
-                Err(reason) => (RunResult::Error, Err(reason)),
-            },
-            Ok(Err(error)) => (RunResult::Error, Err(error.to_string())),
-            Err(panic) => (RunResult::Panic, Err(format!("the engine panicked: {}", message(panic.as_ref())))),
-        };
-        metrics.run(count);
-        shared.ran(batch.images, took, result.is_ok());
+        let (count, result) = measured(shared, engine.as_mut(), batch);
         if count == RunResult::Panic {
             // what a panic leaves behind is not to be trusted
             self.discard();
@@ -146,6 +124,59 @@ impl Worker {
             tracing::error!(reason = message(panic.as_ref()), "an engine panicked while it was closed");
         }
     }
+}
+
+/// One run of any engine, padded to a bucket, measured and counted; the error says what to log.
+fn measured(shared: &Shared, engine: &mut dyn Backend, batch: &mut Batch) -> (RunResult, Result<Logits, String>) {
+    let (images, len) = (batch.images, batch.data.len());
+    let padded = shared.options.padded(images);
+    if padded > images {
+        batch.data.resize(len / images.max(1) * padded, 0.0);
+        batch.images = padded;
+    }
+    let started = Instant::now();
+    let result = catch_unwind(AssertUnwindSafe(|| engine.run(batch)));
+    let took = started.elapsed();
+    let (count, result) = match result {
+        Ok(Ok(logits)) => match check(&logits, batch, shared.job.classes) {
+            Ok(()) => (RunResult::Ok, Ok(logits)),
+            Err(reason) => (RunResult::Error, Err(reason)),
+        },
+        Ok(Err(error)) => (RunResult::Error, Err(error.to_string())),
+        Err(panic) => (RunResult::Panic, Err(format!("the engine panicked: {}", message(panic.as_ref())))),
+    };
+    batch.data.truncate(len);
+    batch.images = images;
+    let result = result.map(|mut logits| {
+        logits.data.truncate(images * logits.classes);
+        logits.images = images;
+        logits
+    });
+    let metrics = shared.metrics();
+    metrics.phase(Phase::Inference, took);
+    metrics.batch_size.observe(images as f64);
+    metrics.padding.inc_by((padded - images) as u64);
+    metrics.run(count);
+    shared.ran(images, took, result.is_ok());
+    (count, result)
+}
+
+/// Runs one image on the engine that has every core, if there is one and nobody has it. Whatever goes wrong there, the
+/// worker's own engine can still answer.
+fn run_wide(shared: &Shared, batch: &mut Batch) -> Option<Logits> {
+    let mut wide = shared.wide.try_lock().ok()?;
+    let (count, result) = measured(shared, wide.as_mut()?.as_mut(), batch);
+    if count == RunResult::Panic {
+        let broken = wide.take();
+        let reopened = catch_unwind(AssertUnwindSafe(|| {
+            drop(broken);
+            shared.job.open_wide.as_ref().and_then(|open| open().ok())
+        }));
+        *wide = reopened.ok().flatten();
+    }
+    result
+        .inspect_err(|reason| tracing::warn!(model = shared.job.what, reason, "the engine for an idle machine failed"))
+        .ok()
 }
 
 fn check(logits: &Logits, batch: &Batch, classes: usize) -> Result<(), String> {
@@ -209,7 +240,7 @@ fn take(shared: &Shared, tensor: Vec<f32>, started: Instant, pending: Pending) {
     shared.prepared(Some(prepared), Duration::ZERO);
 }
 
-fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
+fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>, alone: bool) {
     let started = Instant::now();
     let count = images.len();
     let (height, width) = (shared.job.preprocessor.height(), shared.job.preprocessor.width());
@@ -217,8 +248,9 @@ fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
         [only] => std::mem::take(&mut only.tensor),
         several => several.iter_mut().flat_map(|image| std::mem::take(&mut image.tensor)).collect(),
     };
-    let batch = Batch { images: count, height, width, data };
-    match worker.attempt(shared, &batch) {
+    let mut batch = Batch { images: count, height, width, data };
+    let wide = if alone { run_wide(shared, &mut batch) } else { None };
+    match wide.map_or_else(|| worker.attempt(shared, &mut batch), Ok) {
         Ok(logits) => {
             let took = started.elapsed();
             let input = images.iter().map(|image| image.decode + image.preprocess).sum();
@@ -246,7 +278,7 @@ fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>) {
                     worker.reopen(shared);
                 }
                 let started = Instant::now();
-                let single = worker.attempt(shared, &Batch { images: 1, height, width, data: data.to_vec() });
+                let single = worker.attempt(shared, &mut Batch { images: 1, height, width, data: data.to_vec() });
                 let row = single.map(|logits| logits.data);
                 if row.is_ok() {
                     shared.metrics().statistics.ran(1, image.decode + image.preprocess, started.elapsed());
@@ -264,47 +296,6 @@ fn answer(shared: &Shared, image: Prepared, run: (Instant, Duration), batch: usi
     shared.metrics().phase(Phase::Queue, queue);
     let timings = Timings { decode, preprocess, queue, inference, batch };
     pending.answer(row.map(|logits| Output { logits, timings }).map_err(InferError::Internal));
-}
-
-/// Runs every batch size that can occur up to 8, then powers of two and the largest, on images that differ, and
-/// compares each row with the same image alone.
-fn warm(shared: &Shared, worker: &mut Worker) -> Result<Warm, StartError> {
-    let largest = shared.options.max_batch;
-    let (height, width) = (shared.job.preprocessor.height(), shared.job.preprocessor.width());
-    let mut all = Batch::zeros(largest, height, width);
-    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
-    for value in &mut all.data {
-        // xorshift: any fixed numbers of an input's usual size will do
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        *value = (random >> 40) as f32 / (1 << 22) as f32 - 2.0;
-    }
-    let len = shared.job.preprocessor.tensor_len();
-    let mut run = |images: usize, data: &[f32]| {
-        let batch = Batch { images, height, width, data: data.to_vec() };
-        let started = Instant::now();
-        let logits = worker.attempt(shared, &batch).map_err(|reason| StartError::WarmUp { batch: images, reason })?;
-        if let Some(i) = logits.data.iter().position(|l| !l.is_finite()) {
-            let reason = format!("logit {} of image {} is not finite", i % logits.classes, i / logits.classes);
-            return Err(StartError::WarmUp { batch: images, reason });
-        }
-        Ok((logits, started.elapsed() / images as u32))
-    };
-    let mut alone = Vec::with_capacity(largest);
-    let mut warm = Warm::default();
-    for data in all.data.chunks(len) {
-        let (logits, cost) = run(1, data)?;
-        alone.push(logits.data);
-        warm.run_cost = cost;
-    }
-    for images in (2..=largest).filter(|&n| n <= 8 || n.is_power_of_two() || n == largest) {
-        let (logits, cost) = run(images, &all.data[..images * len])?;
-        warm.run_cost = cost;
-        let together = logits.data.iter().zip(alone.iter().flatten());
-        warm.max_abs_diff = together.map(|(a, b)| f64::from((a - b).abs())).fold(warm.max_abs_diff, f64::max);
-    }
-    Ok(warm)
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

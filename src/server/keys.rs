@@ -104,7 +104,9 @@ fn read(path: &PathBuf) -> Result<Digests, KeysError> {
 /// The layer.
 pub(super) async fn check(State(keys): State<Arc<Keys>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let open = access::is_health(path) || PAGES.contains(&path) || path.starts_with("/docs/");
+    let open = access::is_health(path)
+        || PAGES.contains(&path)
+        || ["/docs/", "/page/"].iter().any(|folder| path.starts_with(folder));
     if open || keys.admits(request.headers()) {
         return next.run(request).await;
     }

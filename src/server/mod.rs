@@ -16,6 +16,7 @@ pub mod oip;
 mod openapi;
 mod page;
 mod readiness;
+mod reload;
 pub mod status;
 mod tls;
 mod upload;
@@ -30,10 +31,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
 use self::http::App;
-use self::keys::Keys;
 pub use self::keys::KeysError;
 use self::readiness::Readiness;
-use self::tls::Tls;
+use self::reload::Reloader;
 pub use self::tls::{TlsError, TlsOptions};
 use crate::infer::registry::{Registry, RegistryError};
 use crate::metrics::Metrics;
@@ -63,6 +63,8 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     /// Clients may load and unload models.
     pub model_control: bool,
+    /// How often the repository is looked at for new, changed and gone models; none: only when asked.
+    pub watch: Option<Duration>,
     /// How long requests are still taken after a stop was asked for, while readiness already says no.
     pub drain_hold: Duration,
     /// How long requests in flight may take to finish after that.
@@ -89,6 +91,7 @@ impl Default for Options {
             api_key_file: None,
             cors_origins: Vec::new(),
             model_control: false,
+            watch: None,
             drain_hold: Duration::ZERO,
             drain_timeout: Duration::from_secs(25),
             hang_limit: Duration::from_secs(30),
@@ -103,7 +106,7 @@ impl Default for Options {
 pub enum Control {
     /// Stop: finish what is in flight. Asked a second time: stop now.
     Stop,
-    /// Read certificates and API keys again.
+    /// Read certificates, API keys and the model repository again.
     Reload,
 }
 
@@ -142,7 +145,7 @@ pub enum ServeError {
 pub struct Server {
     options: Options,
     metrics: Arc<Metrics>,
-    secrets: Secrets,
+    reloader: Reloader,
     http: TcpSocket,
     http_address: SocketAddr,
     grpc: TcpSocket,
@@ -155,18 +158,15 @@ impl Server {
     /// Reads certificates and keys and takes the addresses. The admin port listens from now on, the others once the models
     /// are warm.
     pub fn bind(options: Options) -> Result<Self, ServeError> {
-        let secrets = Secrets {
-            tls: options.tls.clone().map(Tls::open).transpose()?.map(Arc::new),
-            keys: options.api_key_file.clone().map(Keys::open).transpose()?.map(Arc::new),
-        };
+        let metrics = Arc::new(Metrics::new());
+        let reloader = Reloader::open(options.tls.clone(), options.api_key_file.clone(), metrics.clone())?;
         let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
         let (http, http_address) = reserve(options.http).map_err(refuse("http", options.http))?;
         let (grpc, grpc_address) = reserve(options.grpc).map_err(refuse("grpc", options.grpc))?;
         let admin_failed = refuse("admin", options.admin);
         let bind = || TcpListener::bind(options.admin).and_then(|l| l.local_addr().map(|address| (l, address)));
         let (admin, admin_address) = bind().map_err(admin_failed)?;
-        let metrics = Arc::new(Metrics::new());
-        Ok(Self { options, metrics, secrets, http, http_address, grpc, grpc_address, admin, admin_address })
+        Ok(Self { options, metrics, reloader, http, http_address, grpc, grpc_address, admin, admin_address })
     }
 
     /// Where the HTTP port will listen.
@@ -196,7 +196,7 @@ impl Server {
     where
         L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
     {
-        let Self { options, metrics, secrets, http, http_address, grpc, grpc_address, admin, .. } = self;
+        let Self { options, metrics, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
         let admin = Admin::start(admin, readiness.clone(), metrics.clone()).map_err(broken)?;
@@ -208,7 +208,7 @@ impl Server {
         let registry = tokio::select! {
             loaded = loading => Arc::new(loaded.map_err(|e| ServeError::Broken(e.to_string()))??),
             // nothing is in flight yet
-            () = secrets.until_stop(&mut control) => return Ok(()),
+            () = reloader.until_stop(&mut control) => return Ok(()),
         };
 
         let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
@@ -220,19 +220,20 @@ impl Server {
             metrics: metrics.clone(),
             request_timeout: options.request_timeout,
             body_limit: options.body_limit,
-            keys: secrets.keys.clone(),
+            keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             model_control: options.model_control,
         });
         let (stop_http, http_stopped) = oneshot::channel();
         let (stop_grpc, grpc_stopped) = oneshot::channel();
         let Options { connections, head_timeout, .. } = options;
-        let limits = accept::Limits { connections, head_timeout, tls: secrets.tls.clone() };
+        let limits = accept::Limits { connections, head_timeout, tls: reloader.tls.clone() };
         let http_routes = http::routes(app.clone());
         let grpc_routes = grpc::routes(app).map_err(ServeError::Broken)?;
         let http = tokio::spawn(accept::accept(http, http_routes, limits.clone(), metrics.clone(), http_stopped));
         let grpc = tokio::spawn(accept::accept(grpc, grpc_routes, limits, metrics.clone(), grpc_stopped));
         readiness.release(registry.clone());
+        reloader.serve(registry.clone());
         let start_to_ready = options.started.elapsed();
         metrics.start_to_ready_seconds.set(start_to_ready.as_secs_f64());
         metrics.ready.set(1);
@@ -241,7 +242,8 @@ impl Server {
         tracing::info!(duration_ms = start_to_ready.as_millis() as u64, "ready");
 
         let outcome = tokio::select! {
-            () = secrets.until_stop(&mut control) => Ok(()),
+            () = reloader.until_stop(&mut control) => Ok(()),
+            () = reloader.watch(options.watch) => Ok(()),
             fault = watch(&registry, &options) => Err(ServeError::Fault(fault)),
         };
 
@@ -268,7 +270,7 @@ impl Server {
         };
         let cut = tokio::select! {
             cut = drained => cut?,
-            () = secrets.asked_again(&mut control) => {
+            () = reloader.asked_again(&mut control) => {
                 tracing::warn!("asked again: stopping now");
                 registry.abort();
                 return outcome;
@@ -304,44 +306,6 @@ fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     socket.bind(address)?;
     let address = socket.local_addr()?;
     Ok((socket, address))
-}
-
-/// What is read from files that change while the server runs.
-#[derive(Debug)]
-struct Secrets {
-    tls: Option<Arc<Tls>>,
-    keys: Option<Arc<Keys>>,
-}
-
-impl Secrets {
-    /// Reads the files again. One that can't be used leaves the old contents in force.
-    fn reload(&self) {
-        match self.tls.as_ref().map(|tls| tls.reload()) {
-            Some(Err(error)) => tracing::error!(%error, "the old certificates stay: {error}"),
-            Some(Ok(())) => tracing::info!("certificates read again"),
-            None => {}
-        }
-        match self.keys.as_ref().map(|keys| keys.reload()) {
-            Some(Err(error)) => tracing::error!(%error, "the old API keys stay: {error}"),
-            Some(Ok(keys)) => tracing::info!(keys, "API keys read again"),
-            None => {}
-        }
-    }
-
-    /// A request to stop, or its sender gone. Does meanwhile what else is asked.
-    async fn until_stop(&self, control: &mut mpsc::Receiver<Control>) {
-        while let Some(Control::Reload) = control.recv().await {
-            self.reload();
-        }
-    }
-
-    /// A second request to stop; a dropped sender is none.
-    async fn asked_again(&self, control: &mut mpsc::Receiver<Control>) {
-        self.until_stop(control).await;
-        if control.is_closed() && control.is_empty() {
-            std::future::pending::<()>().await;
-        }
-    }
 }
 
 /// Ends with the reason once the engines have been out of order for longer than the limit.

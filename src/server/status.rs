@@ -11,7 +11,6 @@ use tonic::metadata::MetadataValue;
 use utoipa::ToSchema;
 
 use crate::infer::error::InferError;
-use crate::infer::scheduler::outcome;
 
 /// What a client tells errors apart by is what the metrics count them as.
 pub use crate::metrics::Outcome as Code;
@@ -83,7 +82,7 @@ impl From<InferError> for ApiError {
             InferError::ShuttingDown | InferError::NotReady => Some(Duration::from_secs(1)),
             _ => None,
         };
-        Self { code: outcome(&error), message: error.to_string(), retry_after, detail: None }
+        Self { code: error.outcome(), message: error.to_string(), retry_after, detail: None }
     }
 }
 

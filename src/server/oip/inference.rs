@@ -14,7 +14,7 @@ use super::super::status::{ApiError, Code};
 use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
-use crate::infer::scheduler::Input;
+use crate::infer::scheduler::{Input, Terms};
 use crate::infer::tensor::RawTensor;
 use crate::infer::top_k::{Prediction, top_k};
 
@@ -193,7 +193,7 @@ pub(in crate::server) async fn run(
     arrived: Instant,
     deadline: Instant,
 ) -> Result<Answered, ApiError> {
-    let Inference { id, timeout, priority: _, inputs, outputs, binary_output } = inference;
+    let Inference { id, timeout, priority, inputs, outputs, binary_output } = inference;
     let deadline = timeout.and_then(|timeout| arrived.checked_add(timeout)).map_or(deadline, |at| at.min(deadline));
     let wanted = check_outputs(outputs)?;
     let images = images(&model, inputs)?;
@@ -206,7 +206,7 @@ pub(in crate::server) async fn run(
         Ok((logits, top.unwrap_or_default()))
     };
     let mut rows = Vec::with_capacity(count);
-    for (i, answer) in model.infer(images, deadline, finish).await?.into_iter().enumerate() {
+    for (i, answer) in model.infer(images, Terms { deadline, priority }, finish).await?.into_iter().enumerate() {
         let (row, timings) = answer.map_err(|error| place(error, i, count))?;
         served.took(&timings);
         rows.push(row);

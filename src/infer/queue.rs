@@ -1,0 +1,285 @@
+//! What waits for one model, in which order, and what a free thread takes from it.
+//!
+//! An image is in the house by its slot, which its queue entry owns: dropping the entry, wherever that happens, frees it.
+//! No locks, no threads, no engines: the scheduler's.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::error::InferError;
+use super::scheduler::{Input, Output, SchedulerOptions};
+use crate::metrics::{ModelMetrics, Outcome};
+
+/// Counts images admitted and not yet answered.
+#[derive(Debug)]
+pub(super) struct Slots {
+    used: AtomicUsize,
+    pub(super) limit: usize,
+    pub(super) metrics: ModelMetrics,
+}
+
+impl Slots {
+    pub(super) fn new(limit: usize, metrics: ModelMetrics) -> Self {
+        Self { used: AtomicUsize::new(0), limit, metrics }
+    }
+
+    /// Takes `count` slots or none.
+    pub(super) fn take(self: &Arc<Self>, count: usize) -> Option<Vec<Slot>> {
+        let fits = |used: usize| used.checked_add(count).filter(|&sum| sum <= self.limit);
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
+        self.metrics.queue_depth.add(count as i64);
+        Some((0..count).map(|_| Slot(self.clone())).collect())
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.used.load(Ordering::Acquire)
+    }
+}
+
+/// The right of one image to be in the house. Not `Clone`: released once, by drop.
+#[derive(Debug)]
+pub(super) struct Slot(Arc<Slots>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::AcqRel);
+        self.0.metrics.queue_depth.dec();
+    }
+}
+
+/// The scheduler's end of one admitted image.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) reply: Option<oneshot::Sender<Result<Output, InferError>>>,
+    pub(super) slot: Option<Slot>,
+    /// Its place in the queue: priority first, then the order of arrival.
+    pub(super) place: (u32, u64),
+    /// When it was admitted.
+    pub(super) arrived: Instant,
+    pub(super) deadline: Instant,
+}
+
+impl Pending {
+    /// Answers and counts the image. The slot is free and the image counted before the caller can see the answer, so
+    /// that a caller who sends its next image at once finds room.
+    pub(super) fn answer(mut self, result: Result<Output, InferError>) {
+        self.end(result);
+    }
+
+    fn end(&mut self, result: Result<Output, InferError>) {
+        let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
+        let slots = slot.0.clone();
+        drop(slot);
+        let ended = match (&result, reply.is_closed()) {
+            (Ok(_), false) => Outcome::Ok,
+            (Err(error), false) => error.outcome(),
+            (_, true) if self.deadline <= Instant::now() => Outcome::DeadlineExceeded,
+            (_, true) => Outcome::Cancelled,
+        };
+        slots.metrics.images(ended, 1);
+        // an error means that the caller has gone since
+        let _ = reply.send(result);
+    }
+
+    /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
+    fn is_dead(&self, now: Instant, lead: Duration) -> bool {
+        self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.end(Err(InferError::Internal("an image was dropped without an answer".into())));
+    }
+}
+
+/// An image waiting to be decoded.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) input: Input,
+    pub(super) pending: Pending,
+}
+
+/// An image waiting for an engine.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) tensor: Vec<f32>,
+    pub(super) decode: Duration,
+    pub(super) preprocess: Duration,
+    pub(super) pending: Pending,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Phase {
+    Open,
+    Closing,
+    Aborted,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) phase: Phase,
+    pub(super) raw: VecDeque<Entry>,
+    /// Images that a thread is decoding right now.
+    pub(super) decoding: usize,
+    pub(super) ready: VecDeque<Prepared>,
+    pub(super) sequence: u64,
+    pub(super) engines: usize,
+    pub(super) failures: u32,
+    pub(super) running: Vec<Option<Instant>>,
+    /// Engine time per image, and decode plus resize time per image: moving averages.
+    pub(super) run_cost: Duration,
+    pub(super) prepare_cost: Duration,
+}
+
+/// What there is for a free engine.
+pub(super) enum Take {
+    /// Images to run together; `alone`: nothing else is under way or waits, so that one may have every core.
+    Batch {
+        images: Vec<Prepared>,
+        alone: bool,
+    },
+    /// Nothing before that moment: the oldest image may wait for company until then.
+    At(Instant),
+    Nothing,
+}
+
+impl State {
+    pub(super) fn new(workers: usize) -> Self {
+        Self {
+            phase: Phase::Open,
+            raw: VecDeque::new(),
+            decoding: 0,
+            ready: VecDeque::new(),
+            sequence: 0,
+            engines: 0,
+            failures: 0,
+            running: vec![None; workers],
+            run_cost: Duration::ZERO,
+            prepare_cost: Duration::ZERO,
+        }
+    }
+
+    /// Puts an image to be decoded in its place.
+    pub(super) fn push_raw(&mut self, entry: Entry) {
+        let behind = self.raw.iter().rev().take_while(|e| e.pending.place > entry.pending.place).count();
+        self.raw.insert(self.raw.len() - behind, entry);
+    }
+
+    /// Puts an image to be run in its place: decoding may finish out of order.
+    pub(super) fn push_ready(&mut self, prepared: Prepared) {
+        let behind = self.ready.iter().rev().take_while(|p| p.pending.place > prepared.pending.place).count();
+        self.ready.insert(self.ready.len() - behind, prepared);
+    }
+
+    /// When the longest-waiting image came.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        let ready = self.ready.iter().map(|p| p.pending.arrived);
+        self.raw.iter().map(|e| e.pending.arrived).chain(ready).min()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0
+    }
+
+    /// The next live image to decode.
+    pub(super) fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
+        while let Some(entry) = self.raw.pop_front() {
+            let lead = self.lead(self.raw.len(), self.run_cost + self.prepare_cost, options);
+            if !entry.pending.is_dead(now, lead) {
+                return Some(entry);
+            }
+            entry.pending.answer(Err(InferError::DeadlineExceeded));
+        }
+        None
+    }
+
+    /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
+    /// engines and batches grow only with the queue.
+    pub(super) fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
+        let Some(oldest) = self.ready.iter().map(|p| p.pending.arrived).min() else { return Take::Nothing };
+        let waits = !options.max_queue_delay.is_zero();
+        let undecoded = if options.decoders == 0 { self.raw.len() + self.decoding } else { 0 };
+        let waiting = self.ready.len() + undecoded;
+        let share =
+            if waits { options.max_batch } else { waiting.div_ceil(self.engines.max(1)).min(options.max_batch) };
+        if self.ready.len() < share {
+            if options.decoders == 0 && !self.raw.is_empty() {
+                return Take::Nothing; // decode first, this thread can
+            }
+            let until = oldest + options.max_queue_delay;
+            if waits && self.phase == Phase::Open && now < until {
+                return Take::At(until);
+            }
+        }
+        let mut batch = Vec::with_capacity(share);
+        while batch.len() < share
+            && let Some(prepared) = self.ready.pop_front()
+        {
+            let lead = self.lead(self.ready.len() + self.raw.len(), self.run_cost, options);
+            match prepared.pending.is_dead(now, lead) {
+                true => prepared.pending.answer(Err(InferError::DeadlineExceeded)),
+                false => batch.push(prepared),
+            }
+        }
+        if batch.is_empty() {
+            return Take::Nothing;
+        }
+        let alone = batch.len() == 1 && self.is_empty() && self.running.iter().all(Option::is_none);
+        Take::Batch { images: batch, alone }
+    }
+
+    /// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes
+    /// the others late; without one, there is nothing to lose by trying.
+    fn lead(&self, behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
+        if behind >= options.workers { cost } else { Duration::ZERO }
+    }
+
+    /// Removes images that nobody waits for, so that they don't keep out those that somebody does.
+    pub(super) fn bury(&mut self, now: Instant) {
+        let dead = |pending: &Pending| pending.is_dead(now, Duration::ZERO);
+        for i in (0..self.raw.len()).rev() {
+            if dead(&self.raw[i].pending)
+                && let Some(entry) = self.raw.remove(i)
+            {
+                entry.pending.answer(Err(InferError::DeadlineExceeded));
+            }
+        }
+        for i in (0..self.ready.len()).rev() {
+            if dead(&self.ready[i].pending)
+                && let Some(prepared) = self.ready.remove(i)
+            {
+                prepared.pending.answer(Err(InferError::DeadlineExceeded));
+            }
+        }
+    }
+
+    pub(super) fn answer_all(&mut self) {
+        for entry in self.raw.drain(..) {
+            entry.pending.answer(Err(InferError::ShuttingDown));
+        }
+        for prepared in self.ready.drain(..) {
+            prepared.pending.answer(Err(InferError::ShuttingDown));
+        }
+    }
+
+    /// How long `images` keep the threads busy, by the measured costs.
+    pub(super) fn drain_time(&self, images: usize, options: &SchedulerOptions) -> Duration {
+        let engines = self.engines.max(1) as f64;
+        let (run, prepare) = (self.run_cost.as_secs_f64(), self.prepare_cost.as_secs_f64());
+        let each = match options.decoders {
+            0 => (run + prepare) / engines,
+            decoders => (run / engines).max(prepare / decoders as f64),
+        };
+        Duration::try_from_secs_f64(each * images as f64).unwrap_or(Duration::MAX)
+    }
+}
+
+/// Moving average over about ten values.
+pub(super) fn smooth(average: Duration, value: Duration) -> Duration {
+    if average.is_zero() { value } else { (average * 9 + value) / 10 }
+}
