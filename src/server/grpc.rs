@@ -14,6 +14,7 @@ use axum::Router;
 use axum::response::Response as HttpResponse;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::CompressionEncoding;
 use tonic::{Request, Response, Status, Streaming};
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -28,6 +29,9 @@ use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceServ
 /// Every service and the layers from the outside in: accounting, panics, keys.
 pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     let service = GrpcInferenceServiceServer::new(Service(app.clone()))
+        // taken compressed, within the same limit; answers are short, and numbers hardly shrink
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate)
         .max_decoding_message_size(app.body_limit)
         .max_encoding_message_size(usize::MAX);
     let reflection = || {

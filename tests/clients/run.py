@@ -1,0 +1,207 @@
+"""Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis.
+
+    python3 tests/clients/run.py PATH_OF_NFOLD
+
+Each client is installed from PyPI, at one pinned version, into an environment of its own under target/python/clients
+(they can't share one: tritonclient and kserve register the same protobuf names). A client that can't be installed is
+SKIPPED, loudly; with CI=true that is a failure.
+"""
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "target" / "python" / "clients"
+
+TRITON = ["tritonclient[http,grpc]==2.73.0"]
+KSERVE = ["kserve==0.21.0"]
+SCHEMATHESIS = ["schemathesis==4.32.5"]
+# glibc 2.38 and newer; older systems: the last tritonclient that carries the program
+PERF_ANALYZER = ["perf-analyzer==2.60.0"]
+PERF_ANALYZER_OLD = ["tritonclient==2.41.0", "nvidia-cuda-runtime-cu12==12.4.127"]
+
+
+class Skipped(Exception):
+    """A client that can't be had here."""
+
+
+def call(command, what, **more):
+    """Runs something that only installs."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    if done.returncode:
+        last = "\n".join(done.stdout.strip().splitlines()[-3:])
+        raise Skipped(f"{what} failed: {last}")
+
+
+def environment(name, requirements):
+    """The Python of a virtual environment with exactly these requirements; made once."""
+    folder = CACHE / name
+    python, mark = folder / "bin" / "python", folder / "installed"
+    wanted = "\n".join(requirements)
+    if not (mark.is_file() and mark.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        call([sys.executable, "-m", "venv", folder], f"making an environment for {name}")
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        call([*pip, *requirements], f"pip install {' '.join(requirements)}")
+        mark.write_text(wanted)
+    return python
+
+
+def perf_analyzer():
+    """The program and the environment it runs in."""
+    libc, version = platform.libc_ver()
+    if platform.machine() != "x86_64" or libc != "glibc":
+        raise Skipped(f"perf_analyzer is published for x86_64 with glibc, not for {platform.machine()} with {libc or 'another C library'}")
+    if tuple(map(int, version.split("."))) >= (2, 38):
+        python = environment("perf_analyzer", PERF_ANALYZER)
+        return [python.parent / "perf_analyzer"], dict(os.environ)
+    folder = CACHE / "perf_analyzer"
+    program = folder / "tritonclient-2.41.0.data" / "data" / "bin" / "perf_analyzer"
+    mark = folder / "installed"
+    if not mark.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as wheels:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
+            call([*pip, *PERF_ANALYZER_OLD], f"pip download {' '.join(PERF_ANALYZER_OLD)}")
+            for wheel in Path(wheels).glob("*.whl"):
+                shutil.unpack_archive(wheel, folder, "zip")
+        program.chmod(0o755)
+        with tempfile.TemporaryDirectory() as packages:
+            # one small library that no wheel carries
+            try:
+                call(["apt-get", "download", "libb64-0d"], "apt-get download libb64-0d", cwd=packages)
+            except (Skipped, FileNotFoundError):
+                call(["apt-get", "update", "--quiet"], "apt-get update")
+                call(["apt-get", "download", "libb64-0d"], "apt-get download libb64-0d", cwd=packages)
+            for package in Path(packages).glob("*.deb"):
+                call(["dpkg-deb", "--extract", package, folder], "unpacking libb64")
+        mark.touch()
+    libraries = [folder / "nvidia" / "cuda_runtime" / "lib", folder / "usr" / "lib" / "x86_64-linux-gnu"]
+    return [program], {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, libraries))}
+
+
+class Server:
+    """The demo model, served on free ports."""
+
+    def __init__(self, nfold, folder):
+        subprocess.run([nfold, "fold", ROOT / "models" / "nf_regnet_cifar10", "--repository", folder], check=True, stderr=subprocess.PIPE)
+        ports = [part for port in ("--http", "--grpc", "--admin") for part in (port, "127.0.0.1:0")]
+        flags = ["--repository", folder, "--log-format", "json", "--model-control", "--queue-limit", "64"]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("NFOLD_")}
+        self.process = subprocess.Popen([nfold, "serve", *ports, *flags], stderr=subprocess.PIPE, text=True, env=environment)
+        self.addresses = {}
+        for line in self.process.stderr:
+            event = json.loads(line)
+            if "address" in event:
+                self.addresses[event["protocol"]] = event["address"]
+            if event["message"] == "ready":
+                break
+        else:
+            raise SystemExit("the server did not become ready")
+        # a full pipe would stop it
+        threading.Thread(target=lambda: [None for _ in self.process.stderr], daemon=True).start()
+
+    def stop(self):
+        self.process.terminate()
+        return self.process.wait(timeout=30)
+
+
+def script(name, requirements):
+    def run(server):
+        python = environment(name, requirements)
+        addresses = [server.addresses["http"], server.addresses["grpc"]]
+        subprocess.run([python, HERE / f"{name}.py", *addresses], check=True, timeout=300)
+
+    return run
+
+
+def load(server):
+    """perf_analyzer over both protocols, one client and eight: throughput, no errors, the server's own times."""
+    command, env = perf_analyzer()
+    for protocol in ("http", "grpc"):
+        for clients in (1, 8):
+            report = CACHE / f"perf_{protocol}_{clients}.csv"
+            report.unlink(missing_ok=True)
+            flags = ["-m", "nf_regnet_cifar10", "-i", protocol, "-u", server.addresses[protocol], "--concurrency-range", str(clients)]
+            # a machine shared with others is never as stable as the program would like: two windows, whatever they say
+            flags += ["--measurement-interval", "1000", "-r", "2", "-s", "1000", "--verbose-csv", "-f", str(report)]
+            done = subprocess.run([str(part) for part in [*command, *flags]], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+            out = done.stdout
+            assert report.is_file(), out
+            header, row = report.read_text().strip().splitlines()[:2]
+            figures = dict(zip(header.split(","), row.split(",")))
+            rate = float(figures["Inferences/Second"])
+            queue, compute = float(figures["Server Queue"]), float(figures["Server Compute Infer"])
+            assert rate > 0 and compute > 0 and queue >= 0, figures
+            assert "Failed" not in out.replace("Failed to obtain stable measurement", ""), out
+            failed = [line for line in out.splitlines() if "error" in line.lower() or "failed requests" in line.lower()]
+            assert not failed, out
+            print(f"  perf_analyzer {protocol} x{clients}: {rate:.0f}/s, server queue {queue:.0f} us, compute {compute:.0f} us")
+
+
+def schema(server):
+    """Generated requests for every route of openapi.json: no 5xx, answers as described."""
+    python = environment("schemathesis", SCHEMATHESIS)
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [python.parent / "schemathesis", "run", f"http://{server.addresses['http']}/openapi.json"]
+    command += ["--checks", checks, "--max-examples", "30", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
+    # loading takes seconds each time: it has a test of its own
+    command += ["--exclude-path-regex", "/(load|unload)$", "--request-timeout", "20"]
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, cwd=CACHE)
+    if done.returncode:
+        sys.stdout.write(done.stdout)
+        raise AssertionError("schemathesis found something")
+    tail = [line.strip() for line in done.stdout.splitlines() if "generated" in line or "passed" in line.lower()]
+    print("  schemathesis:", "; ".join(tail[-3:]))
+
+
+CHECKS = {
+    "tritonclient": script("triton", TRITON),
+    "kserve": script("kserve_sdk", KSERVE),
+    "perf_analyzer": load,
+    "schemathesis": schema,
+}
+
+
+def main():
+    nfold = Path(sys.argv[1]).resolve()
+    chosen = sys.argv[2:] or list(CHECKS)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    passed, failed, skipped = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(nfold, folder)
+        try:
+            for name in chosen:
+                started = time.monotonic()
+                try:
+                    CHECKS[name](server)
+                    passed.append(name)
+                    print(f"{name}: ok ({time.monotonic() - started:.0f} s)", flush=True)
+                except Skipped as reason:
+                    skipped.append(name)
+                    print(f"\n{'!' * 80}\nSKIPPED {name}: {reason}\n{'!' * 80}\n", flush=True)
+                except (AssertionError, subprocess.SubprocessError) as error:
+                    failed.append(name)
+                    print(f"{name}: FAILED: {error}", flush=True)
+            assert server.process.poll() is None, "the server died"
+        finally:
+            code = server.stop()
+    if code != 0:
+        failed.append(f"exit code {code}")
+    if skipped and os.environ.get("CI") == "true":
+        failed += skipped
+    print(f"clients: {len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
