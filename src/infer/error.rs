@@ -12,7 +12,7 @@ pub enum InferError {
     /// The bytes are no image that can be taken: [`ImageError`] says why.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Numbers that a client sent in place of an image and that no network can take.
+    /// Numbers that a client sent in place of an image, and that the network made into something that can't be told.
     #[error("{0}; send finite, normalised values")]
     BadTensor(String),
     /// One request holds more images than may ever be admitted at once.

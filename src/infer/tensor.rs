@@ -1,12 +1,10 @@
 //! Inputs that a client has prepared itself, as they travel: bytes that become one image's tensor on a compute thread.
 //!
-//! Owns the number formats that are taken in place of an encoded image, and the check that values are numbers. Knows no
-//! protocol.
+//! Owns the number formats that are taken in place of an encoded image. Knows no protocol.
 
 use bytes::Bytes;
 use half::f16;
 
-use super::error::InferError;
 use super::resize::Preprocessor;
 
 /// One image without its encoding. Multi-byte values are little-endian.
@@ -38,13 +36,5 @@ impl RawTensor {
             Self::Fp16(bytes) => bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value).to_f32()).collect(),
             Self::Pixels(bytes) => preprocessor.normalise(bytes),
         }
-    }
-}
-
-/// Refuses NaN and infinity before an engine sees them.
-pub(super) fn check(tensor: &[f32]) -> Result<(), InferError> {
-    match tensor.iter().position(|value| !value.is_finite()) {
-        None => Ok(()),
-        Some(at) => Err(InferError::BadTensor(format!("value {at} of an input tensor is {}", tensor[at]))),
     }
 }

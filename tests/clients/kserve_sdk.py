@@ -1,6 +1,8 @@
 """KServe's inference clients, REST and gRPC, as its users call them."""
 import asyncio
+import json
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ async def main():
     base = f"http://{HTTP}"
     assert await rest.is_server_live(base) and await rest.is_server_ready(base)
     assert await rest.is_model_ready(base, MODEL)
-    images = np.random.default_rng(3).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    with urllib.request.urlopen(f"{base}/v2/models/{MODEL}") as metadata:
+        shape = json.load(metadata)["inputs"][0]["shape"]
+    images = np.random.default_rng(3).standard_normal((2, *shape[1:])).astype(np.float32)
     answers = []
     for binary in (True, False):
         answer = await rest.infer(base, request(images, "FP32", binary), model_name=MODEL)

@@ -132,8 +132,8 @@ def load(server):
             report = CACHE / f"perf_{protocol}_{clients}.csv"
             report.unlink(missing_ok=True)
             flags = ["-m", "nf_regnet_cifar10", "-i", protocol, "-u", server.addresses[protocol], "--concurrency-range", str(clients)]
-            # a machine shared with others is never as stable as the program would like: two windows, whatever they say
-            flags += ["--measurement-interval", "1000", "-r", "2", "-s", "1000", "--verbose-csv", "-f", str(report)]
+            # a machine shared with others is never as stable as the program would like: three windows, whatever they say
+            flags += ["--measurement-interval", "700", "-r", "10", "-s", "999", "--verbose-csv", "-f", str(report)]
             done = subprocess.run([str(part) for part in [*command, *flags]], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
             out = done.stdout
             assert report.is_file(), out

@@ -123,7 +123,7 @@ def over_grpc(images, logits):
     check_classes(client.infer(MODEL, tensors(grpc, picture, "BYTES"), outputs=[three]).as_numpy("logits"))
     refused(lambda: client.infer("nothing", tensors(grpc, images, "FP32")), "NOT_FOUND")
     refused(lambda: client.infer(MODEL, tensors(grpc, images[:, :, :5], "FP32")), "INVALID_ARGUMENT")
-    refused(lambda: client.infer(MODEL, tensors(grpc, images, "FP32"), client_timeout=1e-5), "Deadline Exceeded")
+    refused(lambda: client.infer(MODEL, tensors(grpc, images, "FP32"), client_timeout=1e-5), "DEADLINE_EXCEEDED")
     config = client.get_model_config(MODEL, as_json=True)["config"]
     assert client.get_model_repository_index().models[0].state == "READY"
     client.unload_model(MODEL)

@@ -18,6 +18,8 @@ use super::inference::{
     Answered, Contents, INPUT, Inference, InputTensor, OutputData, Parameters, Wanted, invalid, refuse_shared_memory,
     whole,
 };
+use crate::infer::error::InferError;
+use crate::infer::top_k::check_finite;
 
 /// How many bytes of a body are JSON; the tensors' bytes follow. 0: the body is one input and no JSON.
 pub(in crate::server) const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
@@ -294,6 +296,10 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let mut binary = Vec::new();
     let mut shown = Vec::with_capacity(outputs.len());
     for output in &outputs {
+        if let (OutputData::Logits(values), false) = (&output.data, output.binary) {
+            // JSON has no word for them
+            check_finite(values).map_err(|e| InferError::BadTensor(e.to_string()))?;
+        }
         let bytes = output.binary.then(|| output.data.to_bytes());
         shown.push(InferOutput {
             name: output.name,
