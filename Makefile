@@ -21,6 +21,7 @@ demo: ort
 test: ort target/python/onnx
 	cargo test --locked
 	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
+	$(PYTHON) tests/clients/run.py $(DEMO)
 
 serve: ort
 	cargo build --release --locked

@@ -153,7 +153,7 @@ def schema(server):
     python = environment("schemathesis", SCHEMATHESIS)
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [python.parent / "schemathesis", "run", f"http://{server.addresses['http']}/openapi.json"]
-    command += ["--checks", checks, "--max-examples", "30", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
+    command += ["--checks", checks, "--max-examples", "15", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
     # loading takes seconds each time: it has a test of its own
     command += ["--exclude-path-regex", "/(load|unload)$", "--request-timeout", "20"]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, cwd=CACHE)
