@@ -28,8 +28,8 @@ enum Command {
     Fold(fold::FoldArgs),
     /// Classify image files with a folded model, without a server
     Classify(classify::ClassifyArgs),
-    /// Serve a model repository over HTTP
-    Serve(serve::ServeArgs),
+    /// Serve a model repository over HTTP and gRPC
+    Serve(Box<serve::ServeArgs>),
     /// Exit 0 when a server is ready: for containers without a shell
     Healthcheck(healthcheck::HealthcheckArgs),
     /// Say what a folded model or a checkpoint is
@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Init(args) => init::run(&args),

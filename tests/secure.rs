@@ -41,7 +41,7 @@ fn without_a_key_only_health_and_pages_answer() {
         assert_ne!(ask(house.http, head, with, b"").status, 401, "{head}");
     }
     assert_eq!(house.classify("", with, &png(3)).status, 200);
-    for open in ["/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs/"] {
+    for open in ["/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs/", "/", "/page/page.js"] {
         assert_eq!(ask(house.http, &format!("GET {open}"), &[], b"").status, 200, "{open}");
     }
     assert_eq!(ask(house.admin, "GET /metrics", &[], b"").status, 200);
