@@ -1,6 +1,7 @@
 //! The command line: what the user typed → typed options → one call into the rooms below. Errors are printed here,
 //! once, as one line; machine output goes to stdout, everything else to stderr.
 
+mod bench;
 mod classify;
 mod fold;
 mod gamma;
@@ -34,6 +35,8 @@ enum Command {
     Healthcheck(healthcheck::HealthcheckArgs),
     /// Say what a folded model or a checkpoint is
     Inspect(inspect::InspectArgs),
+    /// Measure latency against BN-folded networks
+    Bench(bench::BenchArgs),
     /// Write a freshly initialised checkpoint in timm's layout
     Init(init::InitArgs),
     /// γ of an activation: closed form, quadrature, simulation and timm's constant
@@ -49,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(*args),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Gamma(args) => gamma::run(&args),
     };
@@ -77,7 +81,9 @@ mod tests {
     /// Every flag can be set by an environment variable `NFOLD_…`.
     #[test]
     fn every_flag_has_a_variable() {
-        for command in super::Cli::command().get_subcommands() {
+        let mut left = vec![super::Cli::command()];
+        while let Some(command) = left.pop() {
+            left.extend(command.get_subcommands().cloned());
             for argument in command.get_arguments().filter(|a| a.get_long().is_some()) {
                 let name = argument.get_id().as_str();
                 if matches!(name, "help" | "version") {

@@ -295,7 +295,7 @@ fn origin(text: &str) -> Result<String, String> {
 }
 
 /// A whole number and one of `us`, `ms`, `s`, `m`, `h`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let number: u64 =
         text[..digits].parse().map_err(|_| "not a number and a unit, such as 500ms or 10s".to_string())?;

@@ -187,6 +187,17 @@ impl OrtBackend {
         let output = name(session.outputs()).ok_or_else(|| bad("it has no output".into()))?;
         Ok(Self { session, input, output })
     }
+
+    /// Height and width that the graph's input is fixed to, in pixels; `None` where it takes any.
+    pub fn input_size(&self) -> Option<(usize, usize)> {
+        let &[_, _, height, width] = &self.session.inputs().first()?.dtype().tensor_shape()?[..] else { return None };
+        Some((usize::try_from(height).ok()?, usize::try_from(width).ok()?))
+    }
+}
+
+/// ONNX Runtime's own line on its build: version, commit, flags.
+pub fn runtime_build() -> Result<String, EngineError> {
+    environment().map(|_| ort::info().into())
 }
 
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.

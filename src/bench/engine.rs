@@ -1,0 +1,267 @@
+//! Times graphs in process, against each other: every round runs every contender in a fresh order, so that whatever
+//! the machine does meanwhile falls on all of them. Knows graphs as bytes, not how they came to be.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng as _;
+use rand::seq::SliceRandom as _;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution as _, StandardNormal};
+use serde::{Deserialize, Serialize};
+
+use super::BenchError;
+use super::accuracy::Published;
+use super::machine::{Machine, ProcessorTime};
+use super::peak::{self, Peak};
+use super::statistics::{self, Ratio, Summary, median};
+use crate::infer::engine::{self, Backend as _, Batch, EngineOptions, OrtBackend};
+
+/// Version of the report's layout, documented in `docs/benchmarks.md`.
+pub const SCHEMA: &str = "nfold-bench-engine/1";
+/// Longest that pools of several sessions are given to stop spinning before another session is timed.
+const SETTLE: Duration = Duration::from_millis(80);
+
+/// A graph to time.
+#[derive(Debug, Clone)]
+pub struct Contender {
+    /// Name: the architecture, or what the user called it.
+    pub model: String,
+    /// `folded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
+    pub variant: String,
+    /// Height of its input in pixels.
+    pub height: usize,
+    /// Width of its input in pixels.
+    pub width: usize,
+    /// The graph.
+    pub onnx: Vec<u8>,
+    /// Trainable parameters, where known.
+    pub parameters: Option<u64>,
+    /// Billions of multiply-accumulates an image, where known.
+    pub gmacs: Option<f64>,
+    /// Published accuracy, where known.
+    pub published: Option<Published>,
+}
+
+impl Contender {
+    /// `model@size`, with the variant where it isn't plainly folded.
+    pub fn label(&self) -> String {
+        let Self { model, variant, height, width, .. } = self;
+        let size = if height == width { height.to_string() } else { format!("{height}x{width}") };
+        if variant == "folded" { format!("{model}@{size}") } else { format!("{model}@{size}:{variant}") }
+    }
+}
+
+/// How to time.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Images in a run.
+    pub batches: Vec<usize>,
+    /// Threads inside one operator.
+    pub threads: Vec<usize>,
+    /// Rounds; each gives every contender one turn.
+    pub rounds: usize,
+    /// How long a turn lasts at least, milliseconds; at least one run.
+    pub turn_ms: u64,
+    /// How long each contender is warmed up at least, milliseconds.
+    pub warmup_ms: u64,
+    /// Runs of its warm-up at least.
+    pub warmup_runs: usize,
+    /// Let pools of several threads spin between operators, as a session with the machine to itself would.
+    pub spinning: bool,
+    /// Label of the contender that ratios are taken to; the first where absent.
+    pub reference: Option<String>,
+    /// Seed of images, orders and bootstrap.
+    pub seed: u64,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// Where and with what.
+    pub machine: Machine,
+    /// How.
+    pub plan: Plan,
+    /// Share of processor time that a hypervisor gave to others meanwhile.
+    pub stolen_share: Option<f64>,
+    /// Measured single-precision peaks.
+    pub peaks: Vec<Peak>,
+    /// One for every contender, batch and thread count.
+    pub rows: Vec<Row>,
+}
+
+/// One contender at one batch size and thread count.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Row {
+    pub label: String,
+    pub model: String,
+    pub variant: String,
+    pub height: usize,
+    pub width: usize,
+    pub batch: usize,
+    pub threads: usize,
+    pub parameters: Option<u64>,
+    pub gmacs: Option<f64>,
+    /// Bytes of the graph.
+    pub onnx_bytes: usize,
+    /// Opening the session, milliseconds.
+    pub load_ms: f64,
+    /// Latency of a run, milliseconds.
+    pub latency_ms: Summary,
+    /// Medians of the rounds, milliseconds.
+    pub rounds_ms: Vec<f64>,
+    /// Latency at 0, 1, … 100 per cent of the runs, milliseconds.
+    pub percentiles_ms: Vec<f64>,
+    pub images_per_s: f64,
+    /// Achieved arithmetic at the median, GFLOP/s; a multiply-accumulate counts as two.
+    pub gflops: Option<f64>,
+    /// Its share of the measured peak of as many threads.
+    pub peak_share: Option<f64>,
+    /// Speed against the reference at the same batch size and thread count: above 1 is faster.
+    pub speed: Option<Ratio>,
+    pub published: Option<Published>,
+}
+
+struct Lane<'a> {
+    contender: &'a Contender,
+    backend: OrtBackend,
+    batch: Batch,
+    load_ms: f64,
+    samples: Vec<f64>,
+    rounds: Vec<f64>,
+}
+
+impl Lane<'_> {
+    fn run(&mut self) -> Result<f64, BenchError> {
+        let started = Instant::now();
+        let logits = self.backend.run(&self.batch);
+        let elapsed = started.elapsed().as_secs_f64() * 1e3;
+        let (model, batch) = (self.contender.label(), self.batch.images);
+        match logits {
+            Err(source) => Err(BenchError::Run { model, batch, source }),
+            Ok(logits) if logits.data.iter().any(|v| !v.is_finite()) => Err(BenchError::NotFinite { model }),
+            Ok(_) => Ok(elapsed),
+        }
+    }
+
+    fn warm_up(&mut self, plan: &Plan) -> Result<(), BenchError> {
+        let (started, mut runs) = (Instant::now(), 0);
+        while runs < plan.warmup_runs || started.elapsed() < Duration::from_millis(plan.warmup_ms) {
+            self.run()?;
+            runs += 1;
+        }
+        Ok(())
+    }
+
+    /// One untimed run (the caches held another contender), then timed ones.
+    fn turn(&mut self, plan: &Plan) -> Result<(), BenchError> {
+        self.run()?;
+        let (started, first) = (Instant::now(), self.samples.len());
+        while self.samples.len() == first || started.elapsed() < Duration::from_millis(plan.turn_ms) {
+            let elapsed = self.run()?;
+            self.samples.push(elapsed);
+        }
+        self.rounds.push(median(&self.samples[first..]));
+        Ok(())
+    }
+}
+
+/// Times all contenders. `progress` hears of each round: what is measured, and the share done.
+pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f64)) -> Result<Report, BenchError> {
+    if let Some(name) = &plan.reference
+        && !contenders.iter().any(|c| c.label() == *name)
+    {
+        let measured = contenders.iter().map(Contender::label).collect::<Vec<_>>().join(", ");
+        return Err(BenchError::NoReference { name: name.clone(), measured });
+    }
+    let machine = Machine::look(engine::runtime_build()?);
+    let before = ProcessorTime::now();
+    let peaks: Vec<Peak> = plan.threads.iter().map(|&t| peak::measure(t)).collect();
+    let mut rows = Vec::new();
+    let cells = (plan.threads.len() * plan.batches.len()).max(1);
+    for (i, &threads) in plan.threads.iter().enumerate() {
+        for (j, &batch) in plan.batches.iter().enumerate() {
+            let what = format!("batch {batch}, {threads} thread{}", if threads == 1 { "" } else { "s" });
+            let done = (i * plan.batches.len() + j) as f64;
+            let tell = |share: f64| progress(&what, (done + share) / cells as f64);
+            let lanes = cell(contenders, plan, threads, batch, &tell)?;
+            rows.extend(summarise(&lanes, plan, peaks[i]));
+        }
+    }
+    let stolen_share = before.zip(ProcessorTime::now()).map(|(before, after)| after.stolen_since(before));
+    Ok(Report { schema: SCHEMA.into(), machine, plan: plan.clone(), stolen_share, peaks, rows })
+}
+
+/// Every contender at one batch size and thread count, all rounds.
+fn cell<'a>(
+    contenders: &'a [Contender],
+    plan: &Plan,
+    threads: usize,
+    batch: usize,
+    tell: &dyn Fn(f64),
+) -> Result<Vec<Lane<'a>>, BenchError> {
+    let options = EngineOptions { intra_threads: threads, spinning: plan.spinning, ..EngineOptions::default() };
+    let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
+    let mut lanes = Vec::with_capacity(contenders.len());
+    for contender in contenders {
+        let started = Instant::now();
+        let backend = OrtBackend::open(&contender.onnx, &contender.label(), &options)?;
+        let load_ms = started.elapsed().as_secs_f64() * 1e3;
+        let mut images = Batch::zeros(batch, contender.height, contender.width);
+        images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
+        let mut lane = Lane { contender, backend, batch: images, load_ms, samples: Vec::new(), rounds: Vec::new() };
+        lane.warm_up(plan)?;
+        lanes.push(lane);
+    }
+    let mut order: Vec<usize> = (0..lanes.len()).collect();
+    for round in 0..plan.rounds {
+        tell(round as f64 / plan.rounds as f64);
+        order.shuffle(&mut rng);
+        for &i in &order {
+            if plan.spinning && threads > 1 {
+                // a pool spins on for a while after its run, on cores that the next contender needs
+                thread::sleep(SETTLE);
+            }
+            lanes[i].turn(plan)?;
+        }
+    }
+    Ok(lanes)
+}
+
+fn summarise(lanes: &[Lane<'_>], plan: &Plan, peak: Peak) -> Vec<Row> {
+    let reference = plan.reference.as_ref().and_then(|r| lanes.iter().find(|l| l.contender.label() == *r));
+    let reference = reference.or(lanes.first());
+    let row = |lane: &Lane<'_>| {
+        let latency_ms = Summary::of(&lane.samples)?;
+        let mut sorted = lane.samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let c = lane.contender;
+        let images_per_s = lane.batch.images as f64 * 1e3 / latency_ms.median;
+        let gflops = c.gmacs.map(|g| 2.0 * g * images_per_s);
+        Some(Row {
+            label: c.label(),
+            model: c.model.clone(),
+            variant: c.variant.clone(),
+            height: c.height,
+            width: c.width,
+            batch: lane.batch.images,
+            threads: peak.threads,
+            parameters: c.parameters,
+            gmacs: c.gmacs,
+            onnx_bytes: c.onnx.len(),
+            load_ms: lane.load_ms,
+            rounds_ms: lane.rounds.clone(),
+            percentiles_ms: (0..=100).map(|p| statistics::quantile(&sorted, f64::from(p) / 100.0)).collect(),
+            images_per_s,
+            gflops,
+            peak_share: gflops.map(|g| g / peak.gflops),
+            speed: reference.and_then(|r| statistics::ratio(&r.rounds, &lane.rounds, plan.seed)),
+            published: c.published.clone(),
+            latency_ms,
+        })
+    };
+    lanes.iter().filter_map(row).collect()
+}

@@ -1,0 +1,185 @@
+//! The report as one self-contained page: tables and charts, in light and dark, no script.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use super::chart::{self, Axis, Chart, Point, Scale, Series, escape, number};
+use super::engine::{Report, Row};
+use super::machine::Machine;
+
+const STYLE: &str = "\
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:2rem auto;\
+padding:0 1rem}h1{font-size:1.6rem}h2{margin-top:2.4rem}h3{margin-top:1.8rem}figure{margin:1rem 0}\
+figcaption,small,.note{color:var(--soft);font-size:.88rem}.wide{overflow-x:auto}table{border-collapse:collapse;\
+font-size:.86rem;width:100%}th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid var(--line);\
+white-space:nowrap}th:first-child,td:first-child{text-align:left}code{font-size:.88em;overflow-wrap:anywhere}\
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0}";
+
+/// The page of the reports that are there.
+pub fn html(engine: Option<&Report>) -> String {
+    let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
+    out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold bench</title>");
+    let _ = write!(out, "<style>{}{STYLE}</style></head><body><h1>nfold bench</h1>", chart::STYLE);
+    if let Some(report) = engine {
+        engine_section(&mut out, report);
+    }
+    out.push_str("</body></html>\n");
+    out
+}
+
+fn engine_section(out: &mut String, report: &Report) {
+    out.push_str("<h2>Engine: latency in process</h2>");
+    out.push_str(
+        "<p class=\"note\">Batch normalisation folds as well as Scaled Weight Standardization does: a BN-folded ResNet \
+         runs the same plain convolutions, and is batch-independent too in exact arithmetic. Accuracy is what timm \
+         publishes for trained weights of the same architecture and size; the weights timed here are freshly \
+         initialised, which costs the same time.</p>",
+    );
+    for (threads, batch) in cells(report) {
+        let rows: Vec<&Row> = report.rows.iter().filter(|r| (r.threads, r.batch) == (threads, batch)).collect();
+        let plural = if threads == 1 { "" } else { "s" };
+        let _ = write!(out, "<h3>Batch {batch}, {threads} thread{plural}</h3>");
+        table(out, &rows);
+        if rows.iter().any(|r| r.published.is_some()) {
+            let caption = "Up and to the left is better. Latency is the median of a run; accuracy as published.";
+            figure(out, &front(&rows, batch), caption);
+        }
+        figure(out, &distribution(&rows), "How latency is spread over runs: a steep line is a steady one.");
+    }
+    machine(out, &report.machine, report.stolen_share);
+    let plan = &report.plan;
+    let _ = write!(
+        out,
+        "<p class=\"note\">{} rounds, each giving every contender one turn of at least {} ms in a fresh random order \
+         after one untimed run; warm-up at least {} runs and {} ms; seed {}. Speed is the ratio of medians over \
+         rounds to the reference's, with a 95 % bootstrap interval over rounds. Peak: ",
+        plan.rounds, plan.turn_ms, plan.warmup_runs, plan.warmup_ms, plan.seed
+    );
+    let peaks: Vec<String> = report
+        .peaks
+        .iter()
+        .map(|p| format!("{:.1} GFLOP/s with {} thread{}", p.gflops, p.threads, if p.threads == 1 { "" } else { "s" }))
+        .collect();
+    let _ = write!(out, "{} (fused multiply-adds in registers, measured).</p>", peaks.join(", "));
+}
+
+fn cells(report: &Report) -> BTreeSet<(usize, usize)> {
+    report.rows.iter().map(|r| (r.threads, r.batch)).collect()
+}
+
+fn table(out: &mut String, rows: &[&Row]) {
+    out.push_str(
+        "<div class=\"wide\"><table><tr><th>model</th><th>top-1 %</th><th>parameters, M</th><th>GMACs</th>\
+         <th>median, ms</th><th>p90</th><th>p99</th><th>images/s</th><th>GFLOP/s</th><th>of peak</th>\
+         <th>speed (95 % interval)</th><th>load, ms</th></tr>",
+    );
+    let mut sorted = rows.to_vec();
+    sorted.sort_by(|a, b| a.latency_ms.median.total_cmp(&b.latency_ms.median));
+    for r in sorted {
+        let or = |v: Option<f64>, digits: usize| v.map_or_else(|| "–".into(), |v| format!("{v:.digits$}"));
+        let speed = r.speed.as_ref();
+        let speed = speed.map_or_else(|| "–".into(), |s| format!("{:.3} ({:.3}–{:.3})", s.value, s.low, s.high));
+        let top1 = match &r.published {
+            Some(p) => format!("<span title=\"{}, {}\">{:.2}</span>", escape(&p.weights), escape(&p.source), p.top1),
+            None => "–".into(),
+        };
+        let l = &r.latency_ms;
+        let _ = write!(
+            out,
+            "<tr><td>{}</td><td>{top1}</td><td>{}</td><td>{}</td><td>{:.2}</td><td>{:.2}</td><td>{}</td><td>{:.1}</td>\
+             <td>{}</td><td>{}</td><td>{speed}</td><td>{:.0}</td></tr>",
+            escape(&r.label),
+            or(r.parameters.map(|p| p as f64 / 1e6), 2),
+            or(r.gmacs, 3),
+            l.median,
+            l.p90,
+            or(l.p99, 2),
+            r.images_per_s,
+            or(r.gflops, 1),
+            r.peak_share.map_or_else(|| "–".into(), |s| format!("{:.0} %", 100.0 * s)),
+            r.load_ms,
+        );
+    }
+    out.push_str("</table></div>");
+    let sources: BTreeSet<&str> = rows.iter().filter_map(|r| Some(r.published.as_ref()?.source.as_str())).collect();
+    if !sources.is_empty() {
+        let all = sources.into_iter().map(escape).collect::<Vec<_>>().join("; ");
+        let _ = write!(out, "<small>Top-1: {all}.</small>");
+    }
+}
+
+/// Families, so that the front of each can be seen.
+fn family(model: &str) -> &'static str {
+    let prefixes = [
+        ("nf_regnet", "NF-RegNet"),
+        ("nf_", "NF-ResNet"),
+        ("resn", "ResNet (BN)"),
+        ("regnet", "RegNetY (BN)"),
+        ("efficientnet", "EfficientNet (BN)"),
+    ];
+    let found = prefixes.into_iter().find(|(prefix, _)| model.starts_with(prefix));
+    found.map_or_else(|| if model.contains("nfnet") { "NFNet" } else { "others" }, |(_, name)| name)
+}
+
+fn front(rows: &[&Row], batch: usize) -> Chart {
+    let families: BTreeSet<&str> = rows.iter().map(|r| family(&r.model)).collect();
+    let point = |r: &&Row| {
+        let top1 = r.published.as_ref()?.top1;
+        Some(Point { x: r.latency_ms.median, y: top1, label: r.label.clone() })
+    };
+    let series = families.into_iter().filter_map(|name| {
+        let mut points: Vec<Point> = rows.iter().filter(|r| family(&r.model) == name).filter_map(point).collect();
+        points.sort_by(|a, b| a.x.total_cmp(&b.x));
+        (!points.is_empty()).then(|| Series { name: name.into(), points, line: true, marks: true })
+    });
+    let images = if batch == 1 { "an image".into() } else { format!("a batch of {batch}") };
+    Chart {
+        title: "Accuracy against latency".into(),
+        x: Axis { label: format!("median latency of {images}, ms"), scale: Scale::Log },
+        y: Axis { label: "ImageNet-1k top-1, %".into(), scale: Scale::Linear },
+        series: series.collect(),
+        rules: vec![],
+    }
+}
+
+fn distribution(rows: &[&Row]) -> Chart {
+    let series = rows.iter().map(|r| {
+        let points = r.percentiles_ms.iter().enumerate();
+        let points = points.map(|(p, &x)| Point { x, y: p as f64, label: String::new() }).collect();
+        Series { name: r.label.clone(), points, line: true, marks: false }
+    });
+    Chart {
+        title: "Distribution of latency".into(),
+        x: Axis { label: "latency of a run, ms".into(), scale: Scale::Log },
+        y: Axis { label: "runs at most as slow, %".into(), scale: Scale::Linear },
+        series: series.collect(),
+        rules: vec![],
+    }
+}
+
+fn figure(out: &mut String, chart: &Chart, caption: &str) {
+    let _ = write!(out, "<figure>{}<figcaption>{}</figcaption></figure>", chart.svg(), escape(caption));
+}
+
+/// Where and with what a report was measured.
+fn machine(out: &mut String, m: &Machine, stolen: Option<f64>) {
+    out.push_str("<h3>Machine and versions</h3><dl>");
+    let mut entry = |key: &str, value: String| {
+        let _ = write!(out, "<dt>{key}</dt><dd>{}</dd>", escape(&value));
+    };
+    entry("processor", format!("{}, {} cores ({})", m.processor, m.cores, m.extensions.join(" ")));
+    entry("memory", format!("{} GiB", number(m.memory_gib)));
+    entry("system", format!("{}, kernel {}", m.system, m.kernel));
+    entry("governor", m.governor.clone().unwrap_or_else(|| "not shown by this machine".into()));
+    entry("nfold", m.nfold.clone());
+    entry("ONNX Runtime", m.onnxruntime.clone());
+    if let Some(load) = m.load_average {
+        entry("load before", number(load));
+    }
+    if let Some(share) = stolen {
+        entry("stolen time", format!("{:.2} % of the processors' time went to other guests", 100.0 * share));
+    }
+    entry("time", format!("{} s since 1970 UTC", m.unix_time));
+    entry("command", m.command.join(" "));
+    out.push_str("</dl>");
+}

@@ -1,0 +1,186 @@
+//! `nfold bench`: what to measure, from what the user typed.
+
+mod contenders;
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::builder::FalseyValueParser;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::serve::duration;
+use crate::bench::engine::{self, Plan, Report};
+use crate::bench::report;
+
+/// Arguments of `nfold bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Time graphs in process, interleaved, against each other
+    Engine(EngineArgs),
+}
+
+/// What is timed where nothing is named: Normalizer-Free networks, BN-folded ResNets, and the two families that come
+/// closest to the front, each at its evaluation size.
+const DEFAULT: [&str; 11] = [
+    "nf_regnet_b0",
+    "nf_regnet_b1",
+    "nf_resnet50",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "regnety_008",
+    "regnety_016",
+    "efficientnet_b0",
+    "efficientnet_b1",
+];
+
+/// Arguments of `nfold bench engine`.
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    /// Architectures (initialised here, nothing is downloaded), checkpoint folders or folded version folders:
+    /// MODEL[@H|@HxW][:folded|:unfolded|:fp16|:broadcast] [default: eleven networks]
+    #[arg(value_name = "MODEL")]
+    models: Vec<String>,
+    /// ONNX file to time as well, one float32 input [N, 3, H, W]; repeat for several
+    #[arg(long, env = "NFOLD_ONNX", value_name = "FILE[@H|@HxW]", value_delimiter = ',')]
+    onnx: Vec<String>,
+    /// Images in a run, several separated by commas
+    #[arg(long, env = "NFOLD_BATCH", value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: Vec<u16>,
+    /// Threads inside one operator, several separated by commas
+    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Vec<u16>,
+    /// Rounds; in each every model has one turn, in a fresh order
+    #[arg(long, env = "NFOLD_ROUNDS", value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rounds: u32,
+    /// How long a turn lasts at least; at least one run
+    #[arg(long, env = "NFOLD_TURN", value_name = "TIME", default_value = "200ms", value_parser = duration)]
+    turn: Duration,
+    /// How long each model is warmed up at least
+    #[arg(long, env = "NFOLD_WARMUP", value_name = "TIME", default_value = "500ms", value_parser = duration)]
+    warmup: Duration,
+    /// Runs that each model is warmed up with at least
+    #[arg(long, env = "NFOLD_WARMUP_RUNS", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    warmup_runs: u32,
+    /// Model that speeds are taken against, as the table names it [default: resnet50, or the first]
+    #[arg(long, env = "NFOLD_REFERENCE", value_name = "MODEL@SIZE")]
+    reference: Option<String>,
+    /// Let threads of a pool spin between operators, as a session with the machine to itself would
+    #[arg(long, env = "NFOLD_SPINNING", value_parser = FalseyValueParser::new())]
+    spinning: bool,
+    /// Seed of weights, images, orders and bootstrap
+    #[arg(long, env = "NFOLD_SEED", default_value_t = 0)]
+    seed: u64,
+    /// Folder to write engine.json, engine.csv and index.html into
+    #[arg(long, env = "NFOLD_REPORT", value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Print the report as JSON on stdout
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
+    json: bool,
+}
+
+/// Runs `nfold bench`.
+pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    match &args.command {
+        BenchCommand::Engine(args) => run_engine(args),
+    }
+}
+
+fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
+    let named: Vec<&str> = match args.models.is_empty() && args.onnx.is_empty() {
+        true => DEFAULT.to_vec(),
+        false => args.models.iter().map(String::as_str).collect(),
+    };
+    let mut contenders = Vec::with_capacity(named.len() + args.onnx.len());
+    for text in named {
+        eprintln!("preparing {text}");
+        contenders.push(contenders::model(text, args.seed)?);
+    }
+    for text in &args.onnx {
+        contenders.push(contenders::file(text)?);
+    }
+    let usual = contenders.iter().map(engine::Contender::label).find(|l| l.starts_with("resnet50@"));
+    let plan = Plan {
+        batches: args.batch.iter().map(|&b| b.into()).collect(),
+        threads: args.threads.iter().map(|&t| t.into()).collect(),
+        rounds: args.rounds as usize,
+        turn_ms: args.turn.as_millis() as u64,
+        warmup_ms: args.warmup.as_millis() as u64,
+        warmup_runs: args.warmup_runs as usize,
+        spinning: args.spinning,
+        reference: args.reference.clone().or(usual),
+        seed: args.seed,
+    };
+    let bar = ProgressBar::new(1000);
+    if !io::stderr().is_terminal() {
+        bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
+    }
+    if let Ok(style) = ProgressStyle::with_template("{wide_bar} {percent} %  {msg}  {elapsed}") {
+        bar.set_style(style);
+    }
+    let report = engine::measure(&contenders, &plan, &|what, share| {
+        bar.set_message(what.to_string());
+        bar.set_position((1000.0 * share) as u64);
+    })?;
+    bar.finish_and_clear();
+    let mut out = io::stdout().lock();
+    match args.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
+        false => print(&mut out, &report)?,
+    }
+    if let Some(folder) = &args.report {
+        report::write_engine(folder, &report)?;
+        eprintln!("wrote {}", folder.join(report::PAGE).display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The report as a terminal shows it.
+fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
+    let wide = report.rows.iter().map(|r| r.label.len()).max().unwrap_or(0).max(5);
+    for (i, &threads) in report.plan.threads.iter().enumerate() {
+        for &batch in &report.plan.batches {
+            let gflops = report.peaks.get(i).map_or(0.0, |p| p.gflops);
+            writeln!(out, "batch {batch}, threads {threads}, peak {gflops:.1} GFLOP/s")?;
+            writeln!(
+                out,
+                "{:<wide$} {:>7} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>7} {:>22}",
+                "model", "top-1", "params M", "GMACs", "median ms", "p90", "p99", "images/s", "of peak", "speed (95 %)"
+            )?;
+            let mut rows: Vec<_> = report.rows.iter().filter(|r| (r.threads, r.batch) == (threads, batch)).collect();
+            rows.sort_by(|a, b| a.latency_ms.median.total_cmp(&b.latency_ms.median));
+            for r in rows {
+                let or = |v: Option<f64>, digits: usize| v.map_or_else(|| "-".into(), |v| format!("{v:.digits$}"));
+                let speed = r.speed.as_ref();
+                writeln!(
+                    out,
+                    "{:<wide$} {:>7} {:>8} {:>8} {:>9.2} {:>9.2} {:>9} {:>9.1} {:>7} {:>22}",
+                    r.label,
+                    or(r.published.as_ref().map(|p| p.top1), 2),
+                    or(r.parameters.map(|p| p as f64 / 1e6), 2),
+                    or(r.gmacs, 3),
+                    r.latency_ms.median,
+                    r.latency_ms.p90,
+                    or(r.latency_ms.p99, 2),
+                    r.images_per_s,
+                    r.peak_share.map_or_else(|| "-".into(), |s| format!("{:.0} %", 100.0 * s)),
+                    speed.map_or_else(|| "-".into(), |s| format!("{:.3} ({:.3}-{:.3})", s.value, s.low, s.high)),
+                )?;
+            }
+        }
+    }
+    if let Some(share) = report.stolen_share.filter(|s| *s > 0.01) {
+        writeln!(out, "note: {:.1} % of processor time went to other guests of this machine", 100.0 * share)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! From what names a network on the command line to a graph that can be timed: initialised and folded here, folded
+//! from a checkpoint, or read as it is.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, anyhow, bail};
+
+use crate::bench::accuracy::published;
+use crate::bench::engine::Contender;
+use crate::checkpoint::init::{InitOptions, init};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint};
+use crate::fold::{FoldOptions, Size, fold};
+use crate::infer::engine::{EngineOptions, OrtBackend};
+use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision};
+use crate::nets;
+
+/// Size of a dynamic graph where none is given, as timm's default.
+const DYNAMIC: usize = 224;
+
+/// `MODEL[@SIZE][:VARIANT]`: an architecture, a checkpoint folder, or a folded version folder.
+pub fn model(text: &str, seed: u64) -> anyhow::Result<Contender> {
+    let (rest, variant) = match text.rsplit_once(':') {
+        Some((rest, variant)) if !variant.contains('/') => (rest, variant),
+        _ => (text, "folded"),
+    };
+    let (name, size) = sized(rest)?;
+    let path = Path::new(name);
+    if path.join(MANIFEST_FILE).is_file() {
+        let folded = ModelDir::open_path(path)?;
+        if variant != "folded" {
+            bail!("`{text}`: a folded model can't be folded as {variant}; name its checkpoint");
+        }
+        let onnx = folded.read_onnx()?;
+        let label = if folded.manifest.precision == Precision::Fp16 { "fp16" } else { "folded" };
+        return Ok(contender(onnx, &folded.manifest, label, size));
+    }
+    let options = options(text, variant, size)?;
+    if path.join(CONFIG_FILE).is_file() {
+        return folded(&Checkpoint::open(path)?, &options, variant);
+    }
+    if !nets::architectures().contains(&nets::base_name(name)) {
+        bail!(
+            "`{name}` is neither a folder with {CONFIG_FILE} or {MANIFEST_FILE} nor an architecture; known are {}",
+            nets::architectures().join(", ")
+        );
+    }
+    let folder = tempfile::tempdir().context("no temporary folder for a fresh checkpoint")?;
+    let fresh = folder.path().join(name);
+    init(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
+    folded(&Checkpoint::open(&fresh)?, &options, variant)
+}
+
+/// `FILE[@SIZE]`: any ONNX file with one float32 input `[N, 3, H, W]`.
+pub fn file(text: &str) -> anyhow::Result<Contender> {
+    let (path, size) = sized(text)?;
+    let onnx = fs::read(path).map_err(|e| anyhow!("can't read `{path}`: {e}; --onnx names an ONNX file"))?;
+    let fixed = OrtBackend::open(&onnx, path, &EngineOptions::default())?.input_size();
+    let (height, width) = match (fixed, size) {
+        (Some(fixed), Some(wanted)) if fixed != wanted => {
+            bail!("`{path}` takes only {}x{}, not {}x{}", fixed.0, fixed.1, wanted.0, wanted.1)
+        }
+        (fixed, wanted) => fixed.or(wanted).unwrap_or((DYNAMIC, DYNAMIC)),
+    };
+    let model = Path::new(path).file_stem().map_or_else(|| path.into(), |s| s.to_string_lossy().into_owned());
+    let variant = "onnx".into();
+    Ok(Contender { model, variant, height, width, onnx, parameters: None, gmacs: None, published: None })
+}
+
+fn folded(checkpoint: &Checkpoint, options: &FoldOptions, variant: &str) -> anyhow::Result<Contender> {
+    let folded = fold(checkpoint, options)?;
+    Ok(contender(folded.onnx, &folded.manifest, variant, None))
+}
+
+fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(usize, usize)>) -> Contender {
+    let model = nets::base_name(&manifest.architecture).to_string();
+    let (height, width) = match (manifest.graph_height, size) {
+        (None, Some(size)) => size,
+        _ => (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize),
+    };
+    Contender {
+        variant: variant.into(),
+        height,
+        width,
+        onnx,
+        parameters: Some(manifest.fold.parameters),
+        gmacs: Some(manifest.fold.gmacs),
+        published: published(&model, height, width),
+        model,
+    }
+}
+
+fn options(text: &str, variant: &str, size: Option<(usize, usize)>) -> anyhow::Result<FoldOptions> {
+    let plain = FoldOptions {
+        size: size.map_or(Size::Checkpoint, |(h, w)| Size::Fixed(h as u32, w as u32)),
+        ..FoldOptions::default()
+    };
+    Ok(match variant {
+        "folded" => plain,
+        "unfolded" => FoldOptions { unfolded: true, ..plain },
+        "fp16" => FoldOptions { precision: Precision::Fp16, ..plain },
+        "broadcast" => FoldOptions { gate: Gate::Broadcast, ..plain },
+        other => bail!("`{text}`: `{other}` is no variant; take folded, unfolded, fp16 or broadcast"),
+    })
+}
+
+/// `NAME`, `NAME@H` or `NAME@HxW`: the name and the size in pixels.
+fn sized(text: &str) -> anyhow::Result<(&str, Option<(usize, usize)>)> {
+    let Some((name, size)) = text.rsplit_once('@').filter(|(_, size)| !size.contains('/')) else {
+        return Ok((text, None));
+    };
+    let side = |s: &str| s.parse::<usize>().ok().filter(|s| (1..=4096).contains(s));
+    let both = match size.split_once('x') {
+        Some((height, width)) => side(height).zip(side(width)),
+        None => side(size).map(|s| (s, s)),
+    };
+    let both = both.ok_or_else(|| anyhow!("`{text}`: `{size}` is no size; give H or HxW in pixels, as in 288x288"))?;
+    Ok((name, Some(both)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(sized("a").expect("plain"), ("a", None));
+        assert_eq!(sized("a@288").expect("square"), ("a", Some((288, 288))));
+        assert_eq!(sized("x@y/a@288x256").expect("both"), ("x@y/a", Some((288, 256))));
+        assert_eq!(sized("x@y/a").expect("a path"), ("x@y/a", None));
+        for bad in ["a@", "a@0", "a@5000", "a@2x", "a@big"] {
+            assert!(sized(bad).is_err(), "{bad}");
+        }
+    }
+}
