@@ -42,3 +42,6 @@ mod preprocess;
 
 /// The web page in a real browser.
 mod page;
+
+/// The benchmark: timing in process, load over the network.
+mod bench;

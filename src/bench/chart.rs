@@ -10,7 +10,7 @@ const HEIGHT: f64 = 430.0;
 /// Plot area: left, top, right, bottom.
 const FRAME: [f64; 4] = [72.0, 18.0, 744.0, 376.0];
 /// Width of a character of a label, and its height, in the chart's units.
-const CHARACTER: [f64; 2] = [6.1, 13.0];
+const CHARACTER: [f64; 2] = [6.7, 13.0];
 
 /// Style sheet of everything a chart draws.
 pub const STYLE: &str = "\

@@ -177,7 +177,7 @@ pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f6
         let measured = contenders.iter().map(Contender::label).collect::<Vec<_>>().join(", ");
         return Err(BenchError::NoReference { name: name.clone(), measured });
     }
-    let machine = Machine::look(engine::runtime_build()?);
+    let machine = Machine::look(Some(engine::runtime_build()?));
     let before = ProcessorTime::now();
     let peaks: Vec<Peak> = plan.threads.iter().map(|&t| peak::measure(t)).collect();
     let mut rows = Vec::new();

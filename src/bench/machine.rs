@@ -25,8 +25,8 @@ pub struct Machine {
     pub system: String,
     /// Kernel release.
     pub kernel: String,
-    /// ONNX Runtime's build line.
-    pub onnxruntime: String,
+    /// ONNX Runtime's build line, where it ran in this process.
+    pub onnxruntime: Option<String>,
     /// nfold's version.
     pub nfold: String,
     /// The command, program name first.
@@ -39,7 +39,7 @@ pub struct Machine {
 
 impl Machine {
     /// Looks at this machine now. `onnxruntime` is its build line.
-    pub fn look(onnxruntime: String) -> Self {
+    pub fn look(onnxruntime: Option<String>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, key: &str| {
             let line = text.lines().find(|l| l.split([':', '=']).next().is_some_and(|k| k.trim() == key))?;

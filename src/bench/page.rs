@@ -5,10 +5,12 @@ use std::fmt::Write as _;
 
 use super::chart::{self, Axis, Chart, Point, Scale, Series, escape, number};
 use super::engine::{Report, Row};
+use super::load;
+use super::load::record::{Outcome, Step};
 use super::machine::Machine;
 
 const STYLE: &str = "\
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:2rem auto;\
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;\
 padding:0 1rem}h1{font-size:1.6rem}h2{margin-top:2.4rem}h3{margin-top:1.8rem}figure{margin:1rem 0}\
 figcaption,small,.note{color:var(--soft);font-size:.88rem}.wide{overflow-x:auto}table{border-collapse:collapse;\
 font-size:.86rem;width:100%}th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid var(--line);\
@@ -16,12 +18,15 @@ white-space:nowrap}th:first-child,td:first-child{text-align:left}code{font-size:
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0}";
 
 /// The page of the reports that are there.
-pub fn html(engine: Option<&Report>) -> String {
+pub fn html(engine: Option<&Report>, load: Option<&load::Report>) -> String {
     let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold bench</title>");
     let _ = write!(out, "<style>{}{STYLE}</style></head><body><h1>nfold bench</h1>", chart::STYLE);
     if let Some(report) = engine {
         engine_section(&mut out, report);
+    }
+    if let Some(report) = load {
+        load_section(&mut out, report);
     }
     out.push_str("</body></html>\n");
     out
@@ -122,8 +127,10 @@ fn family(model: &str) -> &'static str {
 }
 
 fn front(rows: &[&Row], batch: usize) -> Chart {
+    // the other variants of a network reach the same accuracy
+    let rows: Vec<&&Row> = rows.iter().filter(|r| r.variant == "folded").collect();
     let families: BTreeSet<&str> = rows.iter().map(|r| family(&r.model)).collect();
-    let point = |r: &&Row| {
+    let point = |r: &&&Row| {
         let top1 = r.published.as_ref()?.top1;
         Some(Point { x: r.latency_ms.median, y: top1, label: r.label.clone() })
     };
@@ -172,7 +179,7 @@ fn machine(out: &mut String, m: &Machine, stolen: Option<f64>) {
     entry("system", format!("{}, kernel {}", m.system, m.kernel));
     entry("governor", m.governor.clone().unwrap_or_else(|| "not shown by this machine".into()));
     entry("nfold", m.nfold.clone());
-    entry("ONNX Runtime", m.onnxruntime.clone());
+    m.onnxruntime.iter().for_each(|build| entry("ONNX Runtime", build.clone()));
     if let Some(load) = m.load_average {
         entry("load before", number(load));
     }
@@ -182,4 +189,134 @@ fn machine(out: &mut String, m: &Machine, stolen: Option<f64>) {
     entry("time", format!("{} s since 1970 UTC", m.unix_time));
     entry("command", m.command.join(" "));
     out.push_str("</dl>");
+}
+
+fn load_section(out: &mut String, report: &load::Report) {
+    let plan = &report.plan;
+    let _ = write!(
+        out,
+        "<h2>Server: load over the network</h2><p class=\"note\">Open-loop latency counts from when a request was due, \
+         not from when it could be sent: a stall is charged for everyone who waited. Percentiles are given only where \
+         enough answers came (459 for p99, 4603 for p99.9). Goodput counts answers within {} ms. A step is void where \
+         the generator's own lag passed {} ms at its 99th percentile; generator and server share this machine.</p>",
+        number(plan.slo_ms),
+        number(plan.max_lag_ms)
+    );
+    steps(out, report);
+    let open: Vec<&Step> = report.steps.iter().filter(|s| s.rate.is_some()).collect();
+    if open.len() > 1 {
+        let caption = "Throughput counts every answer, goodput those within the objective: past the knee a good server \
+                       keeps both and refuses the rest.";
+        figure(out, &served(&open, report.capacity), caption);
+        figure(out, &latency(&open), "Latency from the due time against offered load.");
+    }
+    figure(out, &latencies(&report.steps), "How latency is spread over answers as asked.");
+    machine(out, &report.machine, report.stolen_share);
+    let _ = write!(
+        out,
+        "<p class=\"note\">{:?} arrivals, seed {}; {} s of warm-up, then {} s measured a step; {} different bodies of \
+         {:.1} kB in random order; patience {} s.</p>",
+        plan.arrivals,
+        plan.seed,
+        number(plan.warmup_s),
+        number(plan.window_s),
+        report.payloads,
+        report.payload_bytes / 1e3,
+        number(plan.timeout_s)
+    );
+}
+
+/// A step as the charts and tables call it.
+fn name(step: &Step) -> String {
+    match (step.connections, step.rate) {
+        (Some(n), _) => format!("closed, {n} connection{}", if n == 1 { "" } else { "s" }),
+        (None, Some(rate)) => {
+            let multiple = step.multiple.map_or_else(String::new, |m| format!(" ({} of capacity)", number(m)));
+            format!("open, {}/s{multiple}", number(rate))
+        }
+        (None, None) => step.kind.clone(),
+    }
+}
+
+fn steps(out: &mut String, report: &load::Report) {
+    out.push_str(
+        "<div class=\"wide\"><table><tr><th>step</th><th>throughput/s</th><th>goodput/s</th><th>ok</th><th>refused</th>\
+         <th>other failures</th><th>p50, ms</th><th>p90</th><th>p99</th><th>p99.9</th><th>max</th><th>lag p99, ms</th>\
+         </tr>",
+    );
+    for s in &report.steps {
+        let l = s.latency_ms.as_ref();
+        let or = |v: Option<f64>| v.map_or_else(|| "–".into(), |v| format!("{v:.1}"));
+        let of = |outcome| s.outcomes.get(&outcome).copied().unwrap_or(0);
+        let rest: u64 = s.outcomes.values().sum::<u64>() - of(Outcome::Ok) - of(Outcome::Refused);
+        let _ = write!(
+            out,
+            "<tr><td>{}</td><td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{rest}</td><td>{}</td><td>{}</td>\
+             <td>{}</td><td>{}</td><td>{}</td><td>{:.2}{}</td></tr>",
+            escape(&name(s)),
+            s.throughput,
+            s.goodput,
+            of(Outcome::Ok),
+            of(Outcome::Refused),
+            or(l.map(|l| l.p50)),
+            or(l.map(|l| l.p90)),
+            or(l.and_then(|l| l.p99)),
+            or(l.and_then(|l| l.p999)),
+            or(l.map(|l| l.max)),
+            s.lag_ms[1],
+            if s.valid { "" } else { " void" },
+        );
+    }
+    out.push_str("</table></div>");
+}
+
+fn served(open: &[&Step], capacity: Option<f64>) -> Chart {
+    let series = |name: &str, pick: fn(&Step) -> f64| Series {
+        name: name.into(),
+        points: open.iter().map(|s| Point { x: s.rate.unwrap_or(0.0), y: pick(s), label: String::new() }).collect(),
+        line: true,
+        marks: true,
+    };
+    Chart {
+        title: "Throughput and goodput against offered load".into(),
+        x: Axis { label: "offered load, requests/s".into(), scale: Scale::Linear },
+        y: Axis { label: "answers as asked, 1/s".into(), scale: Scale::Linear },
+        series: vec![series("throughput", |s| s.throughput), series("goodput", |s| s.goodput)],
+        rules: capacity.into_iter().map(|c| (c, "closed-loop capacity".to_string())).collect(),
+    }
+}
+
+fn latency(open: &[&Step]) -> Chart {
+    let series = |name: &str, pick: fn(&Step) -> Option<f64>| Series {
+        name: name.into(),
+        points: open.iter().filter_map(|s| Some(Point { x: s.rate?, y: pick(s)?, label: String::new() })).collect(),
+        line: true,
+        marks: true,
+    };
+    Chart {
+        title: "Latency against offered load".into(),
+        x: Axis { label: "offered load, requests/s".into(), scale: Scale::Linear },
+        y: Axis { label: "latency from the due time, ms".into(), scale: Scale::Log },
+        series: vec![
+            series("p50", |s| s.latency_ms.as_ref().map(|l| l.p50)),
+            series("p90", |s| s.latency_ms.as_ref().map(|l| l.p90)),
+            series("p99", |s| s.latency_ms.as_ref().and_then(|l| l.p99)),
+        ],
+        rules: vec![],
+    }
+}
+
+fn latencies(steps: &[Step]) -> Chart {
+    let series = steps.iter().filter(|s| !s.percentiles_ms.is_empty()).map(|s| {
+        let points = s.percentiles_ms.iter().enumerate();
+        let points = points.map(|(p, &x)| Point { x, y: p as f64, label: String::new() }).collect();
+        Series { name: name(s), points, line: true, marks: false }
+    });
+    Chart {
+        title: "Distribution of latency".into(),
+        x: Axis { label: "latency, ms".into(), scale: Scale::Log },
+        y: Axis { label: "answers at most as slow, %".into(), scale: Scale::Linear },
+        series: series.collect(),
+        rules: vec![],
+    }
 }

@@ -3,14 +3,20 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
+use hdrhistogram::serialization::V2DeflateSerializer;
+use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{BenchError, engine, page};
+use super::load::record::{Outcome, Recorder};
+use super::{BenchError, engine, load, page};
 
 /// File name of the engine's report, without extension.
 pub const ENGINE: &str = "engine";
+/// File name of the load report, without extension.
+pub const LOAD: &str = "load";
 /// The page that shows every report of the folder.
 pub const PAGE: &str = "index.html";
 
@@ -24,7 +30,65 @@ pub fn write_engine(folder: &Path, report: &engine::Report) -> Result<(), BenchE
 /// The page from the reports that the folder holds.
 pub fn write_page(folder: &Path) -> Result<(), BenchError> {
     let engine: Option<engine::Report> = read(folder, ENGINE, engine::SCHEMA);
-    write(folder, PAGE, page::html(engine.as_ref()).as_bytes())
+    let load: Option<load::Report> = read(folder, LOAD, load::SCHEMA);
+    write(folder, PAGE, page::html(engine.as_ref(), load.as_ref()).as_bytes())
+}
+
+/// Writes `folder/load.json`, `folder/load.csv`, `folder/load.hlog` (HdrHistogram's interval log, one histogram a step,
+/// microseconds) and the page.
+pub fn write_load(folder: &Path, report: &load::Report, recorders: &[Recorder]) -> Result<(), BenchError> {
+    write_json(folder, LOAD, report)?;
+    write(folder, &format!("{LOAD}.csv"), load_csv(report).as_bytes())?;
+    write(folder, &format!("{LOAD}.hlog"), &histograms(report, recorders))?;
+    write_page(folder)
+}
+
+fn histograms(report: &load::Report, recorders: &[Recorder]) -> Vec<u8> {
+    let (mut out, mut serializer) = (Vec::new(), V2DeflateSerializer::new());
+    let began = SystemTime::UNIX_EPOCH + Duration::from_secs(report.machine.unix_time);
+    let mut builder = IntervalLogWriterBuilder::new();
+    builder.with_start_time(began).with_max_value_divisor(1000.0);
+    builder.add_comment("microseconds from due to answered; maxima in milliseconds; one line a step of load.json");
+    // writing to memory does not fail
+    if let Ok(mut log) = builder.begin_log_with(&mut out, &mut serializer) {
+        let each = Duration::from_secs_f64(report.plan.warmup_s + report.plan.window_s);
+        for (i, recorder) in recorders.iter().enumerate() {
+            let tag = format!("step{i}");
+            let _ = log.write_histogram(&recorder.latency, each * i as u32, each, Tag::new(&tag));
+        }
+    }
+    out
+}
+
+/// One line a step; empty fields where a figure is not known.
+pub fn load_csv(report: &load::Report) -> String {
+    let outcomes = [
+        Outcome::Ok,
+        Outcome::Refused,
+        Outcome::Deadline,
+        Outcome::ClientError,
+        Outcome::ServerError,
+        Outcome::Transport,
+        Outcome::Timeout,
+    ];
+    let mut out = String::from(
+        "kind,connections,rate,multiple,ok,refused,deadline,client_error,server_error,transport,timeout,throughput,\
+         goodput,p50_ms,p90_ms,p99_ms,p999_ms,max_ms,lag_p99_ms,valid\n",
+    );
+    for s in &report.steps {
+        let real = |v: Option<f64>| v.map_or_else(String::new, |v| format!("{v:.3}"));
+        let latency = s.latency_ms.as_ref();
+        let mut fields = vec![field(&s.kind), s.connections.map_or_else(String::new, |c| c.to_string())];
+        fields.extend([real(s.rate), real(s.multiple)]);
+        fields.extend(outcomes.map(|o| s.outcomes.get(&o).copied().unwrap_or(0).to_string()));
+        fields.extend([real(Some(s.throughput)), real(Some(s.goodput))]);
+        fields.extend([real(latency.map(|l| l.p50)), real(latency.map(|l| l.p90))]);
+        fields.extend([real(latency.and_then(|l| l.p99)), real(latency.and_then(|l| l.p999))]);
+        fields.extend([real(latency.map(|l| l.max)), real(Some(s.lag_ms[1])), s.valid.to_string()]);
+        out.push_str(&fields.join(","));
+        out.push('\n');
+    }
+    out
 }
 
 /// A report of this folder, where it is there and of this layout.

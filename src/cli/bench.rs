@@ -1,6 +1,7 @@
 //! `nfold bench`: what to measure, from what the user typed.
 
 mod contenders;
+mod load;
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ pub struct BenchArgs {
 enum BenchCommand {
     /// Time graphs in process, interleaved, against each other
     Engine(EngineArgs),
+    /// Load a server, closed or open loop, and past saturation
+    Load(load::LoadArgs),
 }
 
 /// What is timed where nothing is named: Normalizer-Free networks, BN-folded ResNets, and the two families that come
@@ -93,6 +96,7 @@ pub struct EngineArgs {
 pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
         BenchCommand::Engine(args) => run_engine(args),
+        BenchCommand::Load(args) => load::run(args),
     }
 }
 

@@ -1,0 +1,197 @@
+//! Load on a server, measured without coordinated omission. Knows the protocols, not the server.
+//!
+//! Closed loop: N connections, each with one request in flight. Open loop: arrivals drawn before the run, sent whether
+//! or not earlier ones were answered, and timed from when they were *due* (MLPerf Inference rules, "latency"): a server
+//! that stalls is charged for everyone who had to wait. Whether the generator itself kept up is measured, and a step in
+//! which it did not is marked.
+
+pub mod client;
+pub mod protocol;
+pub mod record;
+pub mod schedule;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+
+use super::machine::{Machine, ProcessorTime};
+use client::Pool;
+use protocol::{Payload, Protocol};
+use record::{Recorder, Step, Window};
+use schedule::Arrivals;
+
+/// Version of the report's layout, documented in `docs/benchmarks.md`.
+pub const SCHEMA: &str = "nfold-bench-load/1";
+/// Offered rates of a sweep, as multiples of the measured capacity: up to the knee, and past it.
+pub const SWEEP: [f64; 9] = [0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 5.0];
+
+/// How to load.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Server, `HOST:PORT`.
+    pub server: String,
+    /// What is spoken.
+    pub protocol: Protocol,
+    /// Model asked for; the server's own where absent.
+    pub model: Option<String>,
+    /// Closed-loop steps: connections of each.
+    pub connections: Vec<usize>,
+    /// Open-loop steps: requests a second of each.
+    pub rates: Vec<f64>,
+    /// After the closed-loop steps, open-loop steps at [`SWEEP`] of the best throughput that these reached.
+    pub sweep: bool,
+    /// How open-loop requests arrive.
+    pub arrivals: Arrivals,
+    /// Unmeasured part at the start of each step, seconds.
+    pub warmup_s: f64,
+    /// Measured part of each step, seconds.
+    pub window_s: f64,
+    /// Answers later than this are failures of the client's patience, seconds.
+    pub timeout_s: f64,
+    /// Answers within this count as goodput, milliseconds.
+    pub slo_ms: f64,
+    /// Largest 99th percentile of the generator's own lag at which a step is valid, milliseconds.
+    pub max_lag_ms: f64,
+    /// Seed of arrivals and of the order of payloads.
+    pub seed: u64,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// Where the generator ran.
+    pub machine: Machine,
+    /// How.
+    pub plan: Plan,
+    /// Different request bodies.
+    pub payloads: usize,
+    /// Mean bytes of a request body.
+    pub payload_bytes: f64,
+    /// Share of processor time that a hypervisor gave to others meanwhile.
+    pub stolen_share: Option<f64>,
+    /// Best closed-loop throughput, requests a second; what a sweep's multiples are of.
+    pub capacity: Option<f64>,
+    /// One for every number of connections and rate, in order.
+    pub steps: Vec<Step>,
+}
+
+/// Runs every step of the plan. `tell` hears what is about to run.
+pub async fn run(plan: &Plan, payloads: Vec<Payload>, tell: &dyn Fn(&str)) -> (Report, Vec<Recorder>) {
+    let machine = Machine::look(None);
+    let before = ProcessorTime::now();
+    let payload_bytes = payloads.iter().map(|p| p.body.len() as f64).sum::<f64>() / payloads.len().max(1) as f64;
+    let count = payloads.len();
+    let payloads: Arc<[Payload]> = payloads.into();
+    let (mut steps, mut recorders) = (Vec::new(), Vec::new());
+    let mut keep = |(step, recorder): (Step, Recorder)| {
+        steps.push(step);
+        recorders.push(recorder);
+    };
+    let mut capacity: Option<f64> = None;
+    for &connections in &plan.connections {
+        tell(&format!("closed loop, {connections} connections"));
+        let done = closed(plan, &payloads, connections).await;
+        capacity = Some(capacity.unwrap_or(0.0).max(done.0.throughput));
+        keep(done);
+    }
+    let mut rates: Vec<(f64, Option<f64>)> = plan.rates.iter().map(|&r| (r, None)).collect();
+    if let Some(capacity) = capacity.filter(|c| plan.sweep && *c > 0.0) {
+        rates.extend(SWEEP.iter().map(|&m| (m * capacity, Some(m))));
+    }
+    for (i, (rate, multiple)) in rates.into_iter().enumerate() {
+        tell(&format!("open loop, {rate:.1} requests/s"));
+        let (step, recorder) = open(plan, &payloads, rate, plan.seed.wrapping_add(i as u64)).await;
+        keep((Step { multiple, ..step }, recorder));
+    }
+    let stolen_share = before.zip(ProcessorTime::now()).map(|(before, after)| after.stolen_since(before));
+    let schema = SCHEMA.into();
+    let plan = plan.clone();
+    (Report { schema, machine, plan, payloads: count, payload_bytes, stolen_share, capacity, steps }, recorders)
+}
+
+fn window(plan: &Plan, start: Instant) -> Window {
+    let from = start + Duration::from_secs_f64(plan.warmup_s);
+    Window { from, until: from + Duration::from_secs_f64(plan.window_s) }
+}
+
+/// Each connection sends its next request when the last is answered.
+async fn closed(plan: &Plan, payloads: &Arc<[Payload]>, connections: usize) -> (Step, Recorder) {
+    let window = window(plan, Instant::now());
+    let recorder = Arc::new(Mutex::new(Recorder::new(window, plan.slo_ms)));
+    let timeout = Duration::from_secs_f64(plan.timeout_s);
+    let pool = Arc::new(Pool::new(plan.server.clone()));
+    let callers: Vec<_> = (0..connections)
+        .map(|caller| {
+            let (pool, payloads, recorder) = (pool.clone(), payloads.clone(), recorder.clone());
+            let mut rng = ChaCha8Rng::seed_from_u64(plan.seed ^ ((caller as u64 + 1) << 32));
+            tokio::spawn(async move {
+                loop {
+                    let sent = Instant::now();
+                    if sent >= window.until {
+                        break;
+                    }
+                    let answer = pool.send(&payloads[rng.random_range(0..payloads.len())], timeout).await;
+                    lock(&recorder).record(sent, Duration::ZERO, Instant::now(), &answer);
+                    if !answer.outcome.is_answer() {
+                        // a server that is gone must not be asked a million times a second
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        let _ = caller.await;
+    }
+    finish(recorder, |r| r.step("closed", None, Some(connections), plan.max_lag_ms))
+}
+
+/// Requests go out when they are due, whatever happened to those before.
+async fn open(plan: &Plan, payloads: &Arc<[Payload]>, rate: f64, seed: u64) -> (Step, Recorder) {
+    let span = Duration::from_secs_f64(plan.warmup_s + plan.window_s);
+    let due = schedule::draw(plan.arrivals, rate, span, seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ (1 << 63));
+    let picks: Vec<usize> = due.iter().map(|_| rng.random_range(0..payloads.len())).collect();
+    let timeout = Duration::from_secs_f64(plan.timeout_s);
+    // connections and the generator's thread are up before the first arrival
+    let start = Instant::now() + Duration::from_millis(50);
+    let recorder = Arc::new(Mutex::new(Recorder::new(window(plan, start), plan.slo_ms)));
+    let pool = Arc::new(Pool::new(plan.server.clone()));
+    let (handle, payloads, shared) = (Handle::current(), payloads.clone(), recorder.clone());
+    // a thread of its own: the runtime's timer counts in milliseconds, and its workers may be busy with answers
+    let generator = tokio::task::spawn_blocking(move || {
+        let mut calls = Vec::with_capacity(due.len());
+        for (offset, pick) in due.into_iter().zip(picks) {
+            let at = start + offset;
+            if let Some(left) = at.checked_duration_since(Instant::now()) {
+                std::thread::sleep(left);
+            }
+            let (pool, payloads, recorder) = (pool.clone(), payloads.clone(), shared.clone());
+            calls.push(handle.spawn(async move {
+                let lag = Instant::now().saturating_duration_since(at);
+                let answer = pool.send(&payloads[pick], timeout).await;
+                lock(&recorder).record(at, lag, Instant::now(), &answer);
+            }));
+        }
+        calls
+    });
+    for call in generator.await.unwrap_or_default() {
+        let _ = call.await;
+    }
+    finish(recorder, |r| r.step("open", Some(rate), None, plan.max_lag_ms))
+}
+
+fn lock(recorder: &Mutex<Recorder>) -> std::sync::MutexGuard<'_, Recorder> {
+    recorder.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn finish(recorder: Arc<Mutex<Recorder>>, step: impl FnOnce(&Recorder) -> Step) -> (Step, Recorder) {
+    let recorder = lock(&recorder).clone();
+    (step(&recorder), recorder)
+}

@@ -1,0 +1,200 @@
+//! What a request looks like in each protocol: `/v1/classify` with an encoded image, or the Open Inference Protocol's
+//! REST form with a binary tensor (as Triton's clients send it).
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::SeedableRng as _;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::client::Pool;
+
+/// What is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// `POST /v1/classify`, an encoded image as the body.
+    Classify,
+    /// `POST /v2/models/M/infer`, a float32 tensor in the binary extension.
+    OipHttp,
+}
+
+/// A request, ready to be sent any number of times.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Payload {
+    /// Path and query.
+    pub target: String,
+    /// Headers beside the host.
+    pub headers: Vec<(&'static str, String)>,
+    /// Body.
+    pub body: Bytes,
+}
+
+/// Why there is nothing to send.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// No image was given.
+    #[error("the classify protocol sends photographs; name one or more with --image FILE")]
+    NoImage,
+    /// No model was named.
+    #[error("the Open Inference Protocol needs a model's name; give --model NAME")]
+    NoModel,
+    /// The server does not answer.
+    #[error("no answer from {server}: {reason}; is a server running there (--server)?")]
+    NoServer {
+        /// Where it was asked.
+        server: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The server refuses even one request.
+    #[error("{server} answers {status} to {target}: {text}")]
+    Refused {
+        /// Where it was asked.
+        server: String,
+        /// Path and query.
+        target: String,
+        /// HTTP status.
+        status: u16,
+        /// Start of the body.
+        text: String,
+    },
+    /// The server doesn't describe the model as the protocol has it.
+    #[error("{server} says of `{model}`: {reason}")]
+    Metadata {
+        /// Where it was asked.
+        server: String,
+        /// The model.
+        model: String,
+        /// Status or what is missing.
+        reason: String,
+    },
+}
+
+/// Sends the first payload once: a benchmark of errors would measure nothing.
+pub async fn check(server: &str, payloads: &[Payload], patience: Duration) -> Result<(), ProtocolError> {
+    let Some(payload) = payloads.first() else { return Err(ProtocolError::NoImage) };
+    let pool = Pool::new(server.into());
+    let unheard = |reason: String| ProtocolError::NoServer { server: server.into(), reason };
+    let reply = tokio::time::timeout(patience, pool.ask("POST", payload)).await;
+    let reply = reply.map_err(|_| unheard(format!("none within {patience:?}")))?.map_err(unheard)?;
+    match reply.status {
+        200 => Ok(()),
+        status => Err(ProtocolError::Refused {
+            server: server.into(),
+            target: payload.target.clone(),
+            status,
+            text: String::from_utf8_lossy(&reply.body).chars().take(200).collect(),
+        }),
+    }
+}
+
+/// One request for each image.
+pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Payload>, ProtocolError> {
+    if images.is_empty() {
+        return Err(ProtocolError::NoImage);
+    }
+    let target = model.map_or_else(|| "/v1/classify".into(), |m| format!("/v1/classify?model={m}"));
+    let payload = |image: Vec<u8>| Payload {
+        target: target.clone(),
+        headers: vec![("content-type", "application/octet-stream".into())],
+        body: Bytes::from(image),
+    };
+    Ok(images.into_iter().map(payload).collect())
+}
+
+/// `count` requests with one image of noise each, in the shape that the server's metadata gives.
+pub async fn oip_http(
+    server: &str,
+    model: Option<&str>,
+    count: usize,
+    seed: u64,
+) -> Result<Vec<Payload>, ProtocolError> {
+    let model = model.ok_or(ProtocolError::NoModel)?;
+    let question = Payload { target: format!("/v2/models/{model}"), headers: vec![], body: Bytes::new() };
+    let reply = Pool::new(server.into()).ask("GET", &question).await;
+    let reply = reply.map_err(|reason| ProtocolError::NoServer { server: server.into(), reason })?;
+    let wrong = |reason: String| ProtocolError::Metadata { server: server.into(), model: model.into(), reason };
+    if reply.status != 200 {
+        let text = String::from_utf8_lossy(&reply.body).chars().take(200).collect::<String>();
+        return Err(wrong(format!("status {}, {text}", reply.status)));
+    }
+    let metadata: Value = serde_json::from_slice(&reply.body).map_err(|e| wrong(e.to_string()))?;
+    let (name, shape) = float_input(&metadata).map_err(wrong)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    Ok((0..count.max(1)).map(|_| tensor(model, &name, &shape, &mut rng)).collect())
+}
+
+/// Name and shape of a model's float32 input; open dimensions become 1.
+fn float_input(metadata: &Value) -> Result<(String, Vec<usize>), String> {
+    let inputs = metadata["inputs"].as_array().ok_or("its metadata names no inputs")?;
+    let input = inputs.iter().find(|i| i["datatype"] == "FP32").ok_or("it has no FP32 input")?;
+    let name = input["name"].as_str().ok_or("its input has no name")?;
+    let side = |v: &Value| v.as_i64().map(|d| usize::try_from(d).unwrap_or(1).max(1));
+    let dims = input["shape"].as_array().ok_or("its input has no shape")?;
+    let shape: Vec<usize> = dims.iter().map(side).collect::<Option<_>>().ok_or("its input's shape is not numbers")?;
+    match shape.iter().try_fold(1usize, |all, d| all.checked_mul(*d)) {
+        Some(elements) if elements <= 1 << 28 => Ok((name.into(), shape)),
+        _ => Err(format!("its input's shape {shape:?} is too large")),
+    }
+}
+
+/// JSON head, then the tensor's bytes, little-endian, row-major.
+fn tensor(model: &str, name: &str, shape: &[usize], rng: &mut ChaCha8Rng) -> Payload {
+    let elements: usize = shape.iter().product();
+    let mut value = || -> f32 { StandardNormal.sample(rng) };
+    let raw: Vec<u8> = (0..elements).flat_map(|_| value().to_le_bytes()).collect();
+    let head = json!({
+        "inputs": [{
+            "name": name,
+            "shape": shape,
+            "datatype": "FP32",
+            "parameters": { "binary_data_size": raw.len() },
+        }],
+        "parameters": { "binary_data_output": true },
+    })
+    .to_string();
+    let headers = vec![
+        ("content-type", "application/octet-stream".to_string()),
+        ("inference-header-content-length", head.len().to_string()),
+    ];
+    let body = [head.into_bytes(), raw].concat();
+    Payload { target: format!("/v2/models/{model}/infer"), headers, body: Bytes::from(body) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_follow_the_binary_extension() {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let payload = tensor("m", "input", &[1, 3, 2, 2], &mut rng);
+        let head: usize = payload.headers[1].1.parse().expect("a number");
+        let json: Value = serde_json::from_slice(&payload.body[..head]).expect("JSON");
+        assert_eq!(json["inputs"][0]["parameters"]["binary_data_size"], 48);
+        assert_eq!(payload.body.len() - head, 48);
+        let again = tensor("m", "input", &[1, 3, 2, 2], &mut rng);
+        assert_ne!(payload.body, again.body);
+    }
+
+    #[test]
+    fn metadata_is_not_trusted() {
+        let of = |inputs: Value| float_input(&json!({ "inputs": inputs }));
+        let good = of(
+            json!([{"name": "i", "datatype": "UINT8", "shape": [1]}, {"name": "x", "datatype": "FP32", "shape": [-1, 3, 8, 8]}]),
+        );
+        assert_eq!(good, Ok(("x".into(), vec![1, 3, 8, 8])));
+        for bad in [
+            json!(null),
+            json!([]),
+            json!([{"name": "x", "datatype": "FP32", "shape": ["a"]}]),
+            json!([{"name": "x", "datatype": "FP32", "shape": [1_000_000, 1_000_000, 1_000_000, 1_000_000]}]),
+        ] {
+            assert!(of(bad.clone()).is_err(), "{bad}");
+        }
+    }
+}

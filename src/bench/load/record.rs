@@ -1,0 +1,239 @@
+//! What came of the requests of one step: outcomes, latencies, the generator's own lag. Knows no protocol.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use super::client::Answer;
+
+/// Fewest answers at which a percentile can be claimed with 99 % confidence (MLPerf Inference rules, early stopping).
+const FEWEST_FOR_P99: u64 = 459;
+const FEWEST_FOR_P999: u64 = 4603;
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Answered as asked.
+    Ok,
+    /// Refused for want of room, to be tried again: 429 and 503, or their gRPC codes.
+    Refused,
+    /// The server gave up at its deadline: 504, or its gRPC code.
+    Deadline,
+    /// The server says that the request is wrong.
+    ClientError,
+    /// The server failed.
+    ServerError,
+    /// No connection, or a broken one.
+    Transport,
+    /// No answer within the client's patience.
+    Timeout,
+}
+
+impl Outcome {
+    /// The server said something.
+    pub fn is_answer(self) -> bool {
+        !matches!(self, Self::Transport | Self::Timeout)
+    }
+
+    /// What an HTTP status means.
+    pub fn of_http(status: u16) -> Self {
+        match status {
+            200..300 => Self::Ok,
+            429 | 503 => Self::Refused,
+            504 => Self::Deadline,
+            400..500 => Self::ClientError,
+            _ => Self::ServerError,
+        }
+    }
+}
+
+/// The measured part of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    /// Start.
+    pub from: Instant,
+    /// End.
+    pub until: Instant,
+}
+
+impl Window {
+    fn holds(&self, at: Instant) -> bool {
+        (self.from..self.until).contains(&at)
+    }
+
+    fn seconds(&self) -> f64 {
+        (self.until - self.from).as_secs_f64()
+    }
+}
+
+/// Collects one step.
+#[derive(Debug, Clone)]
+pub struct Recorder {
+    window: Window,
+    slo_ms: f64,
+    outcomes: BTreeMap<Outcome, u64>,
+    /// Answers as asked that came within the window, whenever they were due; those of them within the objective.
+    finished: u64,
+    good: u64,
+    /// Microseconds from due to answered, of requests due in the window and answered as asked.
+    pub latency: Histogram<u64>,
+    lag: Histogram<u64>,
+    phases: BTreeMap<String, (f64, u64)>,
+}
+
+/// Latency of answers as asked, milliseconds from when they were due.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Latency {
+    pub count: u64,
+    pub mean: f64,
+    pub p50: f64,
+    pub p90: f64,
+    /// Absent below 459 answers.
+    pub p99: Option<f64>,
+    /// Absent below 4603 answers.
+    pub p999: Option<f64>,
+    pub max: f64,
+}
+
+/// What one step measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// `closed` or `open`.
+    pub kind: String,
+    /// Offered rate, requests a second; open loop only.
+    pub rate: Option<f64>,
+    /// The rate as a multiple of the measured capacity; in sweeps only.
+    pub multiple: Option<f64>,
+    /// Connections; closed loop only.
+    pub connections: Option<usize>,
+    /// Requests due in the window, by how they ended.
+    pub outcomes: BTreeMap<Outcome, u64>,
+    /// Answers as asked a second, by when they came.
+    pub throughput: f64,
+    /// Of these, the answers within the objective.
+    pub goodput: f64,
+    /// Latency of answers as asked; absent where there was none.
+    pub latency_ms: Option<Latency>,
+    /// Latency at 0, 1, … 100 per cent of the answers as asked, milliseconds.
+    pub percentiles_ms: Vec<f64>,
+    /// How late the generator was, milliseconds: 50th and 99th percentile, largest.
+    pub lag_ms: [f64; 3],
+    /// The generator kept up, so the step counts.
+    pub valid: bool,
+    /// Mean milliseconds of the phases that the server tells (`server-timing`).
+    pub server_ms: BTreeMap<String, f64>,
+}
+
+impl Recorder {
+    /// An empty record; answers within `slo_ms` are good.
+    pub fn new(window: Window, slo_ms: f64) -> Self {
+        // three digits from a microsecond to an hour
+        let empty = || Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("sound bounds");
+        let (latency, lag) = (empty(), empty());
+        Self { window, slo_ms, outcomes: BTreeMap::new(), finished: 0, good: 0, latency, lag, phases: BTreeMap::new() }
+    }
+
+    /// A request due at `due`, sent `lag` later, whose answer came at `end`.
+    pub fn record(&mut self, due: Instant, lag: Duration, end: Instant, answer: &Answer) {
+        let latency = end.saturating_duration_since(due);
+        let ok = answer.outcome == Outcome::Ok;
+        if ok && self.window.holds(end) {
+            self.finished += 1;
+            self.good += u64::from(latency.as_secs_f64() * 1e3 <= self.slo_ms);
+        }
+        if !self.window.holds(due) {
+            return;
+        }
+        *self.outcomes.entry(answer.outcome).or_default() += 1;
+        self.lag.saturating_record(micros(lag));
+        if ok {
+            self.latency.saturating_record(micros(latency));
+            for (phase, ms) in &answer.phases {
+                let (sum, count) = self.phases.entry(phase.clone()).or_default();
+                *sum += ms;
+                *count += 1;
+            }
+        }
+    }
+
+    /// What the step measured.
+    pub fn step(&self, kind: &str, rate: Option<f64>, connections: Option<usize>, max_lag_ms: f64) -> Step {
+        let at = |h: &Histogram<u64>, q: f64| h.value_at_quantile(q) as f64 / 1e3;
+        let (h, lag) = (&self.latency, &self.lag);
+        let count = h.len();
+        let enough = |fewest: u64, q: f64| (count >= fewest).then(|| at(h, q));
+        let lag_ms = if lag.is_empty() { [0.0; 3] } else { [at(lag, 0.5), at(lag, 0.99), lag.max() as f64 / 1e3] };
+        Step {
+            kind: kind.into(),
+            rate,
+            multiple: None,
+            connections,
+            outcomes: self.outcomes.clone(),
+            throughput: self.finished as f64 / self.window.seconds(),
+            goodput: self.good as f64 / self.window.seconds(),
+            latency_ms: (count > 0).then(|| Latency {
+                count,
+                mean: h.mean() / 1e3,
+                p50: at(h, 0.5),
+                p90: at(h, 0.9),
+                p99: enough(FEWEST_FOR_P99, 0.99),
+                p999: enough(FEWEST_FOR_P999, 0.999),
+                max: h.max() as f64 / 1e3,
+            }),
+            percentiles_ms: match count {
+                0 => Vec::new(),
+                _ => (0..=100).map(|p| at(h, f64::from(p) / 100.0)).collect(),
+            },
+            lag_ms,
+            valid: lag_ms[1] <= max_lag_ms,
+            server_ms: self.phases.iter().map(|(k, (sum, n))| (k.clone(), sum / (*n).max(1) as f64)).collect(),
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(outcome: Outcome) -> Answer {
+        Answer { outcome, phases: vec![("queue".into(), 2.0)] }
+    }
+
+    /// Only requests due in the window count; throughput goes by when answers came, goodput by the objective.
+    #[test]
+    fn the_window_decides() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut recorder = Recorder::new(Window { from: at(1000), until: at(2000) }, 100.0);
+        let lag = Duration::from_millis(1);
+        recorder.record(at(500), lag, at(900), &answer(Outcome::Ok)); // warm-up
+        recorder.record(at(990), lag, at(1010), &answer(Outcome::Ok)); // due before, came within: throughput
+        recorder.record(at(1100), lag, at(1150), &answer(Outcome::Ok)); // good
+        recorder.record(at(1200), lag, at(1500), &answer(Outcome::Ok)); // too late for the objective
+        recorder.record(at(1300), lag, at(1301), &answer(Outcome::Refused));
+        recorder.record(at(1900), lag, at(2500), &answer(Outcome::Ok)); // came after: latency only
+        recorder.record(at(2100), lag, at(2101), &answer(Outcome::Ok)); // due after
+        let step = recorder.step("open", Some(5.0), None, 1.5);
+        assert_eq!(step.outcomes, BTreeMap::from([(Outcome::Ok, 3), (Outcome::Refused, 1)]));
+        assert_eq!((step.throughput, step.goodput), (3.0, 2.0));
+        let latency = step.latency_ms.expect("answers");
+        assert!((latency.max - 600.0).abs() < 1.0 && latency.p99.is_none(), "{latency:?}");
+        assert!(step.valid && !recorder.step("open", None, None, 0.5).valid);
+        assert_eq!(step.server_ms["queue"], 2.0);
+    }
+
+    #[test]
+    fn statuses_are_told_apart() {
+        let of = [200, 429, 503, 504, 404, 413, 500, 302].map(Outcome::of_http);
+        use Outcome::{ClientError, Deadline, Ok, Refused, ServerError};
+        assert_eq!(of, [Ok, Refused, Refused, Deadline, ClientError, ClientError, ServerError, ServerError]);
+    }
+}

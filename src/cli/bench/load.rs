@@ -1,0 +1,240 @@
+//! `nfold bench load`: which load, on which server, from what the user typed.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use clap::builder::FalseyValueParser;
+use clap::{Args, ValueEnum};
+
+use crate::bench::load::protocol::{self, Protocol};
+use crate::bench::load::record::Outcome;
+use crate::bench::load::schedule::Arrivals;
+use crate::bench::load::{self, Plan, Report};
+use crate::bench::report;
+use crate::cli::serve::{duration, positive};
+
+/// Arguments of `nfold bench load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// Server to load
+    #[arg(long, env = "NFOLD_SERVER", value_name = "HOST:PORT", default_value = "127.0.0.1:8000", value_parser = server)]
+    server: String,
+    /// What is spoken: /v1/classify with photographs, or the Open Inference Protocol over HTTP with binary tensors
+    #[arg(long, value_enum, env = "NFOLD_PROTOCOL", default_value = "classify")]
+    protocol: ProtocolArg,
+    /// Model asked for [default: the server's only one]
+    #[arg(long, env = "NFOLD_MODEL", value_name = "NAME", value_parser = name)]
+    model: Option<String>,
+    /// Photograph to send, or a folder of them; repeat for several
+    #[arg(long, env = "NFOLD_IMAGE", value_name = "FILE|DIR", value_delimiter = ',')]
+    image: Vec<PathBuf>,
+    /// Different request bodies at most
+    #[arg(long, env = "NFOLD_BODIES", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    bodies: u32,
+    /// Closed loop: connections with one request in flight each; several steps separated by commas [default: 4 where
+    /// no --rate is given]
+    #[arg(long, env = "NFOLD_LOAD_CONNECTIONS", value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    connections: Vec<u32>,
+    /// Open loop: requests a second; several steps separated by commas
+    #[arg(long, env = "NFOLD_RATE", value_name = "R", value_delimiter = ',', value_parser = rate)]
+    rate: Vec<f64>,
+    /// After the closed loop: open loop at 0.25 to 5 times the throughput it reached
+    #[arg(long, env = "NFOLD_SWEEP", value_parser = FalseyValueParser::new())]
+    sweep: bool,
+    /// How open-loop requests arrive
+    #[arg(long, value_enum, env = "NFOLD_ARRIVALS", default_value = "poisson")]
+    arrivals: ArrivalsArg,
+    /// Start of each step that is not measured
+    #[arg(long, env = "NFOLD_WARMUP", value_name = "TIME", default_value = "2s", value_parser = duration)]
+    warmup: Duration,
+    /// Measured part of each step
+    #[arg(long, env = "NFOLD_DURATION", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    duration: Duration,
+    /// How long an answer is waited for
+    #[arg(long, env = "NFOLD_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    timeout: Duration,
+    /// Objective: answers within it are goodput
+    #[arg(long, env = "NFOLD_SLO", value_name = "TIME", default_value = "100ms", value_parser = positive)]
+    slo: Duration,
+    /// Largest 99th percentile of the generator's own lag; a step past it is void [default: a hundredth of --slo]
+    #[arg(long, env = "NFOLD_MAX_LAG", value_name = "TIME", value_parser = positive)]
+    max_lag: Option<Duration>,
+    /// Seed of arrivals, order and noise
+    #[arg(long, env = "NFOLD_SEED", default_value_t = 0)]
+    seed: u64,
+    /// Folder to write load.json, load.csv, load.hlog and index.html into
+    #[arg(long, env = "NFOLD_REPORT", value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Print the report as JSON on stdout
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ProtocolArg {
+    Classify,
+    OipHttp,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ArrivalsArg {
+    Poisson,
+    Constant,
+}
+
+/// Loads the server. Exit code 1 where the generator could not keep up in some step.
+pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
+    let connections: Vec<usize> = match args.connections.as_slice() {
+        [] if args.rate.is_empty() => vec![4],
+        [] if args.sweep => vec![4],
+        given => given.iter().map(|&c| c as usize).collect(),
+    };
+    let slo_ms = args.slo.as_secs_f64() * 1e3;
+    let plan = Plan {
+        server: args.server.clone(),
+        protocol: match args.protocol {
+            ProtocolArg::Classify => Protocol::Classify,
+            ProtocolArg::OipHttp => Protocol::OipHttp,
+        },
+        model: args.model.clone(),
+        connections,
+        rates: args.rate.clone(),
+        sweep: args.sweep,
+        arrivals: match args.arrivals {
+            ArrivalsArg::Poisson => Arrivals::Poisson,
+            ArrivalsArg::Constant => Arrivals::Constant,
+        },
+        warmup_s: args.warmup.as_secs_f64(),
+        window_s: args.duration.as_secs_f64(),
+        timeout_s: args.timeout.as_secs_f64(),
+        slo_ms,
+        max_lag_ms: args.max_lag.map_or(slo_ms / 100.0, |l| l.as_secs_f64() * 1e3),
+        seed: args.seed,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
+    let (report, recorders) = runtime.block_on(async {
+        let (model, bodies) = (plan.model.as_deref(), args.bodies as usize);
+        let payloads = match plan.protocol {
+            Protocol::Classify => protocol::classify(images(&args.image, bodies)?, model)?,
+            Protocol::OipHttp => protocol::oip_http(&plan.server, model, bodies, plan.seed).await?,
+        };
+        protocol::check(&plan.server, &payloads, args.timeout).await?;
+        anyhow::Ok(load::run(&plan, payloads, &|what| eprintln!("{what}")).await)
+    })?;
+    let mut out = io::stdout().lock();
+    match args.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
+        false => print(&mut out, &report)?,
+    }
+    if let Some(folder) = &args.report {
+        report::write_load(folder, &report, &recorders)?;
+        eprintln!("wrote {}", folder.join(report::PAGE).display());
+    }
+    let void = report.steps.iter().filter(|s| !s.valid).count();
+    if void > 0 {
+        bail!(
+            "in {void} of {} steps the generator itself lagged by more than {} ms (99th percentile), so their latencies \
+             are its own; run it on other cores than the server, or at a higher priority, or allow more with --max-lag",
+            report.steps.len(),
+            plan.max_lag_ms
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Every file named, and every file of a folder named, `most` at most, spread over them.
+fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
+    fn walk(path: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+        if !path.is_dir() {
+            files.push(path.into());
+            return Ok(());
+        }
+        for entry in fs::read_dir(path)? {
+            walk(&entry?.path(), files)?;
+        }
+        Ok(())
+    }
+    let mut files = Vec::new();
+    for path in named {
+        walk(path, &mut files).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+    }
+    files.sort();
+    let step = files.len().div_ceil(most).max(1);
+    let read = |path: &PathBuf| fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()));
+    files.iter().step_by(step).map(read).collect()
+}
+
+/// The report as a terminal shows it.
+fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<26} {:>12} {:>10} {:>7} {:>8} {:>7} {:>8} {:>8} {:>8} {:>9}",
+        "step", "throughput/s", "goodput/s", "ok", "refused", "failed", "p50 ms", "p90", "p99", "lag p99"
+    )?;
+    for s in &report.steps {
+        let of = |outcome| s.outcomes.get(&outcome).copied().unwrap_or(0);
+        let failed: u64 = s.outcomes.values().sum::<u64>() - of(Outcome::Ok) - of(Outcome::Refused);
+        let or = |v: Option<f64>| v.map_or_else(|| "-".into(), |v| format!("{v:.1}"));
+        let l = s.latency_ms.as_ref();
+        let name = match (s.connections, s.rate, s.multiple) {
+            (Some(n), ..) => format!("closed, {n} connections"),
+            (_, Some(rate), Some(m)) => format!("open, {rate:.1}/s ({m} x)"),
+            (_, rate, _) => format!("open, {:.1}/s", rate.unwrap_or(0.0)),
+        };
+        writeln!(
+            out,
+            "{name:<26} {:>12.1} {:>10.1} {:>7} {:>8} {failed:>7} {:>8} {:>8} {:>8} {:>7.2}{}",
+            s.throughput,
+            s.goodput,
+            of(Outcome::Ok),
+            of(Outcome::Refused),
+            or(l.map(|l| l.p50)),
+            or(l.map(|l| l.p90)),
+            or(l.and_then(|l| l.p99)),
+            s.lag_ms[1],
+            if s.valid { "" } else { " void" },
+        )?;
+    }
+    Ok(())
+}
+
+/// `HOST:PORT`, with or without `http://` before it.
+fn server(text: &str) -> Result<String, String> {
+    let plain = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let port = plain.rsplit_once(':').and_then(|(host, port)| port.parse::<u16>().ok().filter(|_| !host.is_empty()));
+    match port {
+        Some(_) if !plain.contains('/') => Ok(plain.into()),
+        _ => Err("give HOST:PORT, as in 127.0.0.1:8000; TLS is not spoken".into()),
+    }
+}
+
+fn name(text: &str) -> Result<String, String> {
+    crate::model::check_name(text).map(|()| text.into()).map_err(|e| e.to_string())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if (0.001..=1e6).contains(&rate) => Ok(rate),
+        _ => Err("not a number of requests a second from 0.001 to 1000000".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_read() {
+        assert_eq!(server("http://127.0.0.1:80/").as_deref(), Ok("127.0.0.1:80"));
+        assert_eq!(server("[::1]:8000").as_deref(), Ok("[::1]:8000"));
+        for bad in ["", ":80", "host", "https://a:1", "a:1/v2", "a:99999"] {
+            assert!(server(bad).is_err(), "{bad}");
+        }
+        assert!(rate("0").is_err() && rate("nan").is_err() && rate("2.5").is_ok());
+    }
+}
