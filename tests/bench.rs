@@ -208,22 +208,49 @@ fn servers_that_do_not_serve_are_named() {
 fn the_demo_is_loaded_end_to_end() {
     let folder = with_demo();
     let mut server = Command::new(env!("CARGO_BIN_EXE_nfold"))
-        .args(["serve", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log-format", "json"])
+        .args([
+            "serve",
+            "--http",
+            "127.0.0.1:0",
+            "--grpc",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+            "--log-format",
+            "json",
+        ])
         .current_dir(folder.path())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(server.stderr.take().unwrap()).lines();
-    let line = lines.find_map(|l| l.ok().filter(|l| l.contains("HTTP port listens"))).unwrap();
+    let mut address = |what: &str| -> String {
+        let line = lines.find_map(|l| l.ok().filter(|l| l.contains(what))).unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()["address"].as_str().unwrap().into()
+    };
+    let (http, grpc) = (address("HTTP port listens"), address("gRPC port listens"));
     thread::spawn(move || lines.for_each(drop));
-    let line: Value = serde_json::from_str(&line).unwrap();
     let photos = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/cifar10");
-    let args = ["bench", "load", "--server", line["address"].as_str().unwrap(), "--image", photos.to_str().unwrap()];
+    let args = ["bench", "load", "--server", &http, "--image", photos.to_str().unwrap()];
     let flags = ["--connections", "2", "--rate", "20", "--duration", "1s", "--warmup", "200ms", "--report", "out"];
     let done = nfold(folder.path(), &[&args[..], &flags, &["--max-lag", "5s", "--bodies", "10"]].concat());
+    let tensors = |server: &str, protocol: &str| {
+        let args = ["bench", "load", "--server", server, "--protocol", protocol, "--model", "nf_regnet_cifar10"];
+        let flags =
+            ["--rate", "20", "--duration", "1s", "--warmup", "0s", "--max-lag", "5s", "--bodies", "3", "--json"];
+        nfold(folder.path(), &[&args[..], &flags].concat())
+    };
+    let others = [("oip_http", tensors(&http, "oip-http")), ("oip_grpc", tensors(&grpc, "oip-grpc"))];
     let _ = server.kill();
     let _ = server.wait();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    for (protocol, done) in others {
+        assert!(done.status.success(), "{protocol}: {}", String::from_utf8_lossy(&done.stderr));
+        let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert_eq!((&report["plan"]["protocol"], &report["payloads"]), (&protocol.into(), &3.into()));
+        let outcomes = report["steps"][0]["outcomes"].as_object().unwrap();
+        assert!(outcomes.len() == 1 && outcomes["ok"].as_u64().unwrap() > 5, "{protocol}: {outcomes:?}");
+    }
     let report = json(&folder.path().join("out/load.json"));
     assert_eq!(report["payloads"], 10);
     let steps = report["steps"].as_array().unwrap();

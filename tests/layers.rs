@@ -30,7 +30,7 @@ const CONFINED: [(&str, &[&str]); 9] = [
     ("prometheus::", &["metrics.rs"]),
     ("\"nfold_", &["metrics.rs"]),
     ("axum::", &["server/"]),
-    ("tonic::", &["server/"]),
+    ("tonic::", &["server/", "bench/load/grpc.rs"]),
     ("image::ImageReader", &["infer/image.rs"]),
     ("StatusCode::BAD_REQUEST", &["server/status.rs"]),
     ("StatusCode::INTERNAL_SERVER_ERROR", &["server/status.rs"]),

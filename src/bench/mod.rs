@@ -3,10 +3,9 @@
 //!
 //! `engine` times graphs against each other in interleaved rounds; `load` asks a server; `statistics` says how sure the figures are;
 //! `machine` and `peak` what they were measured on; `accuracy` what the networks are published to reach. `report`
-//! writes JSON and CSV, `page` a person's page with the charts of `chart`.
+//! writes JSON and CSV, `page` a person's page with charts.
 
 pub mod accuracy;
-pub mod chart;
 pub mod engine;
 pub mod load;
 pub mod machine;

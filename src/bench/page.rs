@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use super::chart::{self, Axis, Chart, Point, Scale, Series, escape, number};
 use super::engine::{Report, Row};
 use super::load;
 use super::load::record::{Outcome, Step};
 use super::machine::Machine;
+use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series};
 
 const STYLE: &str = "\
+:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#666;--line:#dcdcdc;--paper:#fff}\
+@media(prefers-color-scheme:dark){:root{--ink:#ececec;--soft:#a4a4a4;--line:#3a3a3a;--paper:#161616}}\
+.nfold-chart{max-width:100%;height:auto}\
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;\
 padding:0 1rem}h1{font-size:1.6rem}h2{margin-top:2.4rem}h3{margin-top:1.8rem}figure{margin:1rem 0}\
 figcaption,small,.note{color:var(--soft);font-size:.88rem}.wide{overflow-x:auto}table{border-collapse:collapse;\
@@ -21,7 +24,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.
 pub fn html(engine: Option<&Report>, load: Option<&load::Report>) -> String {
     let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold bench</title>");
-    let _ = write!(out, "<style>{}{STYLE}</style></head><body><h1>nfold bench</h1>", chart::STYLE);
+    let _ = write!(out, "<style>{STYLE}</style></head><body><h1>nfold bench</h1>");
     if let Some(report) = engine {
         engine_section(&mut out, report);
     }
@@ -126,45 +129,68 @@ fn family(model: &str) -> &'static str {
     found.map_or_else(|| if model.contains("nfnet") { "NFNet" } else { "others" }, |(_, name)| name)
 }
 
-fn front(rows: &[&Row], batch: usize) -> Chart {
+fn front(rows: &[&Row], batch: usize) -> Figure {
     // the other variants of a network reach the same accuracy
     let rows: Vec<&&Row> = rows.iter().filter(|r| r.variant == "folded").collect();
     let families: BTreeSet<&str> = rows.iter().map(|r| family(&r.model)).collect();
-    let point = |r: &&&Row| {
-        let top1 = r.published.as_ref()?.top1;
-        Some(Point { x: r.latency_ms.median, y: top1, label: r.label.clone() })
-    };
+    let point = |r: &&&Row| Some((r.latency_ms.median, r.published.as_ref()?.top1, r.label.clone()));
     let series = families.into_iter().filter_map(|name| {
-        let mut points: Vec<Point> = rows.iter().filter(|r| family(&r.model) == name).filter_map(point).collect();
-        points.sort_by(|a, b| a.x.total_cmp(&b.x));
-        (!points.is_empty()).then(|| Series { name: name.into(), points, line: true, marks: true })
+        let mut points: Vec<(f64, f64, String)> =
+            rows.iter().filter(|r| family(&r.model) == name).filter_map(point).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        (!points.is_empty()).then(|| Series {
+            name: name.into(),
+            points: points.iter().map(|p| (p.0, p.1)).collect(),
+            labels: points.into_iter().map(|p| p.2).collect(),
+            line: true,
+            marks: Marks::All,
+            ..Series::default()
+        })
     });
     let images = if batch == 1 { "an image".into() } else { format!("a batch of {batch}") };
-    Chart {
-        title: "Accuracy against latency".into(),
-        x: Axis { label: format!("median latency of {images}, ms"), scale: Scale::Log },
-        y: Axis { label: "ImageNet-1k top-1, %".into(), scale: Scale::Linear },
-        series: series.collect(),
-        rules: vec![],
-    }
+    one(
+        "Accuracy against latency",
+        Panel {
+            x: axis(format!("median latency of {images}, ms"), Scale::Log),
+            y: axis("ImageNet-1k top-1, %", Scale::Linear),
+            series: series.collect(),
+            ..Panel::default()
+        },
+    )
 }
 
-fn distribution(rows: &[&Row]) -> Chart {
+fn distribution(rows: &[&Row]) -> Figure {
     let series = rows.iter().map(|r| {
         let points = r.percentiles_ms.iter().enumerate();
-        let points = points.map(|(p, &x)| Point { x, y: p as f64, label: String::new() }).collect();
-        Series { name: r.label.clone(), points, line: true, marks: false }
+        let points = points.map(|(p, &x)| (x, p as f64)).collect();
+        Series { name: r.label.clone(), points, line: true, ..Series::default() }
     });
-    Chart {
-        title: "Distribution of latency".into(),
-        x: Axis { label: "latency of a run, ms".into(), scale: Scale::Log },
-        y: Axis { label: "runs at most as slow, %".into(), scale: Scale::Linear },
-        series: series.collect(),
-        rules: vec![],
-    }
+    one(
+        "Distribution of latency",
+        Panel {
+            x: axis("latency of a run, ms", Scale::Log),
+            y: axis("runs at most as slow, %", Scale::Linear),
+            series: series.collect(),
+            ..Panel::default()
+        },
+    )
 }
 
-fn figure(out: &mut String, chart: &Chart, caption: &str) {
+/// An axis that says so where it is logarithmic.
+fn axis(label: impl Into<String>, scale: Scale) -> Axis {
+    let mut label = label.into();
+    if scale == Scale::Log {
+        label += " (log scale)";
+    }
+    Axis { label, scale, ..Axis::default() }
+}
+
+fn one(title: &str, panel: Panel) -> Figure {
+    let (title, subtitle) = (title.into(), String::new());
+    Figure { title, subtitle, panels: vec![panel], columns: 1, panel_size: (1040.0, 440.0) }
+}
+
+fn figure(out: &mut String, chart: &Figure, caption: &str) {
     let _ = write!(out, "<figure>{}<figcaption>{}</figcaption></figure>", chart.svg(), escape(caption));
 }
 
@@ -270,53 +296,74 @@ fn steps(out: &mut String, report: &load::Report) {
     out.push_str("</table></div>");
 }
 
-fn served(open: &[&Step], capacity: Option<f64>) -> Chart {
+fn served(open: &[&Step], capacity: Option<f64>) -> Figure {
     let series = |name: &str, pick: fn(&Step) -> f64| Series {
         name: name.into(),
-        points: open.iter().map(|s| Point { x: s.rate.unwrap_or(0.0), y: pick(s), label: String::new() }).collect(),
+        points: open.iter().map(|s| (s.rate.unwrap_or(0.0), pick(s))).collect(),
         line: true,
-        marks: true,
+        marks: Marks::All,
+        ..Series::default()
     };
-    Chart {
-        title: "Throughput and goodput against offered load".into(),
-        x: Axis { label: "offered load, requests/s".into(), scale: Scale::Linear },
-        y: Axis { label: "answers as asked, 1/s".into(), scale: Scale::Linear },
-        series: vec![series("throughput", |s| s.throughput), series("goodput", |s| s.goodput)],
-        rules: capacity.into_iter().map(|c| (c, "closed-loop capacity".to_string())).collect(),
-    }
+    one(
+        "Throughput and goodput against offered load",
+        Panel {
+            x: axis("offered load, requests/s", Scale::Linear),
+            y: axis("answers as asked, 1/s", Scale::Linear),
+            series: vec![series("throughput", |s| s.throughput), series("goodput", |s| s.goodput)],
+            rules: capacity.into_iter().map(|c| (c, "closed-loop capacity".to_string())).collect(),
+            ..Panel::default()
+        },
+    )
 }
 
-fn latency(open: &[&Step]) -> Chart {
+fn latency(open: &[&Step]) -> Figure {
     let series = |name: &str, pick: fn(&Step) -> Option<f64>| Series {
         name: name.into(),
-        points: open.iter().filter_map(|s| Some(Point { x: s.rate?, y: pick(s)?, label: String::new() })).collect(),
+        points: open.iter().filter_map(|s| Some((s.rate?, pick(s)?))).collect(),
         line: true,
-        marks: true,
+        marks: Marks::All,
+        ..Series::default()
     };
-    Chart {
-        title: "Latency against offered load".into(),
-        x: Axis { label: "offered load, requests/s".into(), scale: Scale::Linear },
-        y: Axis { label: "latency from the due time, ms".into(), scale: Scale::Log },
-        series: vec![
-            series("p50", |s| s.latency_ms.as_ref().map(|l| l.p50)),
-            series("p90", |s| s.latency_ms.as_ref().map(|l| l.p90)),
-            series("p99", |s| s.latency_ms.as_ref().and_then(|l| l.p99)),
-        ],
-        rules: vec![],
-    }
+    one(
+        "Latency against offered load",
+        Panel {
+            x: axis("offered load, requests/s", Scale::Linear),
+            y: axis("latency from the due time, ms", Scale::Log),
+            series: vec![
+                series("p50", |s| s.latency_ms.as_ref().map(|l| l.p50)),
+                series("p90", |s| s.latency_ms.as_ref().map(|l| l.p90)),
+                series("p99", |s| s.latency_ms.as_ref().and_then(|l| l.p99)),
+            ],
+            ..Panel::default()
+        },
+    )
 }
 
-fn latencies(steps: &[Step]) -> Chart {
+fn latencies(steps: &[Step]) -> Figure {
     let series = steps.iter().filter(|s| !s.percentiles_ms.is_empty()).map(|s| {
         let points = s.percentiles_ms.iter().enumerate();
-        let points = points.map(|(p, &x)| Point { x, y: p as f64, label: String::new() }).collect();
-        Series { name: name(s), points, line: true, marks: false }
+        let points = points.map(|(p, &x)| (x, p as f64)).collect();
+        Series { name: name(s), points, line: true, ..Series::default() }
     });
-    Chart {
-        title: "Distribution of latency".into(),
-        x: Axis { label: "latency, ms".into(), scale: Scale::Log },
-        y: Axis { label: "answers at most as slow, %".into(), scale: Scale::Linear },
-        series: series.collect(),
-        rules: vec![],
-    }
+    one(
+        "Distribution of latency",
+        Panel {
+            x: axis("latency, ms", Scale::Log),
+            y: axis("answers at most as slow, %", Scale::Linear),
+            series: series.collect(),
+            ..Panel::default()
+        },
+    )
+}
+
+/// A number as a person writes it: no needless digits.
+fn number(v: f64) -> String {
+    let digits = if v.abs() >= 100.0 { 0 } else { 2 };
+    let text = format!("{v:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
+}
+
+/// Text that HTML takes as text.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -1,5 +1,5 @@
-//! Sends requests over kept HTTP/1.1 connections. A request takes an idle connection or opens one: it never waits for
-//! another's answer.
+//! Sends requests: over kept HTTP/1.1 connections, of which a request takes an idle one or opens one, so that it never
+//! waits for another's answer; or over gRPC's one connection, which requests share.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -11,7 +11,8 @@ use hyper::{HeaderMap, Request};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-use super::protocol::Payload;
+use super::grpc::Grpc;
+use super::protocol::{Payload, Request as Wanted};
 use super::record::Outcome;
 
 type Connection = SendRequest<Full<Bytes>>;
@@ -37,6 +38,34 @@ pub struct Reply {
     pub status: u16,
     /// Body.
     pub body: Bytes,
+}
+
+/// A client of one server, by what its requests speak.
+#[derive(Debug)]
+pub enum Client {
+    /// HTTP/1.1.
+    Http(Pool),
+    /// gRPC.
+    Grpc(Grpc),
+}
+
+impl Client {
+    /// A client for these requests. `server` is `HOST:PORT`.
+    pub fn new(server: &str, wanted: &Wanted) -> Result<Self, String> {
+        match wanted {
+            Wanted::Http(_) => Ok(Self::Http(Pool::new(server.into()))),
+            Wanted::Grpc(_) => Grpc::new(server).map(Self::Grpc),
+        }
+    }
+
+    /// Sends one request and reads the whole answer.
+    pub async fn send(&self, wanted: &Wanted, timeout: Duration) -> Answer {
+        match (self, wanted) {
+            (Self::Http(pool), Wanted::Http(payload)) => pool.send(payload, timeout).await,
+            (Self::Grpc(grpc), Wanted::Grpc(request)) => grpc.send(request, timeout).await,
+            _ => Answer::without(Outcome::Transport),
+        }
+    }
 }
 
 /// Connections to one server.

@@ -6,6 +6,7 @@
 //! which it did not is marked.
 
 pub mod client;
+pub mod grpc;
 pub mod protocol;
 pub mod record;
 pub mod schedule;
@@ -19,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use super::machine::{Machine, ProcessorTime};
-use client::Pool;
-use protocol::{Payload, Protocol};
+use client::{Answer, Client};
+use protocol::{Protocol, Request};
 use record::{Recorder, Step, Window};
 use schedule::Arrivals;
 
@@ -81,13 +82,13 @@ pub struct Report {
     pub steps: Vec<Step>,
 }
 
-/// Runs every step of the plan. `tell` hears what is about to run.
-pub async fn run(plan: &Plan, payloads: Vec<Payload>, tell: &dyn Fn(&str)) -> (Report, Vec<Recorder>) {
+/// Runs every step of the plan with at least one payload. `tell` hears what is about to run.
+pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: &dyn Fn(&str)) -> (Report, Vec<Recorder>) {
     let machine = Machine::look(None);
     let before = ProcessorTime::now();
-    let payload_bytes = payloads.iter().map(|p| p.body.len() as f64).sum::<f64>() / payloads.len().max(1) as f64;
+    let payload_bytes = payloads.iter().map(|p| p.size() as f64).sum::<f64>() / payloads.len().max(1) as f64;
     let count = payloads.len();
-    let payloads: Arc<[Payload]> = payloads.into();
+    let payloads: Arc<[Request]> = payloads.into();
     let (mut steps, mut recorders) = (Vec::new(), Vec::new());
     let mut keep = |(step, recorder): (Step, Recorder)| {
         steps.push(step);
@@ -121,14 +122,14 @@ fn window(plan: &Plan, start: Instant) -> Window {
 }
 
 /// Each connection sends its next request when the last is answered.
-async fn closed(plan: &Plan, payloads: &Arc<[Payload]>, connections: usize) -> (Step, Recorder) {
+async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> (Step, Recorder) {
     let window = window(plan, Instant::now());
     let recorder = Arc::new(Mutex::new(Recorder::new(window, plan.slo_ms)));
     let timeout = Duration::from_secs_f64(plan.timeout_s);
-    let pool = Arc::new(Pool::new(plan.server.clone()));
+    let client = Arc::new(Client::new(&plan.server, &payloads[0]));
     let callers: Vec<_> = (0..connections)
         .map(|caller| {
-            let (pool, payloads, recorder) = (pool.clone(), payloads.clone(), recorder.clone());
+            let (client, payloads, recorder) = (client.clone(), payloads.clone(), recorder.clone());
             let mut rng = ChaCha8Rng::seed_from_u64(plan.seed ^ ((caller as u64 + 1) << 32));
             tokio::spawn(async move {
                 loop {
@@ -136,7 +137,7 @@ async fn closed(plan: &Plan, payloads: &Arc<[Payload]>, connections: usize) -> (
                     if sent >= window.until {
                         break;
                     }
-                    let answer = pool.send(&payloads[rng.random_range(0..payloads.len())], timeout).await;
+                    let answer = send(&client, &payloads[rng.random_range(0..payloads.len())], timeout).await;
                     lock(&recorder).record(sent, Duration::ZERO, Instant::now(), &answer);
                     if !answer.outcome.is_answer() {
                         // a server that is gone must not be asked a million times a second
@@ -153,7 +154,7 @@ async fn closed(plan: &Plan, payloads: &Arc<[Payload]>, connections: usize) -> (
 }
 
 /// Requests go out when they are due, whatever happened to those before.
-async fn open(plan: &Plan, payloads: &Arc<[Payload]>, rate: f64, seed: u64) -> (Step, Recorder) {
+async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (Step, Recorder) {
     let span = Duration::from_secs_f64(plan.warmup_s + plan.window_s);
     let due = schedule::draw(plan.arrivals, rate, span, seed);
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ (1 << 63));
@@ -162,7 +163,7 @@ async fn open(plan: &Plan, payloads: &Arc<[Payload]>, rate: f64, seed: u64) -> (
     // connections and the generator's thread are up before the first arrival
     let start = Instant::now() + Duration::from_millis(50);
     let recorder = Arc::new(Mutex::new(Recorder::new(window(plan, start), plan.slo_ms)));
-    let pool = Arc::new(Pool::new(plan.server.clone()));
+    let client = Arc::new(Client::new(&plan.server, &payloads[0]));
     let (handle, payloads, shared) = (Handle::current(), payloads.clone(), recorder.clone());
     // a thread of its own: the runtime's timer counts in milliseconds, and its workers may be busy with answers
     let generator = tokio::task::spawn_blocking(move || {
@@ -172,10 +173,10 @@ async fn open(plan: &Plan, payloads: &Arc<[Payload]>, rate: f64, seed: u64) -> (
             if let Some(left) = at.checked_duration_since(Instant::now()) {
                 std::thread::sleep(left);
             }
-            let (pool, payloads, recorder) = (pool.clone(), payloads.clone(), shared.clone());
+            let (client, payloads, recorder) = (client.clone(), payloads.clone(), shared.clone());
             calls.push(handle.spawn(async move {
                 let lag = Instant::now().saturating_duration_since(at);
-                let answer = pool.send(&payloads[pick], timeout).await;
+                let answer = send(&client, &payloads[pick], timeout).await;
                 lock(&recorder).record(at, lag, Instant::now(), &answer);
             }));
         }
@@ -185,6 +186,14 @@ async fn open(plan: &Plan, payloads: &Arc<[Payload]>, rate: f64, seed: u64) -> (
         let _ = call.await;
     }
     finish(recorder, |r| r.step("open", Some(rate), None, plan.max_lag_ms))
+}
+
+/// A server whose address makes no client is one that can't be reached.
+async fn send(client: &Result<Client, String>, request: &Request, timeout: Duration) -> Answer {
+    match client {
+        Ok(client) => client.send(request, timeout).await,
+        Err(_) => Answer { outcome: record::Outcome::Transport, phases: Vec::new() },
+    }
 }
 
 fn lock(recorder: &Mutex<Recorder>) -> std::sync::MutexGuard<'_, Recorder> {

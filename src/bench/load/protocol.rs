@@ -1,5 +1,5 @@
-//! What a request looks like in each protocol: `/v1/classify` with an encoded image, or the Open Inference Protocol's
-//! REST form with a binary tensor (as Triton's clients send it).
+//! What a request looks like in each protocol: `/v1/classify` with an encoded image, or the Open Inference Protocol with
+//! a tensor, binary over HTTP or raw over gRPC (as Triton's clients send them).
 
 use std::time::Duration;
 
@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::client::Pool;
+use super::grpc::{self, Grpc};
+use crate::pb::open_inference::ModelInferRequest;
 
 /// What is spoken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,9 +22,30 @@ pub enum Protocol {
     Classify,
     /// `POST /v2/models/M/infer`, a float32 tensor in the binary extension.
     OipHttp,
+    /// `ModelInfer`, a float32 tensor raw.
+    OipGrpc,
 }
 
-/// A request, ready to be sent any number of times.
+/// A request of either transport, ready to be sent any number of times.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Request {
+    /// HTTP/1.1.
+    Http(Payload),
+    /// gRPC.
+    Grpc(ModelInferRequest),
+}
+
+impl Request {
+    /// Bytes of the body, or of the tensors.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Http(payload) => payload.body.len(),
+            Self::Grpc(request) => request.raw_input_contents.iter().map(Bytes::len).sum(),
+        }
+    }
+}
+
+/// An HTTP request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Payload {
     /// Path and query.
@@ -57,8 +80,8 @@ pub enum ProtocolError {
         server: String,
         /// Path and query.
         target: String,
-        /// HTTP status.
-        status: u16,
+        /// HTTP status or gRPC code.
+        status: String,
         /// Start of the body.
         text: String,
     },
@@ -74,36 +97,48 @@ pub enum ProtocolError {
     },
 }
 
-/// Sends the first payload once: a benchmark of errors would measure nothing.
-pub async fn check(server: &str, payloads: &[Payload], patience: Duration) -> Result<(), ProtocolError> {
-    let Some(payload) = payloads.first() else { return Err(ProtocolError::NoImage) };
-    let pool = Pool::new(server.into());
+/// Sends the first request once: a benchmark of errors would measure nothing.
+pub async fn check(server: &str, requests: &[Request], patience: Duration) -> Result<(), ProtocolError> {
+    let Some(request) = requests.first() else { return Err(ProtocolError::NoImage) };
     let unheard = |reason: String| ProtocolError::NoServer { server: server.into(), reason };
-    let reply = tokio::time::timeout(patience, pool.ask("POST", payload)).await;
-    let reply = reply.map_err(|_| unheard(format!("none within {patience:?}")))?.map_err(unheard)?;
-    match reply.status {
-        200 => Ok(()),
-        status => Err(ProtocolError::Refused {
-            server: server.into(),
-            target: payload.target.clone(),
-            status,
-            text: String::from_utf8_lossy(&reply.body).chars().take(200).collect(),
-        }),
-    }
+    let refused = |target: &str, status: String, text: String| ProtocolError::Refused {
+        server: server.into(),
+        target: target.into(),
+        status,
+        text: text.chars().take(200).collect(),
+    };
+    let asked = async {
+        match request {
+            Request::Http(payload) => {
+                let reply = Pool::new(server.into()).ask("POST", payload).await.map_err(unheard)?;
+                let text = || String::from_utf8_lossy(&reply.body).into_owned();
+                match reply.status {
+                    200 => Ok(()),
+                    status => Err(refused(&payload.target, status.to_string(), text())),
+                }
+            }
+            Request::Grpc(request) => {
+                let client = Grpc::new(server).map_err(unheard)?;
+                let answer = client.infer(request).await;
+                answer.map_err(|s| refused("ModelInfer", format!("{:?}", s.code()), s.message().into()))
+            }
+        }
+    };
+    let answer = tokio::time::timeout(patience, asked).await;
+    answer.map_err(|_| unheard(format!("none within {patience:?}")))?
 }
 
 /// One request for each image.
-pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Payload>, ProtocolError> {
+pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Request>, ProtocolError> {
     if images.is_empty() {
         return Err(ProtocolError::NoImage);
     }
     let target = model.map_or_else(|| "/v1/classify".into(), |m| format!("/v1/classify?model={m}"));
-    let payload = |image: Vec<u8>| Payload {
-        target: target.clone(),
-        headers: vec![("content-type", "application/octet-stream".into())],
-        body: Bytes::from(image),
+    let request = |image: Vec<u8>| {
+        let headers = vec![("content-type", "application/octet-stream".into())];
+        Request::Http(Payload { target: target.clone(), headers, body: Bytes::from(image) })
     };
-    Ok(images.into_iter().map(payload).collect())
+    Ok(images.into_iter().map(request).collect())
 }
 
 /// `count` requests with one image of noise each, in the shape that the server's metadata gives.
@@ -112,7 +147,7 @@ pub async fn oip_http(
     model: Option<&str>,
     count: usize,
     seed: u64,
-) -> Result<Vec<Payload>, ProtocolError> {
+) -> Result<Vec<Request>, ProtocolError> {
     let model = model.ok_or(ProtocolError::NoModel)?;
     let question = Payload { target: format!("/v2/models/{model}"), headers: vec![], body: Bytes::new() };
     let reply = Pool::new(server.into()).ask("GET", &question).await;
@@ -125,7 +160,36 @@ pub async fn oip_http(
     let metadata: Value = serde_json::from_slice(&reply.body).map_err(|e| wrong(e.to_string()))?;
     let (name, shape) = float_input(&metadata).map_err(wrong)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    Ok((0..count.max(1)).map(|_| tensor(model, &name, &shape, &mut rng)).collect())
+    let payload = |_| Request::Http(tensor(model, &name, &shape, &noise(&shape, &mut rng)));
+    Ok((0..count.max(1)).map(payload).collect())
+}
+
+/// The same over gRPC.
+pub async fn oip_grpc(
+    server: &str,
+    model: Option<&str>,
+    count: usize,
+    seed: u64,
+) -> Result<Vec<Request>, ProtocolError> {
+    let model = model.ok_or(ProtocolError::NoModel)?;
+    let unheard = |reason: String| ProtocolError::NoServer { server: server.into(), reason };
+    let wrong = |reason: String| ProtocolError::Metadata { server: server.into(), model: model.into(), reason };
+    let inputs = Grpc::new(server).map_err(unheard)?.metadata(model).await.map_err(wrong)?;
+    let inputs: Vec<Value> = inputs
+        .iter()
+        .map(|(name, datatype, shape)| json!({ "name": name, "datatype": datatype, "shape": shape }))
+        .collect();
+    let (name, shape) = float_input(&json!({ "inputs": inputs })).map_err(wrong)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let request = |_| Request::Grpc(grpc::request(model, &name, &shape, noise(&shape, &mut rng)));
+    Ok((0..count.max(1)).map(request).collect())
+}
+
+/// Standard normal values, little-endian float32.
+fn noise(shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let mut value = || -> f32 { StandardNormal.sample(rng) };
+    let elements: usize = shape.iter().product();
+    (0..elements).flat_map(|_| value().to_le_bytes()).collect()
 }
 
 /// Name and shape of a model's float32 input; open dimensions become 1.
@@ -143,10 +207,7 @@ fn float_input(metadata: &Value) -> Result<(String, Vec<usize>), String> {
 }
 
 /// JSON head, then the tensor's bytes, little-endian, row-major.
-fn tensor(model: &str, name: &str, shape: &[usize], rng: &mut ChaCha8Rng) -> Payload {
-    let elements: usize = shape.iter().product();
-    let mut value = || -> f32 { StandardNormal.sample(rng) };
-    let raw: Vec<u8> = (0..elements).flat_map(|_| value().to_le_bytes()).collect();
+fn tensor(model: &str, name: &str, shape: &[usize], raw: &[u8]) -> Payload {
     let head = json!({
         "inputs": [{
             "name": name,
@@ -161,7 +222,7 @@ fn tensor(model: &str, name: &str, shape: &[usize], rng: &mut ChaCha8Rng) -> Pay
         ("content-type", "application/octet-stream".to_string()),
         ("inference-header-content-length", head.len().to_string()),
     ];
-    let body = [head.into_bytes(), raw].concat();
+    let body = [head.as_bytes(), raw].concat();
     Payload { target: format!("/v2/models/{model}/infer"), headers, body: Bytes::from(body) }
 }
 
@@ -172,12 +233,12 @@ mod tests {
     #[test]
     fn tensors_follow_the_binary_extension() {
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let payload = tensor("m", "input", &[1, 3, 2, 2], &mut rng);
+        let payload = tensor("m", "input", &[1, 3, 2, 2], &noise(&[1, 3, 2, 2], &mut rng));
         let head: usize = payload.headers[1].1.parse().expect("a number");
         let json: Value = serde_json::from_slice(&payload.body[..head]).expect("JSON");
         assert_eq!(json["inputs"][0]["parameters"]["binary_data_size"], 48);
         assert_eq!(payload.body.len() - head, 48);
-        let again = tensor("m", "input", &[1, 3, 2, 2], &mut rng);
+        let again = tensor("m", "input", &[1, 3, 2, 2], &noise(&[1, 3, 2, 2], &mut rng));
         assert_ne!(payload.body, again.body);
     }
 

@@ -23,7 +23,8 @@ pub struct LoadArgs {
     /// Server to load
     #[arg(long, env = "NFOLD_SERVER", value_name = "HOST:PORT", default_value = "127.0.0.1:8000", value_parser = server)]
     server: String,
-    /// What is spoken: /v1/classify with photographs, or the Open Inference Protocol over HTTP with binary tensors
+    /// What is spoken: /v1/classify with photographs, or the Open Inference Protocol with tensors over HTTP or gRPC (whose
+    /// port --server then names)
     #[arg(long, value_enum, env = "NFOLD_PROTOCOL", default_value = "classify")]
     protocol: ProtocolArg,
     /// Model asked for [default: the server's only one]
@@ -78,6 +79,7 @@ pub struct LoadArgs {
 enum ProtocolArg {
     Classify,
     OipHttp,
+    OipGrpc,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -99,6 +101,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         protocol: match args.protocol {
             ProtocolArg::Classify => Protocol::Classify,
             ProtocolArg::OipHttp => Protocol::OipHttp,
+            ProtocolArg::OipGrpc => Protocol::OipGrpc,
         },
         model: args.model.clone(),
         connections,
@@ -122,6 +125,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         let payloads = match plan.protocol {
             Protocol::Classify => protocol::classify(images(&args.image, bodies)?, model)?,
             Protocol::OipHttp => protocol::oip_http(&plan.server, model, bodies, plan.seed).await?,
+            Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, bodies, plan.seed).await?,
         };
         protocol::check(&plan.server, &payloads, args.timeout).await?;
         anyhow::Ok(load::run(&plan, payloads, &|what| eprintln!("{what}")).await)
