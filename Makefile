@@ -3,6 +3,7 @@
 #   make test    every test
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
+#   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
 #   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
 
 SHELL := /bin/bash
@@ -10,7 +11,9 @@ PYTHON ?= python3
 DEMO := target/debug/nfold
 PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,$(firstword $(wildcard tests/data/cifar10/$(c)/*.jpg)))
 
-.PHONY: demo test serve tools ort ort-gpu
+BENCH := target/bench
+
+.PHONY: bench demo test serve tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -42,3 +45,17 @@ ort-gpu:
 # ONNX's own checker, for tests only
 target/python/onnx:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/python onnx==1.23.2
+
+# the server gives way to the generator, with which it shares the cores
+bench: ort
+	cargo build --release --locked
+	target/release/nfold bench engine --threads 1,2 --report $(BENCH)
+	rm -rf $(BENCH)/nf_regnet_b1
+	target/release/nfold init nf_regnet_b1 --out $(BENCH)/nf_regnet_b1
+	target/release/nfold fold $(BENCH)/nf_regnet_b1 --repository $(BENCH)/repository --replace
+	nice -n 10 target/release/nfold serve --repository $(BENCH)/repository --http 127.0.0.1:18000 \
+	  --grpc 127.0.0.1:18001 --admin 127.0.0.1:18002 2> $(BENCH)/serve.log & \
+	  trap "kill $$!" EXIT; \
+	  until target/release/nfold healthcheck --admin 127.0.0.1:18002 2> /dev/null; do sleep 0.2; kill -0 $$! || exit 1; done; \
+	  target/release/nfold bench load --server 127.0.0.1:18000 --image tests/data/cat.jpg --connections 1,4 --sweep \
+	    --slo 250ms --report $(BENCH)
