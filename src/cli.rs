@@ -9,6 +9,7 @@ mod healthcheck;
 mod init;
 mod inspect;
 mod serve;
+mod spp;
 
 use std::io;
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Command {
     Init(init::InitArgs),
     /// γ of an activation: closed form, quadrature, simulation and timm's constant
     Gamma(gamma::GammaArgs),
+    /// Show the scale of hidden activations, block by block: signal propagation plots
+    Spp(spp::SppArgs),
 }
 
 /// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage.
@@ -55,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Gamma(args) => gamma::run(&args),
+        Command::Spp(args) => spp::run(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -20,12 +20,12 @@ use tempfile::TempDir;
 use crate::golden::goldens_folder;
 
 /// A copy of a golden checkpoint to damage.
-struct Copy {
+pub struct Copy {
     folder: TempDir,
 }
 
 impl Copy {
-    fn of(name: &str) -> Self {
+    pub fn of(name: &str) -> Self {
         let copy = Self { folder: tempfile::tempdir().unwrap() };
         for file in ["config.json", "model.safetensors"] {
             fs::copy(goldens_folder().join(name).join(file), copy.path(file)).unwrap();
@@ -33,7 +33,7 @@ impl Copy {
         copy
     }
 
-    fn path(&self, file: &str) -> PathBuf {
+    pub fn path(&self, file: &str) -> PathBuf {
         self.folder.path().join(file)
     }
 
@@ -45,14 +45,14 @@ impl Copy {
         fs::write(self.path("model.safetensors"), bytes).unwrap();
     }
 
-    fn config(&self, change: impl FnOnce(&mut Value)) {
+    pub fn config(&self, change: impl FnOnce(&mut Value)) {
         let mut config: Value = serde_json::from_slice(&fs::read(self.path("config.json")).unwrap()).unwrap();
         change(&mut config);
         fs::write(self.path("config.json"), config.to_string()).unwrap();
     }
 
     /// Rewrites every tensor: `change` may rename it, drop it, or give it other bytes, type or shape.
-    fn tensors(&self, change: impl Fn(Tensor) -> Option<Tensor>) {
+    pub fn tensors(&self, change: impl Fn(Tensor) -> Option<Tensor>) {
         let bytes = self.weights();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let kept: Vec<Tensor> = file
@@ -74,15 +74,15 @@ impl Copy {
     }
 }
 
-struct Tensor {
-    name: String,
+pub struct Tensor {
+    pub name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     data: Vec<u8>,
 }
 
 impl Tensor {
-    fn map32(mut self, dtype: Dtype, convert: impl Fn(f32) -> Vec<u8>) -> Self {
+    pub fn map32(mut self, dtype: Dtype, convert: impl Fn(f32) -> Vec<u8>) -> Self {
         let values = self.data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
         self.data = values.flat_map(convert).collect();
         self.dtype = dtype;

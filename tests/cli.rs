@@ -17,20 +17,20 @@ pub fn nfold(args: &[&str], folder: &Path) -> Output {
     command.args(args).current_dir(folder).output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn project(path: &str) -> String {
+pub fn project(path: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path).display().to_string()
 }
 
-fn golden(name: &str) -> String {
+pub fn golden(name: &str) -> String {
     goldens_folder().join(name).display().to_string()
 }
 
 /// Fails as a user is owed: exit 1, nothing on stdout, one line that says `what` and what to do next.
-fn refused(output: &Output, what: &str) {
+pub fn refused(output: &Output, what: &str) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(output.stdout.is_empty(), "{}", text(&output.stdout));

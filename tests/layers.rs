@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 15] = [
+const ROOMS: [(&str, &[&str]); 16] = [
     ("main", &["cli"]),
-    ("cli", &["bench", "fold", "server", "infer", "checkpoint", "nets", "model", "metrics", "logging"]),
+    ("cli", &["bench", "fold", "server", "spp", "infer", "chart", "checkpoint", "nets", "model", "metrics", "logging"]),
     ("fold", &["checkpoint", "graph", "nets", "model", "pb"]),
     ("bench", &["infer", "chart", "model", "pb"]),
     ("server", &["infer", "model", "metrics", "pb"]),
+    ("spp", &["infer", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["model", "metrics"]),
     ("checkpoint", &["nets", "model"]),
     ("graph", &["nets", "model", "pb"]),

@@ -45,3 +45,6 @@ mod page;
 
 /// The benchmark: timing in process, load over the network.
 mod bench;
+
+/// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
+mod spp;

@@ -27,6 +27,21 @@ pub struct InitOptions {
 
 /// Writes `folder/{config.json,model.safetensors}`, whole or not at all. `folder` must not exist.
 pub fn init(folder: &Path, options: &InitOptions) -> Result<Network, CheckpointError> {
+    write(folder, options, |_| {})
+}
+
+/// As [`init`], but with every residual branch at full strength: timm starts the gain of a branch's last layer (and
+/// SkipInit's) at 0, where the analysis of Brock et al. 2021 assumes 1.
+pub fn init_active(folder: &Path, options: &InitOptions) -> Result<Network, CheckpointError> {
+    write(folder, options, |spec| {
+        let is_gain = spec.name.ends_with("gain") || spec.name.ends_with(".weight");
+        if is_gain && spec.init == Init::Constant(0.0) {
+            spec.init = Init::Constant(1.0);
+        }
+    })
+}
+
+fn write(folder: &Path, options: &InitOptions, adjust: impl Fn(&mut TensorSpec)) -> Result<Network, CheckpointError> {
     let network = Network::plan(&options.architecture, &options.model_args)?;
     if folder.exists() {
         return Err(CheckpointError::Exists(folder.into()));
@@ -40,7 +55,7 @@ pub fn init(folder: &Path, options: &InitOptions) -> Result<Network, CheckpointE
     let config = config(options, &network)?;
     let text = serde_json::to_string_pretty(&config).map_err(|e| write(e.into()))?;
     fs::write(fresh.join(CONFIG_FILE), text + "\n").map_err(write)?;
-    fs::write(fresh.join(WEIGHTS_FILE), weights(&network, options.seed)?).map_err(write)?;
+    fs::write(fresh.join(WEIGHTS_FILE), weights(&network, options.seed, adjust)?).map_err(write)?;
     fs::rename(&fresh, folder).map_err(write)?;
     Ok(network)
 }
@@ -75,9 +90,10 @@ fn config(options: &InitOptions, network: &Network) -> Result<Value, NetError> {
     }))
 }
 
-fn weights(network: &Network, seed: u64) -> Result<Vec<u8>, CheckpointError> {
+fn weights(network: &Network, seed: u64, adjust: impl Fn(&mut TensorSpec)) -> Result<Vec<u8>, CheckpointError> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let specs = network.tensors();
+    let mut specs = network.tensors();
+    specs.iter_mut().for_each(adjust);
     let data: Vec<Vec<u8>> = specs.iter().map(|spec| fill(spec, &mut rng)).collect();
     let sound = |reason: String| CheckpointError::Weights { path: WEIGHTS_FILE.into(), reason };
     let mut views = Vec::with_capacity(specs.len());

@@ -233,7 +233,8 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<PathBuf>> {
     Ok(images)
 }
 
-fn search(folder: &Path, images: &mut Vec<PathBuf>) -> io::Result<()> {
+/// Every image file under `folder`, in order of the names; links to folders are not followed.
+pub fn search(folder: &Path, images: &mut Vec<PathBuf>) -> io::Result<()> {
     let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
     entries.sort();
     for path in entries {

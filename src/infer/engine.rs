@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
-use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 /// Environment variable naming the ONNX Runtime library to load.
@@ -198,6 +198,59 @@ impl OrtBackend {
 /// ONNX Runtime's own line on its build: version, commit, flags.
 pub fn runtime_build() -> Result<String, EngineError> {
     environment().map(|_| ort::info().into())
+}
+
+/// Single-precision feature maps on their way into or out of a graph: `[images, chs, height, width]`, row-major.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MapView<'a> {
+    /// The tensor's name in the graph.
+    pub name: &'a str,
+    /// `[images, chs, height, width]`.
+    pub shape: [usize; 4],
+    /// That many values.
+    pub data: &'a [f32],
+}
+
+/// A session of ONNX Runtime over a graph of feature maps, any number of them in and out.
+#[derive(Debug)]
+pub struct MapBackend {
+    session: Session,
+}
+
+impl MapBackend {
+    /// Opens a session on ONNX bytes; `what` names them in messages.
+    pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
+        let mut builder = prepare(environment()?, options).map_err(bad)?;
+        Ok(Self { session: builder.commit_from_memory(onnx).map_err(bad)? })
+    }
+
+    /// Runs the graph on `inputs` and shows `each` output once, in half precision widened. An output that is no
+    /// feature map has its missing sides shown as 1.
+    pub fn run(&mut self, inputs: &[MapView<'_>], mut each: impl FnMut(MapView<'_>)) -> Result<(), BackendError> {
+        let failed = |e: ort::Error| BackendError::Run(e.to_string());
+        let mut values = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            let view = TensorRef::from_array_view((input.shape, input.data));
+            let view = view.map_err(|e| BackendError::Shape { found: input.shape, reason: e.to_string() })?;
+            values.push((input.name, SessionInputValue::from(view)));
+        }
+        let outputs = self.session.run(values).map_err(failed)?;
+        for (name, value) in outputs.iter() {
+            let shape = |dims: &[i64]| {
+                let mut sides = dims.iter().map(|&d| d as usize);
+                std::array::from_fn(|_| sides.next().unwrap_or(1))
+            };
+            if let Ok((dims, data)) = value.try_extract_tensor::<f32>() {
+                each(MapView { name, shape: shape(dims), data });
+            } else {
+                let (dims, data) = value.try_extract_tensor::<half::f16>().map_err(failed)?;
+                let wide: Vec<f32> = data.iter().map(|v| v.to_f32()).collect();
+                each(MapView { name, shape: shape(dims), data: &wide });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.

@@ -113,27 +113,34 @@ impl NonLinearity {
         Quadrature { gamma: higher, relative_error: (lower / higher - 1.0).abs() }
     }
 
+    /// E\[f(Z)²\], by the same quadrature: its inverse is what He initialisation multiplies 1/fan-in by.
+    pub fn second_moment(&self) -> f64 {
+        self.expectation(32, &|x| (self.f)(x).powi(2))
+    }
+
     fn variance(&self, order: usize) -> f64 {
+        // centred: no cancellation of nearly equal numbers
+        let mean = self.expectation(order, &|x| (self.f)(x));
+        self.expectation(order, &|x| ((self.f)(x) - mean).powi(2))
+    }
+
+    /// E\[g(Z)\] for a g that is smooth where f is.
+    fn expectation(&self, order: usize, g: &dyn Fn(f64) -> f64) -> f64 {
         let rule = gauss_legendre(order);
         let mut ends: Vec<f64> = self.kinks.iter().copied().filter(|k| k.abs() < REACH).collect();
         ends.extend([-REACH, REACH]);
         ends.sort_by(f64::total_cmp);
-        let expectation = |g: &dyn Fn(f64) -> f64| -> f64 {
-            let pieces = ends.windows(2).flat_map(|pair| {
-                let count = ((pair[1] - pair[0]) / PIECE).ceil().max(1.0);
-                let width = (pair[1] - pair[0]) / count;
-                (0..count as usize).map(move |i| (pair[0] + width * i as f64, width))
-            });
-            let piece = |(from, width): (f64, f64)| -> f64 {
-                let (half, middle) = (width / 2.0, from + width / 2.0);
-                let at = |&(x, w): &(f64, f64)| w * half * density(middle + half * x) * g(middle + half * x);
-                rule.iter().map(at).sum()
-            };
-            pieces.map(piece).sum()
+        let pieces = ends.windows(2).flat_map(|pair| {
+            let count = ((pair[1] - pair[0]) / PIECE).ceil().max(1.0);
+            let width = (pair[1] - pair[0]) / count;
+            (0..count as usize).map(move |i| (pair[0] + width * i as f64, width))
+        });
+        let piece = |(from, width): (f64, f64)| -> f64 {
+            let (half, middle) = (width / 2.0, from + width / 2.0);
+            let at = |&(x, w): &(f64, f64)| w * half * density(middle + half * x) * g(middle + half * x);
+            rule.iter().map(at).sum()
         };
-        // centred second moment: no cancellation of nearly equal numbers
-        let mean = expectation(&|x| (self.f)(x));
-        expectation(&|x| ((self.f)(x) - mean).powi(2))
+        pieces.map(piece).sum()
     }
 
     /// γ of `samples` (at least 2) unit Gaussians drawn with `seed`.

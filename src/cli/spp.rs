@@ -1,0 +1,404 @@
+//! `nfold spp`: signal propagation statistics of networks at initialisation, of checkpoints (unfolded, folded, in half
+//! precision) and of folded models, side by side; exit code 1 when a signal is sick.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{anyhow, bail};
+use clap::builder::FalseyValueParser;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+
+use super::classify;
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
+use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
+use crate::infer::engine::Batch;
+use crate::infer::image::{ImageLimits, decode};
+use crate::infer::resize::Preprocessor;
+use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing};
+use crate::nets::activation::{ACTIVATIONS, Activation};
+use crate::spp::health::{self, Limits, Problem};
+use crate::spp::resnet_v2::{ResNetV2, VARIANTS};
+use crate::spp::taps::{BlockFacts, Exposed};
+use crate::spp::{Profile, gaussian_image, render};
+
+/// Images run at once: statistics don't depend on it, memory does.
+const BATCH: usize = 4;
+/// Side of the input of the paper's networks, unless said otherwise.
+const DEFAULT_SIZE: usize = 224;
+/// Largest relative difference of any statistic from the unfolded graph's.
+const TOLERANCE: f64 = 1e-4;
+const TOLERANCE_FP16: f64 = 2e-2;
+
+/// Arguments of `nfold spp`.
+#[derive(Debug, Args)]
+pub struct SppArgs {
+    /// Checkpoint folders, version folders, or names of models in the repository
+    #[arg(value_name = "MODEL|CHECKPOINT")]
+    networks: Vec<PathBuf>,
+    /// A network at initialisation, once or more: bn-relu-conv, relu-bn-conv, nf-he, nf-ws, plain-he (pre-activation
+    /// ResNets of the paper), or an architecture of timm; settings may follow, as in nf-he:act=identity,alpha=0.2
+    #[arg(long, env = "NFOLD_ARCH", value_name = "ARCH[:KEY=VALUE,…]", value_delimiter = ';')]
+    arch: Vec<String>,
+    /// Layers of the pre-activation ResNets, three a residual block
+    #[arg(long, env = "NFOLD_DEPTH", default_value_t = 50, value_name = "LAYERS")]
+    depth: usize,
+    /// Stages that the pre-activation ResNets' blocks are shared by, 1 to 4
+    #[arg(long, env = "NFOLD_STAGES", default_value_t = 4, value_name = "N")]
+    stages: usize,
+    /// Factor on the channels of networks at initialisation
+    #[arg(long, env = "NFOLD_WIDTH", value_name = "FACTOR")]
+    width: Option<f64>,
+    /// Activation of networks at initialisation [default: relu, or the architecture's own]
+    #[arg(long, env = "NFOLD_ACT", value_name = "NAME")]
+    act: Option<String>,
+    /// α of networks at initialisation [default: 1, or the architecture's own]
+    #[arg(long, env = "NFOLD_ALPHA", value_name = "α")]
+    alpha: Option<f64>,
+    /// Side of the input in pixels [default: 224 for pre-activation ResNets, else the evaluation size]
+    #[arg(long, env = "NFOLD_SIZE", value_name = "PIXELS")]
+    size: Option<u32>,
+    /// Number of images, at most
+    #[arg(long, env = "NFOLD_COUNT", default_value_t = 8, value_name = "N")]
+    count: usize,
+    /// Photographs to run instead of Gaussian noise: a folder, searched
+    #[arg(long, env = "NFOLD_IMAGES", value_name = "DIR")]
+    images: Option<PathBuf>,
+    /// Seed of weights and noise
+    #[arg(long, env = "NFOLD_SEED", default_value_t = 0)]
+    seed: u64,
+    /// Graphs of each checkpoint to look at
+    #[arg(long, env = "NFOLD_GRAPHS", value_delimiter = ',', default_value = "unfolded,folded,fp16")]
+    graphs: Vec<GraphArg>,
+    /// Model repository that names are looked up in
+    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    repository: PathBuf,
+    /// Version of the models [default: the highest]
+    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
+    model_version: Option<u32>,
+    /// Second moment of a block's output or residual branch that counts as exploding
+    #[arg(long, env = "NFOLD_EXPLODE", default_value_t = Limits::default().explode, value_name = "LIMIT")]
+    explode: f64,
+    /// Second moment of a block's output that counts as vanishing
+    #[arg(long, env = "NFOLD_VANISH", default_value_t = Limits::default().vanish, value_name = "LIMIT")]
+    vanish: f64,
+    /// Heading of the figure
+    #[arg(long, env = "NFOLD_TITLE", default_value = "Signal propagation")]
+    title: String,
+    /// Write the figure: the paper's three panels
+    #[arg(long, env = "NFOLD_SVG", value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Write every number as CSV
+    #[arg(long, env = "NFOLD_CSV", value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Print as JSON instead of a table
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum GraphArg {
+    /// As the checkpoint has it, scalars as operations
+    Unfolded,
+    /// Folded, single precision
+    Folded,
+    /// Folded, half precision
+    Fp16,
+}
+
+/// What has been measured so far.
+#[derive(Default)]
+struct Findings {
+    profiles: Vec<Profile>,
+    comparisons: Vec<Value>,
+    problems: Vec<Problem>,
+}
+
+/// Runs `nfold spp`.
+pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
+    if args.networks.is_empty() && args.arch.is_empty() {
+        bail!("nothing to look at; name a model or checkpoint, or a network with --arch, as in --arch nf-ws");
+    }
+    if !(1..=100_000).contains(&args.count) {
+        bail!("--count {} can't be; 1 to 100000 images are possible", args.count);
+    }
+    let mut findings = Findings::default();
+    for spec in &args.arch {
+        let profile = at_initialisation(spec, args)?;
+        findings.profiles.push(profile);
+    }
+    for network in &args.networks {
+        if network.join(CONFIG_FILE).is_file() {
+            checkpoint(network, args, &mut findings)?;
+        } else {
+            let model = match network.join(MANIFEST_FILE).is_file() {
+                true => ModelDir::open_path(network)?,
+                false => ModelDir::open(&args.repository, Some(&network.to_string_lossy()), args.model_version)?,
+            };
+            if args.size.is_some() {
+                bail!("`{}` is folded for one size; leave --size out, or name its checkpoint", model.name);
+            }
+            let name = format!("{}/{}", model.name, model.version);
+            let profile = look_into(&model.read_onnx()?, &model.manifest, &name, args)?;
+            findings.profiles.push(profile);
+        }
+    }
+    let limits = Limits { explode: args.explode, vanish: args.vanish };
+    findings.problems.extend(findings.profiles.iter().flat_map(|p| health::examine(p, &limits)));
+    tell(&findings, args)?;
+    match findings.problems.as_slice() {
+        [] => Ok(ExitCode::SUCCESS),
+        problems => {
+            let list = problems.iter().map(|p| format!("`{}` at `{}` {}: {}", p.network, p.block, p.kind, p.detail));
+            let list = list.collect::<Vec<_>>().join("; ");
+            bail!("{} sick signals: {list}", problems.len())
+        }
+    }
+}
+
+fn tell(findings: &Findings, args: &SppArgs) -> anyhow::Result<()> {
+    if let Some(path) = &args.csv {
+        write_whole(path, &render::csv(&findings.profiles))?;
+    }
+    if let Some(path) = &args.svg {
+        write_whole(path, &render::figure(&findings.profiles, &args.title).svg())?;
+    }
+    let mut out = io::stdout().lock();
+    if args.json {
+        let Findings { profiles, comparisons, problems } = findings;
+        let report = json!({ "profiles": profiles, "comparisons": comparisons, "problems": problems });
+        writeln!(out, "{report:#}")?;
+    } else {
+        write!(out, "{}", render::table(&findings.profiles))?;
+        for c in &findings.comparisons {
+            writeln!(
+                out,
+                "{} against {}: largest relative difference of a statistic {:.2e}, at {} (allowed {:.0e})",
+                c["network"].as_str().unwrap_or_default(),
+                c["reference"].as_str().unwrap_or_default(),
+                c["largest_relative_difference"].as_f64().unwrap_or(f64::INFINITY),
+                c["block"].as_str().unwrap_or_default(),
+                c["tolerance"].as_f64().unwrap_or_default(),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Whole or not at all.
+fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let written = fs::write(&partial, text).and_then(|()| fs::rename(&partial, path));
+    written.map_err(|e| {
+        let _ = fs::remove_file(&partial);
+        anyhow!("can't write `{}`: {e}; check the folder", path.display())
+    })
+}
+
+/// A checkpoint's graphs, the first of them the reference that the others are held to.
+fn checkpoint(folder: &Path, args: &SppArgs, findings: &mut Findings) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut reference: Option<Profile> = None;
+    for graph in [GraphArg::Unfolded, GraphArg::Folded, GraphArg::Fp16] {
+        if !args.graphs.contains(&graph) {
+            continue;
+        }
+        let options = FoldOptions {
+            size: args.size.map_or(Size::Checkpoint, |s| Size::Fixed(s, s)),
+            precision: if graph == GraphArg::Fp16 { Precision::Fp16 } else { Precision::Fp32 },
+            unfolded: graph == GraphArg::Unfolded,
+            ..FoldOptions::default()
+        };
+        let (what, tolerance) = match graph {
+            GraphArg::Unfolded => ("unfolded", TOLERANCE),
+            GraphArg::Folded => ("folded", TOLERANCE),
+            GraphArg::Fp16 => ("folded fp16", TOLERANCE_FP16),
+        };
+        let name = format!("{} {what}", checkpoint.name);
+        let folded = match fold(&checkpoint, &options) {
+            // a finding about this precision, not a failure of the others
+            Err(FoldError::Graph(e)) if graph == GraphArg::Fp16 => {
+                let block = "weights".into();
+                findings.problems.push(Problem {
+                    network: name,
+                    block,
+                    kind: "not_representable",
+                    detail: e.to_string(),
+                });
+                continue;
+            }
+            other => other?,
+        };
+        let profile = look_into(&folded.onnx, &folded.manifest, &name, args)?;
+        if let Some(reference) = &reference {
+            if let Some((difference, block)) = health::largest_difference(reference, &profile) {
+                findings.comparisons.push(json!({
+                    "reference": reference.network, "network": profile.network,
+                    "largest_relative_difference": difference, "block": block, "tolerance": tolerance,
+                }));
+            }
+            findings.problems.extend(health::compare(reference, &profile, tolerance));
+        }
+        reference.get_or_insert_with(|| profile.clone());
+        findings.profiles.push(profile);
+    }
+    Ok(())
+}
+
+/// A classifier's graph on noise or photographs.
+fn look_into(onnx: &[u8], manifest: &Manifest, name: &str, args: &SppArgs) -> anyhow::Result<Profile> {
+    let scalars = manifest.fold.blocks.iter();
+    let facts: Vec<BlockFacts> = scalars
+        .map(|b| BlockFacts {
+            block: b.block.clone(),
+            scale: b.alpha * b.skipinit_gain.unwrap_or(1.0),
+            expected_variance: b.expected_variance,
+        })
+        .collect();
+    let mut exposed = Exposed::open(onnx, name, &facts)?;
+    let p = &manifest.preprocessing;
+    match &args.images {
+        Some(folder) => {
+            let batches = photographs(folder, p, args.count)?;
+            Ok(exposed.profile(&format!("photographs of {}", folder.display()), batches.iter())?)
+        }
+        None => {
+            let batches = noise(args.seed, (p.height as usize, p.width as usize), args.count);
+            Ok(exposed.profile("unit Gaussian noise", batches.iter())?)
+        }
+    }
+}
+
+fn noise(seed: u64, (height, width): (usize, usize), count: usize) -> Vec<Batch> {
+    let batch = |first: usize| {
+        let mut batch = Batch::zeros(BATCH.min(count - first), height, width);
+        (0..batch.images).for_each(|i| gaussian_image(seed, first + i, &mut batch, i));
+        batch
+    };
+    (0..count).step_by(BATCH).map(batch).collect()
+}
+
+/// The first `count` images of a folder, evenly spread over the names in order.
+fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result<Vec<Batch>> {
+    let mut files = Vec::new();
+    classify::search(folder, &mut files).map_err(|e| anyhow!("can't search `{}`: {e}", folder.display()))?;
+    if files.is_empty() {
+        bail!("folder `{}` holds no image file; name another with --images", folder.display());
+    }
+    let count = count.min(files.len());
+    let preprocessor = Preprocessor::new(p);
+    let limits = ImageLimits::default();
+    let mut batches = Vec::new();
+    for first in (0..count).step_by(BATCH) {
+        let mut batch = Batch::zeros(BATCH.min(count - first), preprocessor.height(), preprocessor.width());
+        for i in 0..batch.images {
+            let path = &files[(first + i) * files.len() / count];
+            let bytes = fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+            let image = decode(&bytes, &limits, p.exif_orientation);
+            let image = image.map_err(|e| anyhow!("`{}`: {e}", path.display()))?;
+            preprocessor.apply(&image, batch.image_mut(i));
+        }
+        batches.push(batch);
+    }
+    Ok(batches)
+}
+
+/// A network at initialisation by its specification, `NAME[:KEY=VALUE,…]`.
+fn at_initialisation(spec: &str, args: &SppArgs) -> anyhow::Result<Profile> {
+    let (name, settings) = spec.split_once(':').unwrap_or((spec, ""));
+    let mut s = Settings {
+        act: args.act.clone(),
+        depth: args.depth,
+        stages: args.stages,
+        width: args.width,
+        alpha: args.alpha,
+    };
+    s.overlay(spec, settings)?;
+    match VARIANTS.into_iter().find(|v| v.name() == name) {
+        Some(variant) => {
+            if args.images.is_some() {
+                bail!("`{name}` is untrained and runs on noise only; leave --images out");
+            }
+            let act = s.act.as_deref().unwrap_or("relu");
+            let activation = Activation::parse(act).ok_or_else(|| {
+                anyhow!("activation `{act}` is not known; known are {}", ACTIVATIONS.map(Activation::name).join(", "))
+            })?;
+            let network = ResNetV2 {
+                variant,
+                activation,
+                depth: s.depth,
+                stages: s.stages,
+                width: s.width.unwrap_or(1.0),
+                alpha: s.alpha.unwrap_or(1.0),
+                size: args.size.map_or(DEFAULT_SIZE, |size| size as usize),
+                images: args.count,
+                seed: args.seed,
+            };
+            let style = ProgressStyle::with_template("{prefix} {bar:40} {pos}/{len} blocks, {elapsed}, {eta} left");
+            let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(spec.to_string());
+            let profile = network.profile(spec, |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            });
+            bar.finish_and_clear();
+            Ok(profile?)
+        }
+        None => fresh_checkpoint(name, spec, &s, args),
+    }
+}
+
+/// An architecture of timm with fresh weights and its residual branches at full strength.
+fn fresh_checkpoint(name: &str, spec: &str, s: &Settings, args: &SppArgs) -> anyhow::Result<Profile> {
+    let mut model_args = Map::new();
+    let mut set = |key: &str, value: Option<Value>| value.map(|v| model_args.insert(key.into(), v));
+    set("act_layer", s.act.clone().map(Value::from));
+    set("alpha", s.alpha.map(Value::from));
+    set("width_factor", s.width.map(Value::from));
+    let options = init::InitOptions { architecture: name.into(), seed: args.seed, model_args };
+    let folder = tempfile::tempdir().map_err(|e| anyhow!("can't make a temporary folder: {e}; set TMPDIR"))?;
+    let path = folder.path().join("checkpoint");
+    init::init_active(&path, &options).map_err(|e| {
+        let own = VARIANTS.map(|v| v.name()).join(", ");
+        anyhow!("--arch {spec}: {e}; besides timm's there are {own}")
+    })?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let size = args.size.map_or(Size::Checkpoint, |s| Size::Fixed(s, s));
+    let Folded { onnx, manifest } = fold(&checkpoint, &FoldOptions { size, ..FoldOptions::default() })?;
+    look_into(&onnx, &manifest, spec, args)
+}
+
+/// What a network at initialisation can be told.
+struct Settings {
+    act: Option<String>,
+    depth: usize,
+    stages: usize,
+    width: Option<f64>,
+    alpha: Option<f64>,
+}
+
+impl Settings {
+    /// Lays `KEY=VALUE,…` over the flags.
+    fn overlay(&mut self, spec: &str, settings: &str) -> anyhow::Result<()> {
+        for setting in settings.split(',').filter(|s| !s.is_empty()) {
+            let known = "act, depth, stages, width, alpha";
+            let Some((key, value)) = setting.split_once('=') else {
+                bail!("--arch {spec}: `{setting}` is not KEY=VALUE; keys are {known}");
+            };
+            let bad = || anyhow!("--arch {spec}: `{value}` is not a number");
+            match key {
+                "act" => self.act = Some(value.into()),
+                "depth" => self.depth = value.parse().map_err(|_| bad())?,
+                "stages" => self.stages = value.parse().map_err(|_| bad())?,
+                "width" => self.width = Some(value.parse().map_err(|_| bad())?),
+                "alpha" => self.alpha = Some(value.parse().map_err(|_| bad())?),
+                _ => bail!("--arch {spec}: `{key}` is not known; keys are {known}"),
+            }
+        }
+        Ok(())
+    }
+}

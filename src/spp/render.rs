@@ -1,0 +1,199 @@
+//! Profiles as CSV, as a table with sparklines, and as a figure of the paper's three panels.
+
+use std::fmt::Write as _;
+
+use super::{Profile, Signal};
+use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series};
+
+/// A statistic: its short name, the paper's name, and how to read it.
+type Statistic = (&'static str, &'static str, fn(&Signal) -> Option<f64>);
+
+/// The three statistics of the paper's section 3, in the order of its panels.
+const STATISTICS: [Statistic; 3] = [
+    ("squared mean", "Average channel squared mean", |s| Some(s.squared_mean)),
+    ("variance", "Average channel variance", |s| Some(s.variance)),
+    ("residual variance", "Residual average channel variance", |s| s.residual_variance),
+];
+/// Data further apart than this, largest to smallest, are drawn on a logarithmic axis.
+const WIDE: f64 = 300.0;
+/// Characters of a sparkline.
+const SPARK_WIDTH: usize = 60;
+
+/// One line a block, for all networks; empty where a value doesn't exist.
+pub fn csv(profiles: &[Profile]) -> String {
+    let mut out = "network,index,block,ends_stage,squared_mean,variance,residual_squared_mean,residual_variance,\
+                   expected_variance,max_abs\n"
+        .to_string();
+    for profile in profiles {
+        for (i, s) in profile.blocks.iter().enumerate() {
+            let optional = |v: Option<f64>| v.map_or_else(String::new, |v| v.to_string());
+            let _ = writeln!(
+                out,
+                "{},{i},{},{},{},{},{},{},{},{}",
+                quoted(&profile.network),
+                quoted(&s.block),
+                s.ends_stage,
+                s.squared_mean,
+                s.variance,
+                optional(s.residual_squared_mean),
+                optional(s.residual_variance),
+                optional(s.expected_variance),
+                s.max_abs
+            );
+        }
+    }
+    out
+}
+
+/// RFC 4180.
+fn quoted(text: &str) -> String {
+    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into() }
+}
+
+/// Each network as three sparklines with their ends, then a line a block (the last of each stage only, when there are
+/// many).
+pub fn table(profiles: &[Profile]) -> String {
+    let mut out = String::new();
+    for p in profiles {
+        let (height, width) = p.size;
+        let _ = writeln!(
+            out,
+            "{}: {} blocks, {} images of {height}x{width}, {} ({:.1} s)",
+            p.network,
+            p.blocks.len(),
+            p.images,
+            p.input,
+            p.seconds
+        );
+        for (name, _, read) in STATISTICS {
+            let values: Vec<f64> = p.blocks.iter().map(|s| read(s).unwrap_or(f64::NAN)).collect();
+            let known = || values.iter().copied().filter(|v| v.is_finite());
+            let (low, high) = (known().fold(f64::INFINITY, f64::min), known().fold(f64::NEG_INFINITY, f64::max));
+            let range = if low <= high { format!("{} … {}", number(low), number(high)) } else { "none".into() };
+            let _ = writeln!(out, "  {name:<18} {} {range}", sparkline(&values));
+        }
+        let few = p.blocks.len() <= 40;
+        let _ = writeln!(
+            out,
+            "  {:<16} {:>12} {:>12} {:>12} {:>18} {:>12}",
+            if few { "block" } else { "end of stage" },
+            "squared mean",
+            "variance",
+            "expected",
+            "residual variance",
+            "largest |x|"
+        );
+        for s in p.blocks.iter().filter(|s| few || s.ends_stage) {
+            let optional = |v: Option<f64>| v.map_or_else(|| "-".into(), number);
+            let _ = writeln!(
+                out,
+                "  {:<16} {:>12} {:>12} {:>12} {:>18} {:>12}",
+                s.block,
+                number(s.squared_mean),
+                number(s.variance),
+                optional(s.expected_variance),
+                optional(s.residual_variance),
+                number(s.max_abs)
+            );
+        }
+    }
+    out
+}
+
+/// Five significant digits, or so.
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        m if !m.is_finite() || !(1e-3..1e5).contains(&m) => format!("{value:.2e}"),
+        m if m < 10.0 => format!("{value:.4}"),
+        m if m < 1000.0 => format!("{value:.2}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+/// Eight heights from the smallest to the largest value (by logarithm when they lie far apart); `!` for what is not
+/// finite. Long series are thinned.
+fn sparkline(values: &[f64]) -> String {
+    const HEIGHTS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let finite = || values.iter().copied().filter(|v| v.is_finite());
+    let log = wide(finite());
+    let length = |v: f64| if log { v.max(f64::MIN_POSITIVE).ln() } else { v };
+    let (low, high) = finite().map(length).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    // rounding is no slope
+    let span = (high - low).max(1e-6 * high.abs()).max(f64::MIN_POSITIVE);
+    let shown = values.len().min(SPARK_WIDTH);
+    (0..shown)
+        .map(|i| values[i * values.len() / shown])
+        .map(|v| match v.is_finite() {
+            true => HEIGHTS[((length(v) - low) / span * 7.0).round().clamp(0.0, 7.0) as usize],
+            false => '!',
+        })
+        .collect()
+}
+
+/// Whether positive values lie so far apart that only their logarithms can be drawn.
+fn wide(values: impl Iterator<Item = f64>) -> bool {
+    let (mut low, mut high) = (f64::INFINITY, 0.0);
+    for v in values.filter(|v| *v > 0.0) {
+        (low, high) = (f64::min(low, v), f64::max(high, v));
+    }
+    high > WIDE * low
+}
+
+/// The paper's three panels, every network overlaid; marks end the stages.
+pub fn figure(profiles: &[Profile], title: &str) -> Figure {
+    let panel = |(_, name, read): Statistic| {
+        let values = || profiles.iter().flat_map(|p| p.blocks.iter().filter_map(read)).filter(|v| v.is_finite());
+        // squared means near zero are not far apart, they are all zero
+        let scale = match name {
+            "Average channel squared mean" if values().fold(0.0, f64::max) < 1e3 => Scale::Linear,
+            _ if wide(values()) => Scale::Log,
+            _ => Scale::Linear,
+        };
+        let series = |p: &Profile| Series {
+            name: p.network.clone(),
+            points: (p.blocks.iter().enumerate()).map(|(i, s)| (i as f64 + 1.0, read(s).unwrap_or(f64::NAN))).collect(),
+            line: true,
+            marks: Marks::At(p.blocks.iter().enumerate().filter(|(_, s)| s.ends_stage).map(|(i, _)| i).collect()),
+            ..Series::default()
+        };
+        Panel {
+            title: name.into(),
+            x: Axis { label: "residual block".into(), ..Axis::default() },
+            y: Axis { scale, from_zero: true, ..Axis::default() },
+            series: profiles.iter().map(series).collect(),
+            rules: Vec::new(),
+        }
+    };
+    let input = profiles.first().map_or_else(String::new, |p| {
+        format!("{} images of {}x{}, {}; marks end the stages", p.images, p.size.0, p.size.1, p.input)
+    });
+    Figure {
+        title: title.into(),
+        subtitle: input,
+        panels: STATISTICS.map(panel).into(),
+        columns: 3,
+        panel_size: (380.0, 320.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sparklines_show_shape_and_faults() {
+        assert_eq!(sparkline(&[0.0, 1.0, 2.0, 7.0]), "▁▂▃█");
+        assert_eq!(sparkline(&[1.0, 10.0, f64::NAN, 1000.0]), "▁▃!█");
+        assert_eq!(sparkline(&[3.0, 3.0 + 1e-9]), "▁▁");
+        assert_eq!(sparkline(&[1.0; 500]).chars().count(), SPARK_WIDTH);
+        assert_eq!(sparkline(&[]), "");
+    }
+
+    #[test]
+    fn names_are_quoted_in_csv() {
+        assert_eq!(quoted("nf-ws:act=silu,alpha=0.2"), "\"nf-ws:act=silu,alpha=0.2\"");
+        assert_eq!(quoted("a\"b"), "\"a\"\"b\"");
+        assert_eq!(quoted("stages.0.1"), "stages.0.1");
+    }
+}
