@@ -15,7 +15,7 @@ const STATISTICS: [Statistic; 3] = [
     ("residual variance", "Residual average channel variance", |s| s.residual_variance),
 ];
 /// Data further apart than this, largest to smallest, are drawn on a logarithmic axis.
-const WIDE: f64 = 300.0;
+const WIDE: f64 = 1e4;
 /// Characters of a sparkline.
 const SPARK_WIDTH: usize = 60;
 
@@ -142,14 +142,18 @@ fn wide(values: impl Iterator<Item = f64>) -> bool {
 
 /// The paper's three panels, every network overlaid; marks end the stages.
 pub fn figure(profiles: &[Profile], title: &str) -> Figure {
-    let panel = |(_, name, read): Statistic| {
-        let values = || profiles.iter().flat_map(|p| p.blocks.iter().filter_map(read)).filter(|v| v.is_finite());
-        // squared means near zero are not far apart, they are all zero
-        let scale = match name {
-            "Average channel squared mean" if values().fold(0.0, f64::max) < 1e3 => Scale::Linear,
-            _ if wide(values()) => Scale::Log,
-            _ => Scale::Linear,
-        };
+    let all = |read: fn(&Signal) -> Option<f64>| {
+        profiles.iter().flat_map(move |p| p.blocks.iter().filter_map(read)).filter(|v| v.is_finite())
+    };
+    let largest_variance = all(|s| Some(s.variance)).fold(0.0, f64::max);
+    let panel = |(short, name, read): Statistic| {
+        let is_mean = short == "squared mean";
+        let largest = all(read).fold(0.0, f64::max);
+        // squared means near zero are not far apart: they are all zero
+        let scale = if wide(all(read)) && !(is_mean && largest < 1e3) { Scale::Log } else { Scale::Linear };
+        // nor is a mean worth a magnifying glass that no variance would notice
+        let least = 0.02 * largest_variance;
+        let range = (is_mean && scale == Scale::Linear && largest < least).then_some((0.0, least));
         let series = |p: &Profile| Series {
             name: p.network.clone(),
             points: (p.blocks.iter().enumerate()).map(|(i, s)| (i as f64 + 1.0, read(s).unwrap_or(f64::NAN))).collect(),
@@ -160,7 +164,7 @@ pub fn figure(profiles: &[Profile], title: &str) -> Figure {
         Panel {
             title: name.into(),
             x: Axis { label: "residual block".into(), ..Axis::default() },
-            y: Axis { scale, from_zero: true, ..Axis::default() },
+            y: Axis { scale, range, from_zero: true, ..Axis::default() },
             series: profiles.iter().map(series).collect(),
             rules: Vec::new(),
         }
@@ -184,7 +188,7 @@ mod tests {
     #[test]
     fn sparklines_show_shape_and_faults() {
         assert_eq!(sparkline(&[0.0, 1.0, 2.0, 7.0]), "▁▂▃█");
-        assert_eq!(sparkline(&[1.0, 10.0, f64::NAN, 1000.0]), "▁▃!█");
+        assert_eq!(sparkline(&[1.0, 10.0, f64::NAN, 1e5]), "▁▂!█");
         assert_eq!(sparkline(&[3.0, 3.0 + 1e-9]), "▁▁");
         assert_eq!(sparkline(&[1.0; 500]).chars().count(), SPARK_WIDTH);
         assert_eq!(sparkline(&[]), "");
