@@ -1,6 +1,7 @@
 //! Signal propagation: what Brock, De & Smith 2021 say of networks at initialisation, timm's own activations as oracle,
 //! and checkpoints that are sick.
 
+use std::f64::consts::PI;
 use std::fs;
 
 use nfold::checkpoint::Checkpoint;
@@ -59,7 +60,7 @@ fn batch_normalised_networks_grow_linearly_and_reset() {
                 close(s.variance, branch * (i as f64 + 2.0), 0.08, &s.block);
                 match variant {
                     // each branch adds 1/π on average
-                    Variant::BnReluConv => close(s.squared_mean, (i as f64 + 2.0) * 0.3183, 0.3, &s.block),
+                    Variant::BnReluConv => close(s.squared_mean, (i as f64 + 2.0) / PI, 0.3, &s.block),
                     _ => assert!(s.squared_mean < 0.02, "{s:?}"),
                 }
             }
@@ -199,6 +200,13 @@ fn the_program_tells_in_every_format() {
         assert!(svg.contains(part), "{part}");
     }
     assert_eq!(fs::read_dir(here).unwrap().count(), 2, "nothing half written");
+
+    // timm starts every branch at zero; here they are at full strength
+    let output = nfold(&["spp", "--arch", "nf_regnet_b0:act=gelu,width=0.25", "--size", "64", "--json"], here);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let blocks = report["profiles"][0]["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), 16);
+    assert!(blocks.iter().all(|b| b["residual_variance"].as_f64().unwrap() > 1e-4), "{blocks:?}");
 
     for (args, what) in [
         (&["spp"][..], "--arch"),
