@@ -2,6 +2,8 @@
 #   make demo    fold the demo checkpoint and classify real photographs
 #   make test    every test
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
+#   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
+#   make check-manifests   deploy/ against the Kubernetes schemas
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
 #   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
 #   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
@@ -13,7 +15,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test serve tools ort ort-gpu
+.PHONY: bench demo test serve rehearsal check-manifests tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -31,10 +33,19 @@ serve: ort
 	target/release/nfold fold models/nf_regnet_cifar10 --replace
 	target/release/nfold serve
 
+rehearsal: ort
+	cargo test --release --locked --test tests -- --ignored --nocapture --test-threads 1 rehearsal::
+
+check-manifests: target/manifests/kubernetes_validate
+	PYTHONPATH=target/manifests $(PYTHON) deploy/check-manifests
+
+target/manifests/kubernetes_validate:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/manifests kubernetes-validate==1.34.1
+
 # as root on Debian
 tools:
-	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver fonts-liberation >/dev/null
+	which chromedriver haproxy promtool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -qq -y --no-install-recommends chromium chromium-driver fonts-liberation haproxy prometheus >/dev/null; }
 
 ort:
 	@deploy/onnxruntime/fetch cpu

@@ -118,14 +118,28 @@ pub fn ask(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect(to)?;
+    let headers = [headers, &[("connection", "close")]].concat();
+    exchange(&mut connect(to)?, method, target, &headers, body)
+}
+
+pub fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect(to)?;
+    stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    Ok(stream)
+}
+
+/// One request on a connection that may have had others.
+pub fn exchange(
+    stream: &mut TcpStream,
+    method: &str,
+    target: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> std::io::Result<Answer> {
     let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
     let length = body.len();
-    write!(
-        stream,
-        "{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
-    )?;
+    write!(stream, "{method} {target} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n{headers}\r\n")?;
     stream.write_all(body)?;
     let (mut answer, mut part) = (Vec::new(), [0; 65536]);
     // some servers keep the connection although asked to close it

@@ -48,3 +48,11 @@ mod bench;
 
 /// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
 mod spp;
+/// The Dockerfile by rules.
+mod dockerfile;
+
+/// Manifests, dashboards and rules against the program.
+mod deploy;
+
+/// Rolling restarts behind a proxy.
+mod rehearsal;
