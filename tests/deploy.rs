@@ -13,10 +13,6 @@ use crate::process::{Server, ask};
 /// Labels that Prometheus adds, and the bound of a histogram's bucket.
 const SCRAPED: [&str; 4] = ["instance", "namespace", "pod", "le"];
 
-/// gRPC is in the contract and on its way: to be removed with the flag's arrival.
-const NOT_YET: [&str; 2] = ["--grpc", "NFOLD_GRPC"];
-const GRPC_PORT: &str = "8001";
-
 /// Every text file of deploy/, by its path there.
 fn texts() -> BTreeMap<String, String> {
     fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
@@ -77,12 +73,12 @@ fn flags_variables_and_ports_exist() {
         let command = if file.starts_with("jobs/") { &classify } else { &serve };
         if file.ends_with(".yaml") && !file.starts_with("prometheus/") {
             for flag in words(&text, "--", |c| c.is_ascii_lowercase() || c == '-') {
-                assert!(command.flags.contains(&flag) || NOT_YET.contains(&flag.as_str()), "{file}: {flag}");
+                assert!(command.flags.contains(&flag), "{file}: {flag}");
                 checked += 1;
             }
         }
         for variable in words(&text, "NFOLD_", |c| c.is_ascii_uppercase() || c == '_') {
-            let known = command.variables.contains(&variable) || NOT_YET.contains(&variable.as_str());
+            let known = command.variables.contains(&variable);
             assert!(known, "{file}: {variable}");
             checked += 1;
         }
@@ -92,7 +88,7 @@ fn flags_variables_and_ports_exist() {
             let by_default = serve.text.contains(&format!("0.0.0.0:{digits}]"));
             let addressed =
                 [&text, &texts()["kserve/runtime.yaml"]].iter().any(|t| t.contains(&format!("0.0.0.0:{digits}")));
-            assert!(by_default || addressed || digits == GRPC_PORT, "{file}: nothing listens on {digits}");
+            assert!(by_default || addressed, "{file}: nothing listens on {digits}");
             checked += 1;
         }
     }
