@@ -46,10 +46,10 @@ mod page;
 /// The benchmark: timing in process, load over the network.
 mod bench;
 
-/// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
-mod spp;
 /// The Dockerfile by rules.
 mod dockerfile;
+/// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
+mod spp;
 
 /// Manifests, dashboards and rules against the program.
 mod deploy;
