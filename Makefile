@@ -57,16 +57,16 @@ ort-gpu:
 target/python/onnx:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/python onnx==1.23.2
 
-# the server gives way to the generator, with which it shares the cores
+# the generator has the first core to itself, or its own lag would void the figures
 bench: ort
 	cargo build --release --locked
 	target/release/nfold bench engine --threads 1,2 --report $(BENCH)
 	rm -rf $(BENCH)/nf_regnet_b1
 	target/release/nfold init nf_regnet_b1 --out $(BENCH)/nf_regnet_b1
 	target/release/nfold fold $(BENCH)/nf_regnet_b1 --repository $(BENCH)/repository --replace
-	nice -n 10 target/release/nfold serve --repository $(BENCH)/repository --http 127.0.0.1:18000 \
+	taskset -c 1-$$(($$(nproc) - 1)) target/release/nfold serve --queue-limit 8 --repository $(BENCH)/repository --http 127.0.0.1:18000 \
 	  --grpc 127.0.0.1:18001 --admin 127.0.0.1:18002 2> $(BENCH)/serve.log & \
 	  trap "kill $$!" EXIT; \
 	  until target/release/nfold healthcheck --admin 127.0.0.1:18002 2> /dev/null; do sleep 0.2; kill -0 $$! || exit 1; done; \
-	  target/release/nfold bench load --server 127.0.0.1:18000 --image tests/data/cat.jpg --connections 1,4 --sweep \
+	  taskset -c 0 target/release/nfold bench load --server 127.0.0.1:18000 --image tests/data/cat.jpg --connections 1,4 --sweep \
 	    --slo 250ms --report $(BENCH)
