@@ -8,7 +8,7 @@
 //! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`infer`]: encoded image → predictions: decode, resize, batch, engine, top-k. Knows no protocol.
-//! * [`bench`]: graphs timed in process, load on a server, and the report.
+//! * [`mod@bench`]: graphs timed in process, load on a server, and the report.
 //! * [`spp`]: signal propagation plots: statistics of hidden activations, block by block.
 //! * [`server`]: the edge: HTTP, health, metrics.
 //! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up.
