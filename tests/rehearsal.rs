@@ -61,7 +61,7 @@ fn is_ok(address: SocketAddr, path: &str) -> bool {
 
 fn serve(folder: &Path, http: SocketAddr, admin: SocketAddr) -> Process {
     let child = Command::new(env!("CARGO_BIN_EXE_nfold"))
-        .args(["serve", "--workers", "1", "--drain-hold", HOLD, "--log", "off"])
+        .args(["serve", "--workers", "1", "--drain-hold", HOLD, "--log", "off", "--grpc", "127.0.0.1:0"])
         .args(["--http", &http.to_string(), "--admin", &admin.to_string()])
         .current_dir(folder)
         .spawn();
