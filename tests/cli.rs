@@ -287,3 +287,18 @@ fn gamma_four_ways() {
     assert_eq!(text(&nfold(&["gamma", "all", "--samples", "1000"], here).stdout).lines().count(), 20);
     refused(&nfold(&["gamma", "softmax"], here), "known are celu");
 }
+
+#[test]
+fn fold_records_whether_images_are_turned_upright() {
+    let folder = tempfile::tempdir().unwrap();
+    let upright = |flags: &[&str]| {
+        let checkpoint = project("tests/goldens/resnet18_small");
+        let output = nfold(&[&["fold", &checkpoint, "--replace", "--json"], flags].concat(), folder.path());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["manifest"]["golden"]["logits"].as_array().unwrap().len(), 10);
+        report["manifest"]["preprocessing"]["exif_orientation"].clone()
+    };
+    assert_eq!(upright(&[]), false);
+    assert_eq!(upright(&["--exif-orientation"]), true);
+}

@@ -80,7 +80,7 @@ fn folded_graphs_agree_with_timm() {
                 (Size::Dynamic, Gate::Broadcast, false),
                 (fixed, Gate::Resize, true),
             ] {
-                let options = FoldOptions { size, gate, unfolded, precision: Precision::Fp32 };
+                let options = FoldOptions { size, gate, unfolded, ..FoldOptions::default() };
                 let folded = fold(&checkpoint, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
                 let error = furthest(&run(&folded.onnx, &case.batch), &case.wide);
                 let ratio = error / allowed;

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::cli::{nfold, with_demo};
+use crate::fakes::eventually;
 
 /// A running `nfold serve` on free ports. Killed when dropped.
 pub struct Server {
     child: Child,
     pub http: SocketAddr,
     pub admin: SocketAddr,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Server {
@@ -49,7 +50,7 @@ impl Server {
         let (admin, http) = (address_of("admin port listens"), address_of("HTTP port listens"));
         // a full pipe would stop the server
         std::thread::spawn(move || lines.for_each(drop));
-        Self { child, http, admin, _folder: folder }
+        Self { child, http, admin, folder }
     }
 
     fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
@@ -192,7 +193,7 @@ fn one_photograph_one_answer_by_every_way() {
 
     // as the command line answers
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/cat.jpg").display().to_string();
-    let output = nfold(&["classify", &path, "--json", "-k", "3"], server._folder.path());
+    let output = nfold(&["classify", &path, "--json", "-k", "3"], server.folder.path());
     let by_cli: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(&by_cli["predictions"], expected);
 
@@ -367,6 +368,68 @@ fn a_signal_under_load_loses_nothing() {
         caller.join().unwrap();
     }
     assert!(before > 10 && answered.load(Ordering::SeqCst) > before, "{before}");
+}
+
+/// New, broken and removed versions under traffic: no request is lost, a broken one changes nothing.
+#[test]
+fn models_come_and_go_under_load() {
+    let server = Server::start(&[]);
+    let (cat, address) = (data("cat.jpg"), server.http);
+    let versions = server.folder.path().join("repository/nf_regnet_cifar10");
+    let copy = |to: &str| {
+        // whole or not at all, as `nfold fold` writes
+        let (from, fresh) = (versions.join("1"), versions.join(".fresh"));
+        std::fs::create_dir(&fresh).unwrap();
+        for file in ["model.onnx", "manifest.json"] {
+            std::fs::copy(from.join(file), fresh.join(file)).unwrap();
+        }
+        if to == "3" {
+            let mut manifest: Value =
+                serde_json::from_slice(&std::fs::read(fresh.join("manifest.json")).unwrap()).unwrap();
+            let first = manifest["golden"]["logits"][0].as_f64().unwrap();
+            manifest["golden"]["logits"][0] = json!(first + 0.1);
+            std::fs::write(fresh.join("manifest.json"), manifest.to_string()).unwrap();
+        }
+        std::fs::rename(fresh, versions.join(to)).unwrap();
+    };
+    let version = || server.post("/v1/classify", &[], &cat).json()["version"].as_u64().unwrap();
+    let reloads = |result: &str| -> f64 {
+        let metrics = ask(server.admin, "GET", "/metrics", &[], &[]).unwrap().body;
+        let wanted = format!("result=\"{result}\"");
+        let line = metrics.lines().find(|l| l.starts_with("nfold_model_reloads_total") && l.contains(&wanted));
+        line.map_or(0.0, |l| l.rsplit(' ').next().unwrap().parse().unwrap())
+    };
+    let stop = AtomicBool::new(false);
+    let answered = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut answered = 0;
+                    while !stop.load(Ordering::SeqCst) {
+                        let answer = ask(address, "POST", "/v1/classify", &[], &cat).expect("no request is lost");
+                        assert_eq!(answer.status, 200, "{answer:?}");
+                        answered += 1;
+                    }
+                    answered
+                })
+            })
+            .collect();
+        assert_eq!(version(), 1);
+        copy("2");
+        server.signal("-HUP");
+        eventually("the new version answers", || version() == 2);
+        copy("3");
+        server.signal("-HUP");
+        eventually("the broken version is found out", || reloads("error") == 1.0);
+        assert_eq!((version(), reloads("ok")), (2, 1.0));
+        std::fs::remove_dir_all(versions.join("3")).unwrap();
+        std::fs::remove_dir_all(versions.join("2")).unwrap();
+        server.signal("-HUP");
+        eventually("the old version answers again", || version() == 1);
+        stop.store(true, Ordering::SeqCst);
+        callers.into_iter().map(|caller| caller.join().unwrap()).sum::<u32>()
+    });
+    assert!(answered > 20, "{answered}");
 }
 
 #[test]

@@ -42,6 +42,9 @@ pub struct FoldArgs {
     /// Leave standardisation, normalisation, gains, α and β as graph operations, for comparison
     #[arg(long, env = "NFOLD_UNFOLDED", value_parser = FalseyValueParser::new())]
     unfolded: bool,
+    /// Turn images upright by their EXIF orientation before they are classified; timm, and so training, does not
+    #[arg(long, env = "NFOLD_EXIF_ORIENTATION", value_parser = FalseyValueParser::new())]
+    exif_orientation: bool,
     /// Replace the version if it exists
     #[arg(long, env = "NFOLD_REPLACE", value_parser = FalseyValueParser::new())]
     replace: bool,
@@ -87,6 +90,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
             GateArg::Broadcast => Gate::Broadcast,
         },
         unfolded: args.unfolded,
+        exif_orientation: args.exif_orientation,
     };
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;

@@ -63,11 +63,19 @@ pub struct FoldOptions {
     pub gate: Gate,
     /// Leave standardisation, normalisation, gains, α and β as operations.
     pub unfolded: bool,
+    /// Have images turned upright by their EXIF orientation before anything else, which timm does not.
+    pub exif_orientation: bool,
 }
 
 impl Default for FoldOptions {
     fn default() -> Self {
-        Self { size: Size::Checkpoint, precision: Precision::Fp32, gate: Gate::Resize, unfolded: false }
+        Self {
+            size: Size::Checkpoint,
+            precision: Precision::Fp32,
+            gate: Gate::Resize,
+            unfolded: false,
+            exif_orientation: false,
+        }
     }
 }
 
@@ -87,7 +95,8 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
         Size::Fixed(height, width) => Some((height, width)),
         Size::Checkpoint | Size::Dynamic => None,
     };
-    let preprocessing = checkpoint.config.preprocessing(size).map_err(FoldError::Size)?;
+    let mut preprocessing = checkpoint.config.preprocessing(size).map_err(FoldError::Size)?;
+    preprocessing.exif_orientation = options.exif_orientation;
     let dynamic = options.size == Size::Dynamic;
     let gate = if dynamic { Gate::Broadcast } else { options.gate };
     let (graph, input) = GraphBuilder::new(Emission {

@@ -69,6 +69,7 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     // dropped with this future when the client goes away: that counts as cancelled
     let guard = app.metrics.request(protocol);
     let id = request_id(request.headers());
+    let trace = trace_id(request.headers());
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let http1 = request.version() <= Version::HTTP_11;
     request.headers_mut().insert(REQUEST_ID, id.clone());
@@ -91,13 +92,17 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     for detail in faults.chain(served.iter().flat_map(|s| s.faults.clone())) {
         tracing::error!(request_id, detail, "request {request_id} met an internal error");
     }
-    log(&Line { request_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms }, served, &response);
+    let trace_id = trace.as_deref();
+    let line = Line { request_id, trace_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms };
+    log(&line, served, &response);
     response
 }
 
 /// What every access log line says.
 struct Line<'a> {
     request_id: &'a str,
+    /// Of the caller's trace, if it has one.
+    trace_id: Option<&'a str>,
     method: &'a str,
     path: &'a str,
     protocol: Protocol,
@@ -106,11 +111,12 @@ struct Line<'a> {
 }
 
 fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
-    let Line { request_id, method, path, protocol, outcome, duration_ms } = *line;
+    let Line { request_id, trace_id, method, path, protocol, outcome, duration_ms } = *line;
     let (status, outcome) = (response.status().as_u16(), outcome.name());
     match served {
         Some(Served { model, version, images, timings: t, .. }) => tracing::info!(
             request_id,
+            trace_id,
             method,
             path,
             status,
@@ -127,10 +133,28 @@ fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
             "request {request_id} {outcome}"
         ),
         None if protocol == Protocol::Health => {
-            tracing::debug!(request_id, method, path, status, outcome, duration_ms, "probe {request_id} {outcome}");
+            tracing::debug!(
+                request_id,
+                trace_id,
+                method,
+                path,
+                status,
+                outcome,
+                duration_ms,
+                "probe {request_id} {outcome}"
+            );
         }
         None => {
-            tracing::info!(request_id, method, path, status, outcome, duration_ms, "request {request_id} {outcome}")
+            tracing::info!(
+                request_id,
+                trace_id,
+                method,
+                path,
+                status,
+                outcome,
+                duration_ms,
+                "request {request_id} {outcome}"
+            )
         }
     }
 }
@@ -170,6 +194,17 @@ fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }
 
+/// The trace that a request belongs to: the second field of `traceparent` (W3C Trace Context, section 3.2), 32 hexadecimal
+/// digits that are not all zero.
+fn trace_id(headers: &HeaderMap) -> Option<String> {
+    let mut fields = headers.get("traceparent")?.to_str().ok()?.split('-');
+    let (version, trace) = (fields.next()?, fields.next()?);
+    let hexadecimal =
+        |text: &str, len| text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let fits = hexadecimal(version, 2) && version != "ff" && hexadecimal(trace, 32) && trace.bytes().any(|b| b != b'0');
+    fits.then(|| trace.to_string())
+}
+
 /// The client's own id, if it is short and printable (it goes into logs), else a fresh one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fits = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
@@ -183,4 +218,22 @@ fn fresh_id() -> HeaderValue {
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let id = format!("{:016x}", SEED.hash_one(count));
     HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("none"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_followed_only_if_it_is_one() {
+        let of = |value: &'static str| {
+            trace_id(&HeaderMap::from_iter([(HeaderName::from_static("traceparent"), HeaderValue::from_static(value))]))
+        };
+        let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+        assert_eq!(of("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01").as_deref(), Some(trace));
+        for bad in ["", "00", "00-4bf9-00f067aa0ba902b7-01", "00-00000000000000000000000000000000-00f067aa0ba902b7-01"]
+        {
+            assert_eq!(of(bad), None, "{bad}");
+        }
+    }
 }
