@@ -43,6 +43,8 @@ pub struct Strings {
     /// Sizes of the batches run since warm-up, and the first value of every image in them.
     pub batches: Mutex<Vec<usize>>,
     pub seen: Mutex<BTreeSet<i64>>,
+    /// The same, in the order of the runs.
+    pub order: Mutex<Vec<i64>>,
     pub delay: Mutex<Duration>,
     pub fault: Mutex<Option<Fault>>,
 }
@@ -61,6 +63,7 @@ impl Strings {
     pub fn forget_warm_up(&self) {
         self.batches.lock().unwrap().clear();
         self.seen.lock().unwrap().clear();
+        self.order.lock().unwrap().clear();
     }
 
     pub fn runs(&self) -> usize {
@@ -78,6 +81,7 @@ impl Backend for Puppet {
         let images: Vec<&[f32]> = batch.data.chunks(len).collect();
         strings.batches.lock().unwrap().push(batch.images);
         strings.seen.lock().unwrap().extend(images.iter().map(|i| i[0] as i64));
+        strings.order.lock().unwrap().extend(images.iter().map(|i| i[0] as i64));
         let mut closed = strings.closed.lock().unwrap();
         while *closed {
             closed = strings.opened.wait(closed).unwrap();
@@ -125,6 +129,7 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         image_limits: ImageLimits::default(),
         buckets: Vec::new(),
         invariance: Invariance::Report,
+        one_by_one: false,
     }
 }
 

@@ -189,6 +189,7 @@ impl ServeArgs {
                     InvarianceArg::Report => Invariance::Report,
                     InvarianceArg::Off => Invariance::Off,
                 },
+                one_by_one: false,
             },
         };
         let options = Options {

@@ -284,7 +284,7 @@ type Models = BTreeMap<String, BTreeMap<u32, Arc<LiveModel>>>;
 #[derive(Debug, Default)]
 pub struct Registry {
     models: RwLock<Models>,
-    /// Where models come from that are loaded later; none: nowhere.
+    /// Where models come from that are loaded later, beside those that serve; none: nowhere.
     source: Option<RegistryOptions>,
     /// Held by whoever loads: one at a time.
     reloading: Mutex<()>,
@@ -293,7 +293,9 @@ pub struct Registry {
 impl Registry {
     /// Opens what the options ask for, or everything. Blocks until all of it is warm.
     pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
-        let registry = Self { source: Some(options.clone()), ..Self::default() };
+        let mut source = options.clone();
+        source.scheduler.one_by_one = true;
+        let registry = Self { source: Some(source), ..Self::default() };
         for (name, version) in select(options)? {
             let dir = ModelDir::open(&options.repository, Some(&name), Some(version))?;
             registry.add(LiveModel::open(&dir, options, metrics)?);

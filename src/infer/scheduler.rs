@@ -45,6 +45,8 @@ pub struct SchedulerOptions {
     pub buckets: Vec<usize>,
     /// What is made of a difference between an image alone and in a batch.
     pub invariance: Invariance,
+    /// Warm the workers one after the other, so that a model that is served meanwhile keeps the other cores.
+    pub one_by_one: bool,
 }
 
 impl SchedulerOptions {
@@ -243,22 +245,25 @@ impl Scheduler {
         let scheduler = Self { shared: shared.clone(), threads: Mutex::default() };
         let (report, reports) = std::sync::mpsc::channel();
         let roles = (0..workers).map(Role::Worker).chain((0..decoders).map(|_| Role::Decoder));
+        // the scheduler is dropped on failure, and that stops the other threads
+        let warmed = || {
+            let warm = reports.recv().map_err(|_| StartError::Thread("it died while warming up".into()))??;
+            shared.warmed(&warm)
+        };
         for (i, role) in roles.enumerate() {
-            let (shared, report) = (shared.clone(), report.clone());
+            let (its, report) = (shared.clone(), report.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("{what}-{i}"))
-                .spawn(move || worker::main(&shared, role, report))
+                .spawn(move || worker::main(&its, role, report))
                 .map_err(|e| StartError::Thread(e.to_string()))?;
             scheduler.threads().push(thread);
+            if shared.options.one_by_one && i < workers {
+                warmed()?;
+            }
         }
         drop(report);
-        for _ in 0..workers {
-            // the scheduler is dropped on failure, and that stops the other threads
-            let warm = reports.recv().map_err(|_| StartError::Thread("it died while warming up".into()))??;
-            shared.warmed(&warm);
-            if shared.options.invariance == Invariance::Require && warm.max_abs_diff > 0.0 {
-                return Err(StartError::Variant { difference: warm.max_abs_diff });
-            }
+        for _ in 0..if shared.options.one_by_one { 0 } else { workers } {
+            warmed()?;
         }
         Ok(scheduler)
     }
@@ -402,13 +407,18 @@ impl Shared {
         &self.slots.metrics
     }
 
-    fn warmed(&self, warm: &Warm) {
+    /// A worker is warm; says so if what it showed is not to be served.
+    fn warmed(&self, warm: &Warm) -> Result<(), StartError> {
         let mut state = self.lock();
         state.run_cost = state.run_cost.max(warm.run_cost);
         let gauge = &self.metrics().invariance_max_abs_diff;
         match self.options.invariance {
             Invariance::Off => gauge.set(f64::NAN),
             _ => gauge.set(gauge.get().max(warm.max_abs_diff)),
+        }
+        match self.options.invariance == Invariance::Require && warm.max_abs_diff > 0.0 {
+            true => Err(StartError::Variant { difference: warm.max_abs_diff }),
+            false => Ok(()),
         }
     }
 
@@ -536,9 +546,20 @@ impl Shared {
         }
     }
 
-    /// An engine run of `images` ended well or badly after `took`.
-    pub(super) fn ran(&self, images: usize, took: Duration, ok: bool) {
+    /// A worker's engine run begins.
+    pub(super) fn runs(&self, worker: Option<usize>, now: Instant) {
+        if let Some(worker) = worker {
+            self.lock().running[worker] = Some(now);
+        }
+    }
+
+    /// An engine run of `images` ended well or badly after `took`. Said before the images are answered: the next one of the
+    /// same caller should find the machine idle.
+    pub(super) fn ran(&self, worker: Option<usize>, images: usize, took: Duration, ok: bool) {
         let mut state = self.lock();
+        if let Some(worker) = worker {
+            state.running[worker] = None;
+        }
         match ok {
             true => {
                 state.run_cost = smooth(state.run_cost, took / images.max(1) as u32);

@@ -107,7 +107,7 @@ impl Worker {
     /// One engine run, padded to a bucket; the error says what to log.
     pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
         let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
-        let (count, result) = measured(shared, engine.as_mut(), batch);
+        let (count, result) = measured(shared, self.number, engine.as_mut(), batch);
         if count == RunResult::Panic {
             // what a panic leaves behind is not to be trusted
             self.discard();
@@ -126,7 +126,12 @@ impl Worker {
 }
 
 /// One run of any engine, padded to a bucket, measured and counted; the error says what to log.
-fn measured(shared: &Shared, engine: &mut dyn Backend, batch: &mut Batch) -> (RunResult, Result<Logits, String>) {
+fn measured(
+    shared: &Shared,
+    worker: Option<usize>,
+    engine: &mut dyn Backend,
+    batch: &mut Batch,
+) -> (RunResult, Result<Logits, String>) {
     let (images, len) = (batch.images, batch.data.len());
     let padded = shared.options.padded(images);
     if padded > images {
@@ -134,6 +139,7 @@ fn measured(shared: &Shared, engine: &mut dyn Backend, batch: &mut Batch) -> (Ru
         batch.images = padded;
     }
     let started = Instant::now();
+    shared.runs(worker, started);
     let result = catch_unwind(AssertUnwindSafe(|| engine.run(batch)));
     let took = started.elapsed();
     let (count, result) = match result {
@@ -156,15 +162,15 @@ fn measured(shared: &Shared, engine: &mut dyn Backend, batch: &mut Batch) -> (Ru
     metrics.batch_size.observe(images as f64);
     metrics.padding.inc_by((padded - images) as u64);
     metrics.run(count);
-    shared.ran(images, took, result.is_ok());
+    shared.ran(worker, images, took, result.is_ok());
     (count, result)
 }
 
 /// Runs one image on the engine that has every core, if there is one and nobody has it. Whatever goes wrong there, the
 /// worker's own engine can still answer.
-fn run_wide(shared: &Shared, batch: &mut Batch) -> Option<Logits> {
+fn run_wide(shared: &Shared, worker: Option<usize>, batch: &mut Batch) -> Option<Logits> {
     let mut wide = shared.wide.try_lock().ok()?;
-    let (count, result) = measured(shared, wide.as_mut()?.as_mut(), batch);
+    let (count, result) = measured(shared, worker, wide.as_mut()?.as_mut(), batch);
     if count == RunResult::Panic {
         let broken = wide.take();
         let reopened = catch_unwind(AssertUnwindSafe(|| {
@@ -244,7 +250,7 @@ fn run(shared: &Shared, worker: &mut Worker, mut images: Vec<Prepared>, alone: b
         several => several.iter_mut().flat_map(|image| std::mem::take(&mut image.tensor)).collect(),
     };
     let mut batch = Batch { images: count, height, width, data };
-    let wide = if alone { run_wide(shared, &mut batch) } else { None };
+    let wide = if alone { run_wide(shared, worker.number, &mut batch) } else { None };
     match wide.map_or_else(|| worker.attempt(shared, &mut batch), Ok) {
         Ok(logits) => {
             let took = started.elapsed();
