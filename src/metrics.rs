@@ -214,6 +214,8 @@ pub struct Metrics {
     pub queue_oldest_age_seconds: GaugeVec,
     /// Requests being answered.
     pub inflight_requests: IntGauge,
+    /// Bytes of the bodies of requests being answered.
+    pub body_bytes: IntGauge,
     /// Client connections open on the HTTP and gRPC ports.
     pub connections: IntGauge,
     /// Engine runs by provider and result, warm-up included.
@@ -306,6 +308,7 @@ impl Metrics {
                 &["model", "version"],
             ),
             inflight_requests: int_gauge(r, "inflight_requests", "Requests being answered."),
+            body_bytes: int_gauge(r, "body_bytes", "Bytes of the bodies of requests being answered."),
             connections: int_gauge(r, "connections", "Client connections open on the HTTP and gRPC ports."),
             engine_runs_total: counters(
                 r,

@@ -126,6 +126,7 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         max_batch,
         max_queue_delay: Duration::ZERO,
         queue_limit,
+        max_queue_wait: Duration::from_secs(60),
         image_limits: ImageLimits::default(),
         buckets: Vec::new(),
         invariance: Invariance::Report,

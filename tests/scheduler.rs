@@ -217,6 +217,20 @@ fn cancelled_images_are_not_computed_and_make_room() {
 }
 
 #[test]
+fn decoders_go_on_when_all_that_they_decoded_is_cancelled() {
+    let stage = start(SchedulerOptions { decoders: 1, ..options(1, 1, 100) });
+    let busy = stage.occupy();
+    let gone = [stage.submit(7.0).unwrap(), stage.submit(8.0).unwrap()];
+    let next = stage.submit(9.0).unwrap();
+    // two decoded images feed one engine: the decoder rests, the third stays as it came
+    std::thread::sleep(Duration::from_millis(20));
+    drop(gone);
+    stage.strings.release();
+    answer(busy).unwrap();
+    assert_eq!(answer(next).unwrap().logits[0], 9.0);
+}
+
+#[test]
 fn hopeless_deadlines_are_refused_at_the_door() {
     let stage = start(options(1, 1, 100));
     *stage.strings.delay.lock().unwrap() = Duration::from_millis(20);

@@ -22,8 +22,14 @@ mod fakes;
 /// Queue and workers, with engines that misbehave.
 mod scheduler;
 
+/// The scheduler under random arrivals.
+mod arrivals;
+
 /// The server over real sockets, with engines that misbehave.
 mod serve;
+
+/// Load beyond capacity, and memory for bodies.
+mod overload;
 
 /// The Open Inference Protocol over HTTP: framing, datatypes, errors, damage.
 mod oip;

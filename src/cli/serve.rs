@@ -66,6 +66,10 @@ pub struct ServeArgs {
     /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After
     #[arg(long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue_limit: u32,
+    /// Longest that an image may have to wait for those before it, by the measured speed; beyond, it is refused as above.
+    /// Two images per worker are always taken
+    #[arg(long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_WAIT", default_value = "1s", value_parser = positive)]
+    max_queue_wait: Duration,
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
     #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
@@ -81,6 +85,9 @@ pub struct ServeArgs {
     /// Most bytes of a request body, decompressed
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
+    /// Most bytes of all request bodies in memory at once, on both ports; more are refused with 429
+    #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    body_memory: u64,
     /// Client connections open at once, on each port; more wait
     #[arg(long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     connections: u32,
@@ -172,6 +179,7 @@ impl ServeArgs {
                 max_batch: self.max_batch_size.into(),
                 max_queue_delay: self.max_queue_delay,
                 queue_limit: self.queue_limit as usize,
+                max_queue_wait: self.max_queue_wait,
                 image_limits: ImageLimits {
                     max_bytes: usize::try_from(self.max_image_bytes).unwrap_or(usize::MAX),
                     max_side: self.max_image_side,
@@ -198,6 +206,7 @@ impl ServeArgs {
             admin: self.admin,
             request_timeout: self.request_timeout,
             body_limit: usize::try_from(self.body_limit).unwrap_or(usize::MAX),
+            body_memory: usize::try_from(self.body_memory).unwrap_or(usize::MAX),
             connections: self.connections as usize,
             head_timeout: self.head_timeout,
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsOptions {

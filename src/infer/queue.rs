@@ -5,49 +5,52 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::error::InferError;
 use super::scheduler::{Input, Output, SchedulerOptions};
 use crate::metrics::{ModelMetrics, Outcome};
 
-/// Counts images admitted and not yet answered.
+/// Images admitted and not yet answered, at most `limit`.
 #[derive(Debug)]
 pub(super) struct Slots {
-    used: AtomicUsize,
+    free: Arc<Semaphore>,
     pub(super) limit: usize,
     pub(super) metrics: ModelMetrics,
 }
 
 impl Slots {
     pub(super) fn new(limit: usize, metrics: ModelMetrics) -> Self {
-        Self { used: AtomicUsize::new(0), limit, metrics }
+        Self { free: Arc::new(Semaphore::new(limit)), limit, metrics }
     }
 
     /// Takes `count` slots or none.
     pub(super) fn take(self: &Arc<Self>, count: usize) -> Option<Vec<Slot>> {
-        let fits = |used: usize| used.checked_add(count).filter(|&sum| sum <= self.limit);
-        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
-        self.metrics.queue_depth.add(count as i64);
-        Some((0..count).map(|_| Slot(self.clone())).collect())
+        let mut permits = self.free.clone().try_acquire_many_owned(u32::try_from(count).ok()?).ok()?;
+        let slot = |permit| {
+            self.metrics.queue_depth.inc();
+            Slot { slots: self.clone(), _permit: permit }
+        };
+        Some((0..count).filter_map(|_| permits.split(1)).map(slot).collect())
     }
 
     pub(super) fn used(&self) -> usize {
-        self.used.load(Ordering::Acquire)
+        self.limit.saturating_sub(self.free.available_permits())
     }
 }
 
 /// The right of one image to be in the house. Not `Clone`: released once, by drop.
 #[derive(Debug)]
-pub(super) struct Slot(Arc<Slots>);
+pub(super) struct Slot {
+    slots: Arc<Slots>,
+    _permit: OwnedSemaphorePermit,
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::AcqRel);
-        self.0.metrics.queue_depth.dec();
+        self.slots.metrics.queue_depth.dec();
     }
 }
 
@@ -72,7 +75,7 @@ impl Pending {
 
     fn end(&mut self, result: Result<Output, InferError>) {
         let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
-        let slots = slot.0.clone();
+        let slots = slot.slots.clone();
         drop(slot);
         let ended = match (&result, reply.is_closed()) {
             (Ok(_), false) => Outcome::Ok,
@@ -134,6 +137,8 @@ pub(super) struct State {
     /// Engine time per image, and decode plus resize time per image: moving averages.
     pub(super) run_cost: Duration,
     pub(super) prepare_cost: Duration,
+    /// When those whom nobody waits for were last removed.
+    buried: Instant,
 }
 
 /// What there is for a free engine.
@@ -161,6 +166,7 @@ impl State {
             running: vec![None; workers],
             run_cost: Duration::ZERO,
             prepare_cost: Duration::ZERO,
+            buried: Instant::now(),
         }
     }
 
@@ -239,8 +245,13 @@ impl State {
         if behind >= options.workers { cost } else { Duration::ZERO }
     }
 
-    /// Removes images that nobody waits for, so that they don't keep out those that somebody does.
-    pub(super) fn bury(&mut self, now: Instant) {
+    /// Removes images that nobody waits for, so that they keep neither room nor memory from others: at once if `full`,
+    /// ten times a second otherwise.
+    pub(super) fn bury(&mut self, now: Instant, full: bool) {
+        if !full && now.saturating_duration_since(self.buried) < Duration::from_millis(100) {
+            return;
+        }
+        self.buried = now;
         let dead = |pending: &Pending| pending.is_dead(now, Duration::ZERO);
         for i in (0..self.raw.len()).rev() {
             if dead(&self.raw[i].pending)

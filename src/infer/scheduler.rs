@@ -38,6 +38,9 @@ pub struct SchedulerOptions {
     pub max_queue_delay: Duration,
     /// Most images admitted and not yet answered.
     pub queue_limit: usize,
+    /// An image that would wait longer, by the measured costs of those before it, is refused at once: under overload a
+    /// queue that is full of late answers serves nobody. Two images per worker are always taken.
+    pub max_queue_wait: Duration,
     /// What an encoded image may cost at most.
     pub image_limits: ImageLimits,
     /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
@@ -298,10 +301,12 @@ impl Scheduler {
 
     /// Sets the gauges that are measured when somebody looks.
     pub fn observe(&self) {
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
+        state.bury(Instant::now(), true);
         let age = state.oldest().map_or(Duration::ZERO, |arrived| arrived.elapsed());
         let engines = state.engines;
         drop(state);
+        self.shared.work.notify_all();
         self.shared.metrics().queue_oldest_age_seconds.set(age.as_secs_f64());
         self.shared.metrics().engine_workers.set(engines as i64);
     }
@@ -444,13 +449,13 @@ impl Shared {
         if state.engines == 0 {
             return Err(InferError::NotReady);
         }
-        if self.slots.used() + images > limit {
-            state.bury(now);
-        }
-        let wait = state.drain_time(self.slots.used(), &self.options);
+        state.bury(now, self.slots.used() + images > limit);
+        let used = self.slots.used();
+        let wait = state.drain_time(used, &self.options);
         let busy =
             InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) };
-        if now + wait > deadline {
+        let slow = wait > self.options.max_queue_wait && used >= 2 * self.options.workers;
+        if slow || now + wait > deadline {
             return Err(busy);
         }
         let slots = self.slots.take(images).ok_or(busy)?;
@@ -490,7 +495,13 @@ impl Shared {
             }
             let mut wake = seat.reopen_at;
             if can_run {
-                match state.take_batch(now, &self.options) {
+                let waited = state.ready.len();
+                let taken = state.take_batch(now, &self.options);
+                if feeds_engines && state.ready.len() < waited {
+                    // decoders may have stopped because the engines were well fed
+                    self.work.notify_all();
+                }
+                match taken {
                     Take::Batch { images, alone } => {
                         if let Some(worker) = seat.worker {
                             state.running[worker] = Some(now);
@@ -538,11 +549,13 @@ impl Shared {
         }
         let idle_hands = state.engines < self.options.workers || state.phase != Phase::Open;
         drop(state);
-        if self.options.decoders > 0 {
-            self.batch.notify_one();
-        } else if idle_hands {
-            // this thread may have no engine to run what it prepared
-            self.work.notify_all();
+        match (self.options.decoders > 0, idle_hands) {
+            // whoever wakes may have no engine to run what was prepared
+            (true, true) => self.batch.notify_all(),
+            (true, false) => self.batch.notify_one(),
+            (false, true) => self.work.notify_all(),
+            // this thread runs it itself
+            (false, false) => {}
         }
     }
 
@@ -566,11 +579,6 @@ impl Shared {
                 state.failures = 0;
             }
             false => state.failures = state.failures.saturating_add(1),
-        }
-        let feed = self.options.decoders > 0;
-        drop(state);
-        if feed {
-            self.work.notify_all();
         }
     }
 

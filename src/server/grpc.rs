@@ -22,11 +22,11 @@ use super::access::{self, REQUEST_ID};
 use super::http::App;
 use super::oip::{describe, inference};
 use super::status::{ApiError, Code};
-use super::{control, deadline, keys};
+use super::{body_budget, control, deadline, keys};
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
-/// Every service and the layers from the outside in: accounting, panics, keys.
+/// Every service and the layers from the outside in: accounting, panics, keys, memory for bodies.
 pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     let service = GrpcInferenceServiceServer::new(Service(app.clone()))
         // taken compressed, within the same limit; answers are short, and numbers hardly shrink
@@ -45,7 +45,10 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
         .add_service(reflection().build_v1().map_err(failed)?)
         // what grpcurl and Python's client ask first
         .add_service(reflection().build_v1alpha().map_err(failed)?);
-    let mut routes = services.prepare().into_axum_router();
+    let mut routes = services
+        .prepare()
+        .into_axum_router()
+        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }

@@ -24,6 +24,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::access::{self, Served};
+use super::body_budget::{self, BodyBudget};
 use super::keys::{self, Keys};
 use super::page;
 use super::readiness::Readiness;
@@ -52,6 +53,8 @@ pub(super) struct App {
     pub(super) request_timeout: Duration,
     /// Most bytes of a body, decompressed.
     pub(super) body_limit: usize,
+    /// Memory for all bodies.
+    pub(super) body_budget: BodyBudget,
     /// Who may ask; none: everybody.
     pub(super) keys: Option<Arc<Keys>>,
     /// Origins whose pages may ask; `*`: all.
@@ -60,8 +63,8 @@ pub(super) struct App {
     pub(super) model_control: bool,
 }
 
-/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, compression, body
-/// limit.
+/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, compression, memory
+/// for bodies, body limit.
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .routes(routes!(classify))
@@ -76,6 +79,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
             ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")
         })
         .layer(DefaultBodyLimit::max(app.body_limit))
+        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
         .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
         .layer(RequestDecompressionLayer::new())
         .layer(axum::middleware::from_fn(known_encoding));

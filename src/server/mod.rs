@@ -7,6 +7,7 @@
 mod accept;
 mod access;
 mod admin;
+mod body_budget;
 mod control;
 mod deadline;
 mod grpc;
@@ -30,6 +31,7 @@ use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
+use self::body_budget::BodyBudget;
 use self::http::App;
 pub use self::keys::KeysError;
 use self::readiness::Readiness;
@@ -51,6 +53,8 @@ pub struct Options {
     pub request_timeout: Duration,
     /// Most bytes of a request body, decompressed.
     pub body_limit: usize,
+    /// Most bytes of all request bodies in memory; at least `body_limit` is given.
+    pub body_memory: usize,
     /// Client connections open at once, on each port.
     pub connections: usize,
     /// Longest a client may take to send a request's head.
@@ -85,6 +89,7 @@ impl Default for Options {
             admin: SocketAddr::from(([0, 0, 0, 0], 8002)),
             request_timeout: Duration::from_secs(10),
             body_limit: 64 << 20,
+            body_memory: 256 << 20,
             connections: 1024,
             head_timeout: Duration::from_secs(30),
             tls: None,
@@ -220,6 +225,7 @@ impl Server {
             metrics: metrics.clone(),
             request_timeout: options.request_timeout,
             body_limit: options.body_limit,
+            body_budget: BodyBudget::new(options.body_memory, options.body_limit, &metrics),
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             model_control: options.model_control,

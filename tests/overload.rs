@@ -1,0 +1,125 @@
+//! Far more load than there is capacity: the server goes on answering as many as it can, in time, refuses the rest at
+//! once, and is itself again as soon as the load is gone.
+
+use std::io::{Read as _, Write as _};
+use std::time::Duration;
+
+use nfold::bench::load::protocol::{self, Protocol};
+use nfold::bench::load::record::{Outcome, Step};
+use nfold::bench::load::schedule::Arrivals;
+use nfold::bench::load::{self, Plan};
+use nfold::infer::scheduler::SchedulerOptions;
+use nfold::server::Options;
+
+use crate::fakes::{eventually, options};
+use crate::serve::{House, ask, house, local, png};
+
+/// Longest a request may take.
+const DEADLINE: Duration = Duration::from_secs(1);
+/// One image in an engine, one image per run: two engines answer 100 a second at most.
+const RUN: Duration = Duration::from_millis(20);
+
+fn measure(house: &House, connections: &[usize], rates: &[f64], window_s: f64) -> Vec<Step> {
+    let plan = Plan {
+        server: house.http.to_string(),
+        protocol: Protocol::Classify,
+        model: None,
+        connections: connections.to_vec(),
+        rates: rates.to_vec(),
+        sweep: false,
+        arrivals: Arrivals::Poisson,
+        warmup_s: 0.5,
+        window_s,
+        timeout_s: 20.0,
+        slo_ms: DEADLINE.as_secs_f64() * 1e3,
+        max_lag_ms: 1000.0,
+        seed: 1,
+    };
+    let payloads = protocol::classify(vec![png(1), png(2)], None).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(load::run(&plan, payloads, &|_| {})).0.steps
+}
+
+fn overload(window_s: f64) {
+    let scheduler = SchedulerOptions { max_queue_wait: Duration::from_millis(300), ..options(2, 1, 256) };
+    let house = house(Options { request_timeout: DEADLINE, ..local() }, scheduler);
+    *house.strings.delay.lock().unwrap() = RUN;
+    let most = measure(&house, &[8], &[], window_s).remove(0).goodput;
+    assert!(most > 50.0, "{most}/s where 100/s are possible: this machine is too busy to measure on");
+    for multiple in [2.0, 5.0, 10.0] {
+        let step = measure(&house, &[], &[multiple * most], window_s).remove(0);
+        let [p50, p99] = [50, 99].map(|p| step.percentiles_ms[p]);
+        println!(
+            "{multiple} times {most:.0}/s: goodput {:.0}/s, p50 {p50:.0} ms, p99 {p99:.0} ms, {:?}",
+            step.goodput, step.outcomes
+        );
+        assert!(step.goodput >= 0.95 * most, "{multiple}: {step:?}");
+        assert!(p99 <= DEADLINE.as_secs_f64() * 1e3, "{multiple}: {step:?}");
+        assert!(
+            step.outcomes.keys().all(|o| matches!(o, Outcome::Ok | Outcome::Refused)),
+            "{multiple}: nothing but answers and refusals: {step:?}"
+        );
+        assert!(step.outcomes[&Outcome::Refused] > 0, "{multiple}: it was no overload: {step:?}");
+        // within a second it is as if nothing had been
+        eventually("the queue is empty", || house.depth() == 0);
+        let after = measure(&house, &[], &[0.3 * most], 1.0).remove(0);
+        assert_eq!(after.outcomes.keys().collect::<Vec<_>>(), [&Outcome::Ok], "{after:?}");
+        assert!(after.latency_ms.as_ref().unwrap().p50 < 3.0 * RUN.as_secs_f64() * 1e3, "{after:?}");
+    }
+    house.end().unwrap();
+}
+
+#[test]
+fn under_overload_as_many_are_answered_as_can_be_and_in_time() {
+    overload(1.5);
+}
+
+#[test]
+#[ignore = "three minutes"]
+fn long_overload() {
+    overload(30.0);
+}
+
+#[test]
+fn bodies_share_a_bounded_memory_and_give_it_back() {
+    const MIB: usize = 1 << 20;
+    let server = Options { body_limit: 2 * MIB, body_memory: 3 * MIB, ..local() };
+    let house = house(server, options(1, 1, 16));
+    let big = vec![b'x'; MIB];
+    // two bodies stop just before their end
+    let head = |length: usize| format!("POST /v1/classify HTTP/1.1\r\nhost: t\r\ncontent-length: {length}\r\n\r\n");
+    let mut halves: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = std::net::TcpStream::connect(house.http).unwrap();
+            stream.write_all(head(MIB + 1).as_bytes()).unwrap();
+            stream.write_all(&big).unwrap();
+            stream
+        })
+        .collect();
+    let refused = |length: usize| ask(house.http, "POST /v1/classify", &[], &vec![b'x'; length]);
+    eventually("their bytes are in", || house.metrics.body_bytes.get() == 2 * MIB as i64);
+    let answer = refused(MIB + MIB / 2);
+    assert_eq!(answer.error(), (429, "overloaded".into()));
+    assert!(answer.headers.contains_key("retry-after") && answer.body.contains("--body-memory"), "{answer:?}");
+    // a body that does not say its length is stopped on its way
+    let mut chunked = std::net::TcpStream::connect(house.http).unwrap();
+    chunked.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    chunked.write_all(b"POST /v1/classify HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n").unwrap();
+    let _ = chunked.write_all(format!("{MIB:x}\r\n").as_bytes()).and_then(|()| chunked.write_all(&big));
+    let _ = chunked.write_all(format!("\r\n{MIB:x}\r\n").as_bytes()).and_then(|()| chunked.write_all(&big));
+    let mut said = [0; 12];
+    chunked.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"HTTP/1.1 429");
+    // small requests find room all the while
+    assert_eq!(house.classify("", &[], &png(255)).status, 200);
+    // what was taken comes back, by an answer or by the client's end
+    halves[0].write_all(b"x").unwrap();
+    let mut said = [0; 12];
+    halves[0].read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"HTTP/1.1 415", "it is no image");
+    drop(halves);
+    eventually("all of it is back", || house.metrics.body_bytes.get() == 0);
+    assert_eq!(refused(2 * MIB).error(), (415, "unsupported_media_type".into()));
+    assert_eq!(refused(2 * MIB + 1).error(), (413, "body_too_large".into()));
+    house.end().unwrap();
+}
