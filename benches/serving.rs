@@ -1,0 +1,219 @@
+//! `POST /v1/classify` against a plain loop over the same decode, resize and ONNX Runtime sessions, on the same cores.
+//!
+//! `cargo bench --bench serving -- REPOSITORY MODEL [ROUNDS]` interleaves both in one process and prints medians and
+//! their ratio: saturated throughput (the loop: one thread and one session a core; the server: its defaults and two
+//! connections a core, whose client shares the cores), and latency of one client at a time (the loop: one session with
+//! every core). The image is a photograph of 500x375 as JPEG.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use image::codecs::jpeg::JpegEncoder;
+use image::imageops::{FilterType, resize};
+use nfold::bench::load::protocol::{self, Protocol};
+use nfold::bench::load::schedule::Arrivals;
+use nfold::bench::load::{self, Plan};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, Provider};
+use nfold::infer::image::{ImageLimits, decode};
+use nfold::infer::registry::{Registry, RegistryOptions};
+use nfold::infer::resize::Preprocessor;
+use nfold::infer::scheduler::{Invariance, SchedulerOptions};
+use nfold::infer::top_k::top_k;
+use nfold::model::ModelDir;
+use nfold::server::{Control, Options, Server};
+
+const WINDOW: Duration = Duration::from_secs(4);
+const WARM_UP: Duration = Duration::from_millis(500);
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let [repository, model, rest @ ..] = args.as_slice() else {
+        println!("nothing is measured without: -- REPOSITORY MODEL [ROUNDS]");
+        return Ok(());
+    };
+    let rounds = rest.first().map_or(Ok(5), |r| r.parse()).context("ROUNDS is no number")?;
+    let cores = std::thread::available_parallelism()?.get();
+    let dir = ModelDir::open(Path::new(repository), Some(model), None)?;
+    let photograph = photograph()?;
+    let house = House::start(repository, model, cores)?;
+    let bare = Bare { dir: &dir, onnx: dir.read_onnx()?, photograph: &photograph };
+
+    let (mut saturated, mut alone) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        saturated.push((bare.images_per_second(cores)?, house.load(&photograph, 2 * cores)?.0));
+        alone.push((bare.median_ms(cores)?, house.load(&photograph, 1)?.1));
+    }
+    let (loops, served, share) = (
+        median(saturated.iter().map(|p| p.0)),
+        median(saturated.iter().map(|p| p.1)),
+        median(saturated.iter().map(|p| p.1 / p.0)),
+    );
+    println!("{model}, {cores} cores, {rounds} rounds of {} s", WINDOW.as_secs());
+    println!("saturated: loop {loops:.1}/s, server {served:.1}/s, the server reaches {:.1} %", 100.0 * share);
+    let (loops, served, added) =
+        (median(alone.iter().map(|p| p.0)), median(alone.iter().map(|p| p.1)), median(alone.iter().map(|p| p.1 - p.0)));
+    println!("one client: loop {loops:.2} ms, server {served:.2} ms, the server adds {added:.2} ms");
+    house.end()
+}
+
+fn photograph() -> Result<Vec<u8>> {
+    let cat = image::load_from_memory(include_bytes!("../tests/data/cat.jpg"))?.to_rgb8();
+    let mut bytes = Vec::new();
+    resize(&cat, 500, 375, FilterType::CatmullRom).write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 90))?;
+    Ok(bytes)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// What no server can beat: the work and nothing else.
+struct Bare<'a> {
+    dir: &'a ModelDir,
+    onnx: Vec<u8>,
+    photograph: &'a [u8],
+}
+
+impl Bare<'_> {
+    fn session(&self, intra_threads: usize) -> Result<OrtBackend> {
+        let options = EngineOptions { provider: Provider::Cpu, intra_threads, spinning: intra_threads > 1 };
+        Ok(OrtBackend::open(&self.onnx, "bench", &options)?)
+    }
+
+    fn one(&self, preprocessor: &Preprocessor, session: &mut OrtBackend) -> Result<()> {
+        let image = decode(self.photograph, &ImageLimits::default(), false)?;
+        let mut batch = Batch::zeros(1, preprocessor.height(), preprocessor.width());
+        preprocessor.apply(&image, batch.image_mut(0));
+        let logits = session.run(&batch)?;
+        let labels = &self.dir.manifest.labels;
+        std::hint::black_box(top_k(logits.row(0), 5, labels)?);
+        Ok(())
+    }
+
+    fn images_per_second(&self, threads: usize) -> Result<f64> {
+        let (warm, over) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads)
+                .map(|_| {
+                    scope.spawn(|| -> Result<usize> {
+                        let preprocessor = Preprocessor::new(&self.dir.manifest.preprocessing);
+                        let mut session = self.session(1)?;
+                        let mut count = 0;
+                        while !over.load(Ordering::Relaxed) {
+                            self.one(&preprocessor, &mut session)?;
+                            count += usize::from(warm.load(Ordering::Relaxed));
+                        }
+                        Ok(count)
+                    })
+                })
+                .collect();
+            // opening the session takes longer than its first runs
+            std::thread::sleep(WARM_UP * 3);
+            warm.store(true, Ordering::Relaxed);
+            let started = Instant::now();
+            std::thread::sleep(WINDOW);
+            over.store(true, Ordering::Relaxed);
+            let took = started.elapsed().as_secs_f64();
+            let mut all = 0;
+            for worker in workers {
+                all += worker.join().map_err(|_| anyhow::anyhow!("a thread of the loop died"))??;
+            }
+            Ok(all as f64 / took)
+        })
+    }
+
+    fn median_ms(&self, cores: usize) -> Result<f64> {
+        let preprocessor = Preprocessor::new(&self.dir.manifest.preprocessing);
+        let mut session = self.session(cores)?;
+        let started = Instant::now();
+        let mut times = Vec::new();
+        while started.elapsed() < WARM_UP + WINDOW {
+            let one = Instant::now();
+            self.one(&preprocessor, &mut session)?;
+            if started.elapsed() > WARM_UP {
+                times.push(one.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        Ok(median(times.into_iter()))
+    }
+}
+
+/// The server with the defaults of `nfold serve`.
+struct House {
+    runtime: tokio::runtime::Runtime,
+    address: String,
+    control: tokio::sync::mpsc::Sender<Control>,
+    served: tokio::task::JoinHandle<Result<(), nfold::server::ServeError>>,
+}
+
+impl House {
+    fn start(repository: &str, model: &str, cores: usize) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let registry = RegistryOptions {
+            repository: repository.into(),
+            models: vec![(model.into(), None)],
+            engine: EngineOptions::default(),
+            elastic_threads: cores,
+            scheduler: SchedulerOptions {
+                workers: cores,
+                decoders: 0,
+                max_batch: 8,
+                max_queue_delay: Duration::ZERO,
+                queue_limit: 256,
+                max_queue_wait: Duration::from_secs(1),
+                image_limits: ImageLimits::default(),
+                buckets: Vec::new(),
+                invariance: Invariance::Report,
+                one_by_one: false,
+            },
+        };
+        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = {
+            let _inside = runtime.enter();
+            Server::bind(Options { http: any, grpc: any, admin: any, ..Options::default() })?
+        };
+        let (address, metrics) = (server.http_address().to_string(), server.metrics());
+        let (control, controlled) = tokio::sync::mpsc::channel(1);
+        let served = runtime.spawn(server.run(move |metrics| Registry::open(&registry, metrics), controlled));
+        while metrics.ready.get() == 0 {
+            ensure!(!served.is_finished(), "the server does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(Self { runtime, address, control, served })
+    }
+
+    /// Answers a second and their median latency in milliseconds.
+    fn load(&self, photograph: &[u8], connections: usize) -> Result<(f64, f64)> {
+        let plan = Plan {
+            server: self.address.clone(),
+            protocol: Protocol::Classify,
+            model: None,
+            connections: vec![connections],
+            rates: vec![],
+            sweep: false,
+            arrivals: Arrivals::Constant,
+            warmup_s: WARM_UP.as_secs_f64(),
+            window_s: WINDOW.as_secs_f64(),
+            timeout_s: 20.0,
+            slo_ms: 1000.0,
+            max_lag_ms: 1000.0,
+            seed: 1,
+        };
+        let payloads = protocol::classify(vec![photograph.to_vec()], None)?;
+        let report = self.runtime.block_on(load::run(&plan, payloads, &|_| {})).0;
+        let step = report.steps.first().context("nothing was measured")?;
+        let latency = step.latency_ms.as_ref().context("nothing was answered")?;
+        Ok((step.throughput, latency.p50))
+    }
+
+    fn end(self) -> Result<()> {
+        self.runtime.block_on(async {
+            self.control.send(Control::Stop).await?;
+            Ok(self.served.await??)
+        })
+    }
+}
