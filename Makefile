@@ -3,6 +3,7 @@
 #   make test    every test
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
+#   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make check-manifests   deploy/ against the Kubernetes schemas
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
 #   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
@@ -15,7 +16,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test serve rehearsal check-manifests tools ort ort-gpu
+.PHONY: bench demo test serve rehearsal soak check-manifests tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -35,6 +36,9 @@ serve: ort
 
 rehearsal: ort
 	cargo test --release --locked --test tests -- --ignored --nocapture --test-threads 1 rehearsal::
+
+soak: ort
+	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::
 
 check-manifests: target/manifests/kubernetes_validate
 	PYTHONPATH=target/manifests $(PYTHON) deploy/check-manifests

@@ -46,6 +46,9 @@ mod process;
 /// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
 mod preprocess;
 
+/// Memory under mixed load.
+mod soak;
+
 /// The web page in a real browser.
 mod page;
 
