@@ -5,6 +5,7 @@
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make check-manifests   deploy/ against the Kubernetes schemas
+#   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
 #   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
 #   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
@@ -16,7 +17,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test serve rehearsal soak check-manifests tools ort ort-gpu
+.PHONY: bench demo test serve rehearsal soak check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -45,6 +46,11 @@ check-manifests: target/manifests/kubernetes_validate
 
 target/manifests/kubernetes_validate:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/manifests kubernetes-validate==1.34.1
+
+docs:
+	cargo build --quiet --locked
+	$(DEMO) docs > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 # as root on Debian
 tools:

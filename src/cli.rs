@@ -3,18 +3,21 @@
 
 mod bench;
 mod classify;
+mod completions;
+mod docs;
 mod fold;
 mod gamma;
 mod healthcheck;
 mod init;
 mod inspect;
+mod man;
 mod serve;
 mod spp;
 
 use std::io;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 /// Fold Normalizer-Free image classifiers into plain convolutions, and serve them.
 #[derive(Debug, Parser)]
@@ -44,6 +47,13 @@ enum Command {
     Gamma(gamma::GammaArgs),
     /// Show the scale of hidden activations, block by block: signal propagation plots
     Spp(spp::SppArgs),
+    /// Print a shell's completion script
+    Completions(completions::CompletionsArgs),
+    /// Write manual pages
+    Man(man::ManArgs),
+    /// Print the configuration reference as Markdown
+    #[command(hide = true)]
+    Docs,
 }
 
 /// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage.
@@ -59,6 +69,9 @@ pub fn main() -> ExitCode {
         Command::Init(args) => init::run(&args),
         Command::Gamma(args) => gamma::run(&args),
         Command::Spp(args) => spp::run(&args),
+        Command::Completions(args) => completions::run(&args, Cli::command()),
+        Command::Man(args) => man::run(&args, Cli::command()),
+        Command::Docs => docs::run(Cli::command()),
     };
     match outcome {
         Ok(code) => code,

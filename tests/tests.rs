@@ -13,6 +13,9 @@ mod layers;
 /// The program's output, exit codes and traces.
 mod cli;
 
+/// What the program says about itself: reference, completions, manuals.
+mod reference;
+
 /// The same bits in any batch.
 mod invariance;
 
