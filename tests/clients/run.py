@@ -1,4 +1,5 @@
-"""Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis.
+"""Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis; and
+the examples of docs/api.md.
 
     python3 tests/clients/run.py PATH_OF_NFOLD
 
@@ -16,6 +17,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+import documents
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -92,10 +95,10 @@ def perf_analyzer():
 class Server:
     """The demo model, served on free ports."""
 
-    def __init__(self, nfold, folder):
-        subprocess.run([nfold, "fold", ROOT / "models" / "nf_regnet_cifar10", "--repository", folder], check=True, stderr=subprocess.PIPE)
+    def __init__(self, nfold, folder, *more):
+        self.program, self.folder = nfold, folder
         ports = [part for port in ("--http", "--grpc", "--admin") for part in (port, "127.0.0.1:0")]
-        flags = ["--repository", folder, "--log-format", "json", "--model-control", "--queue-limit", "64"]
+        flags = ["--repository", folder, "--log-format", "json", "--model-control", "--queue-limit", "64", *more]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("NFOLD_")}
         self.process = subprocess.Popen([nfold, "serve", *ports, *flags], stderr=subprocess.PIPE, text=True, env=environment)
         self.addresses = {}
@@ -164,7 +167,25 @@ def schema(server):
     print("  schemathesis:", "; ".join(tail[-3:]))
 
 
+def examples(server):
+    """docs/api.md, against this server and one that wants a key."""
+    python = environment("triton", TRITON)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, photograph in (("photo.jpg", "cat.jpg"), ("ship.jpg", "cifar10/ship/0000.jpg")):
+            shutil.copy(ROOT / "tests" / "data" / photograph, Path(folder, name))
+        keys = Path(folder, "keys.txt")
+        keys.write_text(f"{documents.KEY}\n")
+        locked = Server(server.program, server.folder, "--api-key-file", keys)
+        try:
+            ran = documents.check(ROOT / "docs" / "api.md", folder, python, {"": server, "keys": locked})
+        finally:
+            locked.stop()
+    assert ran > 15, ran
+    print(f"  docs/api.md: {ran} examples ran")
+
+
 CHECKS = {
+    "examples": examples,
     "tritonclient": script("triton", TRITON),
     "kserve": script("kserve_sdk", KSERVE),
     "perf_analyzer": load,
@@ -178,6 +199,7 @@ def main():
     CACHE.mkdir(parents=True, exist_ok=True)
     passed, failed, skipped = [], [], []
     with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([nfold, "fold", ROOT / "models" / "nf_regnet_cifar10", "--repository", folder], check=True, stderr=subprocess.PIPE)
         server = Server(nfold, folder)
         try:
             for name in chosen:
