@@ -41,11 +41,15 @@ rehearsal: ort
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::
 
-check-manifests: target/manifests/kubernetes_validate
+check-manifests: target/manifests/installed
 	PYTHONPATH=target/manifests $(PYTHON) deploy/check-manifests
 
-target/manifests/kubernetes_validate:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/manifests kubernetes-validate==1.34.1
+# schemas by digest and without what their packages would bring along
+target/manifests/installed: deploy/schemas.txt
+	rm -rf target/manifests
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/manifests kubernetes-validate==1.34.1 pydantic==2.14.4 httpx==0.28.1
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/manifests --no-deps --require-hashes -r deploy/schemas.txt
+	touch $@
 
 docs:
 	cargo build --quiet --locked

@@ -211,3 +211,15 @@ fn labels_of(declared: &BTreeMap<String, (bool, BTreeSet<String>)>, name: &str) 
     let base = ["_bucket", "_sum", "_count"].iter().find_map(|s| name.strip_suffix(s)).unwrap_or(name);
     declared.get(name).or_else(|| declared.get(base)).map(|(_, labels)| labels.clone()).unwrap_or_default()
 }
+
+/// The Prometheus Operator's object holds the rules that have the tests.
+#[test]
+fn the_rules_are_the_same_for_the_operator() {
+    let texts = texts();
+    let rules = &texts["prometheus/rules.yaml"];
+    let rules = &rules[rules.find("groups:").unwrap()..];
+    let object = &texts["kubernetes/components/prometheus-operator/prometheusrule.yaml"];
+    let spec = object.split_once("\nspec:\n").unwrap().1;
+    let spec: String = spec.lines().map(|l| format!("{}\n", l.strip_prefix("  ").unwrap_or(l))).collect();
+    assert!(spec == *rules, "rules.yaml and prometheusrule.yaml differ: indent `groups:` of the former by two");
+}
