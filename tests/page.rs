@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::cli::{nfold, with_demo};
 use crate::process::{Server, ask, data};
 
 /// A browser window. Closed when dropped.
@@ -21,8 +22,18 @@ struct Browser {
 }
 
 impl Browser {
-    /// None when this machine has no browser.
+    /// None when this machine has no browser; that is said.
     fn open() -> Option<Self> {
+        let window = Self::open_any();
+        if window.is_none() {
+            // past the test harness, which keeps the output of tests that pass
+            let said = b"SKIP: no chromium with chromedriver here, so the page was not tested (make tools)\n";
+            std::io::stderr().write_all(said).unwrap();
+        }
+        window
+    }
+
+    fn open_any() -> Option<Self> {
         let browser = on_path(&["chromium", "chromium-browser", "google-chrome"])?;
         let mut driver =
             Command::new(on_path(&["chromedriver"])?).arg("--port=0").stdout(Stdio::piped()).spawn().unwrap();
@@ -96,6 +107,12 @@ impl Browser {
         }
     }
 
+    /// The model at a place of the chooser.
+    fn pick(&self, place: usize) {
+        let picked = format!("document.querySelector('#model').selectedIndex = {place}");
+        self.value(&format!("({picked}, document.querySelector('#model').dispatchEvent(new Event('change')))"));
+    }
+
     fn press(&self, key: &str) {
         let keys = json!([{ "type": "keyDown", "value": key }, { "type": "keyUp", "value": key }]);
         self.call("/actions", json!({ "actions": [{ "type": "key", "id": "keys", "actions": keys }] }));
@@ -142,12 +159,7 @@ const FAILED: &str = "document.querySelector('article')?.dataset.state === 'fail
 
 #[test]
 fn a_person_with_a_photograph() {
-    let Some(browser) = Browser::open() else {
-        // past the test harness, which keeps the output of tests that pass
-        let said = b"SKIP: no chromium with chromedriver here, so the page was not tested (make tools)\n";
-        std::io::stderr().write_all(said).unwrap();
-        return;
-    };
+    let Some(browser) = Browser::open() else { return };
     let server = Server::start(&[]);
     let folder = tempfile::tempdir().unwrap();
     browser.look(900, "light");
@@ -262,10 +274,7 @@ fn choosing_a_model(browser: &Browser, server: &Server) {
     assert!(shown.len() == 5 && shown.iter().zip(all).all(|(s, a)| s.ends_with(a)), "{shown:?}");
     browser.choose(&[&project("tests/data/cat.jpg")]);
     browser.until(DONE);
-    let pick = |i: usize| {
-        let picked = format!("document.querySelector('#model').selectedIndex = {i}");
-        browser.value(&format!("({picked}, document.querySelector('#model').dispatchEvent(new Event('change')))"));
-    };
+    let pick = |i: usize| browser.pick(i);
     pick(1);
     browser.until(FAILED);
     let error = browser.text("article .state");
@@ -277,6 +286,64 @@ fn choosing_a_model(browser: &Browser, server: &Server) {
     browser.raw("Page.removeScriptToEvaluateOnNewDocument", json!({ "identifier": script["identifier"] }));
     browser.visit(server);
     browser.until("document.querySelector('#health').dataset.state === 'ready'");
+}
+
+/// Two models with two versions each: the list is the server's own, and whoever is chosen answers.
+#[test]
+fn the_chooser_lists_what_is_served() {
+    let Some(browser) = Browser::open() else { return };
+    let folder = with_demo();
+    let checkpoint = project("models/nf_regnet_cifar10").display().to_string();
+    for (name, version, size) in
+        [("nf_regnet_cifar10", "2", "32"), ("large_pictures", "1", "64"), ("large_pictures", "10", "96")]
+    {
+        let flags = ["fold", &checkpoint, "--name", name, "--model-version", version, "--size", size];
+        assert!(nfold(&flags, folder.path()).status.success());
+    }
+    let server = Server::start_in(folder, &["--workers", "1", "--elastic-threads", "0"]);
+    browser.look(900, "light");
+    browser.visit(&server);
+    browser.until("!document.querySelector('#chooser').hidden");
+    let options = "[...document.querySelector('#model').options].map(o => o.textContent)";
+    let shown: Vec<String> = serde_json::from_value(browser.value(options)).unwrap();
+    let all = ["newest", "version 10", "version 1"].map(|v| format!("large_pictures, {v}"));
+    let all = [all, ["newest", "version 2", "version 1"].map(|v| format!("nf_regnet_cifar10, {v}"))].concat();
+    assert_eq!(shown, all);
+    assert_eq!(browser.value("document.querySelector('#model').labels[0].textContent"), "Model");
+
+    browser.choose(&[&project("tests/data/cat.jpg"), &project("tests/data/cifar10/ship/0000.jpg")]);
+    let mut answers = std::collections::BTreeSet::new();
+    for (place, title) in all.iter().enumerate() {
+        if place > 0 {
+            browser.pick(place);
+        }
+        let (name, version) = title.split_once(", ").unwrap();
+        let version = match (version.strip_prefix("version "), name) {
+            (Some(version), _) => version,
+            (None, "large_pictures") => "10",
+            (None, _) => "2",
+        };
+        // both images are asked again
+        let who = format!("answered by {name}, version {version}");
+        let answered = "[...document.querySelectorAll('article[data-state=done] .who')].map(w => w.textContent)";
+        browser.until(&format!("{answered}.filter(w => w === {who:?}).length === 2"));
+        let command = browser.text("article .curl code");
+        assert!(command.contains(&format!("model={name}&")), "{command}");
+        assert_eq!(command.contains("version="), title.contains("version"), "{command}");
+        answers.insert(browser.text("article .predictions li:first-child .share"));
+    }
+    assert!(answers.len() > 1, "other sizes give other probabilities: {answers:?}");
+    for (width, scheme, name) in [
+        (900, "light", "chooser.png"),
+        (900, "dark", "chooser-dark.png"),
+        (360, "light", "chooser-phone.png"),
+        (360, "dark", "chooser-phone-dark.png"),
+    ] {
+        browser.look(width, scheme);
+        let scrolled = browser.value("document.documentElement.scrollWidth");
+        assert!(scrolled.as_u64().unwrap() <= width.into(), "{name}: {scrolled}");
+        browser.picture(name);
+    }
 }
 
 #[test]

@@ -23,7 +23,11 @@ pub struct Server {
 
 impl Server {
     pub fn start(flags: &[&str]) -> Self {
-        let folder = with_demo();
+        Self::start_in(with_demo(), flags)
+    }
+
+    /// On the repository of a folder.
+    pub fn start_in(folder: tempfile::TempDir, flags: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
             .args([
                 "serve",
