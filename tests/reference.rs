@@ -101,3 +101,79 @@ fn manual_pages_for_every_command() {
     let refused = nfold(&["man", &file.join("x").display().to_string()], folder.path());
     crate::cli::refused(&refused, "can't write manual pages");
 }
+
+/// The documents: README.md, CHANGELOG.md and docs/*.md by name.
+fn documents() -> Vec<(String, String)> {
+    let mut names: Vec<String> = vec!["README.md".into(), "CHANGELOG.md".into()];
+    for entry in fs::read_dir(project("docs")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        names.extend(name.ends_with(".md").then(|| format!("docs/{name}")));
+    }
+    assert!(names.len() >= 11, "{names:?}");
+    names.sort();
+    names.into_iter().map(|name| (name.clone(), fs::read_to_string(project(&name)).unwrap())).collect()
+}
+
+/// As the forges make them of headings.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let headings = text.lines().filter(|l| l.starts_with('#')).map(|l| l.trim_start_matches('#').trim());
+    let plain = |c: char| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_';
+    headings.map(|h| h.to_lowercase().chars().filter(|c| plain(*c)).collect::<String>().replace(' ', "-")).collect()
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut followed = 0;
+    for (name, text) in documents() {
+        let folder = name.rsplit_once('/').map_or(".", |(folder, _)| folder);
+        for (at, _) in text.match_indices("](") {
+            let rest = &text[at + 2..];
+            let link = &rest[..rest.find(')').unwrap()];
+            if link.contains("://") {
+                continue;
+            }
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { project(&name) } else { project(&format!("{folder}/{file}")) };
+            assert!(fs::exists(&target).unwrap(), "{name}: {link}");
+            let known = anchor.is_empty() || anchors(&fs::read_to_string(&target).unwrap()).contains(anchor);
+            assert!(known, "{name}: {link}: no such heading");
+            followed += 1;
+        }
+    }
+    assert!(followed > 40, "{followed}");
+}
+
+/// Documents name only flags and variables that are in the reference, and metrics that are in the code.
+#[test]
+fn documents_name_what_exists() {
+    let reference = fs::read_to_string(project("docs/configuration.md")).unwrap();
+    let metrics = fs::read_to_string(project("src/metrics.rs")).unwrap();
+    let mut checked = 0;
+    for (name, text) in documents().into_iter().filter(|(name, _)| name != "docs/configuration.md") {
+        let word = |from: usize| -> &str {
+            let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '-';
+            text[from..].split(ends).next().unwrap()
+        };
+        // flags of ours stand alone: those of other programs follow their names
+        for (at, _) in text.match_indices("`--") {
+            let flag = word(at + 1);
+            let other = ["--features", "--locked", "--build-arg"].contains(&flag);
+            assert!(other || reference.contains(&format!("`{flag}")), "{name}: {flag}");
+            checked += 1;
+        }
+        for (at, _) in text.match_indices("NFOLD_") {
+            let variable = word(at);
+            assert!(variable == "NFOLD_" || reference.contains(&format!("`{variable}`")), "{name}: {variable}");
+            checked += 1;
+        }
+        for (at, _) in text.match_indices("`nfold_") {
+            let metric = word(at + "`nfold_".len());
+            assert!(
+                metrics.contains(&format!("\"{metric}\"")) || metrics.contains(&format!("pub {metric}:")),
+                "{name}: {metric}"
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 60, "{checked}");
+}

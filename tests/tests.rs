@@ -58,8 +58,12 @@ mod page;
 /// The benchmark: timing in process, load over the network.
 mod bench;
 
+/// Charts in the documents.
+mod figures;
+
 /// The Dockerfile by rules.
 mod dockerfile;
+
 /// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
 mod spp;
 
