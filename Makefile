@@ -3,6 +3,7 @@
 #   make test    every test
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
+#   make test-otel         spans at a collector (cargo feature otel)
 #   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make check-manifests   deploy/ against the Kubernetes schemas
 #   make docs    docs/configuration.md from the command line
@@ -17,7 +18,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test serve rehearsal soak check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -37,6 +38,10 @@ serve: ort
 
 rehearsal: ort
 	cargo test --release --locked --test tests -- --ignored --nocapture --test-threads 1 rehearsal::
+
+# the cargo feature `otel`, which the other tests leave out
+test-otel: ort
+	cargo test --locked --features otel --test tests -- traces::
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::

@@ -49,6 +49,10 @@ mod process;
 /// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
 mod preprocess;
 
+/// Spans of requests at a collector.
+#[cfg(feature = "otel")]
+mod traces;
+
 /// Memory under mixed load.
 mod soak;
 

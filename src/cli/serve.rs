@@ -109,6 +109,10 @@ pub struct ServeArgs {
     /// Origin whose pages may call this server (CORS), such as https://example.org, or `*`; repeat for several
     #[arg(long = "cors-origin", value_name = "ORIGIN", env = "NFOLD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     cors_origins: Vec<String>,
+    /// OpenTelemetry collector (OTLP over gRPC) that a span of each request is sent to, such as http://localhost:4317; needs a
+    /// build with `--features otel`
+    #[arg(long, value_name = "URL", env = "NFOLD_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
     /// Let clients load and unload models of the repository
     #[arg(long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
     model_control: bool,
@@ -216,6 +220,7 @@ impl ServeArgs {
             }),
             api_key_file: self.api_key_file,
             cors_origins: self.cors_origins,
+            otlp_endpoint: self.otlp_endpoint,
             model_control: self.model_control,
             watch: self.watch,
             drain_hold: self.drain_hold,

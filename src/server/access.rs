@@ -24,11 +24,11 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
 #[derive(Debug, Clone)]
 pub(super) struct Served {
-    model: String,
-    version: u32,
-    images: usize,
+    pub(super) model: String,
+    pub(super) version: u32,
+    pub(super) images: usize,
     /// Per phase the slowest image.
-    timings: Timings,
+    pub(super) timings: Timings,
     /// For the log only.
     pub(super) faults: Vec<String>,
 }
@@ -70,6 +70,7 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let guard = app.metrics.request(protocol);
     let id = request_id(request.headers());
     let trace = trace_id(request.headers());
+    let traced = app.traces.as_ref().map(|traces| (traces, traces.arrived(request.headers())));
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let http1 = request.version() <= Version::HTTP_11;
     request.headers_mut().insert(REQUEST_ID, id.clone());
@@ -94,19 +95,22 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     }
     let trace_id = trace.as_deref();
     let line = Line { request_id, trace_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms };
+    if let Some((traces, arrived)) = traced {
+        traces.record(arrived, &line, response.status().as_u16(), served.as_ref());
+    }
     log(&line, served, &response);
     response
 }
 
 /// What every access log line says.
-struct Line<'a> {
-    request_id: &'a str,
+pub(super) struct Line<'a> {
+    pub(super) request_id: &'a str,
     /// Of the caller's trace, if it has one.
     trace_id: Option<&'a str>,
-    method: &'a str,
-    path: &'a str,
-    protocol: Protocol,
-    outcome: Outcome,
+    pub(super) method: &'a str,
+    pub(super) path: &'a str,
+    pub(super) protocol: Protocol,
+    pub(super) outcome: Outcome,
     duration_ms: f64,
 }
 
@@ -190,7 +194,7 @@ pub(super) fn is_health(path: &str) -> bool {
     protocol(path) == Protocol::Health
 }
 
-fn millis(duration: Duration) -> f64 {
+pub(super) fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }
 

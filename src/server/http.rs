@@ -29,6 +29,7 @@ use super::keys::{self, Keys};
 use super::page;
 use super::readiness::Readiness;
 use super::status::{ApiError, Code, ErrorBody};
+use super::traces::Traces;
 use super::{deadline, oip, openapi, upload};
 use crate::infer::error::InferError;
 use crate::infer::registry::Registry;
@@ -59,6 +60,8 @@ pub(super) struct App {
     pub(super) keys: Option<Arc<Keys>>,
     /// Origins whose pages may ask; `*`: all.
     pub(super) cors_origins: Vec<String>,
+    /// Where spans of requests go.
+    pub(super) traces: Option<Arc<Traces>>,
     /// Clients may load and unload models.
     pub(super) model_control: bool,
 }

@@ -20,6 +20,8 @@ mod readiness;
 mod reload;
 pub mod status;
 mod tls;
+#[cfg_attr(not(feature = "otel"), path = "no_traces.rs")]
+mod traces;
 mod upload;
 
 use std::net::{SocketAddr, TcpListener};
@@ -37,6 +39,7 @@ pub use self::keys::KeysError;
 use self::readiness::Readiness;
 use self::reload::Reloader;
 pub use self::tls::{TlsError, TlsOptions};
+use self::traces::Traces;
 use crate::infer::registry::{Registry, RegistryError};
 use crate::metrics::Metrics;
 
@@ -65,6 +68,8 @@ pub struct Options {
     pub api_key_file: Option<PathBuf>,
     /// Origins whose pages may ask (CORS); `*`: all; empty: none.
     pub cors_origins: Vec<String>,
+    /// OpenTelemetry collector that spans of requests are sent to (OTLP over gRPC), such as `http://localhost:4317`.
+    pub otlp_endpoint: Option<String>,
     /// Clients may load and unload models.
     pub model_control: bool,
     /// How often the repository is looked at for new, changed and gone models; none: only when asked.
@@ -95,6 +100,7 @@ impl Default for Options {
             tls: None,
             api_key_file: None,
             cors_origins: Vec::new(),
+            otlp_endpoint: None,
             model_control: false,
             watch: None,
             drain_hold: Duration::ZERO,
@@ -140,6 +146,9 @@ pub enum ServeError {
     /// The engines were out of order for too long.
     #[error("{0}; giving up so that the server is restarted")]
     Fault(String),
+    /// The collector of traces.
+    #[error("{0}")]
+    Traces(String),
     /// The system refused a thread, or a thread died.
     #[error("the server can't run: {0}")]
     Broken(String),
@@ -150,6 +159,7 @@ pub enum ServeError {
 pub struct Server {
     options: Options,
     metrics: Arc<Metrics>,
+    traces: Option<Arc<Traces>>,
     reloader: Reloader,
     http: TcpSocket,
     http_address: SocketAddr,
@@ -164,6 +174,8 @@ impl Server {
     /// are warm.
     pub fn bind(options: Options) -> Result<Self, ServeError> {
         let metrics = Arc::new(Metrics::new());
+        let traces = options.otlp_endpoint.as_deref().map(Traces::start).transpose().map_err(ServeError::Traces)?;
+        let traces = traces.map(Arc::new);
         let reloader = Reloader::open(options.tls.clone(), options.api_key_file.clone(), metrics.clone())?;
         let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
         let (http, http_address) = reserve(options.http).map_err(refuse("http", options.http))?;
@@ -171,7 +183,7 @@ impl Server {
         let admin_failed = refuse("admin", options.admin);
         let bind = || TcpListener::bind(options.admin).and_then(|l| l.local_addr().map(|address| (l, address)));
         let (admin, admin_address) = bind().map_err(admin_failed)?;
-        Ok(Self { options, metrics, reloader, http, http_address, grpc, grpc_address, admin, admin_address })
+        Ok(Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, admin_address })
     }
 
     /// Where the HTTP port will listen.
@@ -201,7 +213,7 @@ impl Server {
     where
         L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
     {
-        let Self { options, metrics, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
+        let Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
         let admin = Admin::start(admin, readiness.clone(), metrics.clone()).map_err(broken)?;
@@ -228,6 +240,7 @@ impl Server {
             body_budget: BodyBudget::new(options.body_memory, options.body_limit, &metrics),
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
+            traces: traces.clone(),
             model_control: options.model_control,
         });
         let (stop_http, http_stopped) = oneshot::channel();
@@ -289,6 +302,7 @@ impl Server {
         registry.close();
         let hung = tokio::task::spawn_blocking(move || {
             let hung = registry.join(Instant::now() + Duration::from_secs(2));
+            traces.inspect(|traces| traces.end());
             admin.stop();
             hung
         });
