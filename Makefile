@@ -5,6 +5,7 @@
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make soak              overload for three minutes, mixed load for ten, watching memory
+#   make test-turbojpeg    lints and tests of JPEG by libjpeg-turbo; needs cmake and nasm (apt-get install cmake nasm)
 #   make check-manifests   deploy/ against the Kubernetes schemas
 #   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
@@ -18,7 +19,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test test-turbojpeg serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -30,6 +31,10 @@ test: ort target/python/onnx
 	cargo test --locked
 	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
 	$(PYTHON) tests/clients/run.py $(DEMO)
+
+test-turbojpeg:
+	cargo clippy --locked --all-targets --features turbojpeg -- -D warnings
+	cargo test --locked --features turbojpeg --test tests -- preprocess:: turbojpeg::
 
 serve: ort
 	cargo build --release --locked

@@ -16,7 +16,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, Provider};
-use nfold::infer::image::{ImageLimits, decode};
+use nfold::infer::image::{ImageLimits, JpegDecoder, decode};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::resize::Preprocessor;
 use nfold::infer::scheduler::{Invariance, SchedulerOptions};
@@ -166,6 +166,7 @@ impl House {
                 queue_limit: 256,
                 max_queue_wait: Duration::from_secs(1),
                 image_limits: ImageLimits::default(),
+                jpeg_decoder: JpegDecoder::default(),
                 buckets: Vec::new(),
                 invariance: Invariance::Report,
                 one_by_one: false,

@@ -10,6 +10,7 @@ mod gamma;
 mod healthcheck;
 mod init;
 mod inspect;
+mod jpeg_decoder;
 mod man;
 mod serve;
 mod spp;

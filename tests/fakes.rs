@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
-use nfold::infer::image::ImageLimits;
+use nfold::infer::image::{ImageLimits, JpegDecoder};
 use nfold::infer::registry::Engines;
 use nfold::infer::scheduler::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::metrics::{Metrics, Outcome};
@@ -128,6 +128,7 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         queue_limit,
         max_queue_wait: Duration::from_secs(60),
         image_limits: ImageLimits::default(),
+        jpeg_decoder: JpegDecoder::default(),
         buckets: Vec::new(),
         invariance: Invariance::Report,
         one_by_one: false,

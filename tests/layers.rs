@@ -25,7 +25,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
 ];
 
 /// Words, and the only files (or folders) that may use them.
-const CONFINED: [(&str, &[&str]); 9] = [
+const CONFINED: [(&str, &[&str]); 10] = [
     ("ort::", &["infer/engine.rs"]),
     ("safetensors::", &["checkpoint/"]),
     ("prometheus::", &["metrics.rs"]),
@@ -33,6 +33,7 @@ const CONFINED: [(&str, &[&str]); 9] = [
     ("axum::", &["server/"]),
     ("tonic::", &["server/", "bench/load/grpc.rs"]),
     ("image::ImageReader", &["infer/image.rs"]),
+    ("turbojpeg::", &["infer/libjpeg.rs"]),
     ("StatusCode::BAD_REQUEST", &["server/status.rs"]),
     ("StatusCode::INTERNAL_SERVER_ERROR", &["server/status.rs"]),
 ];

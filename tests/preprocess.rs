@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs, process};
 
-use nfold::infer::image::{ImageError, ImageLimits, RgbImage, decode};
+use nfold::infer::image::{Decoder, ImageError, ImageLimits, JpegDecoder, RgbImage, decode};
 use nfold::infer::resize::{Preprocessor, resize};
 use nfold::model::{CropMode, Interpolation, Preprocessing};
 use proptest::prelude::*;
@@ -16,11 +16,13 @@ use sha2::{Digest, Sha256};
 const HOSTILE_KIB: u64 = 64 << 10;
 
 #[derive(Deserialize)]
-struct Goldens {
+pub struct Goldens {
     versions: std::collections::BTreeMap<String, String>,
     resize: Vec<ResizeCase>,
     transforms: Vec<TransformCase>,
-    images: Vec<ImageCase>,
+    pub images: Vec<ImageCase>,
+    #[cfg(feature = "turbojpeg")]
+    pub drafts: Vec<DraftCase>,
 }
 
 #[derive(Deserialize)]
@@ -40,30 +42,39 @@ struct TransformCase {
 }
 
 #[derive(Deserialize)]
-struct ImageCase {
-    file: String,
+pub struct ImageCase {
+    pub file: String,
     size: [u32; 2],
-    sha256: String,
+    pub sha256: String,
     upright_size: [u32; 2],
-    upright_sha256: String,
+    pub upright_sha256: String,
     /// Largest and mean difference from Pillow, in levels of 255; 0: none.
     max: u8,
     mean: f64,
+}
+
+#[cfg(feature = "turbojpeg")]
+#[derive(Deserialize)]
+pub struct DraftCase {
+    pub file: String,
+    pub target: [u32; 2],
+    pub size: [u32; 2],
+    pub sha256: String,
 }
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/preprocess")
 }
 
-fn goldens() -> Goldens {
+pub fn goldens() -> Goldens {
     serde_json::from_slice(&fs::read(folder().join("goldens.json")).unwrap()).unwrap()
 }
 
-fn encoded(name: &str) -> Vec<u8> {
+pub fn encoded(name: &str) -> Vec<u8> {
     fs::read(folder().join(name)).unwrap()
 }
 
-fn hash(bytes: &[u8]) -> String {
+pub fn hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -358,8 +369,27 @@ fn a_file_cut_anywhere_is_invalid() {
     assert_eq!(refused(&bytes[..bytes.len() - 2]).reason(), "truncated");
 }
 
+/// However many frames follow: they are neither counted nor read.
+#[test]
+fn only_the_first_frame_is_read() {
+    let whole = encoded("images/gif_animated.gif");
+    let first = decode(&whole, &ImageLimits::default(), false).unwrap();
+    // the first frame has no control block, the second's comes before it
+    let second = whole.windows(3).position(|three| three == [0x21, 0xF9, 4]).unwrap();
+    let mut damaged = whole[..second].to_vec();
+    damaged.extend([0xAB; 1000]);
+    assert_eq!(decode(&damaged, &ImageLimits::default(), false).unwrap(), first);
+    // pages of a TIFF: the first one's directory ends with the next one's place
+    let mut pages = encoded("images/tiff_raw.tif");
+    let at = u32::from_le_bytes(pages[4..8].try_into().unwrap()) as usize;
+    let next = at + 2 + 12 * usize::from(u16::from_le_bytes([pages[at], pages[at + 1]]));
+    let page = decode(&pages, &ImageLimits::default(), false).unwrap();
+    pages[next..next + 4].copy_from_slice(&[0xFF; 4]);
+    assert_eq!(decode(&pages, &ImageLimits::default(), false).unwrap(), page);
+}
+
 /// JPEG with its header's height and width replaced.
-fn jpeg_of(height: u16, width: u16) -> Vec<u8> {
+pub fn jpeg_of(height: u16, width: u16) -> Vec<u8> {
     let mut bytes = encoded("images/jpeg_420.jpg");
     let frame = bytes.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
     bytes[frame + 5..frame + 7].copy_from_slice(&height.to_be_bytes());
@@ -374,7 +404,7 @@ fn patched(name: &str, at: usize, with: &[u8]) -> Vec<u8> {
 }
 
 /// Files that claim much, and what they must be refused for (nothing: they may decode).
-fn hostile() -> Vec<(&'static str, Vec<u8>, Option<&'static str>)> {
+pub fn hostile() -> Vec<(&'static str, Vec<u8>, Option<&'static str>)> {
     vec![
         ("100 million pixels of PNG", encoded("bombs/pixels.png"), Some("too_many_pixels")),
         ("65535 x 65535 JPEG", jpeg_of(65535, 65535), Some("too_large")),
@@ -423,7 +453,7 @@ fn hostile_child() {
 }
 
 /// The largest resident memory so far; 0 where the system doesn't say.
-fn peak_kib() -> u64 {
+pub fn peak_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse().ok()).unwrap_or(0)
@@ -451,14 +481,24 @@ fn limits_are_read_from_the_header_alone() {
 }
 
 /// Writes the tensors of a list of files: how `compare_timm.py` asks. Each line of `NFOLD_COMPARE` is an encoded file;
-/// its tensor goes beside it as little-endian floats.
+/// its tensor goes beside it as little-endian floats. `NFOLD_JPEG_DECODER` is the decoder, as `nfold serve` has it.
 #[test]
 #[ignore = "run by tests/data/preprocess/compare_timm.py"]
 fn write_tensors() {
     let Ok(list) = env::var("NFOLD_COMPARE") else { return };
     let preprocessing: Preprocessing = serde_json::from_str(&env::var("NFOLD_PREPROCESSING").unwrap()).unwrap();
+    let jpeg = match env::var("NFOLD_JPEG_DECODER").as_deref() {
+        #[cfg(feature = "turbojpeg")]
+        Ok("turbojpeg") => JpegDecoder::TurboJpeg,
+        #[cfg(feature = "turbojpeg")]
+        Ok("turbojpeg-fast") => JpegDecoder::TurboJpegFast,
+        Ok("image") | Err(_) => JpegDecoder::Image,
+        Ok(other) => panic!("no decoder `{other}` here"),
+    };
+    let decoder = Decoder { limits: ImageLimits::default(), jpeg };
+    let preprocessor = Preprocessor::new(&preprocessing);
     for file in fs::read_to_string(list).unwrap().lines() {
-        let image = decode(&fs::read(file).unwrap(), &ImageLimits::default(), false).unwrap();
+        let image = decoder.decode(&fs::read(file).unwrap(), false, |w, h| preprocessor.resized(w, h)).unwrap();
         let bytes: Vec<u8> = tensor(&image, &preprocessing).iter().flat_map(|value| value.to_le_bytes()).collect();
         fs::write(format!("{file}.tensor"), bytes).unwrap();
     }

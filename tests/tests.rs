@@ -56,6 +56,10 @@ mod traces;
 /// Memory under mixed load.
 mod soak;
 
+/// JPEG by libjpeg-turbo against Pillow; hostile JPEG.
+#[cfg(feature = "turbojpeg")]
+mod turbojpeg;
+
 /// The web page in a real browser.
 mod page;
 

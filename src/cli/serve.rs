@@ -9,6 +9,7 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
+use super::jpeg_decoder::JpegDecoderArg;
 use crate::infer::engine::{EngineOptions, Provider};
 use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
@@ -82,6 +83,10 @@ pub struct ServeArgs {
     /// Most pixels of an image
     #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..))]
     max_image_pixels: u64,
+    /// Decoder of JPEG: `image`, or in builds with the feature `turbojpeg`: `turbojpeg` for Pillow's pixels to the bit,
+    /// `turbojpeg-fast` to decode large images at 1/2, 1/4 or 1/8
+    #[arg(long, value_enum, env = "NFOLD_JPEG_DECODER", default_value = "image", value_name = "DECODER")]
+    jpeg_decoder: JpegDecoderArg,
     /// Most bytes of a request body, decompressed
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
@@ -162,7 +167,7 @@ enum LogFormatArg {
 
 impl ServeArgs {
     /// Typed options: what is left open depends on the provider and on the machine's cores.
-    fn resolve(self) -> (Options, RegistryOptions) {
+    fn resolve(self) -> anyhow::Result<(Options, RegistryOptions)> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let provider = match self.provider {
             ProviderArg::Cpu => Provider::Cpu,
@@ -195,6 +200,7 @@ impl ServeArgs {
                         .max(ImageLimits::default().max_decoded_bytes),
                     ..ImageLimits::default()
                 },
+                jpeg_decoder: self.jpeg_decoder.resolve()?,
                 buckets: self.batch_buckets.iter().map(|&b| b.into()).collect(),
                 invariance: match self.invariance {
                     InvarianceArg::Require => Invariance::Require,
@@ -229,7 +235,7 @@ impl ServeArgs {
             fault_limit: self.fault_limit,
             started: Instant::now(),
         };
-        (options, registry)
+        Ok((options, registry))
     }
 }
 
@@ -240,7 +246,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         LogFormatArg::Json => LogFormat::Json,
     };
     logging::init(format, &args.log).map_err(anyhow::Error::msg)?;
-    let (options, registry) = args.resolve();
+    let (options, registry) = args.resolve()?;
     // async threads only move bytes: the compute threads need the cores
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("nfold-io")

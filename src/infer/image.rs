@@ -4,8 +4,9 @@
 //! not know what happens to the pixels, nor which protocol brought the bytes.
 //!
 //! Where it deviates from Pillow 13 (each pinned by a test in `tests/preprocess.rs`): JPEG pixels come from another
-//! inverse DCT and upsampler (`zune-jpeg`: up to 5 levels on photographs, 0.2 in the mean); 16-bit greyscale keeps its
-//! high byte where Pillow clips at 255; what the first frame of a GIF leaves open is black, in Pillow its background.
+//! inverse DCT and upsampler (`zune-jpeg`: up to 5 levels on photographs, 0.2 in the mean) unless a [`JpegDecoder`] of
+//! the feature `turbojpeg` is chosen; 16-bit greyscale keeps its high byte where Pillow clips at 255; what the first
+//! frame of a GIF leaves open is black, in Pillow its background.
 
 use std::error::Error;
 use std::io::{self, Cursor};
@@ -13,6 +14,9 @@ use std::io::{self, Cursor};
 use image::codecs::{bmp, gif, jpeg, png, tiff, webp};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat};
+
+#[cfg(feature = "turbojpeg")]
+use super::libjpeg;
 
 /// What an image may cost before it is refused. Everything is checked before pixels are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +44,30 @@ impl Default for ImageLimits {
             max_metadata_bytes: 8 << 20,
         }
     }
+}
+
+/// Which decoder reads JPEG.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum JpegDecoder {
+    /// The `image` crate's: near Pillow's pixels.
+    #[default]
+    Image,
+    /// libjpeg-turbo as Pillow uses it: Pillow's pixels.
+    #[cfg(feature = "turbojpeg")]
+    TurboJpeg,
+    /// The same, but an image much larger than it will be resized to is decoded at 1/2, 1/4 or 1/8, as Pillow's
+    /// `draft` does: faster, and farther from Pillow's full decode than the `image` crate is.
+    #[cfg(feature = "turbojpeg")]
+    TurboJpegFast,
+}
+
+/// Decodes images within limits. Copied freely, shared by threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Decoder {
+    /// What an image may cost.
+    pub limits: ImageLimits,
+    /// Who reads JPEG.
+    pub jpeg: JpegDecoder,
 }
 
 /// A decoded image: rows from the top, pixels from the left, one byte each of red, green and blue.
@@ -132,7 +160,7 @@ impl ImageLimits {
         over("too_large", "bytes", bytes as u64, self.max_bytes as u64)
     }
 
-    fn check_header(&self, (width, height): (u32, u32), decoded: u64) -> Result<(), ImageError> {
+    pub(super) fn check_header(&self, (width, height): (u32, u32), decoded: u64) -> Result<(), ImageError> {
         over("too_large", "pixels wide", width.into(), self.max_side.into())?;
         over("too_large", "pixels high", height.into(), self.max_side.into())?;
         over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)?;
@@ -148,48 +176,110 @@ fn allocation(bytes: u64) -> image::Limits {
 }
 
 /// Fails when `actual` is more than `limit`.
-fn over(reason: &'static str, what: &str, actual: u64, limit: u64) -> Result<(), ImageError> {
+pub(super) fn over(reason: &'static str, what: &str, actual: u64, limit: u64) -> Result<(), ImageError> {
     if actual <= limit {
         return Ok(());
     }
     Err(ImageError::TooLarge { reason, detail: format!("it has {actual} {what}, the limit is {limit}") })
 }
 
-/// Decodes the first frame of an encoded image, whose format is told by its content, to RGB8 as Pillow's
-/// `convert("RGB")` does: alpha is dropped, greyscale repeated, palettes looked up, 16-bit samples keep the high byte.
-///
-/// With `exif_orientation` the image is turned upright as its EXIF block says.
+/// [`Decoder::decode`] with the `image` crate's decoders, at full size.
 ///
 /// # Errors
-/// [`ImageError::Empty`] and [`ImageError::Unsupported`] by the first bytes, [`ImageError::TooLarge`] by the file's
-/// length and header, [`ImageError::Invalid`] when the pixels can't be decoded in full.
+/// As [`Decoder::decode`].
 pub fn decode(bytes: &[u8], limits: &ImageLimits, exif_orientation: bool) -> Result<RgbImage, ImageError> {
-    if bytes.is_empty() {
-        return Err(ImageError::Empty);
-    }
-    limits.check_file(bytes.len())?;
-    let format = sniff(bytes)?;
-    let failed = |error: image::ImageError| ImageError::from_decoder(format, &error);
+    let decoder = Decoder { limits: *limits, jpeg: JpegDecoder::Image };
+    decoder.decode(bytes, exif_orientation, |width, height| [width, height])
+}
 
-    let mut decoder = open(format, bytes, limits).map_err(failed)?;
-    let (width, height) = decoder.dimensions();
-    limits.check_header((width, height), decoder.total_bytes())?;
-    if width == 0 || height == 0 {
-        let detail = format!("{format:?} is {width} pixels wide and {height} high");
-        return Err(ImageError::Invalid { reason: "corrupt", detail });
+impl Decoder {
+    /// Decodes the first frame of an encoded image, whose format is told by its content, to RGB8 as Pillow's
+    /// `convert("RGB")` does: alpha is dropped, greyscale repeated, palettes looked up, 16-bit samples keep the high
+    /// byte.
+    ///
+    /// With `exif_orientation` the image is turned upright as its EXIF block says. `needed` tells to which width and
+    /// height an (upright) image of a width and height will be resized; [`JpegDecoder::TurboJpegFast`] never decodes
+    /// to less, the others don't ask.
+    ///
+    /// # Errors
+    /// [`ImageError::Empty`] and [`ImageError::Unsupported`] by the first bytes, [`ImageError::TooLarge`] by the
+    /// file's length and header, [`ImageError::Invalid`] when the pixels can't be decoded in full.
+    pub fn decode(
+        &self,
+        bytes: &[u8],
+        exif_orientation: bool,
+        needed: impl Fn(u32, u32) -> [u32; 2],
+    ) -> Result<RgbImage, ImageError> {
+        if bytes.is_empty() {
+            return Err(ImageError::Empty);
+        }
+        self.limits.check_file(bytes.len())?;
+        let format = sniff(bytes)?;
+        match self.jpeg {
+            #[cfg(feature = "turbojpeg")]
+            JpegDecoder::TurboJpeg | JpegDecoder::TurboJpegFast if format == ImageFormat::Jpeg => {
+                if let Some(image) = self.by_libjpeg(bytes, exif_orientation, needed)? {
+                    return Ok(image);
+                }
+            }
+            _ => drop(needed),
+        }
+        let limits = &self.limits;
+        let failed = |error: image::ImageError| ImageError::from_decoder(format, &error);
+
+        let mut decoder = open(format, bytes, limits).map_err(failed)?;
+        let (width, height) = decoder.dimensions();
+        limits.check_header((width, height), decoder.total_bytes())?;
+        if width == 0 || height == 0 {
+            let detail = format!("{format:?} is {width} pixels wide and {height} high");
+            return Err(ImageError::Invalid { reason: "corrupt", detail });
+        }
+        if format == ImageFormat::Jpeg {
+            check_jpeg_end(bytes)?;
+        }
+        decoder.set_limits(allocation(limits.max_decoded_bytes)).map_err(failed)?;
+        // a broken EXIF block doesn't make the picture unreadable
+        let orientation = if exif_orientation { decoder.orientation().ok() } else { None };
+        let color = decoder.color_type();
+        let mut samples = vec![0; decoder.total_bytes() as usize];
+        decoder.read_image(&mut samples).map_err(failed)?;
+        let data = to_rgb(color, samples)?;
+        Ok(upright(RgbImage { width, height, data }, orientation.unwrap_or(Orientation::NoTransforms)))
     }
-    if format == ImageFormat::Jpeg && !jpeg_has_end(bytes) {
-        let detail = "JPEG has no end-of-image marker".to_owned();
-        return Err(ImageError::Invalid { reason: "truncated", detail });
+
+    /// JPEG by libjpeg-turbo; nothing when it has doubts about the header.
+    #[cfg(feature = "turbojpeg")]
+    fn by_libjpeg(
+        &self,
+        bytes: &[u8],
+        exif_orientation: bool,
+        needed: impl Fn(u32, u32) -> [u32; 2],
+    ) -> Result<Option<RgbImage>, ImageError> {
+        let reader = exif_orientation.then(|| open(ImageFormat::Jpeg, bytes, &self.limits).ok());
+        let orientation = reader.flatten().and_then(|mut reader| reader.orientation().ok());
+        let orientation = orientation.unwrap_or(Orientation::NoTransforms);
+        let fast = self.jpeg == JpegDecoder::TurboJpegFast;
+        let divisor = |width: u32, height: u32| {
+            if !fast {
+                return 1;
+            }
+            // decoded sizes are rounded up, so that they are never below what is needed
+            let ([across, down], [width, height]) = match is_turned(orientation) {
+                true => (needed(height, width), [height, width]),
+                false => (needed(width, height), [width, height]),
+            };
+            (width / across.max(1)).min(height / down.max(1))
+        };
+        let image = libjpeg::decode(bytes, &self.limits, divisor)?;
+        Ok(image.map(|image| upright(image, orientation)))
     }
-    decoder.set_limits(allocation(limits.max_decoded_bytes)).map_err(failed)?;
-    // a broken EXIF block doesn't make the picture unreadable
-    let orientation = if exif_orientation { decoder.orientation().ok() } else { None };
-    let color = decoder.color_type();
-    let mut samples = vec![0; decoder.total_bytes() as usize];
-    decoder.read_image(&mut samples).map_err(failed)?;
-    let data = to_rgb(color, samples)?;
-    Ok(upright(RgbImage { width, height, data }, orientation.unwrap_or(Orientation::NoTransforms)))
+}
+
+/// Whether width and height change places.
+#[cfg(feature = "turbojpeg")]
+fn is_turned(orientation: Orientation) -> bool {
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    matches!(orientation, Rotate90 | Rotate90FlipH | Rotate270 | Rotate270FlipH)
 }
 
 /// The format by the first bytes.
@@ -219,26 +309,35 @@ fn open<'a>(
     })
 }
 
-/// Whether the end-of-image marker is there. The decoder fills what is missing with grey; Pillow refuses.
-fn jpeg_has_end(bytes: &[u8]) -> bool {
-    if bytes.ends_with(&[0xFF, 0xD9]) {
-        return true;
-    }
+/// Fails when a JPEG has no end-of-image marker: decoders fill what is missing with grey; Pillow refuses.
+pub(super) fn check_jpeg_end(bytes: &[u8]) -> Result<(), ImageError> {
     // bytes may follow the image: walk its segments, as a thumbnail inside one of them has an end of its own
-    let mut rest = bytes;
-    while let Some(at) = rest.windows(2).position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF)) {
-        rest = match rest[at + 1..] {
-            [0xD9, ..] => return true,
-            // no length follows: start of image, restart
-            [0x01 | 0xD0..=0xD8, ref rest @ ..] => rest,
-            [_, high, low, ..] => {
-                let length = usize::from(u16::from_be_bytes([high, low]));
-                rest.get(at + 2 + length.max(2)..).unwrap_or_default()
-            }
-            _ => &[],
-        };
+    if bytes.ends_with(&[0xFF, END_OF_IMAGE]) || jpeg_segments(bytes).any(|(marker, _)| marker == END_OF_IMAGE) {
+        return Ok(());
     }
-    false
+    Err(ImageError::Invalid { reason: "truncated", detail: "JPEG has no end-of-image marker".to_owned() })
+}
+
+/// The marker that ends a JPEG.
+const END_OF_IMAGE: u8 = 0xD9;
+
+/// The segments of a JPEG: each marker with what belongs to it, which may be cut short by the end of the file.
+pub(super) fn jpeg_segments(bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let at = rest.windows(2).position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF))?;
+        let marker = rest[at + 1];
+        rest = &rest[at + 2..];
+        let length = match (marker, rest) {
+            // no length follows: start and end of image, restart
+            (0x01 | 0xD0..=0xD9, _) => 0,
+            (_, [high, low, ..]) => usize::from(u16::from_be_bytes([*high, *low])).max(2),
+            _ => 0,
+        };
+        let (segment, after) = rest.split_at(length.min(rest.len()));
+        rest = after;
+        Some((marker, segment))
+    })
 }
 
 /// Samples as a decoder gives them, as RGB8.

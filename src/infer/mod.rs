@@ -1,14 +1,17 @@
 //! The engine room: encoded image → predictions. Knows no protocol (no axum, tonic, http) and no checkpoint.
 //!
 //! An image walks `scheduler` (a slot in the `queue`, or refused before any work) → `worker` (a compute thread: `image`
-//! decodes, limits first; `resize` crops and normalises) → a [`engine::Batch`] → `engine` (a thread that owns its session) →
+//! decodes, limits first; `resize` crops and normalises what `resample` makes) → a [`engine::Batch`] → `engine` (a thread that owns its session) →
 //! `top_k`. `registry` holds the live models; `verify` compares two graphs on the same input.
 
 pub mod engine;
 pub mod error;
 pub mod image;
+#[cfg(feature = "turbojpeg")]
+mod libjpeg;
 mod queue;
 pub mod registry;
+mod resample;
 pub mod resize;
 pub mod scheduler;
 pub mod tensor;

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::engine::{Backend, EngineError};
 use super::error::InferError;
-use super::image::ImageLimits;
+use super::image::{ImageLimits, JpegDecoder};
 use super::queue::{Entry, Pending, Phase, Prepared, Slots, State, Take, smooth};
 use super::resize::Preprocessor;
 use super::tensor::RawTensor;
@@ -43,6 +43,8 @@ pub struct SchedulerOptions {
     pub max_queue_wait: Duration,
     /// What an encoded image may cost at most.
     pub image_limits: ImageLimits,
+    /// Who decodes JPEG.
+    pub jpeg_decoder: JpegDecoder,
     /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
     /// the batch, or that are built for some shapes only. The largest limits `max_batch`.
     pub buckets: Vec<usize>,

@@ -207,7 +207,9 @@ fn prepare(shared: &Shared, entry: Entry) {
     };
     let job = &shared.job;
     let result = catch_unwind(AssertUnwindSafe(|| {
-        let decoded = image::decode(&bytes, &shared.options.image_limits, job.exif_orientation);
+        let decoder = image::Decoder { limits: shared.options.image_limits, jpeg: shared.options.jpeg_decoder };
+        let needed = |width, height| job.preprocessor.resized(width, height);
+        let decoded = decoder.decode(&bytes, job.exif_orientation, needed);
         let decode = started.elapsed();
         shared.metrics().phase(Phase::Decode, decode);
         let mut tensor = vec![0.0; job.preprocessor.tensor_len()];

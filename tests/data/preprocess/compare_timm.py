@@ -2,9 +2,10 @@
 
     python tests/data/preprocess/compare_timm.py CIFAR_ZIP [FOLDER]
 
-Encodes 120 CIFAR-10 test photographs (as PNG and as JPEG) and the photographs of scikit-image and scikit-learn at
+Encodes 200 CIFAR-10 test photographs (as PNG and as JPEG) and the photographs of scikit-image and scikit-learn at
 several sizes and encodings, runs `cargo test … write_tensors` on them (NFOLD_CARGO replaces the `cargo test` part), and
-prints the differences of the tensors in levels of 255. Top-1 agreement is another script's work.
+prints the differences of the tensors in levels of 255. NFOLD_JPEG_DECODER chooses the decoder. Top-1 agreement:
+compare_top1.py.
 """
 import collections
 import io
@@ -38,7 +39,7 @@ def photographs(archive):
     """kind, image, encodings"""
     with zipfile.ZipFile(archive) as files:
         names = sorted(n for n in files.namelist() if n.lower().endswith((".png", ".jpg", ".jpeg")))
-        for name in names[:: max(1, len(names) // 120)][:120]:
+        for name in names[:: max(1, len(names) // 200)][:200]:
             yield "cifar", Image.open(io.BytesIO(files.read(name))).convert("RGB"), ("png", "jpeg_420_q90")
     found = [getattr(data, name)() for name in ("astronaut", "chelsea", "coffee")] + list(load_sample_images().images)
     for pixels in found:

@@ -213,6 +213,16 @@ def images():
                    upright_sha256=sha(upright), max=largest, mean=mean)
 
 
+def drafts():
+    """JPEGs decoded for a smaller target by Pillow's `draft`: libjpeg scales inside the inverse DCT."""
+    for path in sorted((HERE / "images").glob("jpeg_*.jpg")):
+        for target in ((96, 72), (49, 36), (48, 36), (47, 20), (30, 30), (24, 18), (13, 9), (12, 9), (1, 1)):
+            image = Image.open(path)
+            image.draft(None, target)
+            pixels = np.asarray(image.convert("RGB"))
+            yield dict(file=path.name, target=list(target), size=list(image.size), sha256=sha(pixels))
+
+
 def bombs():
     folder = HERE / "bombs"
     folder.mkdir(exist_ok=True)
@@ -230,7 +240,8 @@ def bombs():
 
 if __name__ == "__main__":
     versions = dict(pillow=PIL.__version__, timm=timm.__version__, torch=torch.__version__, torchvision=torchvision.__version__)
-    goldens = dict(versions=versions, resize=list(resizes()), transforms=list(transforms()), images=list(images()))
+    goldens = dict(versions=versions, resize=list(resizes()), transforms=list(transforms()), images=list(images()),
+                   drafts=list(drafts()))
     lines = ",\n".join(
         f'"{key}": ' + ("[\n" + ",\n".join(json.dumps(case) for case in value) + "\n]" if isinstance(value, list) else json.dumps(value))
         for key, value in goldens.items())

@@ -1,0 +1,199 @@
+//! Pillow's resampling, to the bit: its fixed-point coefficients, both of its pass orders, and only the rows and columns
+//! that the window keeps.
+//!
+//! Owns which pixels an output needs and with which coefficients; `kernels` multiplies. Must not know crops, tensors, nor
+//! how an image was encoded.
+
+mod kernels;
+
+use std::ops::Range;
+
+use super::image::RgbImage;
+use crate::model::Interpolation;
+
+/// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.
+const PRECISION_BITS: u32 = 32 - 8 - 2;
+/// Bytes of one RGB pixel.
+pub(super) const RGB: usize = 3;
+
+/// The window (columns, rows) of `image` resized to `target` (width, height), as packed RGB rows.
+pub(super) fn resample(
+    image: &RgbImage,
+    target: [usize; 2],
+    window: [Range<usize>; 2],
+    filter: Interpolation,
+) -> Vec<u8> {
+    let size = [image.width as usize, image.height as usize];
+    let [columns, rows] = window;
+    if columns.is_empty() || rows.is_empty() || size.contains(&0) {
+        return vec![0; RGB * columns.len() * rows.len()];
+    }
+    let source = View { data: &image.data, stride: RGB * size[0], left: 0, len: RGB * size[0], top: 0, rows: size[1] };
+    if filter == Interpolation::Nearest {
+        return nearest(source, size, target, columns, rows);
+    }
+    let horizontal = (size[0] != target[0]).then(|| Taps::new(filter, size[0], target[0], columns.clone()));
+    let vertical = (size[1] != target[1]).then(|| Taps::new(filter, size[1], target[1], rows.clone()));
+    // what each pass needs of its input; a pass that is not needed copies
+    let needed_columns = horizontal.as_ref().map_or(columns, Taps::span);
+    let needed_rows = vertical.as_ref().map_or(rows, Taps::span);
+    let source = source.cut(needed_columns.clone(), needed_rows.clone());
+    // Pillow since 13: the vertical pass goes first where it shrinks the image by more than twice what the other does
+    let shrink = [0, 1].map(|axis| size[axis] as i64 - target[axis] as i64);
+    let vertical_first = shrink[1] > 0 && shrink[1] > 2 * shrink[0];
+    let horizontally = |view: View<'_>, taps: &Taps| kernels::run_horizontal(view, taps, needed_columns.start);
+    let vertically = |view: View<'_>, taps: &Taps| kernels::run_vertical(view, taps, needed_rows.start);
+    match (&horizontal, &vertical) {
+        (None, None) => source.to_vec(),
+        (Some(h), None) => horizontally(source, h),
+        (None, Some(v)) => vertically(source, v),
+        (Some(h), Some(v)) if vertical_first => horizontally(View::packed(&vertically(source, v), source.len), h),
+        (Some(h), Some(v)) => vertically(View::packed(&horizontally(source, h), RGB * h.len()), v),
+    }
+}
+
+/// A rectangle of packed RGB rows in a larger image. All in bytes but `top` and `rows`.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    data: &'a [u8],
+    stride: usize,
+    left: usize,
+    len: usize,
+    top: usize,
+    rows: usize,
+}
+
+impl<'a> View<'a> {
+    fn packed(data: &'a [u8], len: usize) -> Self {
+        View { data, stride: len, left: 0, len, top: 0, rows: data.len() / len }
+    }
+
+    fn cut(self, columns: Range<usize>, rows: Range<usize>) -> Self {
+        View { left: RGB * columns.start, len: RGB * columns.len(), top: rows.start, rows: rows.len(), ..self }
+    }
+
+    #[inline(always)]
+    fn row(self, y: usize) -> &'a [u8] {
+        &self.data[(self.top + y) * self.stride + self.left..][..self.len]
+    }
+
+    fn to_vec(self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.len * self.rows);
+        (0..self.rows).for_each(|y| out.extend_from_slice(self.row(y)));
+        out
+    }
+}
+
+/// Pillow's nearest neighbour: positions by repeated addition, as its affine transform walks.
+fn nearest(
+    source: View<'_>,
+    size: [usize; 2],
+    target: [usize; 2],
+    columns: Range<usize>,
+    rows: Range<usize>,
+) -> Vec<u8> {
+    let positions = |axis: usize, range: Range<usize>| -> Vec<Option<usize>> {
+        let step = size[axis] as f64 / target[axis] as f64;
+        let mut at = step * 0.5;
+        let mut found = Vec::with_capacity(range.len());
+        for i in 0..range.end {
+            if i >= range.start {
+                found.push(Some(at as usize).filter(|&at| at < size[axis]));
+            }
+            at += step;
+        }
+        found
+    };
+    if size == target {
+        return source.cut(columns, rows).to_vec();
+    }
+    let columns = positions(0, columns);
+    let mut out = Vec::with_capacity(RGB * columns.len() * rows.len());
+    for y in positions(1, rows) {
+        for x in &columns {
+            // an accumulated rounding error may step past the border: Pillow leaves black there
+            match (x, y) {
+                (Some(x), Some(y)) => out.extend_from_slice(&source.row(y)[RGB * x..][..RGB]),
+                _ => out.extend_from_slice(&[0; RGB]),
+            }
+        }
+    }
+    out
+}
+
+/// The coefficients of one axis for a range of output positions.
+struct Taps {
+    /// First input position and number of coefficients, for each output position.
+    bounds: Vec<(usize, usize)>,
+    /// Fixed-point coefficients, `stride` for each output position, zero beyond its count.
+    weights: Vec<i32>,
+    stride: usize,
+}
+
+impl Taps {
+    /// Pillow's coefficients to resize `from` positions to `to`, for the output positions in `range` (not empty).
+    fn new(filter: Interpolation, from: usize, to: usize, range: Range<usize>) -> Self {
+        let scale = from as f64 / to as f64;
+        let stretch = scale.max(1.0);
+        let support = support(filter) * stretch;
+        let inverse = 1.0 / stretch;
+        let stride = 2 * support.ceil() as usize + 1;
+        let mut bounds = Vec::with_capacity(range.len());
+        let mut weights = vec![0; range.len() * stride];
+        let mut exact = Vec::with_capacity(stride);
+        for (fixed, position) in weights.chunks_exact_mut(stride).zip(range) {
+            let center = (position as f64 + 0.5) * scale;
+            let first = (center - support + 0.5).max(0.0) as usize;
+            let end = ((center + support + 0.5) as usize).min(from);
+            exact.clear();
+            exact.extend((first..end).map(|i| weight(filter, (i as f64 - center + 0.5) * inverse)));
+            let sum: f64 = exact.iter().sum();
+            for (fixed, exact) in fixed.iter_mut().zip(&exact) {
+                let normal = if sum == 0.0 { *exact } else { exact / sum };
+                let scaled = normal * f64::from(1 << PRECISION_BITS);
+                *fixed = (scaled + if normal < 0.0 { -0.5 } else { 0.5 }) as i32;
+            }
+            bounds.push((first, exact.len()));
+        }
+        Taps { bounds, weights, stride }
+    }
+
+    fn len(&self) -> usize {
+        self.bounds.len()
+    }
+
+    /// The input positions that any output position uses.
+    fn span(&self) -> Range<usize> {
+        let (first, _) = self.bounds[0];
+        let (last, count) = self.bounds[self.bounds.len() - 1];
+        first..last + count
+    }
+}
+
+/// Half the width of the filter in output pixels (input pixels when enlarging).
+fn support(filter: Interpolation) -> f64 {
+    match filter {
+        Interpolation::Nearest | Interpolation::Box => 0.5,
+        Interpolation::Bilinear => 1.0,
+        Interpolation::Bicubic => 2.0,
+        Interpolation::Lanczos => 3.0,
+    }
+}
+
+/// The filter's value at `x`, operation by operation as Pillow computes it.
+fn weight(filter: Interpolation, x: f64) -> f64 {
+    const A: f64 = -0.5;
+    let sinc = |x: f64| {
+        let x = x * std::f64::consts::PI;
+        if x == 0.0 { 1.0 } else { x.sin() / x }
+    };
+    let distance = x.abs();
+    match filter {
+        Interpolation::Nearest | Interpolation::Box if x > -0.5 && x <= 0.5 => 1.0,
+        Interpolation::Bilinear if distance < 1.0 => 1.0 - distance,
+        Interpolation::Bicubic if distance < 1.0 => ((A + 2.0) * distance - (A + 3.0)) * distance * distance + 1.0,
+        Interpolation::Bicubic if distance < 2.0 => (((distance - 5.0) * distance + 8.0) * distance - 4.0) * A,
+        Interpolation::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+        _ => 0.0,
+    }
+}

@@ -1,0 +1,256 @@
+//! The multiply-add loops of resampling, in vector instructions of whatever width the processor has.
+//!
+//! Owns how samples lie in lanes and how 22-bit coefficients are multiplied exactly with 16-bit instructions. Must not know
+//! where coefficients come from.
+
+use fearless_simd::prelude::*;
+use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u16x8, u32x8};
+
+use super::{PRECISION_BITS, RGB, Taps, View};
+
+/// Half a unit in the last place: the sums start here, so that the shift rounds.
+const HALF: i32 = 1 << (PRECISION_BITS - 1);
+/// Columns that one step of laying rows side by side takes.
+const STEP: usize = 4;
+/// Bytes that such a step loads, of which it uses `RGB * STEP`.
+const BYTES: usize = 16;
+/// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
+const SPLIT_BITS: u32 = 12;
+/// Rows that the horizontal kernel takes side by side.
+const ROWS: usize = 8;
+/// Samples of one pair of columns in these rows, of one channel.
+const LANES: usize = 2 * ROWS;
+/// Samples of one row that the vertical kernel keeps in registers.
+const BLOCK: usize = 32;
+
+/// A fixed-point sum as a sample.
+#[inline(always)]
+fn sample(sum: i32) -> u8 {
+    (sum >> PRECISION_BITS).clamp(0, 255) as u8
+}
+
+/// The coefficients of two neighbouring positions, each in an upper and a lower part of 16 bits with sign:
+/// `coefficient = upper << SPLIT_BITS + lower`. One 32-bit lane holds the same part of both, the first one below.
+#[derive(Clone, Copy)]
+struct Pair {
+    upper: i32,
+    lower: i32,
+}
+
+impl Pair {
+    fn new(first: i32, second: i32) -> Self {
+        let join = |first: i32, second: i32| (first & 0xFFFF) | (second << 16);
+        let lower = |weight: i32| weight & ((1 << SPLIT_BITS) - 1);
+        Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
+    }
+}
+
+/// The sums of one vector of outputs. Products of 8-bit samples and 24-bit coefficients don't fit the instruction that
+/// multiplies and adds pairs of 16 bits; with the coefficients in two parts they do.
+#[derive(Clone, Copy)]
+struct Sums<S: Simd> {
+    upper: i32x8<S>,
+    lower: i32x8<S>,
+}
+
+impl<S: Simd> Sums<S> {
+    #[inline(always)]
+    fn new(simd: S) -> Self {
+        Sums { upper: i32x8::splat(simd, 0), lower: i32x8::splat(simd, HALF) }
+    }
+
+    /// Adds two neighbouring samples for each output.
+    #[inline(always)]
+    fn add(&mut self, samples: i16x16<S>, upper: i16x16<S>, lower: i16x16<S>) {
+        self.upper += samples.pairwise_dot_product(upper);
+        self.lower += samples.pairwise_dot_product(lower);
+    }
+
+    /// The outputs, 0 to 255.
+    #[inline(always)]
+    fn samples(self, simd: S) -> i32x8<S> {
+        let sum = ((self.upper << SPLIT_BITS) + self.lower) >> PRECISION_BITS;
+        sum.max(i32x8::splat(simd, 0)).min(i32x8::splat(simd, 255))
+    }
+}
+
+/// Resamples every row of `view`, whose first column is column `origin` of the positions in `taps`.
+pub(super) fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    // runs start at even columns and are equally long: coefficients of zero before and after make up for it
+    let lead = |first: usize| (first - origin) % 2;
+    let longest = taps.bounds.iter().map(|(first, count)| lead(*first) + count).max().unwrap_or(0);
+    let run = longest.div_ceil(2).max(1);
+    let mut starts = Vec::with_capacity(taps.len());
+    let mut pairs = vec![Pair::new(0, 0); taps.len() * run];
+    let mut padded = vec![0; 2 * run];
+    let lines = taps.weights.chunks_exact(taps.stride).zip(pairs.chunks_exact_mut(run));
+    for ((first, count), (weights, pairs)) in taps.bounds.iter().zip(lines) {
+        starts.push((first - origin) / 2);
+        padded.fill(0);
+        padded[lead(*first)..][..*count].copy_from_slice(&weights[..*count]);
+        for (pair, weights) in pairs.iter_mut().zip(padded.chunks_exact(2)) {
+            *pair = Pair::new(weights[0], weights[1]);
+        }
+    }
+    let mut out = vec![0; RGB * taps.len() * view.rows];
+    // whole steps of columns, and room for a run that starts at the last one
+    let mut columns = vec![0; ((view.len / RGB).next_multiple_of(STEP) / 2 + run) * RGB * LANES];
+    dispatch!(Level::new(), simd => simd.vectorize(
+        #[inline(always)]
+        || horizontal(simd, view, &starts, &pairs, &mut columns, &mut out),
+    ));
+    out
+}
+
+/// The horizontal kernel: `starts` says at which pair of columns each output starts, `pairs` has equally many
+/// coefficients for each.
+///
+/// Rows lie side by side in the lanes, so that every output has its own coefficients and no lane is idle.
+#[inline(always)]
+fn horizontal<S: Simd>(simd: S, view: View<'_>, starts: &[usize], pairs: &[Pair], columns: &mut [i16], out: &mut [u8]) {
+    let run = pairs.len() / starts.len();
+    let line = RGB * starts.len();
+    let width = (view.len / RGB).next_multiple_of(STEP) / 2 * RGB * LANES;
+    for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
+        // below the last row it is repeated, and not stored
+        let rows: [&[u8]; ROWS] = std::array::from_fn(|n| view.row((block * ROWS + n).min(view.rows - 1)));
+        transpose(simd, rows, &mut columns[..width]);
+        for (group, (starts, pairs)) in starts.chunks(STEP).zip(pairs.chunks(STEP * run)).enumerate() {
+            let mut pixels = [i32x8::splat(simd, 0); STEP];
+            for (pixels, (start, pairs)) in pixels.iter_mut().zip(starts.iter().zip(pairs.chunks_exact(run))) {
+                let mut sums = [Sums::new(simd); RGB];
+                let samples = &columns[start * RGB * LANES..][..run * RGB * LANES];
+                for (pair, samples) in pairs.iter().zip(samples.chunks_exact(RGB * LANES)) {
+                    let upper: i16x16<S> = i32x8::splat(simd, pair.upper).bitcast();
+                    let lower: i16x16<S> = i32x8::splat(simd, pair.lower).bitcast();
+                    for (sums, samples) in sums.iter_mut().zip(samples.chunks_exact(LANES)) {
+                        sums.add(i16x16::from_slice(simd, samples), upper, lower);
+                    }
+                }
+                let (red, green, blue) = (sums[0].samples(simd), sums[1].samples(simd), sums[2].samples(simd));
+                *pixels = red | (green << 8) | (blue << 16);
+            }
+            let mut at = RGB * STEP * group;
+            for row in transpose_pixels(simd, pixels) {
+                let Some(out) = out.get_mut(at..at + RGB * starts.len()) else { break };
+                match <&mut [u8; RGB * STEP]>::try_from(&mut *out) {
+                    // a copy of constant length
+                    Ok(out) => out.copy_from_slice(&row[..RGB * STEP]),
+                    Err(_) => out.copy_from_slice(&row[..out.len()]),
+                }
+                at += line;
+            }
+        }
+    }
+}
+
+/// From columns of pixels, one a 32-bit lane, to rows of RGB bytes with four idle bytes at their end.
+#[inline(always)]
+fn transpose_pixels<S: Simd>(simd: S, columns: [i32x8<S>; STEP]) -> [[u8; BYTES]; ROWS] {
+    const PACKED: [u8; BYTES] = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15];
+    let order = u8x16::load_array(simd, PACKED);
+    let [a, b, c, d] = columns;
+    let ((a, e), (b, f), (c, g), (d, h)) = (a.split(), b.split(), c.split(), d.split());
+    let mut rows = [[0; BYTES]; ROWS];
+    for (rows, [a, b, c, d]) in rows.chunks_exact_mut(ROWS / 2).zip([[a, b, c, d], [e, f, g, h]]) {
+        let (low, high) = ((a.zip_low(c), b.zip_low(d)), (a.zip_high(c), b.zip_high(d)));
+        let lines = [low.0.zip_low(low.1), low.0.zip_high(low.1), high.0.zip_low(high.1), high.0.zip_high(high.1)];
+        for (row, line) in rows.iter_mut().zip(lines) {
+            *row = line.bitcast::<u8x16<S>>().swizzle_dyn_within_blocks(order).into();
+        }
+    }
+    rows
+}
+
+/// Lays rows of RGB bytes side by side: for each pair of columns and each channel, `LANES` values, both columns of the
+/// first row, of the second …
+#[inline(always)]
+fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
+    // four columns as pairs of bytes: RR GG BB and two idle, twice
+    const PAIRS: [u8; BYTES] = [0, 3, 1, 4, 2, 5, 2, 5, 6, 9, 7, 10, 8, 11, 8, 11];
+    let order = u8x16::load_array(simd, PAIRS);
+    for (step, columns) in columns.chunks_exact_mut(STEP / 2 * RGB * LANES).enumerate() {
+        let at = step * RGB * STEP;
+        let mut lines = [u16x8::splat(simd, 0); ROWS];
+        for (line, row) in lines.iter_mut().zip(rows) {
+            let bytes = match row.get(at..at + BYTES) {
+                Some(bytes) => u8x16::from_slice(simd, bytes),
+                None => {
+                    let mut last = [0; BYTES];
+                    let row = &row[at.min(row.len())..];
+                    last[..row.len()].copy_from_slice(row);
+                    u8x16::load_array(simd, last)
+                }
+            };
+            *line = bytes.swizzle_dyn_within_blocks(order).bitcast();
+        }
+        // three perfect shuffles transpose eight by eight
+        for _ in 0..3 {
+            let half = lines;
+            for i in 0..ROWS / 2 {
+                lines[2 * i] = half[i].zip_low(half[i + ROWS / 2]);
+                lines[2 * i + 1] = half[i].zip_high(half[i + ROWS / 2]);
+            }
+        }
+        for (pair, columns) in columns.chunks_exact_mut(RGB * LANES).enumerate() {
+            for (channel, columns) in columns.chunks_exact_mut(LANES).enumerate() {
+                let (low, high) = lines[pair * (RGB + 1) + channel].bitcast::<u8x16<S>>().widen();
+                columns.copy_from_slice(low.combine(high).bitcast::<i16x16<S>>().as_slice());
+            }
+        }
+    }
+}
+
+/// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
+pub(super) fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    let mut out = vec![0; view.len * taps.len()];
+    dispatch!(Level::new(), simd => simd.vectorize(#[inline(always)] || vertical(simd, view, taps, origin, &mut out)));
+    out
+}
+
+/// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
+#[inline(always)]
+fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
+    let mut pairs = Vec::with_capacity(taps.stride / 2 + 1);
+    let lines = taps.bounds.iter().zip(taps.weights.chunks_exact(taps.stride));
+    for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
+        let (first, weights) = (first - origin, &weights[..*count]);
+        pairs.clear();
+        pairs.extend(weights.chunks(2).enumerate().map(|(i, weights)| {
+            // the odd one out is paired with itself, and a coefficient of zero
+            let rows = [first + 2 * i, (first + 2 * i + 1).min(first + count - 1)];
+            (Pair::new(weights[0], weights.get(1).copied().unwrap_or(0)), rows.map(|y| view.row(y)))
+        }));
+        let mut blocks = out.chunks_exact_mut(BLOCK);
+        let mut x = 0;
+        for block in &mut blocks {
+            let mut sums = [Sums::new(simd); BLOCK / 8];
+            for (pair, [a, b]) in &pairs {
+                let upper: i16x16<S> = i32x8::splat(simd, pair.upper).bitcast();
+                let lower: i16x16<S> = i32x8::splat(simd, pair.lower).bitcast();
+                let (a, b) = (&a[x..][..BLOCK], &b[x..][..BLOCK]);
+                for (i, sums) in sums.chunks_exact_mut(2).enumerate() {
+                    let (a, b) = (&a[16 * i..][..16], &b[16 * i..][..16]);
+                    let (a, b) = (u8x16::from_slice(simd, a), u8x16::from_slice(simd, b));
+                    let (low, high) = (a.zip_low(b).widen(), a.zip_high(b).widen());
+                    sums[0].add(low.0.combine(low.1).bitcast(), upper, lower);
+                    sums[1].add(high.0.combine(high.1).bitcast(), upper, lower);
+                }
+            }
+            for (sums, out) in sums.chunks_exact(2).zip(block.chunks_exact_mut(16)) {
+                let (low, high) = (sums[0].samples(simd), sums[1].samples(simd));
+                let (low, high): (u32x8<S>, u32x8<S>) = (low.bitcast(), high.bitcast());
+                let (a, b) = low.narrow(high).split();
+                out.copy_from_slice(a.narrow(b).as_slice());
+            }
+            x += BLOCK;
+        }
+        for (j, out) in blocks.into_remainder().iter_mut().enumerate() {
+            let column = weights.iter().enumerate();
+            let sum = column.fold(HALF, |sum, (i, weight)| {
+                sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
+            });
+            *out = sample(sum);
+        }
+    }
+}
