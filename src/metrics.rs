@@ -45,6 +45,10 @@ pub enum Outcome {
     Unauthenticated,
     /// A path that exists, asked with another method.
     MethodNotAllowed,
+    /// A request line past the limit.
+    UriTooLong,
+    /// A request's headers past the limit.
+    HeadTooLarge,
     /// Refused because the queue was full.
     Overloaded,
     /// The deadline passed first.
@@ -61,7 +65,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every outcome, in declaration order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Ok,
         Self::InvalidRequest,
         Self::InvalidImage,
@@ -72,6 +76,8 @@ impl Outcome {
         Self::NotFound,
         Self::Unauthenticated,
         Self::MethodNotAllowed,
+        Self::UriTooLong,
+        Self::HeadTooLarge,
         Self::Overloaded,
         Self::DeadlineExceeded,
         Self::ShuttingDown,
@@ -93,6 +99,8 @@ impl Outcome {
             Self::NotFound => "not_found",
             Self::Unauthenticated => "unauthenticated",
             Self::MethodNotAllowed => "method_not_allowed",
+            Self::UriTooLong => "uri_too_long",
+            Self::HeadTooLarge => "head_too_large",
             Self::Overloaded => "overloaded",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::ShuttingDown => "shutting_down",

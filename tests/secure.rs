@@ -80,13 +80,13 @@ fn without_a_key_only_health_and_pages_answer() {
 }
 
 /// An authority, and certificates of it.
-struct Authority {
-    pem: String,
+pub struct Authority {
+    pub pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -100,7 +100,7 @@ impl Authority {
         (CertificateParams::new(vec![name.to_string()]).unwrap().signed_by(&key, &self.issuer).unwrap(), key)
     }
 
-    fn write(&self, folder: &Path, name: &str) -> (PathBuf, PathBuf) {
+    pub fn write(&self, folder: &Path, name: &str) -> (PathBuf, PathBuf) {
         let (certificate, key) = self.issue(name);
         let (cert, private) = (folder.join("cert.pem"), folder.join("key.pem"));
         std::fs::write(&cert, certificate.pem()).unwrap();
@@ -109,7 +109,7 @@ impl Authority {
     }
 }
 
-fn client(authority: &str, identity: Option<(rcgen::Certificate, KeyPair)>, alpn: &[u8]) -> Arc<ClientConfig> {
+pub fn client(authority: &str, identity: Option<(rcgen::Certificate, KeyPair)>, alpn: &[u8]) -> Arc<ClientConfig> {
     use rustls::pki_types::pem::PemObject as _;
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();

@@ -62,6 +62,11 @@ pub fn send(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u
 pub fn receive(mut stream: TcpStream) -> Answer {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
+    parse(bytes)
+}
+
+/// One whole answer.
+pub fn parse(mut bytes: Vec<u8>) -> Answer {
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let after = bytes.windows(4).position(|w| w == b"\r\n\r\n").map_or(bytes.len(), |at| at + 4);
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {text:?}"));

@@ -43,6 +43,9 @@ mod grpc;
 /// API keys, TLS, CORS, slow clients.
 mod secure;
 
+/// Unreadable heads, clients that don't take their answers, goodbyes.
+mod connections;
+
 /// The program as operators meet it: real model, real signals.
 mod process;
 

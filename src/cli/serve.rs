@@ -99,6 +99,9 @@ pub struct ServeArgs {
     /// Longest a client may take to send a request's head; also ends idle connections
     #[arg(long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
     head_timeout: Duration,
+    /// Longest an answer may wait without its client taking any of it; then its connection ends
+    #[arg(long, value_name = "TIME", env = "NFOLD_WRITE_TIMEOUT", default_value = "30s", value_parser = positive)]
+    write_timeout: Duration,
     /// Certificate of the HTTP and gRPC ports, PEM; read again on SIGHUP
     #[arg(long, value_name = "FILE", env = "NFOLD_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -219,6 +222,7 @@ impl ServeArgs {
             body_memory: usize::try_from(self.body_memory).unwrap_or(usize::MAX),
             connections: self.connections as usize,
             head_timeout: self.head_timeout,
+            write_timeout: self.write_timeout,
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsOptions {
                 cert,
                 key,

@@ -1,6 +1,10 @@
-//! Accepting connections: how many, TLS or not, how long a client may take to send a head, and how they end.
+//! Accepting connections: how many, TLS or not, how long a client may take to send a head or to take an answer, and how
+//! they end.
 //!
-//! Knows nothing of what the connections carry.
+//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `activity` what is under way on it.
+
+mod activity;
+mod wire;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -17,11 +21,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
+use self::activity::Activity;
+use self::wire::Wire;
 use super::tls::Tls;
 use crate::metrics::{IntGauge, Metrics};
 
 /// How long a connection that was accepted just before the stop may take to bring its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
+
+/// How long a connection without a request under way may outlive the stop: time to hear of it, and to say goodbye.
+const LAST_GOODBYE: Duration = Duration::from_secs(1);
 
 /// Most bytes of a request's line and headers.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -30,6 +39,9 @@ const HEADERS: usize = 128;
 /// Requests under way on one HTTP/2 connection.
 const STREAMS: u32 = 256;
 
+/// Header lines and body of the answer to a head that can't be read, by its status.
+pub(super) type Unreadable = Arc<dyn Fn(u16) -> (String, String) + Send + Sync>;
+
 /// Limits on connections, and how they speak.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
@@ -37,6 +49,8 @@ pub(super) struct Limits {
     pub(super) connections: usize,
     /// Longest a client may take to send a request's head, from the connection's start or the last answer.
     pub(super) head_timeout: Duration,
+    /// Longest an answer may wait without its client taking any of it.
+    pub(super) write_timeout: Duration,
     /// None: plain TCP.
     pub(super) tls: Option<Arc<Tls>>,
 }
@@ -67,6 +81,7 @@ pub(super) async fn accept(
     listener: TcpListener,
     routes: Router,
     limits: Limits,
+    unreadable: Unreadable,
     metrics: Arc<Metrics>,
     mut stop: oneshot::Receiver<()>,
 ) -> Open {
@@ -74,7 +89,7 @@ pub(super) async fn accept(
     let (stopping, stopped) = watch::channel(false);
     let mut open = Open { stopping, tasks: JoinSet::new() };
     let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
-        let connection = connect(stream, routes.clone(), limits.clone(), stopped.clone());
+        let connection = connect(stream, routes.clone(), limits.clone(), unreadable.clone(), stopped.clone());
         let gauge = metrics.connections.clone();
         gauge.inc();
         let counted = Counted(gauge);
@@ -124,18 +139,29 @@ fn queued(listener: TcpListener) -> Vec<TcpStream> {
 }
 
 /// The whole life of a connection: a handshake, where there is one, and requests.
-async fn connect(stream: TcpStream, routes: Router, limits: Limits, stopped: watch::Receiver<bool>) {
+async fn connect(
+    stream: TcpStream,
+    routes: Router,
+    limits: Limits,
+    unreadable: Unreadable,
+    stopped: watch::Receiver<bool>,
+) {
     let _ = stream.set_nodelay(true);
-    let Some(tls) = &limits.tls else { return serve(stream, routes, &limits, stopped).await };
+    let Some(tls) = &limits.tls else { return serve(stream, routes, &limits, unreadable, stopped).await };
     match tokio::time::timeout(limits.head_timeout, tls.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => serve(stream, routes, &limits, stopped).await,
+        Ok(Ok(stream)) => serve(stream, routes, &limits, unreadable, stopped).await,
         Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
         Err(_) => tracing::debug!("a TLS handshake took too long"),
     }
 }
 
-async fn serve<S>(stream: S, routes: Router, limits: &Limits, mut stopped: watch::Receiver<bool>)
-where
+async fn serve<S>(
+    stream: S,
+    routes: Router,
+    limits: &Limits,
+    unreadable: Unreadable,
+    mut stopped: watch::Receiver<bool>,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut builder = Builder::new(TokioExecutor::new());
@@ -149,22 +175,33 @@ where
     http2.timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
     http2.max_header_list_size(HEAD_LIMIT as u32).max_concurrent_streams(STREAMS).adaptive_window(true);
     let (first, mut seen) = watch::channel(false);
+    let activity = Arc::new(Activity::default());
+    let wire = Wire::new(stream, activity.clone(), unreadable, limits.write_timeout);
+    let under_way = activity.clone();
     let service = tower::service_fn(move |request| {
         let request: Request<_> = request;
         first.send_replace(true);
-        routes.clone().oneshot(request)
+        let mark = under_way.request(&request);
+        let answer = routes.clone().oneshot(request);
+        async move { answer.await.map(|response| mark.answer(response)) }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), TowerToHyperService::new(service)));
     let last_call = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
         // told to shut down before its first request, a connection would drop that request unread
         let _ = tokio::time::timeout(FIRST_REQUEST, seen.wait_for(|seen| *seen)).await;
     };
+    let mut stuck = pin!(activity.stuck(limits.write_timeout));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
+        () = stuck.as_mut() => Err("the client did not take its answer within the write timeout".into()),
         () = last_call => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                ended = connection => ended,
+                () = stuck => Err("the client did not take its answer within the write timeout".into()),
+                () = activity.idle(LAST_GOODBYE) => Err("the client did not take its leave".into()),
+            }
         }
     };
     if let Err(error) = ended {
@@ -178,5 +215,55 @@ struct Counted(IntGauge);
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    /// What the routes answer goes out as it is, even where it looks just like what is rewritten.
+    #[tokio::test]
+    async fn only_what_nobody_asked_for_is_rewritten() {
+        const LOOKS: &str = "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
+        let routes =
+            Router::new().route("/empty", get(async || StatusCode::NOT_FOUND)).route("/looks", get(async || LOOKS));
+        let limits = Limits {
+            connections: 1,
+            head_timeout: Duration::from_secs(5),
+            write_timeout: Duration::from_secs(5),
+            tls: None,
+        };
+        // room for a few bytes only, so that writes are cut anywhere
+        for room in [1, 7, 64, 4096] {
+            let (mut client, server) = tokio::io::duplex(room);
+            let (_stopping, stopped) = watch::channel(false);
+            let unreadable: Unreadable = Arc::new(|_| (String::new(), "ours".into()));
+            let routes = routes.clone();
+            let limits = limits.clone();
+            let serving = tokio::spawn(async move { serve(server, routes, &limits, unreadable, stopped).await });
+            let (mut reader, mut writer) = tokio::io::split(&mut client);
+            let asking = async {
+                for path in ["/empty", "/looks", "/empty"] {
+                    writer.write_all(format!("GET {path} HTTP/1.1\r\nhost: t\r\n\r\n").as_bytes()).await.expect("sent");
+                }
+                writer.write_all(b"GARBAGE\r\n\r\n").await.expect("sent");
+            };
+            let mut answers = String::new();
+            let (_, read) = tokio::join!(asking, reader.read_to_string(&mut answers));
+            read.expect("text");
+            serving.await.expect("served");
+            let dateless = |line: &&str| !line.starts_with("date: ");
+            let lines: Vec<&str> = answers.split("\r\n").filter(dateless).collect();
+            let empty = ["HTTP/1.1 404 Not Found", "content-length: 0", ""];
+            let looks = ["HTTP/1.1 200 OK", "content-type: text/plain; charset=utf-8", "content-length: 47", ""];
+            let inside = ["HTTP/1.1 400 Bad Request", "content-length: 0", ""];
+            let refused = ["HTTP/1.1 400 Bad Request", "content-length: 4", "", "ours"];
+            assert_eq!(lines, [&empty[..], &looks, &inside, &empty, &refused].concat(), "{room}");
+        }
     }
 }

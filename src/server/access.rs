@@ -13,6 +13,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
+use super::accept::Unreadable;
 use super::http::App;
 use super::status::{self, Failure};
 use crate::infer::registry::LiveModel;
@@ -100,6 +101,18 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     }
     log(&line, served, &response);
     response
+}
+
+/// Requests whose head can't be read reach no handler; they are counted, logged and answered here.
+pub(super) fn unreadable(app: Arc<App>) -> Unreadable {
+    Arc::new(move |status| {
+        let error = status::unreadable(status);
+        app.metrics.request(Protocol::Other).finish(error.code);
+        let (id, outcome) = (fresh_id(), error.code.name());
+        let request_id = id.to_str().unwrap_or_default();
+        tracing::info!(request_id, status, outcome, "request {request_id} {outcome}");
+        (format!("content-type: application/json\r\nconnection: close\r\n{REQUEST_ID}: {request_id}\r\n"), error.body())
+    })
 }
 
 /// What every access log line says.

@@ -42,6 +42,9 @@ const DEFAULT_TOP_K: usize = 5;
 /// Answers above this many bytes are compressed for clients that say they like it.
 const COMPRESS_ABOVE: u64 = 1024;
 
+/// Most bytes of a request's path and query.
+const LINE_LIMIT: usize = 8 * 1024;
+
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// What handlers need; lives as long as the server.
@@ -66,8 +69,8 @@ pub(super) struct App {
     pub(super) model_control: bool,
 }
 
-/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, compression, memory
-/// for bodies, body limit.
+/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
+/// compression, memory for bodies, body limit.
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .routes(routes!(classify))
@@ -85,7 +88,8 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
         .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
         .layer(RequestDecompressionLayer::new())
-        .layer(axum::middleware::from_fn(known_encoding));
+        .layer(axum::middleware::from_fn(known_encoding))
+        .layer(axum::middleware::from_fn(short_line));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }
@@ -114,6 +118,16 @@ fn cors(origins: &[String]) -> CorsLayer {
             header::RETRY_AFTER,
             HeaderName::from_static("inference-header-content-length"),
         ])
+}
+
+/// Refuses paths and queries that no route here could need.
+async fn short_line(request: Request, next: Next) -> Response {
+    let length = request.uri().path_and_query().map_or(0, |asked| asked.as_str().len());
+    if length <= LINE_LIMIT {
+        return next.run(request).await;
+    }
+    let text = format!("path and query are {length} bytes; at most {LINE_LIMIT} are taken, send data in the body");
+    ApiError::new(Code::UriTooLong, text).into_response()
 }
 
 /// Refuses bodies that nobody here can decompress.

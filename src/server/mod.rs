@@ -62,6 +62,8 @@ pub struct Options {
     pub connections: usize,
     /// Longest a client may take to send a request's head.
     pub head_timeout: Duration,
+    /// Longest an answer may wait without its client taking any of it; then its connection ends.
+    pub write_timeout: Duration,
     /// Certificates; none: plain TCP. The admin port is always plain.
     pub tls: Option<TlsOptions>,
     /// File of API keys, one a line; none: everybody may ask.
@@ -97,6 +99,7 @@ impl Default for Options {
             body_memory: 256 << 20,
             connections: 1024,
             head_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
             tls: None,
             api_key_file: None,
             cors_origins: Vec::new(),
@@ -245,12 +248,16 @@ impl Server {
         });
         let (stop_http, http_stopped) = oneshot::channel();
         let (stop_grpc, grpc_stopped) = oneshot::channel();
-        let Options { connections, head_timeout, .. } = options;
-        let limits = accept::Limits { connections, head_timeout, tls: reloader.tls.clone() };
+        let Options { connections, head_timeout, write_timeout, .. } = options;
+        let limits = accept::Limits { connections, head_timeout, write_timeout, tls: reloader.tls.clone() };
+        let unreadable = access::unreadable(app.clone());
         let http_routes = http::routes(app.clone());
         let grpc_routes = grpc::routes(app).map_err(ServeError::Broken)?;
-        let http = tokio::spawn(accept::accept(http, http_routes, limits.clone(), metrics.clone(), http_stopped));
-        let grpc = tokio::spawn(accept::accept(grpc, grpc_routes, limits, metrics.clone(), grpc_stopped));
+        let open = |listener, routes, stopped| {
+            tokio::spawn(accept::accept(listener, routes, limits.clone(), unreadable.clone(), metrics.clone(), stopped))
+        };
+        let http = open(http, http_routes, http_stopped);
+        let grpc = open(grpc, grpc_routes, grpc_stopped);
         readiness.release(registry.clone());
         reloader.serve(registry.clone());
         let start_to_ready = options.started.elapsed();

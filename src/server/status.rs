@@ -26,6 +26,8 @@ impl Code {
             Self::ModelNotFound | Self::NotFound => (StatusCode::NOT_FOUND, 5),
             Self::Unauthenticated => (StatusCode::UNAUTHORIZED, 16),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, 12),
+            Self::UriTooLong => (StatusCode::URI_TOO_LONG, 3),
+            Self::HeadTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, 3),
             Self::Overloaded => (StatusCode::TOO_MANY_REQUESTS, 8),
             Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, 4),
             Self::ShuttingDown | Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, 14),
@@ -72,6 +74,19 @@ impl ApiError {
     }
 }
 
+/// What a request is told whose head could not be read, by the status that it was given.
+pub(super) fn unreadable(status: u16) -> ApiError {
+    match Code::ALL.into_iter().find(|code| code.http().as_u16() == status) {
+        Some(code @ Code::UriTooLong) => {
+            ApiError::new(code, "the request's path and query are too long; send data in the body")
+        }
+        Some(code @ Code::HeadTooLarge) => {
+            ApiError::new(code, "the request's head is too large; send fewer or shorter headers")
+        }
+        _ => ApiError::new(Code::InvalidRequest, "the request's head is not HTTP; see its first line and its headers"),
+    }
+}
+
 impl From<InferError> for ApiError {
     fn from(error: InferError) -> Self {
         if let InferError::Internal(detail) = error {
@@ -100,6 +115,12 @@ const ERROR_CODE: &str = "x-error-code";
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 impl ApiError {
+    /// The body, for an answer that no handler makes.
+    pub(super) fn body(&self) -> String {
+        let body = ErrorBody { error: &self.message, code: self.code.name() };
+        serde_json::to_string(&body).unwrap_or_default()
+    }
+
     /// The error as gRPC tells it.
     pub(super) fn into_status(self) -> tonic::Status {
         let mut status = tonic::Status::new(tonic::Code::from_i32(self.code.grpc()), self.message);
@@ -174,6 +195,8 @@ mod tests {
                 ("not_found", 404, 5),
                 ("unauthenticated", 401, 16),
                 ("method_not_allowed", 405, 12),
+                ("uri_too_long", 414, 3),
+                ("head_too_large", 431, 3),
                 ("overloaded", 429, 8),
                 ("deadline_exceeded", 504, 4),
                 ("shutting_down", 503, 14),
