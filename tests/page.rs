@@ -346,6 +346,57 @@ fn the_chooser_lists_what_is_served() {
     }
 }
 
+/// The page of a server that asks for a key asks for it too, tries again, and forgets it with the tab.
+#[test]
+fn a_person_with_a_key() {
+    let Some(browser) = Browser::open() else {
+        std::io::stderr().write_all(b"SKIP: no chromium with chromedriver here (make tools)\n").unwrap();
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    let key = "a-key-that-is-long-enough";
+    std::fs::write(&file, key).unwrap();
+    let server = Server::start(&["--api-key-file", file.to_str().unwrap()]);
+    browser.look(900, "light");
+    browser.visit(&server);
+    let asked = "!document.querySelector('#lock').hidden";
+    browser.until(asked);
+    assert_eq!(browser.text("#lock-help"), "This server asks for an API key.");
+    assert_eq!(browser.value("document.querySelector('#key').labels[0].textContent"), "API key");
+    browser.choose(&[&project("tests/data/cat.jpg")]);
+    browser.until(FAILED);
+    assert!(browser.text("article .state").contains("asks for an API key"), "{}", browser.text("article .state"));
+    browser.picture("key.png");
+    let unlock = |key: &str| {
+        browser.value("document.querySelector('#key').focus()");
+        browser.raw("Input.insertText", json!({ "text": key }));
+        browser.press("\u{e007}");
+    };
+    unlock("not-a-key-of-the-server");
+    browser.until("document.querySelector('#lock-help').textContent.includes('does not know this key')");
+    browser.until(FAILED);
+    unlock("\u{43a}\u{43b}\u{44e}\u{447}");
+    browser.until("document.querySelector('#lock-help').textContent.includes('letters, digits and signs')");
+    browser.value("document.querySelector('#key').value = ''");
+    unlock(key);
+    browser.until(DONE);
+    assert_eq!(browser.text("article .predictions li:first-child .label"), "cat");
+    assert_eq!(browser.value(asked), json!(false));
+    browser.until("!document.querySelector('#chooser').hidden");
+    assert_eq!(browser.value("document.activeElement.id"), "files", "focus must not fall off the page");
+    let command = browser.text("article .curl code");
+    assert!(command.contains("-H 'authorization: Bearer KEY'") && !command.contains(key), "{command}");
+    // kept for this tab only, and nowhere in what the page shows
+    assert_eq!(browser.value("[localStorage.length, sessionStorage.length, document.cookie]"), json!([0, 1, ""]));
+    assert_eq!(browser.value(&format!("document.documentElement.outerHTML.includes('{key}')")), json!(false));
+    browser.visit(&server);
+    browser.until("!document.querySelector('#chooser').hidden");
+    browser.choose(&[&project("tests/data/cat.jpg")]);
+    browser.until(DONE);
+    assert_eq!(browser.value(asked), json!(false));
+}
+
 #[test]
 fn the_page_may_load_and_call_only_this_server() {
     let server = Server::start(&[]);

@@ -17,6 +17,7 @@ const HEADLINES = {
   deadline_exceeded: "The server took too long.",
   not_ready: "The server is not ready.",
   shutting_down: "The server is stopping.",
+  unauthenticated: "The server asks for an API key.",
   internal: "The server failed.",
 };
 
@@ -39,10 +40,19 @@ class Refusal extends Error {
   }
 }
 
-async function call(target, options) {
+/** Forgotten with the tab. */
+const key = {
+  name: "nfold-api-key",
+  get value() { try { return sessionStorage.getItem(this.name) ?? ""; } catch { return this.held ?? ""; } },
+  set value(text) { try { sessionStorage.setItem(this.name, text); } catch { this.held = text; } },
+};
+
+async function call(target, options = {}) {
   let response;
+  const sent = key.value;
+  const headers = { ...options.headers, ...(sent && { authorization: `Bearer ${sent}` }) };
   try {
-    response = await fetch(target, options);
+    response = await fetch(target, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refusal("No answer came back. Is the server running, and can this file still be read?", "network");
@@ -51,6 +61,8 @@ async function call(target, options) {
   let json = null;
   try { json = JSON.parse(body); } catch { /* a proxy's page */ }
   if (response.ok && json) return { json, headers: response.headers };
+  // an answer to an older key says nothing about a newer one
+  if (response.status === 401 && sent === key.value) lock(sent ? "The server does not know this key." : "This server asks for an API key.");
   const after = Number(response.headers.get("retry-after"));
   const message = json?.error ?? `The answer was ${response.status} ${response.statusText}, from something in between.`;
   throw new Refusal(String(message), json?.code ?? `http_${response.status}`, after);
@@ -110,6 +122,7 @@ class Card {
   }
 
   async run() {
+    this.find(".again").hidden = true;
     this.show("running", "classifying…");
     const url = target();
     for (let tries = 0; ; tries++) {
@@ -148,7 +161,8 @@ class Card {
     list.hidden = false;
     this.times(timings(headers.get("server-timing")), total);
     this.find(".who").textContent = `answered by ${json.model}, version ${json.version}`;
-    this.find(".curl code").textContent = `curl --data-binary @${quoted(this.name)} ${quoted(url.href)}`;
+    const shown = key.value ? " -H 'authorization: Bearer KEY'" : "";
+    this.find(".curl code").textContent = `curl${shown} --data-binary @${quoted(this.name)} ${quoted(url.href)}`;
     this.find(".curl code").tabIndex = 0;
     this.find(".more").hidden = false;
     this.show("done");
@@ -179,6 +193,7 @@ class Card {
   }
 
   failed(error) {
+    this.locked = error.code === "unauthenticated";
     const headline = HEADLINES[error.code];
     const detail = error.message.charAt(0).toUpperCase() + error.message.slice(1);
     const text = [headline, detail].filter(Boolean).join("\n");
@@ -294,6 +309,25 @@ addEventListener("paste", (event) => {
     refuse("There is no image to paste. Copy an image, not its address or file name.");
   }
 });
+
+// --- API key ---------------------------------------------------------------------------------------------------------
+
+function lock(text) {
+  $("lock").hidden = !text;
+  $("lock-help").textContent = text ?? "";
+}
+$("lock").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("key").value.trim();
+  // other characters can't be sent
+  if (!/^[\x21-\x7e]+$/.test(text)) return lock("A key is letters, digits and signs without spaces.");
+  key.value = text;
+  $("key").value = "";
+  lock(null);
+  models();
+  enqueue([...cards].filter((card) => card.locked && card.element.dataset.state === "failed"));
+  $("files").focus();
+};
 
 // --- the server ------------------------------------------------------------------------------------------------------
 
