@@ -157,6 +157,7 @@ impl House {
             repository: repository.into(),
             models: vec![(model.into(), None)],
             engine: EngineOptions::default(),
+            graph_cache: None,
             elastic_threads: cores,
             scheduler: SchedulerOptions {
                 workers: cores,

@@ -19,6 +19,9 @@ mod reference;
 /// The same bits in any batch.
 mod invariance;
 
+/// Graphs kept for the next start.
+mod graph_cache;
+
 /// Engines that misbehave, for the tests below.
 mod fakes;
 

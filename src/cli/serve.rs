@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::jpeg_decoder::JpegDecoderArg;
 use crate::infer::engine::{EngineOptions, Provider};
+use crate::infer::graph_cache::GraphCache;
 use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::infer::scheduler::{Invariance, SchedulerOptions};
@@ -48,6 +49,10 @@ pub struct ServeArgs {
     /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
+    /// Folder for graphs as ONNX Runtime rewrites them for this machine: later starts load those. Made if
+    /// missing; only the server should be able to write there [default: none]
+    #[arg(long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
+    graph_cache: Option<PathBuf>,
     /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     decoders: Option<u16>,
@@ -184,6 +189,7 @@ impl ServeArgs {
             repository: self.repository,
             models: self.models,
             engine: EngineOptions { provider, intra_threads, spinning: false },
+            graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
             scheduler: SchedulerOptions {
                 workers: self.workers.map_or(fitting, usize::from),

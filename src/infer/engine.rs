@@ -9,6 +9,8 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
+use super::graph_cache::GraphCache;
+
 /// Environment variable naming the ONNX Runtime library to load.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 
@@ -173,18 +175,80 @@ impl OrtBackend {
     ///
     /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
-        let environment = environment()?;
-        let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
-        let provider =
-            |e: ort::Error| EngineError::NoProvider { provider: options.provider.name(), reason: e.to_string() };
-        let mut builder = prepare(environment, options).map_err(|e| match options.provider {
-            Provider::Cpu => bad(e.to_string()),
-            _ => provider(e),
-        })?;
-        let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
+        let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
+        let session = builder.commit_from_memory(onnx);
+        Self::of(session.map_err(|e| EngineError::BadModel { model: what.into(), reason: e.to_string() })?, what)
+    }
+
+    /// As [`open`](Self::open), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
+    /// there: the logits are the same bits either way. `sha256` is the graph's digest. A cache that can't be read or written
+    /// is told to the log and costs nothing more. On a GPU there is nothing to keep, and the graph is opened.
+    pub fn open_cached(
+        onnx: &[u8],
+        sha256: &str,
+        what: &str,
+        options: &EngineOptions,
+        cache: &GraphCache,
+    ) -> Result<Self, EngineError> {
+        if options.provider != Provider::Cpu {
+            return Self::open(onnx, what, options);
+        }
+        // threads and spinning change how a graph runs, not what it is
+        let place = cache.place(&[sha256, &runtime_build()?, options.provider.name(), "all"]);
+        let path = place.display();
+        let _alone = cache.alone();
+        let cached = cache.read(&place).unwrap_or_else(|reason| {
+            tracing::warn!(%path, reason, "graph cache: `{path}` can't be used: {reason}; making it anew");
+            None
+        });
+        if let Some(graph) = cached {
+            let opened = Self::builder(what, options, GraphOptimizationLevel::Disable)
+                .map_err(|e| e.to_string())
+                .and_then(|mut builder| builder.commit_from_memory(&graph).map_err(|e| e.to_string()))
+                .and_then(|session| Self::of(session, what).map_err(|e| e.to_string()));
+            match opened {
+                Ok(backend) => {
+                    tracing::info!(model = what, %path, "graph cache: hit");
+                    return Ok(backend);
+                }
+                Err(reason) => {
+                    tracing::warn!(%path, reason, "graph cache: `{path}` is refused: {reason}; making it anew");
+                }
+            }
+        }
+        let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
+            let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
+            let mut builder = builder.with_optimized_model_path(draft.path()).map_err(|e| e.to_string())?;
+            let session = builder.commit_from_memory(onnx).map_err(|e| e.to_string())?;
+            let backend = Self::of(session, what).map_err(|e| e.to_string())?;
+            match cache.keep(draft, &place) {
+                Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
+                Err(error) => tracing::warn!(%path, %error, "graph cache: `{path}` can't be written: {error}"),
+            }
+            Ok(backend)
+        });
+        kept.or_else(|reason: String| {
+            tracing::warn!(%path, reason, "graph cache: `{path}` can't be written: {reason}; going on without");
+            Self::open(onnx, what, options)
+        })
+    }
+
+    fn builder(
+        what: &str,
+        options: &EngineOptions,
+        level: GraphOptimizationLevel,
+    ) -> Result<SessionBuilder, EngineError> {
+        prepare(environment()?, options, level).map_err(|e| match options.provider {
+            Provider::Cpu => EngineError::BadModel { model: what.into(), reason: e.to_string() },
+            _ => EngineError::NoProvider { provider: options.provider.name(), reason: e.to_string() },
+        })
+    }
+
+    fn of(session: Session, what: &str) -> Result<Self, EngineError> {
+        let bad = |reason: &str| EngineError::BadModel { model: what.into(), reason: reason.into() };
         let name = |outlets: &[ort::value::Outlet]| outlets.first().map(|o| o.name().to_string());
-        let input = name(session.inputs()).ok_or_else(|| bad("it has no input".into()))?;
-        let output = name(session.outputs()).ok_or_else(|| bad("it has no output".into()))?;
+        let input = name(session.inputs()).ok_or_else(|| bad("it has no input"))?;
+        let output = name(session.outputs()).ok_or_else(|| bad("it has no output"))?;
         Ok(Self { session, input, output })
     }
 
@@ -221,7 +285,7 @@ impl MapBackend {
     /// Opens a session on ONNX bytes; `what` names them in messages.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-        let mut builder = prepare(environment()?, options).map_err(bad)?;
+        let mut builder = prepare(environment()?, options, GraphOptimizationLevel::All).map_err(bad)?;
         Ok(Self { session: builder.commit_from_memory(onnx).map_err(bad)? })
     }
 
@@ -256,14 +320,18 @@ impl MapBackend {
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
     let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-    let builder = prepare(environment()?, &EngineOptions::default()).map_err(bad)?;
+    let builder = prepare(environment()?, &EngineOptions::default(), GraphOptimizationLevel::All).map_err(bad)?;
     let mut builder = builder.with_optimized_model_path(path).map_err(|e| bad(e.into()))?;
     builder.commit_from_memory(onnx).map_err(bad).map(drop)
 }
 
-fn prepare(environment: &Environment, options: &EngineOptions) -> ort::Result<SessionBuilder> {
+fn prepare(
+    environment: &Environment,
+    options: &EngineOptions,
+    level: GraphOptimizationLevel,
+) -> ort::Result<SessionBuilder> {
     let builder = Session::builder(environment)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_optimization_level(level)?
         .with_intra_threads(options.intra_threads.max(1))?
         .with_inter_threads(1)?
         .with_intra_op_spinning(options.spinning)?

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::engine::{Backend, EngineOptions, OrtBackend};
 use super::error::InferError;
+use super::graph_cache::GraphCache;
 use super::resize::Preprocessor;
 use super::scheduler::{
     self, Health, Input, Job, OpenBackend, Output, Scheduler, SchedulerOptions, StartError, Terms, Timings,
@@ -31,6 +32,8 @@ pub struct RegistryOptions {
     pub models: Vec<(String, Option<u32>)>,
     /// How engines are opened.
     pub engine: EngineOptions,
+    /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
+    pub graph_cache: Option<GraphCache>,
     /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
     pub elastic_threads: usize,
     /// How images are queued and batched.
@@ -105,7 +108,15 @@ impl LiveModel {
         let what = dir.onnx().display().to_string();
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (onnx, what) = (onnx.clone(), what.clone());
-            Box::new(move || Ok(Box::new(OrtBackend::open(&onnx, &what, &engine)?) as Box<dyn Backend>))
+            // `read_onnx` has checked it
+            let (cache, sha256) = (options.graph_cache.clone(), dir.manifest.onnx_sha256.clone());
+            Box::new(move || {
+                let backend = match &cache {
+                    None => OrtBackend::open(&onnx, &what, &engine)?,
+                    Some(cache) => OrtBackend::open_cached(&onnx, &sha256, &what, &engine, cache)?,
+                };
+                Ok(Box::new(backend) as Box<dyn Backend>)
+            })
         };
         let engine = options.engine;
         let engines = Engines {

@@ -1,0 +1,142 @@
+//! Graphs kept for the next start: the same bits, damage, folders that can't be written, and what it saves.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use nfold::checkpoint::Checkpoint;
+use nfold::fold::{FoldOptions, Size, fold};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
+use nfold::infer::graph_cache::GraphCache;
+use rand::SeedableRng as _;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution as _, StandardNormal};
+
+use crate::golden::goldens_folder;
+
+fn folded(name: &str) -> Vec<u8> {
+    let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
+    fold(&checkpoint, &FoldOptions { size: Size::Fixed(67, 64), ..FoldOptions::default() }).unwrap().onnx
+}
+
+fn bits(backend: &mut OrtBackend) -> Vec<u32> {
+    let mut batch = Batch::zeros(3, 67, 64);
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
+    backend.run(&batch).unwrap().data.iter().map(|v| v.to_bits()).collect()
+}
+
+fn options(intra_threads: usize) -> EngineOptions {
+    EngineOptions { intra_threads, spinning: intra_threads > 1, ..EngineOptions::default() }
+}
+
+fn cached(onnx: &[u8], sha256: &str, threads: usize, folder: &Path) -> Vec<u32> {
+    let cache = GraphCache::new(folder);
+    bits(&mut OrtBackend::open_cached(onnx, sha256, "m", &options(threads), &cache).unwrap())
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect()
+}
+
+#[test]
+fn cold_and_cached_give_the_same_bits() {
+    for name in ["nf_regnet_small", "eca_nfnet_l0_small", "dm_nfnet_f0_small", "resnet50_small", "efficientnet_small"] {
+        let folder = tempfile::tempdir().unwrap();
+        let onnx = folded(name);
+        let cold = bits(&mut OrtBackend::open(&onnx, name, &options(1)).unwrap());
+        assert_eq!(cached(&onnx, name, 1, folder.path()), cold, "{name}: while it is written");
+        let written = files(folder.path());
+        assert_eq!(written.len(), 1, "{written:?}");
+        let stamp = || std::fs::metadata(&written[0]).unwrap().modified().unwrap();
+        let first = stamp();
+        for threads in [1, 2] {
+            assert_eq!(cached(&onnx, name, threads, folder.path()), cold, "{name}: from the cache, {threads} threads");
+        }
+        // it was really loaded: with another model's file in its place another model answers
+        assert_eq!((files(folder.path()).len(), stamp()), (1, first));
+    }
+}
+
+#[test]
+fn a_hit_is_what_is_in_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = (folded("nf_regnet_small"), folded("nf_regnet_gelu"));
+    cached(&a, "a", 1, folder.path());
+    let of_a = files(folder.path()).pop().unwrap();
+    let answers_b = cached(&b, "b", 1, folder.path());
+    let of_b = files(folder.path()).into_iter().find(|f| *f != of_a).unwrap();
+    std::fs::copy(of_b, of_a).unwrap();
+    assert_eq!(cached(&a, "a", 1, folder.path()), answers_b);
+}
+
+#[test]
+fn a_damaged_file_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let onnx = folded("nf_regnet_small");
+    let cold = cached(&onnx, "x", 1, folder.path());
+    let file = files(folder.path()).pop().unwrap();
+    let whole = std::fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 64;
+    // whole, but no graph
+    let other = tempfile::tempdir().unwrap();
+    let sealed = [&b"no graph"[..], b"nfoldgr1", &crc32fast::hash(b"no graph").to_le_bytes()].concat();
+    for damaged in [Vec::new(), whole[..whole.len() / 2].to_vec(), flipped, sealed] {
+        std::fs::write(&file, damaged).unwrap();
+        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
+        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
+        assert_eq!(std::fs::read(&file).unwrap(), whole, "made anew, and the same");
+    }
+    // a folder that can't be made or written, and a folder where the file should be
+    let in_the_way = other.path().join("file");
+    std::fs::write(&in_the_way, "").unwrap();
+    assert_eq!(cached(&onnx, "x", 1, &in_the_way.join("cache")), cold);
+    std::fs::remove_file(&file).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
+    assert_eq!(files(folder.path()).len(), 1, "no draft is left behind");
+    if Path::new("/proc/self").exists() {
+        assert_eq!(cached(&onnx, "x", 1, Path::new("/proc/nfold-cache")), cold, "a read-only file system");
+    }
+}
+
+/// Loading, as medians of interleaved rounds. With EXPORTS naming a folder, `MODEL_KIND.onnx` in it are loaded too.
+#[test]
+#[ignore = "it measures"]
+fn load_times() {
+    const ROUNDS: usize = 21;
+    for (model, side) in [("nf_regnet_b0", 256), ("nf_regnet_b1", 288)] {
+        let folder = tempfile::tempdir().unwrap();
+        let made = crate::cli::nfold(&["init", model, "--out", "checkpoint"], folder.path());
+        assert!(made.status.success());
+        let checkpoint = Checkpoint::open(&folder.path().join("checkpoint")).unwrap();
+        let onnx =
+            fold(&checkpoint, &FoldOptions { size: Size::Fixed(side, side), ..FoldOptions::default() }).unwrap().onnx;
+        let cache = GraphCache::new(folder.path().join("cache"));
+        let open = |onnx: &[u8]| drop(OrtBackend::open(onnx, model, &options(1)).unwrap());
+        let from_cache = || drop(OrtBackend::open_cached(&onnx, model, model, &options(1), &cache).unwrap());
+        from_cache();
+        let exports: Vec<(String, Vec<u8>)> = ["torchscript", "dynamo"]
+            .into_iter()
+            .filter_map(|kind| {
+                let path = Path::new(&std::env::var_os("EXPORTS")?).join(format!("{model}_{kind}.onnx"));
+                Some((kind.to_string(), std::fs::read(path).ok()?))
+            })
+            .collect();
+        let mut lanes: Vec<(&str, Box<dyn Fn()>)> =
+            vec![("folded, cold", Box::new(|| open(&onnx))), ("folded, cached", Box::new(from_cache))];
+        lanes.extend(exports.iter().map(|(kind, bytes)| (kind.as_str(), Box::new(|| open(bytes)) as Box<dyn Fn()>)));
+        let mut times = vec![Vec::new(); lanes.len()];
+        for round in 0..ROUNDS {
+            for i in (0..lanes.len()).map(|i| (i + round) % lanes.len()) {
+                let started = Instant::now();
+                lanes[i].1();
+                times[i].push(started.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        for ((name, _), times) in lanes.iter().zip(&mut times) {
+            times.sort_by(f64::total_cmp);
+            println!("{model} {name}: {:.1} ms ({:.1} to {:.1})", times[ROUNDS / 2], times[5], times[15]);
+        }
+    }
+}
