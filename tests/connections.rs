@@ -29,9 +29,9 @@ fn raw(address: SocketAddr, bytes: &[u8]) -> Answer {
 
 /// Heads that hyper refuses, each with what it is told.
 fn unreadable() -> Vec<(String, u16, &'static str)> {
-    let long = format!("GET /v2 HTTP/1.1\r\nx-long: {}\r\n\r\n", "x".repeat(100_000));
+    let long = format!("GET /v2 HTTP/1.1\r\nx-long: {}\r\n\r\n", "x".repeat(300_000));
     let many: String = (0..200).map(|i| format!("x-{i}: 1\r\n")).collect();
-    let line = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(200_000));
+    let line = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(300_000));
     vec![
         ("GARBAGE\r\n\r\n".into(), 400, "invalid_request"),
         ("\u{1}\u{2}\u{3}\r\n\r\n".into(), 400, "invalid_request"),
