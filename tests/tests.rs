@@ -40,6 +40,9 @@ mod overload;
 /// The Open Inference Protocol over HTTP: framing, datatypes, errors, damage.
 mod oip;
 
+/// Any request, valid or damaged, gets a well-formed answer.
+mod any_request;
+
 /// The Open Inference Protocol over gRPC, health and reflection.
 mod grpc;
 

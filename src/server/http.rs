@@ -131,9 +131,13 @@ async fn short_line(request: Request, next: Next) -> Response {
 }
 
 /// Refuses bodies that nobody here can decompress.
-async fn known_encoding(request: Request, next: Next) -> Response {
+async fn known_encoding(mut request: Request, next: Next) -> Response {
+    if request.headers().get(header::CONTENT_ENCODING).is_some_and(HeaderValue::is_empty) {
+        // says nothing, and the layer that decompresses would refuse it without a body
+        request.headers_mut().remove(header::CONTENT_ENCODING);
+    }
     let encoding = request.headers().get(header::CONTENT_ENCODING);
-    if encoding.is_none_or(|e| [&b"gzip"[..], b"deflate", b"identity", b""].contains(&e.as_bytes())) {
+    if encoding.is_none_or(|e| [&b"gzip"[..], b"deflate", b"identity"].contains(&e.as_bytes())) {
         return next.run(request).await;
     }
     let text = "the body's content-encoding is not taken; send it plain, as gzip or as deflate";
