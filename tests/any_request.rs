@@ -77,8 +77,10 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// Valid requests of every kind: path, headers, body.
-fn valid() -> Vec<(&'static str, &'static str, Vec<(String, String)>, Vec<u8>)> {
+type Valid = (&'static str, &'static str, Vec<(String, String)>, Vec<u8>);
+
+/// Valid requests of every kind: method, path, headers, body.
+fn valid() -> Vec<Valid> {
     let kind = |value: &str| vec![("content-type".to_string(), value.to_string())];
     let b64 = base64::engine::general_purpose::STANDARD.encode(png(3));
     let images = json!({ "images": [{ "b64": b64 }, { "b64": b64 }], "top_k": 2 }).to_string().into_bytes();

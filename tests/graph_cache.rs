@@ -123,9 +123,10 @@ fn load_times() {
                 Some((kind.to_string(), std::fs::read(path).ok()?))
             })
             .collect();
-        let mut lanes: Vec<(&str, Box<dyn Fn()>)> =
+        type Load<'a> = Box<dyn Fn() + 'a>;
+        let mut lanes: Vec<(&str, Load<'_>)> =
             vec![("folded, cold", Box::new(|| open(&onnx))), ("folded, cached", Box::new(from_cache))];
-        lanes.extend(exports.iter().map(|(kind, bytes)| (kind.as_str(), Box::new(|| open(bytes)) as Box<dyn Fn()>)));
+        lanes.extend(exports.iter().map(|(kind, bytes)| (kind.as_str(), Box::new(|| open(bytes)) as Load<'_>)));
         let mut times = vec![Vec::new(); lanes.len()];
         for round in 0..ROUNDS {
             for i in (0..lanes.len()).map(|i| (i + round) % lanes.len()) {
