@@ -15,7 +15,7 @@ use image::imageops::{FilterType, resize};
 use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, Provider};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::infer::image::{ImageLimits, JpegDecoder, decode};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::resize::Preprocessor;
@@ -80,7 +80,7 @@ struct Bare<'a> {
 
 impl Bare<'_> {
     fn session(&self, intra_threads: usize) -> Result<OrtBackend> {
-        let options = EngineOptions { provider: Provider::Cpu, intra_threads, spinning: intra_threads > 1 };
+        let options = EngineOptions { intra_threads, spinning: intra_threads > 1, ..EngineOptions::default() };
         Ok(OrtBackend::open(&self.onnx, "bench", &options)?)
     }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use half::f16;
 use prost::Message as _;
 
-use crate::model::{Gate, Precision};
+use crate::model::{Gate, INPUT, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, ShortcutPool};
 use crate::pb::onnx::{self as pb, AttributeProto, AttributeType, NodeProto, TensorProto, ValueInfoProto};
@@ -103,7 +103,7 @@ impl GraphBuilder {
     /// A classifier's graph so far: its input map, `input`, float32 `[batch, 3, H, W]`.
     pub fn new(emission: Emission) -> (Self, Map) {
         let mut graph = Self::empty(emission);
-        let mut input = graph.input("input", 3, emission.height as usize, emission.width as usize);
+        let mut input = graph.input(INPUT, 3, emission.height as usize, emission.width as usize);
         if emission.precision == Precision::Fp16 {
             let cast = graph.node("Cast", "input.fp16", &["input"], vec![int("to", FLOAT16.into())]);
             input.name = cast;

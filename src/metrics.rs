@@ -236,6 +236,8 @@ pub struct Metrics {
     pub model_reloads_total: IntCounterVec,
     /// Largest difference of any logit between an image alone and the same image in a batch, measured at warm-up.
     pub invariance_max_abs_diff: GaugeVec,
+    /// Operators of each model by the execution provider that runs them; on GPUs.
+    pub provider_nodes: IntGaugeVec,
     /// Images refused before preprocessing, by reason.
     pub decode_rejects_total: IntCounterVec,
     /// 1 when requests are welcome, 0 before warm-up, while draining and when no engine works.
@@ -342,6 +344,12 @@ impl Metrics {
                 "Models loaded or replaced while the server runs, by result; after an error the old one stays.",
                 &["model", "result"],
             ),
+            provider_nodes: int_gauges(
+                r,
+                "provider_nodes",
+                "Operators by the execution provider that runs them, as ONNX Runtime names providers; on GPUs only.",
+                &["model", "version", "provider"],
+            ),
             invariance_max_abs_diff: gauges(
                 r,
                 "invariance_max_abs_diff",
@@ -388,6 +396,14 @@ impl Metrics {
     /// A model was loaded or replaced while the server runs, or could not be.
     pub fn reloaded(&self, model: &str, ok: bool) {
         self.model_reloads_total.with_label_values(&[model, if ok { "ok" } else { "error" }]).inc();
+    }
+
+    /// Where the parts of a model run: operators by provider.
+    pub fn placed(&self, model: &str, version: u32, operators: &std::collections::BTreeMap<String, usize>) {
+        for (provider, &count) in operators {
+            let labels = [model, &version.to_string(), provider.as_str()];
+            self.provider_nodes.with_label_values(&labels).set(count as i64);
+        }
     }
 
     /// The line that says which model is served; its labels as [`model_info`](Self::model_info) has them.

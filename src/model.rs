@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub const MODEL_FILE: &str = "model.onnx";
 /// File name of the manifest inside a version folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Name of the folded graph's input, float32 `[batch, 3, height, width]`.
+pub const INPUT: &str = "input";
 /// Version of the manifest's own layout; readers refuse a higher one.
 pub const MANIFEST_FORMAT: u32 = 1;
 

@@ -28,6 +28,9 @@ mod fakes;
 /// Queue and workers, with engines that misbehave.
 mod scheduler;
 
+/// Where the parts of a graph run.
+mod providers;
+
 /// The scheduler under random arrivals.
 mod arrivals;
 

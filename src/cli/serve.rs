@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
 use super::jpeg_decoder::JpegDecoderArg;
-use crate::infer::engine::{EngineOptions, Provider};
+use crate::infer::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::graph_cache::GraphCache;
 use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
@@ -39,6 +39,18 @@ pub struct ServeArgs {
     /// Hardware that runs the graphs
     #[arg(long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
     provider: ProviderArg,
+    /// Number of the GPU
+    #[arg(long, value_name = "N", env = "NFOLD_DEVICE", default_value_t = 0)]
+    device: u16,
+    /// Take a model of which a part runs elsewhere than on the provider asked for (nfold_provider_nodes counts)
+    #[arg(long, env = "NFOLD_ALLOW_FALLBACK", value_parser = clap::builder::FalseyValueParser::new())]
+    allow_fallback: bool,
+    /// Let TensorRT compute in half precision; CUDA does with models folded so (nfold fold --precision fp16)
+    #[arg(long, env = "NFOLD_TENSORRT_FP16", value_parser = clap::builder::FalseyValueParser::new())]
+    tensorrt_fp16: bool,
+    /// Folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
+    #[arg(long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
+    tensorrt_cache: Option<PathBuf>,
     /// Threads with an engine each, per model; each holds a copy of the weights [default: the cores; 1 on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
@@ -188,7 +200,18 @@ impl ServeArgs {
         let registry = RegistryOptions {
             repository: self.repository,
             models: self.models,
-            engine: EngineOptions { provider, intra_threads, spinning: false },
+            engine: EngineOptions {
+                provider,
+                intra_threads,
+                spinning: false,
+                gpu: GpuOptions {
+                    device: self.device,
+                    allow_fallback: self.allow_fallback,
+                    tensorrt_fp16: self.tensorrt_fp16,
+                    tensorrt_cache: self.tensorrt_cache,
+                    profiles: Vec::new(),
+                },
+            },
             graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
             scheduler: SchedulerOptions {
@@ -256,6 +279,10 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         LogFormatArg::Json => LogFormat::Json,
     };
     logging::init(format, &args.log).map_err(anyhow::Error::msg)?;
+    let for_tensorrt = args.tensorrt_fp16 || args.tensorrt_cache.is_some();
+    if for_tensorrt && !matches!(args.provider, ProviderArg::TensorRt) {
+        return Err(anyhow!("--tensorrt-fp16 and --tensorrt-cache mean something to --provider tensorrt only"));
+    }
     let (options, registry) = args.resolve()?;
     // async threads only move bytes: the compute threads need the cores
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -1,6 +1,9 @@
 //! Runs ONNX graphs with ONNX Runtime. The only room that names `ort`: it finds the library, opens sessions and moves
 //! tensors. It knows nothing of images, labels or requests.
 
+mod gpu;
+mod placement;
+
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -10,6 +13,9 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 use super::graph_cache::GraphCache;
+
+pub use self::gpu::{GpuOptions, Profile};
+pub use self::placement::{Placement, check as check_placement};
 
 /// Environment variable naming the ONNX Runtime library to load.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -42,6 +48,20 @@ pub enum EngineError {
         model: String,
         /// What ONNX Runtime said.
         reason: String,
+    },
+    /// A part of the graph runs elsewhere than asked.
+    #[error(
+        "of `{model}`, {there} operators run on {provider} and {elsewhere}; serve it with --allow-fallback if that is fast enough, or with another --provider"
+    )]
+    Fallback {
+        /// What was loaded.
+        model: String,
+        /// The provider asked for.
+        provider: &'static str,
+        /// Operators there.
+        there: usize,
+        /// Operators by other provider.
+        elsewhere: String,
     },
     /// The requested execution provider is not to be had.
     #[error(
@@ -142,10 +162,19 @@ impl Provider {
             Self::TensorRt => "tensorrt",
         }
     }
+
+    /// Name that ONNX Runtime has for it.
+    pub fn in_runtime(self) -> &'static str {
+        match self {
+            Self::Cpu => "CPUExecutionProvider",
+            Self::Cuda => "CUDAExecutionProvider",
+            Self::TensorRt => "TensorrtExecutionProvider",
+        }
+    }
 }
 
 /// How a session is opened.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct EngineOptions {
     /// Hardware.
     pub provider: Provider,
@@ -154,11 +183,13 @@ pub struct EngineOptions {
     /// Let the pool's threads spin between operators, but not after a run: faster when one session owns the cores, harmful
     /// otherwise.
     pub spinning: bool,
+    /// For GPUs.
+    pub gpu: GpuOptions,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { provider: Provider::Cpu, intra_threads: 1, spinning: false }
+        Self { provider: Provider::Cpu, intra_threads: 1, spinning: false, gpu: GpuOptions::default() }
     }
 }
 
@@ -317,6 +348,20 @@ impl MapBackend {
     }
 }
 
+/// Runs the graph once and says which provider ran which part of it. For this the graph is opened anew: profiling is slow.
+pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
+    let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
+    let folder = tempfile::tempdir().map_err(|e| bad(format!("no temporary folder for its profile: {e}")))?;
+    let builder = OrtBackend::builder(what, options, GraphOptimizationLevel::All)?;
+    let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(e.to_string()))?;
+    let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
+    let mut backend = OrtBackend::of(session, what)?;
+    backend.run(batch).map_err(|e| bad(e.to_string()))?;
+    let profile = backend.session.end_profiling().map_err(|e| bad(e.to_string()))?;
+    let profile = std::fs::read(profile).map_err(|e| bad(format!("its profile can't be read: {e}")))?;
+    placement::read(&profile).map_err(bad)
+}
+
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
     let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
@@ -339,22 +384,8 @@ fn prepare(
         .with_inter_op_spinning(false)?;
     match options.provider {
         Provider::Cpu => Ok(builder),
-        gpu => on_gpu(builder, gpu),
+        provider => gpu::register(builder, provider, &options.gpu),
     }
-}
-
-/// Registers the provider so that its failure is an error: ONNX Runtime would fall back to the CPU in silence.
-#[cfg(feature = "gpu")]
-fn on_gpu(builder: SessionBuilder, provider: Provider) -> ort::Result<SessionBuilder> {
-    let cuda = ort::ep::CUDA::default().with_tf32(false).build().error_on_failure();
-    let tensorrt = ort::ep::TensorRT::default().build().error_on_failure();
-    let providers = if provider == Provider::TensorRt { vec![tensorrt, cuda] } else { vec![cuda] };
-    Ok(builder.with_execution_providers(providers)?)
-}
-
-#[cfg(not(feature = "gpu"))]
-fn on_gpu(_: SessionBuilder, provider: Provider) -> ort::Result<SessionBuilder> {
-    Err(ort::Error::new(format!("this nfold was built without {}", provider.name())))
 }
 
 impl Backend for OrtBackend {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::engine::{Backend, EngineOptions, OrtBackend};
+use super::engine::{self, Backend, Batch, EngineError, EngineOptions, OrtBackend, Profile, Provider};
 use super::error::InferError;
 use super::graph_cache::GraphCache;
 use super::resize::Preprocessor;
@@ -118,12 +118,22 @@ impl LiveModel {
                 Ok(Box::new(backend) as Box<dyn Backend>)
             })
         };
-        let engine = options.engine;
+        let engine = engine_of(dir, options);
+        if engine.provider != Provider::Cpu {
+            let p = &dir.manifest.preprocessing;
+            let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
+            let placement = engine::place(&onnx, &what, &engine, &batch).map_err(refused(dir))?;
+            metrics.placed(&dir.name, dir.version, &placement);
+            if !engine.gpu.allow_fallback {
+                engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
+            }
+        }
         let engines = Engines {
-            open: opener(engine),
+            open: opener(engine.clone()),
             // it alone spins: several pools that do so disturb each other
-            open_wide: (options.elastic_threads > engine.intra_threads)
-                .then(|| opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine })),
+            open_wide: (options.elastic_threads > engine.intra_threads).then(|| {
+                opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine.clone() })
+            }),
             provider: engine.provider.name(),
         };
         Self::start(dir, engines, &options.scheduler, metrics)
@@ -455,6 +465,24 @@ impl Registry {
     pub fn join(&self, deadline: Instant) -> usize {
         self.all().iter().map(|model| model.scheduler.join(deadline)).sum()
     }
+}
+
+/// A model's engine: what TensorRT keeps is kept by the graph's digest, and built for the batches that can occur.
+fn engine_of(dir: &ModelDir, options: &RegistryOptions) -> EngineOptions {
+    let mut engine = options.engine.clone();
+    let (p, scheduler) = (&dir.manifest.preprocessing, &options.scheduler);
+    let profile = |least, most| Profile { least, most, height: p.height as usize, width: p.width as usize };
+    engine.gpu.profiles = match scheduler.buckets.as_slice() {
+        [] => vec![profile(1, scheduler.max_batch)],
+        buckets => buckets.iter().map(|&bucket| profile(bucket, bucket)).collect(),
+    };
+    engine.gpu.tensorrt_cache = engine.gpu.tensorrt_cache.map(|folder| folder.join(&dir.manifest.onnx_sha256));
+    engine
+}
+
+fn refused(dir: &ModelDir) -> impl Fn(EngineError) -> RegistryError {
+    let (name, version) = (dir.name.clone(), dir.version);
+    move |error| RegistryError::Start { name: name.clone(), version, source: error.into() }
 }
 
 /// Names and versions that the options ask for.
