@@ -63,6 +63,9 @@ fn heads_that_nobody_can_read_are_told_in_json_on_both_ports() {
     // a line that can be read but is out of all proportion
     let answer = ask(house.http, &format!("GET /{}", "x".repeat(9000)), &[], b"");
     assert_eq!(answer.error(), (414, "uri_too_long".into()));
+    // headers that hyper reads although they are beyond its limit
+    let answer = ask(house.http, "GET /v2", &[("x-long", &"x".repeat(66_000))], b"");
+    assert_eq!(answer.error(), (431, "head_too_large".into()));
     assert_eq!(house.classify("", &[], &png(1)).status, 200);
     house.end().unwrap();
 }

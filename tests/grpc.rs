@@ -207,6 +207,20 @@ fn errors_have_the_status_of_the_one_table() {
 }
 
 #[test]
+fn metadata_beyond_all_proportion_is_refused() {
+    with(local(), (1, 1, 2), async |h| {
+        let long = |bytes| {
+            let mut request = Request::new(fp32(&tensor(0.0)));
+            request.metadata_mut().insert("x-long", "x".repeat(bytes).parse().unwrap());
+            request
+        };
+        let refused = h.client().model_infer(long(100_000)).await.unwrap_err();
+        assert_eq!((refused.code(), code(&refused)), (Code::InvalidArgument, "head_too_large"));
+        h.client().model_infer(long(1000)).await.unwrap();
+    });
+}
+
+#[test]
 fn overload_deadline_and_a_client_that_goes_away() {
     with(local(), (1, 1, 2), async |h| {
         let busy = h.house.occupy();

@@ -198,7 +198,7 @@ impl Decoder {
     /// byte.
     ///
     /// With `exif_orientation` the image is turned upright as its EXIF block says. `needed` tells to which width and
-    /// height an (upright) image of a width and height will be resized; [`JpegDecoder::TurboJpegFast`] never decodes
+    /// height an (upright) image of a width and height will be resized; `JpegDecoder::TurboJpegFast` never decodes
     /// to less, the others don't ask.
     ///
     /// # Errors

@@ -32,8 +32,10 @@ const FIRST_REQUEST: Duration = Duration::from_millis(500);
 /// How long a connection without a request under way may outlive the stop: time to hear of it, and to say goodbye.
 const LAST_GOODBYE: Duration = Duration::from_secs(1);
 
-/// Most bytes of a request's line and headers.
-const HEAD_LIMIT: usize = 64 * 1024;
+/// Most bytes of a request's line and headers. What hyper reads of HTTP/1 it may overstep, so the routes look again.
+pub(super) const HEAD_LIMIT: usize = 64 * 1024;
+/// Most bytes of an HTTP/2 head that are read at all: more are refused by the library, without a body.
+const HEAD_LIMIT_HTTP2: u32 = 4 * HEAD_LIMIT as u32;
 /// Most headers of a request.
 const HEADERS: usize = 128;
 /// Requests under way on one HTTP/2 connection.
@@ -173,7 +175,7 @@ async fn serve<S>(
         .max_headers(HEADERS);
     let mut http2 = builder.http2();
     http2.timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
-    http2.max_header_list_size(HEAD_LIMIT as u32).max_concurrent_streams(STREAMS).adaptive_window(true);
+    http2.max_header_list_size(HEAD_LIMIT_HTTP2).max_concurrent_streams(STREAMS).adaptive_window(true);
     let (first, mut seen) = watch::channel(false);
     let activity = Arc::new(Activity::default());
     let wire = Wire::new(stream, activity.clone(), unreadable, limits.write_timeout);

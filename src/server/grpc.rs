@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
+use axum::extract::Request as HttpRequest;
+use axum::middleware::Next;
 use axum::response::Response as HttpResponse;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,14 +21,15 @@ use tonic::{Request, Response, Status, Streaming};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::access::{self, REQUEST_ID};
-use super::http::App;
+use super::http::{self, App};
 use super::oip::{describe, inference};
 use super::status::{ApiError, Code};
 use super::{body_budget, control, deadline, keys};
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
-/// Every service and the layers from the outside in: accounting, panics, keys, memory for bodies.
+/// Every service and the layers from the outside in: accounting, panics, keys, size of the head, memory for
+/// bodies.
 pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     let service = GrpcInferenceServiceServer::new(Service(app.clone()))
         // taken compressed, within the same limit; answers are short, and numbers hardly shrink
@@ -45,10 +48,15 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
         .add_service(reflection().build_v1().map_err(failed)?)
         // what grpcurl and Python's client ask first
         .add_service(reflection().build_v1alpha().map_err(failed)?);
+    let short_head = async |request: HttpRequest, next: Next| match http::too_large(request.headers()) {
+        Some(error) => error.into_status().into_http(),
+        None => next.run(request).await,
+    };
     let mut routes = services
         .prepare()
         .into_axum_router()
-        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold));
+        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
+        .layer(axum::middleware::from_fn(short_head));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
@@ -23,6 +23,7 @@ use utoipa::{IntoParams, OpenApi as _, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::accept::HEAD_LIMIT;
 use super::access::{self, Served};
 use super::body_budget::{self, BodyBudget};
 use super::keys::{self, Keys};
@@ -89,7 +90,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
         .layer(RequestDecompressionLayer::new())
         .layer(axum::middleware::from_fn(known_encoding))
-        .layer(axum::middleware::from_fn(short_line));
+        .layer(axum::middleware::from_fn(short_head));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }
@@ -120,8 +121,18 @@ fn cors(origins: &[String]) -> CorsLayer {
         ])
 }
 
-/// Refuses paths and queries that no route here could need.
-async fn short_line(request: Request, next: Next) -> Response {
+/// Why a request with these headers is refused, if there are too many bytes of them.
+pub(super) fn too_large(headers: &HeaderMap) -> Option<ApiError> {
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let text = || format!("the headers are {bytes} bytes; at most {HEAD_LIMIT} are taken, send fewer or shorter ones");
+    (bytes > HEAD_LIMIT).then(|| ApiError::new(Code::HeadTooLarge, text()))
+}
+
+/// Refuses paths, queries and headers that no route here could need.
+async fn short_head(request: Request, next: Next) -> Response {
+    if let Some(error) = too_large(request.headers()) {
+        return error.into_response();
+    }
     let length = request.uri().path_and_query().map_or(0, |asked| asked.as_str().len());
     if length <= LINE_LIMIT {
         return next.run(request).await;
