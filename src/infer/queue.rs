@@ -294,3 +294,168 @@ impl State {
 pub(super) fn smooth(average: Duration, value: Duration) -> Duration {
     if average.is_zero() { value } else { (average * 9 + value) / 10 }
 }
+
+/// Time stands still here but for where a test moves it: every decision takes the moment as an argument.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::infer::image::ImageLimits;
+    use crate::infer::scheduler::Invariance;
+    use crate::metrics::Metrics;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    struct Stage {
+        state: State,
+        slots: Arc<Slots>,
+        options: SchedulerOptions,
+        start: Instant,
+        replies: Vec<oneshot::Receiver<Result<Output, InferError>>>,
+    }
+
+    impl Stage {
+        /// Two warm engines that take 10 ms an image.
+        fn new(max_batch: usize, max_queue_delay: Duration) -> Self {
+            let options = SchedulerOptions {
+                workers: 2,
+                decoders: 0,
+                max_batch,
+                max_queue_delay,
+                queue_limit: 8,
+                max_queue_wait: 1000 * MS,
+                image_limits: ImageLimits::default(),
+                jpeg_decoder: Default::default(),
+                buckets: Vec::new(),
+                invariance: Invariance::Off,
+                one_by_one: false,
+            };
+            let mut state = State::new(2);
+            (state.engines, state.run_cost) = (2, 10 * MS);
+            let slots = Arc::new(Slots::new(options.queue_limit, Metrics::new().model("m", 1, "fake")));
+            // long ago enough for every deadline of a test to be still to come by the clock
+            Self { state, slots, options, start: Instant::now() + Duration::from_secs(3600), replies: Vec::new() }
+        }
+
+        fn at(&self, ms: u32) -> Instant {
+            self.start + ms * MS
+        }
+
+        fn pending(&mut self, arrived: u32, deadline: u32, priority: u32) -> Pending {
+            let (reply, receiver) = oneshot::channel();
+            self.replies.push(receiver);
+            self.state.sequence += 1;
+            Pending {
+                reply: Some(reply),
+                slot: self.slots.take(1).and_then(|mut slots| slots.pop()),
+                place: (priority, self.state.sequence),
+                arrived: self.at(arrived),
+                deadline: self.at(deadline),
+            }
+        }
+
+        fn decoded(&mut self, arrived: u32, deadline: u32) {
+            let pending = self.pending(arrived, deadline, 100);
+            let prepared = Prepared { tensor: vec![], decode: Duration::ZERO, preprocess: Duration::ZERO, pending };
+            self.state.push_ready(prepared);
+        }
+
+        fn encoded(&mut self, arrived: u32, deadline: u32, priority: u32) {
+            let pending = self.pending(arrived, deadline, priority);
+            self.state.push_raw(Entry { input: Input::Tensor(vec![]), pending });
+        }
+
+        /// Images that a free engine takes at that moment; the moment it is to come back instead.
+        fn take(&mut self, ms: u32) -> Result<usize, Option<Instant>> {
+            match self.state.take_batch(self.at(ms), &self.options) {
+                Take::Batch { images, .. } => Ok(images.len()),
+                Take::At(time) => Err(Some(time)),
+                Take::Nothing => Err(None),
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_waits_for_company_from_its_oldest_image_on() {
+        let mut stage = Stage::new(3, 20 * MS);
+        stage.decoded(5, 10_000);
+        assert_eq!(stage.take(6), Err(Some(stage.at(25))));
+        stage.decoded(24, 10_000);
+        assert_eq!(stage.take(24), Err(Some(stage.at(25))), "who comes later does not put it off");
+        assert_eq!(stage.take(25), Ok(2));
+        for arrived in [30, 31, 32, 33] {
+            stage.decoded(arrived, 10_000);
+        }
+        assert_eq!(stage.take(33), Ok(3), "a full batch goes at once");
+        assert_eq!(stage.take(33), Err(Some(stage.at(53))));
+        stage.state.phase = Phase::Closing;
+        assert_eq!(stage.take(34), Ok(1), "nobody comes any more");
+    }
+
+    #[test]
+    fn without_a_delay_an_engine_takes_its_share_at_once() {
+        let mut stage = Stage::new(8, Duration::ZERO);
+        for _ in 0..5 {
+            stage.decoded(0, 10_000);
+        }
+        assert_eq!((stage.take(0), stage.take(0), stage.take(0)), (Ok(3), Ok(1), Ok(1)));
+        assert_eq!(stage.take(0), Err(None));
+    }
+
+    #[test]
+    fn what_would_end_too_late_is_given_up_only_under_a_backlog() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        // 5 ms are left and a run takes 10
+        stage.decoded(0, 100);
+        assert_eq!(stage.take(95), Ok(1), "with nobody behind it, there is nothing to lose");
+        for deadline in [100, 10_000, 10_000] {
+            stage.decoded(0, deadline);
+        }
+        assert_eq!(stage.take(95), Ok(1));
+        let answers: Vec<_> = stage.replies.iter_mut().map(|reply| reply.try_recv()).collect();
+        assert!(matches!(answers[1], Ok(Err(InferError::DeadlineExceeded))), "{answers:?}");
+        assert_eq!(stage.state.ready.len(), 1);
+    }
+
+    #[test]
+    fn priority_then_arrival() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        for (arrived, priority) in [(1, 100), (2, 300), (3, 1), (4, 100), (5, 1)] {
+            stage.encoded(arrived, 10_000, priority);
+        }
+        let now = stage.at(6);
+        let mut order = Vec::new();
+        while let Some(entry) = stage.state.take_raw(now, &stage.options) {
+            order.push((entry.pending.arrived - stage.start).as_millis());
+        }
+        assert_eq!(order, [3, 5, 1, 4, 2]);
+    }
+
+    #[test]
+    fn the_dead_are_buried_ten_times_a_second_or_when_room_is_needed() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        stage.state.buried = stage.at(0);
+        stage.encoded(0, 50, 100);
+        stage.decoded(0, 50);
+        stage.encoded(0, 500, 100);
+        stage.state.bury(stage.at(49), true);
+        assert_eq!(stage.slots.used(), 3, "nobody is dead");
+        stage.state.bury(stage.at(99), false);
+        assert_eq!(stage.slots.used(), 3, "there is room, and it was a moment ago");
+        stage.state.bury(stage.at(149), false);
+        assert_eq!(stage.slots.used(), 1);
+        stage.replies.clear();
+        stage.state.bury(stage.at(150), true);
+        assert_eq!(stage.slots.used(), 0, "its client has gone");
+    }
+
+    #[test]
+    fn the_wait_is_what_the_engines_need() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        assert_eq!(stage.state.drain_time(6, &stage.options), 30 * MS);
+        stage.state.prepare_cost = 4 * MS;
+        assert_eq!(stage.state.drain_time(6, &stage.options), 42 * MS, "the same threads decode");
+        stage.options.decoders = 1;
+        assert_eq!(stage.state.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
+        assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
+    }
+}
