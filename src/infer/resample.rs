@@ -4,6 +4,8 @@
 //! Owns which pixels an output needs and with which coefficients; `kernels` multiplies. Must not know crops, tensors, nor
 //! how an image was encoded.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod kernels;
 
 use std::ops::Range;

@@ -6,16 +6,18 @@
 use fearless_simd::prelude::*;
 use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u16x8, u32x8};
 
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
 use super::{PRECISION_BITS, RGB, Taps, View};
 
 /// Half a unit in the last place: the sums start here, so that the shift rounds.
-const HALF: i32 = 1 << (PRECISION_BITS - 1);
+pub(super) const HALF: i32 = 1 << (PRECISION_BITS - 1);
 /// Columns that one step of laying rows side by side takes.
 const STEP: usize = 4;
 /// Bytes that such a step loads, of which it uses `RGB * STEP`.
 const BYTES: usize = 16;
 /// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
-const SPLIT_BITS: u32 = 12;
+pub(super) const SPLIT_BITS: u32 = 12;
 /// Rows that the horizontal kernel takes side by side.
 const ROWS: usize = 8;
 /// Samples of one pair of columns in these rows, of one channel.
@@ -25,23 +27,29 @@ const BLOCK: usize = 32;
 
 /// A fixed-point sum as a sample.
 #[inline(always)]
-fn sample(sum: i32) -> u8 {
+pub(super) fn sample(sum: i32) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
 /// The coefficients of two neighbouring positions, each in an upper and a lower part of 16 bits with sign:
 /// `coefficient = upper << SPLIT_BITS + lower`. One 32-bit lane holds the same part of both, the first one below.
 #[derive(Clone, Copy)]
-struct Pair {
-    upper: i32,
-    lower: i32,
+pub(super) struct Pair {
+    pub(super) upper: i32,
+    pub(super) lower: i32,
 }
 
 impl Pair {
-    fn new(first: i32, second: i32) -> Self {
+    pub(super) fn new(first: i32, second: i32) -> Self {
         let join = |first: i32, second: i32| (first & 0xFFFF) | (second << 16);
         let lower = |weight: i32| weight & ((1 << SPLIT_BITS) - 1);
         Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
+    }
+
+    /// Whether both coefficients are zero.
+    #[inline]
+    pub(super) fn is_zero(self) -> bool {
+        self.upper == 0 && self.lower == 0
     }
 }
 
@@ -93,6 +101,11 @@ pub(super) fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<
         }
     }
     let mut out = vec![0; RGB * taps.len() * view.rows];
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = Level::new().as_avx2() {
+        avx2::horizontal(avx2, view, &starts, &pairs, &mut out);
+        return out;
+    }
     // whole steps of columns, and room for a run that starts at the last one
     let mut columns = vec![0; ((view.len / RGB).next_multiple_of(STEP) / 2 + run) * RGB * LANES];
     dispatch!(Level::new(), simd => simd.vectorize(
@@ -204,6 +217,11 @@ fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
 /// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
 pub(super) fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     let mut out = vec![0; view.len * taps.len()];
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = Level::new().as_avx2() {
+        avx2::vertical(avx2, view, taps, origin, &mut out);
+        return out;
+    }
     dispatch!(Level::new(), simd => simd.vectorize(#[inline(always)] || vertical(simd, view, taps, origin, &mut out)));
     out
 }
