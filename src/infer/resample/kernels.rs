@@ -84,6 +84,10 @@ impl<S: Simd> Sums<S> {
 
 /// Resamples every row of `view`, whose first column is column `origin` of the positions in `taps`.
 pub(super) fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    horizontal_on(Level::new(), view, taps, origin)
+}
+
+fn horizontal_on(level: Level, view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     // runs start at even columns and are equally long: coefficients of zero before and after make up for it
     let lead = |first: usize| (first - origin) % 2;
     let longest = taps.bounds.iter().map(|(first, count)| lead(*first) + count).max().unwrap_or(0);
@@ -102,13 +106,13 @@ pub(super) fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<
     }
     let mut out = vec![0; RGB * taps.len() * view.rows];
     #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = Level::new().as_avx2() {
+    if let Some(avx2) = level.as_avx2() {
         avx2::horizontal(avx2, view, &starts, &pairs, &mut out);
         return out;
     }
     // whole steps of columns, and room for a run that starts at the last one
     let mut columns = vec![0; ((view.len / RGB).next_multiple_of(STEP) / 2 + run) * RGB * LANES];
-    dispatch!(Level::new(), simd => simd.vectorize(
+    dispatch!(level, simd => simd.vectorize(
         #[inline(always)]
         || horizontal(simd, view, &starts, &pairs, &mut columns, &mut out),
     ));
@@ -216,13 +220,17 @@ fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
 
 /// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
 pub(super) fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
+    vertical_on(Level::new(), view, taps, origin)
+}
+
+fn vertical_on(level: Level, view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     let mut out = vec![0; view.len * taps.len()];
     #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = Level::new().as_avx2() {
+    if let Some(avx2) = level.as_avx2() {
         avx2::vertical(avx2, view, taps, origin, &mut out);
         return out;
     }
-    dispatch!(Level::new(), simd => simd.vectorize(#[inline(always)] || vertical(simd, view, taps, origin, &mut out)));
+    dispatch!(level, simd => simd.vectorize(#[inline(always)] || vertical(simd, view, taps, origin, &mut out)));
     out
 }
 
@@ -269,6 +277,40 @@ fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &
                 sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
             });
             *out = sample(sum);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Interpolation;
+
+    /// Machines with AVX2 would never try the others' kernels otherwise.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn all_kernels_give_the_same_bits() {
+        let Some(older) = Level::new().as_sse4_2() else { return };
+        let older = Level::Sse4_2(older);
+        let mut seed = 1_u32;
+        let mut byte = || {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // full ranges overshoot, which has to be clipped
+            [0, 255, (seed >> 24) as u8][(seed >> 20) as usize % 3]
+        };
+        for (from, to) in [(1, 1), (1, 9), (7, 3), (33, 64), (500, 131), (131, 500), (67, 66), (1000, 7)] {
+            for filter in [Interpolation::Bilinear, Interpolation::Bicubic] {
+                let taps = Taps::new(filter, from, to, 0..to);
+                for others in [1, 3, 8, 21] {
+                    let data: Vec<u8> = (0..RGB * from * others).map(|_| byte()).collect();
+                    let view = View::packed(&data, RGB * from);
+                    let here = run_horizontal(view, &taps, 0);
+                    assert_eq!(here, horizontal_on(older, view, &taps, 0), "{from} to {to}, {others} rows");
+                    let view = View::packed(&data, RGB * others);
+                    let here = run_vertical(view, &taps, 0);
+                    assert_eq!(here, vertical_on(older, view, &taps, 0), "{from} to {to}, {others} columns");
+                }
+            }
         }
     }
 }
