@@ -236,7 +236,7 @@ pub struct Metrics {
     pub model_reloads_total: IntCounterVec,
     /// Largest difference of any logit between an image alone and the same image in a batch, measured at warm-up.
     pub invariance_max_abs_diff: GaugeVec,
-    /// Operators of each model by the execution provider that runs them; on GPUs.
+    /// Operators by the execution provider that runs them, as ONNX Runtime names providers; on GPUs only.
     pub provider_nodes: IntGaugeVec,
     /// Images refused before preprocessing, by reason.
     pub decode_rejects_total: IntCounterVec,
