@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::{FilterType, resize};
 use nfold::bench::load::protocol::{self, Protocol};
+use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
@@ -24,8 +25,10 @@ use nfold::infer::top_k::top_k;
 use nfold::model::ModelDir;
 use nfold::server::{Control, Options, Server};
 
-const WINDOW: Duration = Duration::from_secs(4);
-const WARM_UP: Duration = Duration::from_millis(500);
+const WINDOW: Duration = Duration::from_secs(2);
+const WARM_UP: Duration = Duration::from_millis(300);
+/// Parts of one answer, by the server's names; the loop has no queue.
+const PHASES: [&str; 4] = ["decode", "preprocess", "queue", "inference"];
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -33,17 +36,20 @@ fn main() -> Result<()> {
         println!("nothing is measured without: -- REPOSITORY MODEL [ROUNDS]");
         return Ok(());
     };
-    let rounds = rest.first().map_or(Ok(5), |r| r.parse()).context("ROUNDS is no number")?;
+    let rounds = rest.first().map_or(Ok(11), |r| r.parse()).context("ROUNDS is no number")?;
     let cores = std::thread::available_parallelism()?.get();
     let dir = ModelDir::open(Path::new(repository), Some(model), None)?;
     let photograph = photograph()?;
     let house = House::start(repository, model, cores)?;
     let bare = Bare { dir: &dir, onnx: dir.read_onnx()?, photograph: &photograph };
 
-    let (mut saturated, mut alone) = (Vec::new(), Vec::new());
+    let (mut saturated, mut alone, mut phases) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
-        saturated.push((bare.images_per_second(cores)?, house.load(&photograph, 2 * cores)?.0));
-        alone.push((bare.median_ms(cores)?, house.load(&photograph, 1)?.1));
+        saturated.push((bare.images_per_second(cores)?, house.load(&photograph, 2 * cores)?.throughput));
+        let (looped, served) = (bare.alone(cores)?, house.load(&photograph, 1)?);
+        let latency = served.latency_ms.as_ref().context("nothing was answered")?;
+        alone.push((looped.median, latency.p50));
+        phases.push((looped.phases, PHASES.map(|phase| served.server_ms.get(phase).copied().unwrap_or_default())));
     }
     let (loops, served, share) = (
         median(saturated.iter().map(|p| p.0)),
@@ -55,6 +61,10 @@ fn main() -> Result<()> {
     let (loops, served, added) =
         (median(alone.iter().map(|p| p.0)), median(alone.iter().map(|p| p.1)), median(alone.iter().map(|p| p.1 - p.0)));
     println!("one client: loop {loops:.2} ms, server {served:.2} ms, the server adds {added:.2} ms");
+    for (i, phase) in PHASES.iter().enumerate() {
+        let (looped, served) = (median(phases.iter().map(|p| p.0[i])), median(phases.iter().map(|p| p.1[i])));
+        println!("  {phase}: loop {looped:.2} ms, server {served:.2} ms (means)");
+    }
     house.end()
 }
 
@@ -84,14 +94,19 @@ impl Bare<'_> {
         Ok(OrtBackend::open(&self.onnx, "bench", &options)?)
     }
 
-    fn one(&self, preprocessor: &Preprocessor, session: &mut OrtBackend) -> Result<()> {
+    /// Answers one image and tells how long each of [`PHASES`] took.
+    fn one(&self, preprocessor: &Preprocessor, session: &mut OrtBackend) -> Result<[Duration; 4]> {
+        let started = Instant::now();
         let image = decode(self.photograph, &ImageLimits::default(), false)?;
+        let decoded = Instant::now();
         let mut batch = Batch::zeros(1, preprocessor.height(), preprocessor.width());
         preprocessor.apply(&image, batch.image_mut(0));
+        let preprocessed = Instant::now();
         let logits = session.run(&batch)?;
+        let ran = Instant::now();
         let labels = &self.dir.manifest.labels;
         std::hint::black_box(top_k(logits.row(0), 5, labels)?);
-        Ok(())
+        Ok([decoded - started, preprocessed - decoded, Duration::ZERO, ran - preprocessed])
     }
 
     fn images_per_second(&self, threads: usize) -> Result<f64> {
@@ -112,7 +127,7 @@ impl Bare<'_> {
                 })
                 .collect();
             // opening the session takes longer than its first runs
-            std::thread::sleep(WARM_UP * 3);
+            std::thread::sleep(WARM_UP * 4);
             warm.store(true, Ordering::Relaxed);
             let started = Instant::now();
             std::thread::sleep(WINDOW);
@@ -126,20 +141,28 @@ impl Bare<'_> {
         })
     }
 
-    fn median_ms(&self, cores: usize) -> Result<f64> {
+    fn alone(&self, cores: usize) -> Result<Alone> {
         let preprocessor = Preprocessor::new(&self.dir.manifest.preprocessing);
         let mut session = self.session(cores)?;
         let started = Instant::now();
-        let mut times = Vec::new();
+        let (mut times, mut phases) = (Vec::new(), [Duration::ZERO; 4]);
         while started.elapsed() < WARM_UP + WINDOW {
             let one = Instant::now();
-            self.one(&preprocessor, &mut session)?;
+            let took = self.one(&preprocessor, &mut session)?;
             if started.elapsed() > WARM_UP {
                 times.push(one.elapsed().as_secs_f64() * 1e3);
+                phases.iter_mut().zip(took).for_each(|(sum, took)| *sum += took);
             }
         }
-        Ok(median(times.into_iter()))
+        let phases = phases.map(|sum| sum.as_secs_f64() * 1e3 / times.len() as f64);
+        Ok(Alone { median: median(times.into_iter()), phases })
     }
+}
+
+/// One image at a time, in milliseconds.
+struct Alone {
+    median: f64,
+    phases: [f64; 4],
 }
 
 /// The server with the defaults of `nfold serve`.
@@ -188,8 +211,7 @@ impl House {
         Ok(Self { runtime, address, control, served })
     }
 
-    /// Answers a second and their median latency in milliseconds.
-    fn load(&self, photograph: &[u8], connections: usize) -> Result<(f64, f64)> {
+    fn load(&self, photograph: &[u8], connections: usize) -> Result<Step> {
         let plan = Plan {
             server: self.address.clone(),
             protocol: Protocol::Classify,
@@ -207,9 +229,7 @@ impl House {
         };
         let payloads = protocol::classify(vec![photograph.to_vec()], None)?;
         let report = self.runtime.block_on(load::run(&plan, payloads, &|_| {})).0;
-        let step = report.steps.first().context("nothing was measured")?;
-        let latency = step.latency_ms.as_ref().context("nothing was answered")?;
-        Ok((step.throughput, latency.p50))
+        report.steps.into_iter().next().context("nothing was measured")
     }
 
     fn end(self) -> Result<()> {
