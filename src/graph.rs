@@ -4,6 +4,8 @@
 //! The emission is chosen for ONNX Runtime's blocked CPU layout (NCHWc) and stays plain ONNX: SiLU as
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
+pub mod channel_padding;
+
 use bytes::Bytes;
 use half::f16;
 use prost::Message as _;

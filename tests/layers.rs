@@ -12,7 +12,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
     ("bench", &["infer", "chart", "model", "pb"]),
     ("server", &["infer", "model", "metrics", "pb"]),
     ("spp", &["infer", "graph", "nets", "model", "pb", "chart"]),
-    ("infer", &["model", "metrics"]),
+    ("infer", &["graph", "model", "metrics"]),
     ("checkpoint", &["nets", "model"]),
     ("graph", &["nets", "model", "pb"]),
     ("nets", &[]),

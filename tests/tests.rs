@@ -19,6 +19,9 @@ mod reference;
 /// The same bits in any batch.
 mod invariance;
 
+/// Graphs padded to the processor's blocks.
+mod channel_padding;
+
 /// Graphs kept for the next start.
 mod graph_cache;
 

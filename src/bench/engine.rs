@@ -27,7 +27,7 @@ const SETTLE: Duration = Duration::from_millis(80);
 pub struct Contender {
     /// Name: the architecture, or what the user called it.
     pub model: String,
-    /// `folded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
+    /// `folded`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
     pub variant: String,
     /// Height of its input in pixels.
     pub height: usize,
@@ -35,6 +35,8 @@ pub struct Contender {
     pub width: usize,
     /// The graph.
     pub onnx: Vec<u8>,
+    /// Pad its channels to whole blocks, where this processor gains by that.
+    pub pad_channels: bool,
     /// Trainable parameters, where known.
     pub parameters: Option<u64>,
     /// Billions of multiply-accumulates an image, where known.
@@ -203,12 +205,17 @@ fn cell<'a>(
     batch: usize,
     tell: &dyn Fn(f64),
 ) -> Result<Vec<Lane<'a>>, BenchError> {
-    let options = EngineOptions { intra_threads: threads, spinning: plan.spinning, ..EngineOptions::default() };
+    let options = |contender: &Contender| EngineOptions {
+        intra_threads: threads,
+        spinning: plan.spinning,
+        pad_channels: contender.pad_channels,
+        ..EngineOptions::default()
+    };
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let mut lanes = Vec::with_capacity(contenders.len());
     for contender in contenders {
         let started = Instant::now();
-        let backend = OrtBackend::open(&contender.onnx, &contender.label(), &options)?;
+        let backend = OrtBackend::open(&contender.onnx, &contender.label(), &options(contender))?;
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros(batch, contender.height, contender.width);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));

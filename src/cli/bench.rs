@@ -51,7 +51,7 @@ const DEFAULT: [&str; 11] = [
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     /// Architectures (initialised here, nothing is downloaded), checkpoint folders or folded version folders:
-    /// MODEL[@H|@HxW][:folded|:unfolded|:fp16|:broadcast] [default: eleven networks]
+    /// MODEL[@H|@HxW][:folded|:unpadded|:unfolded|:fp16|:broadcast] [default: eleven networks]
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
     /// ONNX file to time as well, one float32 input [N, 3, H, W]; repeat for several

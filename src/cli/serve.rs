@@ -61,6 +61,10 @@ pub struct ServeArgs {
     /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
+    /// Run graphs with the channels they were folded with; else, with AVX-512, they are padded to the 16 that its kernels
+    /// take at a time
+    #[arg(long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
+    no_channel_padding: bool,
     /// Folder for graphs as ONNX Runtime rewrites them for this machine: later starts load those. Made if
     /// missing; only the server should be able to write there [default: none]
     #[arg(long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
@@ -204,6 +208,7 @@ impl ServeArgs {
                 provider,
                 intra_threads,
                 spinning: false,
+                pad_channels: !self.no_channel_padding,
                 gpu: GpuOptions {
                     device: self.device,
                     allow_fallback: self.allow_fallback,

@@ -4,6 +4,7 @@
 mod gpu;
 mod placement;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -13,6 +14,7 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 use super::graph_cache::GraphCache;
+use crate::graph::channel_padding::pad_channels;
 
 pub use self::gpu::{GpuOptions, Profile};
 pub use self::placement::{Placement, check as check_placement};
@@ -183,13 +185,21 @@ pub struct EngineOptions {
     /// Let the pool's threads spin between operators, but not after a run: faster when one session owns the cores, harmful
     /// otherwise.
     pub spinning: bool,
+    /// On the CPU: pad channels to whole [blocks](channel_block) of its kernels, where that pays.
+    pub pad_channels: bool,
     /// For GPUs.
     pub gpu: GpuOptions,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { provider: Provider::Cpu, intra_threads: 1, spinning: false, gpu: GpuOptions::default() }
+        Self {
+            provider: Provider::Cpu,
+            intra_threads: 1,
+            spinning: false,
+            pad_channels: true,
+            gpu: GpuOptions::default(),
+        }
     }
 }
 
@@ -207,7 +217,7 @@ impl OrtBackend {
     /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
-        let session = builder.commit_from_memory(onnx);
+        let session = builder.commit_from_memory(&fitted(onnx, options));
         Self::of(session.map_err(|e| EngineError::BadModel { model: what.into(), reason: e.to_string() })?, what)
     }
 
@@ -225,7 +235,8 @@ impl OrtBackend {
             return Self::open(onnx, what, options);
         }
         // threads and spinning change how a graph runs, not what it is
-        let place = cache.place(&[sha256, &runtime_build()?, options.provider.name(), "all"]);
+        let layout = if options.pad_channels { "padded" } else { "as folded" };
+        let place = cache.place(&[sha256, &runtime_build()?, options.provider.name(), "all", layout]);
         let path = place.display();
         let _alone = cache.alone();
         let cached = cache.read(&place).unwrap_or_else(|reason| {
@@ -250,7 +261,7 @@ impl OrtBackend {
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
             let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
             let mut builder = builder.with_optimized_model_path(draft.path()).map_err(|e| e.to_string())?;
-            let session = builder.commit_from_memory(onnx).map_err(|e| e.to_string())?;
+            let session = builder.commit_from_memory(&fitted(onnx, options)).map_err(|e| e.to_string())?;
             let backend = Self::of(session, what).map_err(|e| e.to_string())?;
             match cache.keep(draft, &place) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
@@ -365,9 +376,30 @@ pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) ->
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
     let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-    let builder = prepare(environment()?, &EngineOptions::default(), GraphOptimizationLevel::All).map_err(bad)?;
+    let options = EngineOptions::default();
+    let builder = prepare(environment()?, &options, GraphOptimizationLevel::All).map_err(bad)?;
     let mut builder = builder.with_optimized_model_path(path).map_err(|e| bad(e.into()))?;
-    builder.commit_from_memory(onnx).map_err(bad).map(drop)
+    builder.commit_from_memory(&fitted(onnx, &options)).map_err(bad).map(drop)
+}
+
+/// The graph as the session is given it.
+fn fitted<'a>(onnx: &'a [u8], options: &EngineOptions) -> Cow<'a, [u8]> {
+    match options.provider {
+        Provider::Cpu if options.pad_channels => {
+            let padded = channel_block().and_then(|block| pad_channels(onnx, block));
+            padded.map_or(Cow::Borrowed(onnx), Cow::Owned)
+        }
+        _ => Cow::Borrowed(onnx),
+    }
+}
+
+/// Channels that this processor's kernels take at a time, where padding to them was measured to pay: with AVX-512.
+pub fn channel_block() -> Option<usize> {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        return Some(16);
+    }
+    None
 }
 
 fn prepare(

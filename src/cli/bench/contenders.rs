@@ -28,11 +28,15 @@ pub fn model(text: &str, seed: u64) -> anyhow::Result<Contender> {
     let path = Path::new(name);
     if path.join(MANIFEST_FILE).is_file() {
         let folded = ModelDir::open_path(path)?;
-        if variant != "folded" {
+        if !matches!(variant, "folded" | "unpadded") {
             bail!("`{text}`: a folded model can't be folded as {variant}; name its checkpoint");
         }
         let onnx = folded.read_onnx()?;
-        let label = if folded.manifest.precision == Precision::Fp16 { "fp16" } else { "folded" };
+        let label = match folded.manifest.precision {
+            _ if variant == "unpadded" => variant,
+            Precision::Fp16 => "fp16",
+            Precision::Fp32 => "folded",
+        };
         return Ok(contender(onnx, &folded.manifest, label, size));
     }
     let options = options(text, variant, size)?;
@@ -63,8 +67,17 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
         (fixed, wanted) => fixed.or(wanted).unwrap_or((DYNAMIC, DYNAMIC)),
     };
     let model = Path::new(path).file_stem().map_or_else(|| path.into(), |s| s.to_string_lossy().into_owned());
-    let variant = "onnx".into();
-    Ok(Contender { model, variant, height, width, onnx, parameters: None, gmacs: None, published: None })
+    Ok(Contender {
+        model,
+        variant: "onnx".into(),
+        height,
+        width,
+        onnx,
+        pad_channels: false,
+        parameters: None,
+        gmacs: None,
+        published: None,
+    })
 }
 
 fn folded(checkpoint: &Checkpoint, options: &FoldOptions, variant: &str) -> anyhow::Result<Contender> {
@@ -83,6 +96,7 @@ fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(us
         height,
         width,
         onnx,
+        pad_channels: variant != "unpadded",
         parameters: Some(manifest.fold.parameters),
         gmacs: Some(manifest.fold.gmacs),
         published: published(&model, height, width),
@@ -96,11 +110,11 @@ fn options(text: &str, variant: &str, size: Option<(usize, usize)>) -> anyhow::R
         ..FoldOptions::default()
     };
     Ok(match variant {
-        "folded" => plain,
+        "folded" | "unpadded" => plain,
         "unfolded" => FoldOptions { unfolded: true, ..plain },
         "fp16" => FoldOptions { precision: Precision::Fp16, ..plain },
         "broadcast" => FoldOptions { gate: Gate::Broadcast, ..plain },
-        other => bail!("`{text}`: `{other}` is no variant; take folded, unfolded, fp16 or broadcast"),
+        other => bail!("`{text}`: `{other}` is no variant; take folded, unpadded, unfolded, fp16 or broadcast"),
     })
 }
 
