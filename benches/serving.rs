@@ -16,7 +16,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, for_this_cpu};
 use nfold::infer::image::{ImageLimits, JpegDecoder, decode};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::resize::Preprocessor;
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     let dir = ModelDir::open(Path::new(repository), Some(model), None)?;
     let photograph = photograph()?;
     let house = House::start(repository, model, cores)?;
-    let bare = Bare { dir: &dir, onnx: dir.read_onnx()?, photograph: &photograph };
+    let bare = Bare { dir: &dir, onnx: for_this_cpu(dir.read_onnx()?), photograph: &photograph };
 
     let (mut saturated, mut alone, mut phases) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
@@ -181,6 +181,7 @@ impl House {
             models: vec![(model.into(), None)],
             engine: EngineOptions::default(),
             graph_cache: None,
+            pad_channels: true,
             elastic_threads: cores,
             scheduler: SchedulerOptions {
                 workers: cores,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use nfold::checkpoint::Checkpoint;
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::graph::channel_padding::pad_channels;
+use nfold::graph::channel_padding;
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::model::{Gate, Precision};
 use nfold::pb::onnx::{ModelProto, NodeProto};
@@ -18,6 +18,10 @@ use crate::golden::goldens_folder;
 
 const SIDE: u32 = 64;
 
+fn pad_channels(onnx: &[u8], block: usize) -> Option<Vec<u8>> {
+    channel_padding::pad_channels(onnx.to_vec().into(), block)
+}
+
 fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
     let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
     let size = if options.size == Size::Dynamic { Size::Dynamic } else { Size::Fixed(SIDE, SIDE) };
@@ -26,11 +30,10 @@ fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
 
 /// Logits of two images by the graph as it is.
 fn logits(onnx: &[u8]) -> Vec<f32> {
-    let options = EngineOptions { pad_channels: false, ..EngineOptions::default() };
     let mut batch = Batch::zeros(2, SIDE as usize, SIDE as usize);
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
-    OrtBackend::open(onnx, "padded", &options).unwrap().run(&batch).unwrap().data
+    OrtBackend::open(onnx, "padded", &EngineOptions::default()).unwrap().run(&batch).unwrap().data
 }
 
 fn agree(name: &str, onnx: &[u8], padded: &[u8], tolerance: f32) {

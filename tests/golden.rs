@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nfold::checkpoint::Checkpoint;
 use nfold::fold::{FoldOptions, Size, fold};
 use nfold::graph::channel_padding::pad_channels;
-use nfold::infer::engine::{Backend, Batch, EngineOptions, OrtBackend};
+use nfold::infer::engine::{self, Backend, Batch, EngineOptions, OrtBackend};
 use nfold::model::{Gate, Precision};
 use prost::Message as _;
 use safetensors::SafeTensors;
@@ -53,8 +53,7 @@ fn cases(folder: &Path) -> Vec<Case> {
 }
 
 fn run(onnx: &[u8], batch: &Batch) -> Vec<f64> {
-    let options = EngineOptions { pad_channels: false, ..EngineOptions::default() };
-    let mut backend = OrtBackend::open(onnx, "golden", &options).unwrap();
+    let mut backend = OrtBackend::open(onnx, "golden", &EngineOptions::default()).unwrap();
     backend.run(batch).unwrap().data.into_iter().map(f64::from).collect()
 }
 
@@ -85,7 +84,7 @@ fn folded_graphs_agree_with_timm() {
                 let options = FoldOptions { size, gate, unfolded, ..FoldOptions::default() };
                 let folded = fold(&checkpoint, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
                 // as folded, and as machines with AVX-512 run it, whatever this one is
-                let wide = pad_channels(&folded.onnx, 16).map(|onnx| (onnx, ", in blocks of 16"));
+                let wide = pad_channels(folded.onnx.clone().into(), 16).map(|onnx| (onnx, ", in blocks of 16"));
                 for (onnx, how) in std::iter::once((folded.onnx, "")).chain(wide) {
                     let error = furthest(&run(&onnx, &case.batch), &case.wide);
                     let ratio = error / allowed;
@@ -202,7 +201,7 @@ fn optimized_graphs_stay_in_the_blocked_layout() {
         println!("SKIPPED: this processor has no blocked layout");
         return;
     }
-    let padded = nfold::infer::engine::channel_block().is_some();
+    let padded = engine::channel_block().is_some();
     let folder = tempfile::tempdir().unwrap();
     for name in [
         "nf_regnet_small",
@@ -215,7 +214,7 @@ fn optimized_graphs_stay_in_the_blocked_layout() {
         let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
         let folded = fold(&checkpoint, &FoldOptions::default()).unwrap();
         let path = folder.path().join(name);
-        nfold::infer::engine::write_optimized(&folded.onnx, name, &path).unwrap();
+        engine::write_optimized(&engine::for_this_cpu(folded.onnx), name, &path).unwrap();
         let model = nfold::pb::onnx::ModelProto::decode(std::fs::read(&path).unwrap().as_slice()).unwrap();
         let mut census: BTreeMap<String, usize> = BTreeMap::new();
         for node in model.graph.unwrap().node {

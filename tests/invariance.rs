@@ -29,7 +29,9 @@ fn logits_do_not_depend_on_the_batch() {
         let options = FoldOptions { size: nfold::fold::Size::Fixed(67, 64), ..FoldOptions::default() };
         let folded = fold(&checkpoint, &options).unwrap();
         // as any machine with AVX-512 runs it, whatever this one is
-        let wide = pad_channels(&folded.onnx, 16).into_iter().map(|onnx| (format!("{name} in blocks of 16"), onnx));
+        let wide = pad_channels(folded.onnx.clone().into(), 16)
+            .into_iter()
+            .map(|onnx| (format!("{name} in blocks of 16"), onnx));
         for (name, onnx) in std::iter::once((name.to_string(), folded.onnx)).chain(wide) {
             check(&name, &onnx);
         }

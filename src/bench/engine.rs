@@ -205,17 +205,14 @@ fn cell<'a>(
     batch: usize,
     tell: &dyn Fn(f64),
 ) -> Result<Vec<Lane<'a>>, BenchError> {
-    let options = |contender: &Contender| EngineOptions {
-        intra_threads: threads,
-        spinning: plan.spinning,
-        pad_channels: contender.pad_channels,
-        ..EngineOptions::default()
-    };
+    let options = EngineOptions { intra_threads: threads, spinning: plan.spinning, ..EngineOptions::default() };
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let mut lanes = Vec::with_capacity(contenders.len());
     for contender in contenders {
+        let onnx = contender.onnx.clone();
         let started = Instant::now();
-        let backend = OrtBackend::open(&contender.onnx, &contender.label(), &options(contender))?;
+        let onnx = if contender.pad_channels { engine::for_this_cpu(onnx) } else { onnx };
+        let backend = OrtBackend::open(&onnx, &contender.label(), &options)?;
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros(batch, contender.height, contender.width);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));

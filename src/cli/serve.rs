@@ -208,7 +208,6 @@ impl ServeArgs {
                 provider,
                 intra_threads,
                 spinning: false,
-                pad_channels: !self.no_channel_padding,
                 gpu: GpuOptions {
                     device: self.device,
                     allow_fallback: self.allow_fallback,
@@ -217,6 +216,7 @@ impl ServeArgs {
                     profiles: Vec::new(),
                 },
             },
+            pad_channels: !self.no_channel_padding,
             graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
             scheduler: SchedulerOptions {

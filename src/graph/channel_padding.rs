@@ -10,13 +10,14 @@
 
 use std::collections::{HashMap, HashSet};
 
+use bytes::Bytes;
 use prost::Message as _;
 
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
 /// The graph with every map's channels padded to whole blocks. `None` where there is nothing to pad, and for graphs that
 /// nfold didn't write or whose operators aren't all known here: those run as they are.
-pub fn pad_channels(onnx: &[u8], block: usize) -> Option<Vec<u8>> {
+pub fn pad_channels(onnx: Bytes, block: usize) -> Option<Vec<u8>> {
     let mut model = ModelProto::decode(onnx).ok()?;
     if model.producer_name != env!("CARGO_PKG_NAME") {
         return None;

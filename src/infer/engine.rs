@@ -4,10 +4,10 @@
 mod gpu;
 mod placement;
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use bytes::Bytes;
 use ort::environment::Environment;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
@@ -185,21 +185,13 @@ pub struct EngineOptions {
     /// Let the pool's threads spin between operators, but not after a run: faster when one session owns the cores, harmful
     /// otherwise.
     pub spinning: bool,
-    /// On the CPU: pad channels to whole [blocks](channel_block) of its kernels, where that pays.
-    pub pad_channels: bool,
     /// For GPUs.
     pub gpu: GpuOptions,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self {
-            provider: Provider::Cpu,
-            intra_threads: 1,
-            spinning: false,
-            pad_channels: true,
-            gpu: GpuOptions::default(),
-        }
+        Self { provider: Provider::Cpu, intra_threads: 1, spinning: false, gpu: GpuOptions::default() }
     }
 }
 
@@ -217,26 +209,26 @@ impl OrtBackend {
     /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
-        let session = builder.commit_from_memory(&fitted(onnx, options));
+        let session = builder.commit_from_memory(onnx);
         Self::of(session.map_err(|e| EngineError::BadModel { model: what.into(), reason: e.to_string() })?, what)
     }
 
     /// As [`open`](Self::open), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
-    /// there: the logits are the same bits either way. `sha256` is the graph's digest. A cache that can't be read or written
-    /// is told to the log and costs nothing more. On a GPU there is nothing to keep, and the graph is opened.
-    pub fn open_cached(
-        onnx: &[u8],
-        sha256: &str,
+    /// there: the logits are the same bits either way. `identity` tells the graph that `onnx` gives from every other. A cache
+    /// that can't be read or written is told to the log and costs nothing more. On a GPU there is nothing to keep, and the
+    /// graph is opened.
+    pub fn open_cached<'a>(
+        onnx: &dyn Fn() -> &'a [u8],
+        identity: &str,
         what: &str,
         options: &EngineOptions,
         cache: &GraphCache,
     ) -> Result<Self, EngineError> {
         if options.provider != Provider::Cpu {
-            return Self::open(onnx, what, options);
+            return Self::open(onnx(), what, options);
         }
         // threads and spinning change how a graph runs, not what it is
-        let layout = if options.pad_channels { "padded" } else { "as folded" };
-        let place = cache.place(&[sha256, &runtime_build()?, options.provider.name(), "all", layout]);
+        let place = cache.place(&[identity, &runtime_build()?, options.provider.name(), "all"]);
         let path = place.display();
         let _alone = cache.alone();
         let cached = cache.read(&place).unwrap_or_else(|reason| {
@@ -261,7 +253,7 @@ impl OrtBackend {
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
             let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
             let mut builder = builder.with_optimized_model_path(draft.path()).map_err(|e| e.to_string())?;
-            let session = builder.commit_from_memory(&fitted(onnx, options)).map_err(|e| e.to_string())?;
+            let session = builder.commit_from_memory(onnx()).map_err(|e| e.to_string())?;
             let backend = Self::of(session, what).map_err(|e| e.to_string())?;
             match cache.keep(draft, &place) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
@@ -271,7 +263,7 @@ impl OrtBackend {
         });
         kept.or_else(|reason: String| {
             tracing::warn!(%path, reason, "graph cache: `{path}` can't be written: {reason}; going on without");
-            Self::open(onnx, what, options)
+            Self::open(onnx(), what, options)
         })
     }
 
@@ -376,21 +368,9 @@ pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) ->
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
     let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-    let options = EngineOptions::default();
-    let builder = prepare(environment()?, &options, GraphOptimizationLevel::All).map_err(bad)?;
+    let builder = prepare(environment()?, &EngineOptions::default(), GraphOptimizationLevel::All).map_err(bad)?;
     let mut builder = builder.with_optimized_model_path(path).map_err(|e| bad(e.into()))?;
-    builder.commit_from_memory(&fitted(onnx, &options)).map_err(bad).map(drop)
-}
-
-/// The graph as the session is given it.
-fn fitted<'a>(onnx: &'a [u8], options: &EngineOptions) -> Cow<'a, [u8]> {
-    match options.provider {
-        Provider::Cpu if options.pad_channels => {
-            let padded = channel_block().and_then(|block| pad_channels(onnx, block));
-            padded.map_or(Cow::Borrowed(onnx), Cow::Owned)
-        }
-        _ => Cow::Borrowed(onnx),
-    }
+    builder.commit_from_memory(onnx).map_err(bad).map(drop)
 }
 
 /// Channels that this processor's kernels take at a time, where padding to them was measured to pay: with AVX-512.
@@ -400,6 +380,13 @@ pub fn channel_block() -> Option<usize> {
         return Some(16);
     }
     None
+}
+
+/// The graph as this machine's CPU runs it fastest: with its channels padded to whole [blocks](channel_block), or as it is.
+pub fn for_this_cpu(onnx: Vec<u8>) -> Vec<u8> {
+    let Some(block) = channel_block() else { return onnx };
+    let onnx = Bytes::from(onnx);
+    pad_channels(onnx.clone(), block).unwrap_or_else(|| onnx.into())
 }
 
 fn prepare(

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -34,6 +34,8 @@ pub struct RegistryOptions {
     pub engine: EngineOptions,
     /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
     pub graph_cache: Option<GraphCache>,
+    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels, where that pays.
+    pub pad_channels: bool,
     /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
     pub elastic_threads: usize,
     /// How images are queued and batched.
@@ -104,20 +106,8 @@ impl LiveModel {
     /// Opens a model of the repository: the graph's digest is checked, every worker opens its session and warms it.
     /// Blocks for seconds.
     pub fn open(dir: &ModelDir, options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
-        let onnx = Arc::new(dir.read_onnx()?);
+        let onnx = dir.read_onnx()?;
         let what = dir.onnx().display().to_string();
-        let opener = |engine: EngineOptions| -> OpenBackend {
-            let (onnx, what) = (onnx.clone(), what.clone());
-            // `read_onnx` has checked it
-            let (cache, sha256) = (options.graph_cache.clone(), dir.manifest.onnx_sha256.clone());
-            Box::new(move || {
-                let backend = match &cache {
-                    None => OrtBackend::open(&onnx, &what, &engine)?,
-                    Some(cache) => OrtBackend::open_cached(&onnx, &sha256, &what, &engine, cache)?,
-                };
-                Ok(Box::new(backend) as Box<dyn Backend>)
-            })
-        };
         let engine = engine_of(dir, options);
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
@@ -128,6 +118,25 @@ impl LiveModel {
                 engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
             }
         }
+        // `read_onnx` has checked the digest
+        let mut identity = dir.manifest.onnx_sha256.clone();
+        let pads = options.pad_channels && engine.provider == Provider::Cpu;
+        if let Some(block) = engine::channel_block().filter(|_| pads) {
+            identity.push_str(&format!(" in blocks of {block}"));
+        }
+        // once for all engines, and not at all where the cache has it
+        let graph = Arc::new(LazyLock::new(move || if pads { engine::for_this_cpu(onnx) } else { onnx }));
+        let opener = |engine: EngineOptions| -> OpenBackend {
+            let (graph, what) = (graph.clone(), what.clone());
+            let (cache, identity) = (options.graph_cache.clone(), identity.clone());
+            Box::new(move || {
+                let backend = match &cache {
+                    None => OrtBackend::open(&graph, &what, &engine)?,
+                    Some(cache) => OrtBackend::open_cached(&|| &graph, &identity, &what, &engine, cache)?,
+                };
+                Ok(Box::new(backend) as Box<dyn Backend>)
+            })
+        };
         let engines = Engines {
             open: opener(engine.clone()),
             // it alone spins: several pools that do so disturb each other
