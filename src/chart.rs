@@ -159,8 +159,8 @@ impl Figure {
             let y = (lines - 1) as f64 * LEGEND_LINE + 10.0;
             let of_name = || self.panels.iter().flat_map(|p| &p.series).filter(|s| s.name == *name);
             if of_name().any(|s| s.line) {
-                let (class, end) = (look_class(i), x + 26.0);
-                let _ = write!(svg, "<path class=\"line {class}\" d=\"M{x:.1} {y:.1}H{end:.1}\"/>");
+                let (class, thick, end) = (look_class(i), thickness(i), x + 26.0);
+                let _ = write!(svg, "<path class=\"line {class}\"{thick} d=\"M{x:.1} {y:.1}H{end:.1}\"/>");
             }
             if of_name().any(|s| s.marks != Marks::None) {
                 svg += &mark(i, x + 13.0, y, 4.0);
@@ -262,7 +262,7 @@ impl<'a> Drawing<'a> {
                     None => pen = 'M',
                 }
             }
-            let _ = writeln!(out, "<path class=\"line {class}\" d=\"{path}\"/>");
+            let _ = writeln!(out, "<path class=\"line {class}\"{} d=\"{path}\"/>", thickness(look));
         }
         for (place, interval) in places.iter().zip(&series.intervals) {
             if let (Some((x, _)), Some(low), Some(high)) = (place, self.y.place(interval.0), self.y.place(interval.1)) {
@@ -392,6 +392,11 @@ fn look_class(i: usize) -> String {
     format!("s{}", i % LOOKS.len())
 }
 
+/// Once every look is taken, the next series have them again in thicker lines.
+fn thickness(i: usize) -> &'static str {
+    if i < LOOKS.len() { "" } else { " style=\"stroke-width:4\"" }
+}
+
 /// The mark of series `i`: circle, square, diamond, triangle in turn.
 fn mark(i: usize, x: f64, y: f64, r: f64) -> String {
     let class = look_class(i);
@@ -485,6 +490,19 @@ mod tests {
             columns: 2,
             panel_size: (380.0, 300.0),
         }
+    }
+
+    #[test]
+    fn no_two_series_look_alike() {
+        let mut many = figure();
+        let one = many.panels[0].series[0].clone();
+        many.panels[0].series = (0..12).map(|i| Series { name: format!("series {i}"), ..one.clone() }).collect();
+        let svg = many.svg();
+        let mut looks: Vec<&str> =
+            svg.split("<path class=\"line ").skip(1).filter_map(|l| l.split(" d=").next()).collect();
+        looks.sort_unstable();
+        looks.dedup();
+        assert_eq!(looks.len(), 12 + 2, "and two of the second panel: {looks:?}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ const STYLE: &str = "\
 :root{color-scheme:light dark;--ink:#1b1b1b;--soft:#666;--line:#dcdcdc;--paper:#fff}\
 @media(prefers-color-scheme:dark){:root{--ink:#ececec;--soft:#a4a4a4;--line:#3a3a3a;--paper:#161616}}\
 .nfold-chart{max-width:100%;height:auto}\
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;margin:2rem auto;\
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1280px;margin:2rem auto;\
 padding:0 1rem}h1{font-size:1.6rem}h2{margin-top:2.4rem}h3{margin-top:1.8rem}figure{margin:1rem 0}\
 figcaption,small,.note{color:var(--soft);font-size:.88rem}.wide{overflow-x:auto}table{border-collapse:collapse;\
 font-size:.86rem;width:100%}th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid var(--line);\
