@@ -55,7 +55,7 @@ fn every_family_answers_as_before() {
         for block in [8, 12, 16] {
             match pad_channels(&onnx, block) {
                 Some(padded) => {
-                    agree(&format!("{name} in blocks of {block}"), &onnx, &padded, 2e-6);
+                    agree(&format!("{name} in blocks of {block}"), &onnx, &padded, 1e-5);
                     assert_eq!(pad_channels(&padded, block), None, "{name}: padded once is padded");
                     padded_at.insert((name.as_str(), block));
                 }
@@ -74,7 +74,7 @@ fn every_emission_answers_as_before() {
     let broadcast = FoldOptions { gate: Gate::Broadcast, ..FoldOptions::default() };
     let dynamic = FoldOptions { size: Size::Dynamic, ..FoldOptions::default() };
     let half = FoldOptions { precision: Precision::Fp16, ..FoldOptions::default() };
-    for (options, tolerance) in [(broadcast, 2e-6), (dynamic, 2e-6), (half, 2e-3)] {
+    for (options, tolerance) in [(broadcast, 1e-5), (dynamic, 1e-5), (half, 2e-3)] {
         let onnx = folded("nf_regnet_small", options);
         agree("nf_regnet_small", &onnx, &pad_channels(&onnx, 16).expect("padded"), tolerance);
     }
