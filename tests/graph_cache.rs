@@ -65,8 +65,16 @@ fn a_hit_is_what_is_in_the_file() {
     let of_a = files(folder.path()).pop().unwrap();
     let answers_b = cached(&b, "b", 1, folder.path());
     let of_b = files(folder.path()).into_iter().find(|f| *f != of_a).unwrap();
-    std::fs::copy(of_b, of_a).unwrap();
+    std::fs::remove_dir_all(&of_a).unwrap();
+    std::fs::rename(of_b, of_a).unwrap();
     assert_eq!(cached(&a, "a", 1, folder.path()), answers_b);
+}
+
+/// A graph's two files.
+fn parts(place: &Path) -> (PathBuf, PathBuf) {
+    let (graph, weights): (Vec<_>, Vec<_>) = files(place).into_iter().partition(|f| f.ends_with("graph"));
+    assert_eq!((graph.len(), weights.len()), (1, 1));
+    (graph[0].clone(), weights[0].clone())
 }
 
 #[test]
@@ -74,33 +82,68 @@ fn a_damaged_file_is_made_anew() {
     let folder = tempfile::tempdir().unwrap();
     let onnx = folded("nf_regnet_small");
     let cold = cached(&onnx, "x", 1, folder.path());
-    let file = files(folder.path()).pop().unwrap();
-    let whole = std::fs::read(&file).unwrap();
-    let mut flipped = whole.clone();
-    flipped[whole.len() / 2] ^= 64;
+    let place = files(folder.path()).pop().unwrap();
+    let size = |file: PathBuf| std::fs::metadata(file).unwrap().len();
+    let sizes = || (size(parts(&place).0), size(parts(&place).1));
+    let whole = sizes();
+    assert!(whole.1 > 1 << 16, "large weights are beside the graph: {whole:?}");
     // whole, but no graph
-    let other = tempfile::tempdir().unwrap();
-    let sealed = [&b"no graph"[..], b"nfoldgr1", &crc32fast::hash(b"no graph").to_le_bytes()].concat();
-    for damaged in [Vec::new(), whole[..whole.len() / 2].to_vec(), flipped, sealed] {
-        std::fs::write(&file, damaged).unwrap();
-        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
-        // ONNX Runtime may write the same tensors in another order
-        let anew = std::fs::read(&file).unwrap();
-        assert_eq!(anew.len(), whole.len(), "made anew");
-        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
-        assert!(std::fs::read(&file).unwrap() == anew, "and good for the next");
+    let sealed = |weights: &[u8]| {
+        let sums = [crc32fast::hash(b"no graph"), crc32fast::hash(weights)].map(u32::to_le_bytes).concat();
+        [&b"no graph"[..], b"nfoldgr2", &sums].concat()
+    };
+    type Damage<'a> = &'a dyn Fn(Vec<u8>) -> Vec<u8>;
+    let damages: [Damage<'_>; 3] = [&|_| Vec::new(), &|whole| whole[..whole.len() / 2].to_vec(), &|mut whole| {
+        let middle = whole.len() / 2;
+        whole[middle] ^= 64;
+        whole
+    }];
+    let recovers = |what: &str| {
+        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "{what}");
+        assert_eq!(sizes(), whole, "made anew");
+        let stamp = std::fs::metadata(parts(&place).0).unwrap().modified().unwrap();
+        assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "{what}");
+        assert_eq!(std::fs::metadata(parts(&place).0).unwrap().modified().unwrap(), stamp, "and good for the next");
+        assert_eq!(files(folder.path()).len(), 1, "no draft is left behind");
+    };
+    for damage in damages {
+        for is_graph in [true, false] {
+            let (graph, weights) = parts(&place);
+            let file = if is_graph { graph } else { weights };
+            std::fs::write(&file, damage(std::fs::read(&file).unwrap())).unwrap();
+            recovers(&format!("{}", file.display()));
+        }
     }
-    // a folder that can't be made or written, and a folder where the file should be
+    let (graph, weights) = parts(&place);
+    std::fs::write(&graph, sealed(&std::fs::read(weights).unwrap())).unwrap();
+    recovers("no graph");
+    std::fs::remove_file(parts(&place).1).unwrap();
+    recovers("no weights");
+    // a folder that can't be made or written, and a file where the folder should be
+    let other = tempfile::tempdir().unwrap();
     let in_the_way = other.path().join("file");
     std::fs::write(&in_the_way, "").unwrap();
     assert_eq!(cached(&onnx, "x", 1, &in_the_way.join("cache")), cold);
-    std::fs::remove_file(&file).unwrap();
-    std::fs::create_dir(&file).unwrap();
-    assert_eq!(cached(&onnx, "x", 1, folder.path()), cold);
-    assert_eq!(files(folder.path()).len(), 1, "no draft is left behind");
+    std::fs::remove_dir_all(&place).unwrap();
+    std::fs::write(&place, "").unwrap();
+    recovers("a file where the folder should be");
     if Path::new("/proc/self").exists() {
         assert_eq!(cached(&onnx, "x", 1, Path::new("/proc/nfold-cache")), cold, "a read-only file system");
     }
+}
+
+/// Sessions share the weights' file: replaced or removed, those that run keep what they have.
+#[test]
+fn a_running_session_keeps_its_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let onnx = folded("nf_regnet_small");
+    let cold = cached(&onnx, "x", 1, folder.path());
+    let cache = GraphCache::new(folder.path());
+    let mut running = OrtBackend::open_cached(&|| &onnx, "x", "m", &options(1), &cache).unwrap();
+    std::fs::remove_dir_all(files(folder.path()).pop().unwrap()).unwrap();
+    assert_eq!(bits(&mut running), cold);
+    assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "made anew");
+    assert_eq!(bits(&mut running), cold);
 }
 
 /// Loading, as medians of interleaved rounds. With EXPORTS naming a folder, `MODEL_KIND.onnx` in it are loaded too.

@@ -238,6 +238,10 @@ impl OrtBackend {
         if let Some(graph) = cached {
             let opened = Self::builder(what, options, GraphOptimizationLevel::Disable)
                 .map_err(|e| e.to_string())
+                .and_then(|builder| {
+                    let entry = ("session.model_external_initializers_file_folder_path", place.to_string_lossy());
+                    configure(builder, [entry]).map_err(|e| e.to_string())
+                })
                 .and_then(|mut builder| builder.commit_from_memory(&graph).map_err(|e| e.to_string()))
                 .and_then(|session| Self::of(session, what).map_err(|e| e.to_string()));
             match opened {
@@ -247,12 +251,20 @@ impl OrtBackend {
                 }
                 Err(reason) => {
                     tracing::warn!(%path, reason, "graph cache: `{path}` is refused: {reason}; making it anew");
+                    if let Err(error) = cache.discard(&place) {
+                        tracing::warn!(%path, %error, "graph cache: `{path}` can't be removed: {error}");
+                    }
                 }
             }
         }
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
             let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
-            let mut builder = builder.with_optimized_model_path(draft.path()).map_err(|e| e.to_string())?;
+            let builder = builder.with_optimized_model_path(draft.graph()).map_err(|e| e.to_string())?;
+            let entries = [
+                ("session.optimized_model_external_initializers_file_name", draft.weights()),
+                ("session.optimized_model_external_initializers_min_size_in_bytes", LARGE.to_string()),
+            ];
+            let mut builder = configure(builder, entries).map_err(|e| e.to_string())?;
             let session = builder.commit_from_memory(onnx()).map_err(|e| e.to_string())?;
             let backend = Self::of(session, what).map_err(|e| e.to_string())?;
             match cache.keep(draft, &place) {
@@ -427,6 +439,20 @@ impl Backend for OrtBackend {
         Ok(Logits { images: batch.images, classes: classes as usize, data: data.to_vec() })
     }
 }
+
+fn configure<const N: usize>(
+    mut builder: SessionBuilder,
+    entries: [(&str, impl AsRef<str>); N],
+) -> ort::Result<SessionBuilder> {
+    for (key, value) in entries {
+        builder = builder.with_config_entry(key, value)?;
+    }
+    Ok(builder)
+}
+
+/// Bytes from which on a cached graph's weight is mapped into memory. Every such weight is a mapping of each session; below
+/// this they are many and save nothing.
+const LARGE: usize = 1 << 16;
 
 /// The process's one ONNX Runtime environment, made on first use.
 fn environment() -> Result<&'static Environment, EngineError> {

@@ -1,19 +1,26 @@
 //! Graphs as ONNX Runtime has rewritten them for this machine, kept in a folder so that the next start needn't.
 //!
-//! Owns names, integrity and the way to disk of the files; `engine` makes and loads what is in them. A file that can't be
-//! used is as good as none. Whoever can write to the folder decides what is computed: it belongs to the server.
+//! Owns names, integrity and the way to disk of the files; `engine` makes and loads what is in them. Every graph has a
+//! folder of two files: its large weights are beside it, for ONNX Runtime to map into memory rather than copy, so that a
+//! load doesn't wait for them and all sessions share them. A graph that can't be used is as good as none. Whoever can write
+//! to the folder decides what is computed, and can end the server by cutting a mapped file short: it belongs to the server.
 
-use std::io::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
-use tempfile::NamedTempFile;
+use tempfile::TempDir;
 
 /// Changes with everything that this program does differently when it writes a graph.
-const FORMAT: &str = "nfold-graph/1";
-/// Ends every file: the mark and a CRC-32 of what is before it.
-const MARK: &[u8; 8] = b"nfoldgr1";
+const FORMAT: &str = "nfold-graph/2";
+/// Ends every graph: the mark, a CRC-32 of what is before it and one of its weights.
+const MARK: &[u8; 8] = b"nfoldgr2";
+/// The graph's file in its folder.
+const GRAPH: &str = "graph";
+/// How the name of its weights' file ends.
+const WEIGHTS: &str = "weights";
 
 /// A folder of rewritten graphs. Clones share it.
 #[derive(Debug, Clone)]
@@ -34,7 +41,7 @@ impl GraphCache {
         self.one.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the graph that `parts` describe is, or would be. What a rewritten graph depends on beyond them is added: the
+    /// The folder of the graph that `parts` describe, be it there or not. What a rewritten graph depends on beyond them is added: the
     /// processor's instruction sets.
     pub(super) fn place(&self, parts: &[&str]) -> PathBuf {
         let mut digest = Sha256::new();
@@ -43,41 +50,103 @@ impl GraphCache {
             digest.update(part);
         }
         let name: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        self.folder.join(format!("{name}.graph"))
+        self.folder.join(name)
     }
 
-    /// The graph there; none if there is none, and an error if what is there is no whole graph.
+    /// The graph there, without its weights; none if there is none, and an error if graph or weights aren't whole.
     pub(super) fn read(&self, place: &Path) -> Result<Option<Vec<u8>>, String> {
-        let mut bytes = match std::fs::read(place) {
+        let mut bytes = match std::fs::read(place.join(GRAPH)) {
             Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !place.exists() => return Ok(None),
             Err(e) => return Err(e.to_string()),
         };
-        let end = bytes.len().saturating_sub(MARK.len() + 4);
+        let weights = weights_in(place)
+            .and_then(|path| checksum(&path))
+            .map_err(|e| format!("its weights can't be read: {e}"))?;
+        let end = bytes.len().saturating_sub(MARK.len() + 8);
         let (graph, tail) = bytes.split_at(end);
-        let whole = tail.strip_prefix(MARK).is_some_and(|sum| sum == crc32fast::hash(graph).to_le_bytes());
-        if !whole {
+        if tail != seal(crc32fast::hash(graph), weights) {
             return Err("it is damaged".into());
         }
         bytes.truncate(end);
         Ok(Some(bytes))
     }
 
-    /// A file beside the others for ONNX Runtime to write to; gone unless it is kept.
-    pub(super) fn draft(&self) -> std::io::Result<NamedTempFile> {
+    /// A folder beside the others for ONNX Runtime to write to; gone unless it is kept.
+    pub(super) fn draft(&self) -> std::io::Result<Draft> {
         std::fs::create_dir_all(&self.folder)?;
-        tempfile::Builder::new().prefix(".").suffix(".draft").tempfile_in(&self.folder)
+        tempfile::Builder::new().prefix(DRAFT).tempdir_in(&self.folder).map(Draft)
     }
 
-    /// Seals a draft and gives it its name.
-    pub(super) fn keep(&self, draft: NamedTempFile, place: &Path) -> std::io::Result<()> {
-        // by its name: ONNX Runtime may have written another file in its place
-        let sum = crc32fast::hash(&std::fs::read(draft.path())?);
-        let mut file = std::fs::OpenOptions::new().append(true).open(draft.path())?;
-        file.write_all(MARK)?;
-        file.write_all(&sum.to_le_bytes())?;
+    /// Removes the graph there.
+    pub(super) fn discard(&self, place: &Path) -> std::io::Result<()> {
+        // out of every reader's way first, and as a whole
+        let old = self.draft()?;
+        std::fs::rename(place, old.0.path().join("old"))
+    }
+
+    /// Seals a draft and gives it its name. If another process was first, its graph stays.
+    pub(super) fn keep(&self, draft: Draft, place: &Path) -> std::io::Result<()> {
+        let (graph, weights) = (draft.graph(), draft.0.path().join(draft.weights()));
+        // a graph without large weights has no file of them yet
+        OpenOptions::new().create(true).append(true).open(&weights)?.sync_all()?;
+        let seal = seal(checksum(&graph)?, checksum(&weights)?);
+        let mut file = OpenOptions::new().append(true).open(&graph)?;
+        file.write_all(&seal)?;
         file.sync_all()?;
-        draft.persist(place).map(drop).map_err(|e| e.error)
+        match self.read(place) {
+            Ok(Some(_)) => return Ok(()),
+            Ok(None) => {}
+            // a folder can't be renamed onto a full one
+            Err(_) => self.discard(place)?,
+        }
+        std::fs::rename(draft.0.path(), place)?;
+        // it has another name: nothing is left to remove
+        let _ = draft.0.keep();
+        Ok(())
+    }
+}
+
+const DRAFT: &str = "draft-";
+
+/// A graph being written.
+#[derive(Debug)]
+pub(super) struct Draft(TempDir);
+
+impl Draft {
+    /// Where the graph goes.
+    pub(super) fn graph(&self) -> PathBuf {
+        self.0.path().join(GRAPH)
+    }
+
+    /// The file beside it where its weights go. ONNX Runtime writes this name into the graph; that no other graph has it is
+    /// what keeps one from another's weights, should a folder change between two looks.
+    pub(super) fn weights(&self) -> String {
+        let name = self.0.path().file_name().unwrap_or_default().to_string_lossy();
+        format!("{}.{WEIGHTS}", name.trim_start_matches(DRAFT))
+    }
+}
+
+/// The weights' file in a graph's folder.
+fn weights_in(place: &Path) -> std::io::Result<PathBuf> {
+    let paths = std::fs::read_dir(place)?.map(|entry| entry.map(|e| e.path()));
+    let mut weights = paths.filter(|p| p.as_ref().map_or(true, |p| p.extension().is_some_and(|e| e == WEIGHTS)));
+    weights.next().unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
+}
+
+fn seal(graph: u32, weights: u32) -> Vec<u8> {
+    [&MARK[..], &graph.to_le_bytes(), &weights.to_le_bytes()].concat()
+}
+
+/// CRC-32 of a file, read a little at a time.
+fn checksum(path: &Path) -> std::io::Result<u32> {
+    let (mut file, mut sum) = (File::open(path)?, crc32fast::Hasher::new());
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(sum.finalize()),
+            read => sum.update(&buffer[..read]),
+        }
     }
 }
 
@@ -137,20 +206,40 @@ mod tests {
         let cache = GraphCache::new(folder.path().join("made"));
         let place = cache.place(&["x"]);
         assert_eq!(cache.read(&place), Ok(None));
-        for graph in [&b""[..], b"graph"] {
+        for (graph, weights) in [(&b""[..], None), (b"graph", None), (b"graph", Some(b"weights"))] {
             let draft = cache.draft().expect("draft");
-            std::fs::write(draft.path(), graph).expect("written");
+            std::fs::write(draft.graph(), graph).expect("written");
+            if let Some(weights) = weights {
+                std::fs::write(draft.0.path().join(draft.weights()), weights).expect("written");
+            }
             cache.keep(draft, &place).expect("kept");
             assert_eq!(cache.read(&place), Ok(Some(graph.to_vec())));
+            if weights.is_none() {
+                std::fs::remove_dir_all(&place).expect("removed");
+            }
         }
-        let whole = std::fs::read(&place).expect("file");
-        for cut in 0..whole.len() {
-            std::fs::write(&place, &whole[..cut]).expect("written");
-            assert!(cache.read(&place).is_err(), "{cut}");
-            let mut flipped = whole.clone();
-            flipped[cut] ^= 1;
-            std::fs::write(&place, flipped).expect("written");
-            assert!(cache.read(&place).is_err(), "{cut}");
+        let first = |other: &[u8]| {
+            let draft = cache.draft().expect("draft");
+            std::fs::write(draft.graph(), other).expect("written");
+            cache.keep(draft, &place).expect("kept");
+            cache.read(&place)
+        };
+        assert_eq!(first(b"another process's"), Ok(Some(b"graph".to_vec())), "who was first stays");
+        for path in [place.join(GRAPH), weights_in(&place).expect("weights")] {
+            let file = path.display();
+            let whole = std::fs::read(&path).expect("file");
+            for cut in 0..whole.len() {
+                std::fs::write(&path, &whole[..cut]).expect("written");
+                assert!(cache.read(&place).is_err(), "{file} {cut}");
+                let mut flipped = whole.clone();
+                flipped[cut] ^= 1;
+                std::fs::write(&path, flipped).expect("written");
+                assert!(cache.read(&place).is_err(), "{file} {cut}");
+            }
+            std::fs::remove_file(&path).expect("removed");
+            assert!(cache.read(&place).is_err(), "no {file}");
+            std::fs::write(&path, whole).expect("written");
+            assert_eq!(cache.read(&place), Ok(Some(b"graph".to_vec())));
         }
         drop(cache.draft().expect("draft"));
         assert_eq!(std::fs::read_dir(folder.path().join("made")).expect("folder").count(), 1, "drafts go");
