@@ -23,7 +23,7 @@ use nfold::infer::resize::Preprocessor;
 use nfold::infer::scheduler::{Invariance, SchedulerOptions};
 use nfold::infer::top_k::top_k;
 use nfold::model::ModelDir;
-use nfold::server::{Control, Options, Server};
+use nfold::server::{self, Control, Options, Server};
 
 const WINDOW: Duration = Duration::from_secs(2);
 const WARM_UP: Duration = Duration::from_millis(300);
@@ -175,7 +175,7 @@ struct House {
 
 impl House {
     fn start(repository: &str, model: &str, cores: usize) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let runtime = server::runtime()?;
         let registry = RegistryOptions {
             repository: repository.into(),
             models: vec![(model.into(), None)],
@@ -229,7 +229,9 @@ impl House {
             seed: 1,
         };
         let payloads = protocol::classify(vec![photograph.to_vec()], None)?;
-        let report = self.runtime.block_on(load::run(&plan, payloads, &|_| {})).0;
+        // on the same cores, but as another program would be: on a thread of its own
+        let client = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let report = client.block_on(load::run(&plan, payloads, &|_| {})).0;
         report.steps.into_iter().next().context("nothing was measured")
     }
 

@@ -16,7 +16,7 @@ use crate::infer::image::ImageLimits;
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::infer::scheduler::{Invariance, SchedulerOptions};
 use crate::logging::{self, LogFormat};
-use crate::server::{Control, Options, Server, TlsOptions};
+use crate::server::{self, Control, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
@@ -289,13 +289,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         return Err(anyhow!("--tensorrt-fp16 and --tensorrt-cache mean something to --provider tensorrt only"));
     }
     let (options, registry) = args.resolve()?;
-    // async threads only move bytes: the compute threads need the cores
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .thread_name("nfold-io")
-        .max_blocking_threads(16)
-        .enable_all()
-        .build()
-        .map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
+    let runtime = server::runtime().map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
     let served = runtime.block_on(async {
         let control = signals().map_err(|e| anyhow!("can't listen for signals: {e}"))?;
         let server = Server::bind(options)?;

@@ -157,6 +157,18 @@ pub enum ServeError {
     Broken(String),
 }
 
+/// The async runtime for a server on all of this machine. Its threads only move bytes, the compute threads need the cores:
+/// half as many as those leave them more of their time (measured in `benches/serving.rs`).
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    tokio::runtime::Builder::new_multi_thread()
+        .thread_name("nfold-io")
+        .worker_threads(cores.div_ceil(2))
+        .max_blocking_threads(16)
+        .enable_all()
+        .build()
+}
+
 /// A server with its addresses, not yet running.
 #[derive(Debug)]
 pub struct Server {
