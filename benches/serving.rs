@@ -16,7 +16,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, for_this_cpu};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::infer::image::{ImageLimits, JpegDecoder, decode};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::resize::Preprocessor;
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     let dir = ModelDir::open(Path::new(repository), Some(model), None)?;
     let photograph = photograph()?;
     let house = House::start(repository, model, cores)?;
-    let bare = Bare { dir: &dir, onnx: for_this_cpu(dir.read_onnx()?), photograph: &photograph };
+    let bare = Bare { dir: &dir, graph: Fitted::for_this_cpu(dir.read_onnx()?), photograph: &photograph };
 
     let (mut saturated, mut alone, mut phases) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
@@ -84,14 +84,14 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 /// What no server can beat: the work and nothing else.
 struct Bare<'a> {
     dir: &'a ModelDir,
-    onnx: Vec<u8>,
+    graph: Fitted,
     photograph: &'a [u8],
 }
 
 impl Bare<'_> {
     fn session(&self, intra_threads: usize) -> Result<OrtBackend> {
         let options = EngineOptions { intra_threads, spinning: intra_threads > 1, ..EngineOptions::default() };
-        Ok(OrtBackend::open(&self.onnx, "bench", &options)?)
+        Ok(OrtBackend::open_fitted(&self.graph, "bench", &options)?)
     }
 
     /// Answers one image and tells how long each of [`PHASES`] took.

@@ -5,6 +5,7 @@
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
 pub mod channel_padding;
+pub mod detached_weights;
 
 use bytes::Bytes;
 use half::f16;
@@ -161,7 +162,8 @@ impl GraphBuilder {
 
     fn initializer(&mut self, name: &str, dims: &[usize], data_type: i32, raw: Vec<u8>) -> String {
         let dims = dims.iter().map(|&d| d as i64).collect();
-        self.initializers.push(TensorProto { dims, data_type, name: name.into(), raw_data: Bytes::from(raw) });
+        let raw_data = Bytes::from(raw);
+        self.initializers.push(TensorProto { dims, data_type, name: name.into(), raw_data, ..TensorProto::default() });
         name.into()
     }
 

@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use nfold::checkpoint::Checkpoint;
 use nfold::fold::{FoldOptions, Size, fold};
 use nfold::graph::channel_padding;
+use nfold::graph::detached_weights::detach_weights;
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::model::{Gate, Precision};
-use nfold::pb::onnx::{ModelProto, NodeProto};
+use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto};
 use prost::Message as _;
 use rand::SeedableRng as _;
 use rand::seq::IndexedRandom as _;
@@ -19,7 +20,7 @@ use crate::golden::goldens_folder;
 const SIDE: u32 = 64;
 
 fn pad_channels(onnx: &[u8], block: usize) -> Option<Vec<u8>> {
-    channel_padding::pad_channels(onnx.to_vec().into(), block)
+    channel_padding::pad_channels(onnx.to_vec().into(), block).map(|model| model.encode_to_vec())
 }
 
 fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
@@ -77,6 +78,32 @@ fn every_emission_answers_as_before() {
     for (options, tolerance) in [(broadcast, 1e-5), (dynamic, 1e-5), (half, 2e-3)] {
         let onnx = folded("nf_regnet_small", options);
         agree("nf_regnet_small", &onnx, &pad_channels(&onnx, 16).expect("padded"), tolerance);
+    }
+}
+
+#[test]
+fn weights_beside_the_graph_are_those_in_it() {
+    for precision in [Precision::Fp32, Precision::Fp16] {
+        let onnx = folded("nf_regnet_small", FoldOptions { precision, ..FoldOptions::default() });
+        let padded = channel_padding::pad_channels(onnx.into(), 16).expect("padded");
+        let whole = padded.encode_to_vec();
+        for from in [0, 1 << 12, usize::MAX] {
+            let apart = detach_weights(padded.clone(), from);
+            let mut again = ModelProto::decode(apart.onnx.as_slice()).unwrap();
+            assert!(precision == Precision::Fp16 || apart.weights.is_empty() == (from == usize::MAX), "{from}");
+            let tensors = &mut again.graph.as_mut().unwrap().initializer;
+            for weight in apart.weights {
+                assert!(
+                    weight.data.len() * 4 >= from && weight.data.len() as i64 == weight.dims.iter().product::<i64>()
+                );
+                let tensor = tensors.iter_mut().find(|t| t.name == weight.name).unwrap();
+                assert!(tensor.data_location() == DataLocation::External && tensor.dims == weight.dims);
+                (tensor.data_location, tensor.external_data) = (0, Vec::new());
+                tensor.float_data = weight.data;
+            }
+            let answers = |onnx: &[u8]| logits(onnx).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            assert!(answers(&again.encode_to_vec()) == answers(&whole), "{precision:?} from {from}");
+        }
     }
 }
 

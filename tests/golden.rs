@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nfold::checkpoint::Checkpoint;
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::graph::channel_padding::pad_channels;
-use nfold::infer::engine::{self, Backend, Batch, EngineOptions, OrtBackend};
+use nfold::infer::engine::{self, Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::model::{Gate, Precision};
 use prost::Message as _;
 use safetensors::SafeTensors;
@@ -52,8 +51,8 @@ fn cases(folder: &Path) -> Vec<Case> {
         .collect()
 }
 
-fn run(onnx: &[u8], batch: &Batch) -> Vec<f64> {
-    let mut backend = OrtBackend::open(onnx, "golden", &EngineOptions::default()).unwrap();
+fn run(graph: &Fitted, batch: &Batch) -> Vec<f64> {
+    let mut backend = OrtBackend::open_fitted(graph, "golden", &EngineOptions::default()).unwrap();
     backend.run(batch).unwrap().data.into_iter().map(f64::from).collect()
 }
 
@@ -84,9 +83,9 @@ fn folded_graphs_agree_with_timm() {
                 let options = FoldOptions { size, gate, unfolded, ..FoldOptions::default() };
                 let folded = fold(&checkpoint, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
                 // as folded, and as machines with AVX-512 run it, whatever this one is
-                let wide = pad_channels(folded.onnx.clone().into(), 16).map(|onnx| (onnx, ", in blocks of 16"));
-                for (onnx, how) in std::iter::once((folded.onnx, "")).chain(wide) {
-                    let error = furthest(&run(&onnx, &case.batch), &case.wide);
+                let wide = Fitted::in_blocks(folded.onnx.clone().into(), 16).map(|g| (g, ", in blocks of 16"));
+                for (graph, how) in std::iter::once((Fitted::as_it_is(folded.onnx), "")).chain(wide) {
+                    let error = furthest(&run(&graph, &case.batch), &case.wide);
                     let ratio = error / allowed;
                     println!(
                         "{name}.{k} {size:?} {gate:?} unfolded {unfolded}{how}: {error:.2e}, {ratio:.2} of {allowed:.2e}"
@@ -161,7 +160,7 @@ fn half_precision_is_close() {
         assert!(folded.onnx.len() * 10 < full.onnx.len() * 6);
         let span =
             case.wide.iter().fold(f64::MIN, |a, b| a.max(*b)) - case.wide.iter().fold(f64::MAX, |a, b| a.min(*b));
-        let error = furthest(&run(&folded.onnx, &case.batch), &case.wide) / span;
+        let error = furthest(&run(&Fitted::as_it_is(folded.onnx), &case.batch), &case.wide) / span;
         println!("{}: {error:.1e} of the span", folder.display());
         assert!(error < 1e-2, "{}: {error}", folder.display());
     }
@@ -214,7 +213,7 @@ fn optimized_graphs_stay_in_the_blocked_layout() {
         let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
         let folded = fold(&checkpoint, &FoldOptions::default()).unwrap();
         let path = folder.path().join(name);
-        engine::write_optimized(&engine::for_this_cpu(folded.onnx), name, &path).unwrap();
+        engine::write_optimized(&Fitted::for_this_cpu(folded.onnx), name, &path).unwrap();
         let model = nfold::pb::onnx::ModelProto::decode(std::fs::read(&path).unwrap().as_slice()).unwrap();
         let mut census: BTreeMap<String, usize> = BTreeMap::new();
         for node in model.graph.unwrap().node {

@@ -1,11 +1,10 @@
-//! Graphs kept for the next start: the same bits, damage, folders that can't be written, and what it saves.
+//! Graphs kept for the next start: the same bits, damage, folders that can't be written.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use nfold::checkpoint::Checkpoint;
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend, for_this_cpu};
+use nfold::infer::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::infer::graph_cache::GraphCache;
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
@@ -30,8 +29,8 @@ fn options(intra_threads: usize) -> EngineOptions {
 }
 
 fn cached(onnx: &[u8], sha256: &str, threads: usize, folder: &Path) -> Vec<u32> {
-    let cache = GraphCache::new(folder);
-    bits(&mut OrtBackend::open_cached(&|| onnx, sha256, "m", &options(threads), &cache).unwrap())
+    let (cache, graph) = (GraphCache::new(folder), Fitted::as_it_is(onnx.to_vec()));
+    bits(&mut OrtBackend::open_cached(&|| &graph, sha256, "m", &options(threads), &cache).unwrap())
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
@@ -55,6 +54,20 @@ fn cold_and_cached_give_the_same_bits() {
         // it was really loaded: with another model's file in its place another model answers
         assert_eq!((files(folder.path()).len(), stamp()), (1, first));
     }
+}
+
+#[test]
+fn padded_graphs_are_kept_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = GraphCache::new(folder.path());
+    let graph = Fitted::in_blocks(folded("nf_regnet_small").into(), 16).expect("padded");
+    let cold = bits(&mut OrtBackend::open_fitted(&graph, "m", &options(1)).unwrap());
+    for round in ["written", "kept"] {
+        let mut backend = OrtBackend::open_cached(&|| &graph, "x", "m", &options(1), &cache).unwrap();
+        assert_eq!(bits(&mut backend), cold, "{round}");
+    }
+    let nothing = || -> &Fitted { panic!("it was not kept") };
+    assert_eq!(bits(&mut OrtBackend::open_cached(&nothing, "x", "m", &options(1), &cache).unwrap()), cold);
 }
 
 #[test]
@@ -138,60 +151,10 @@ fn a_running_session_keeps_its_weights() {
     let folder = tempfile::tempdir().unwrap();
     let onnx = folded("nf_regnet_small");
     let cold = cached(&onnx, "x", 1, folder.path());
-    let cache = GraphCache::new(folder.path());
-    let mut running = OrtBackend::open_cached(&|| &onnx, "x", "m", &options(1), &cache).unwrap();
+    let (cache, graph) = (GraphCache::new(folder.path()), Fitted::as_it_is(onnx.clone()));
+    let mut running = OrtBackend::open_cached(&|| &graph, "x", "m", &options(1), &cache).unwrap();
     std::fs::remove_dir_all(files(folder.path()).pop().unwrap()).unwrap();
     assert_eq!(bits(&mut running), cold);
     assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "made anew");
     assert_eq!(bits(&mut running), cold);
-}
-
-/// Loading, as medians of interleaved rounds. With EXPORTS naming a folder, `MODEL_KIND.onnx` in it are loaded too.
-#[test]
-#[ignore = "it measures"]
-fn load_times() {
-    const ROUNDS: usize = 21;
-    for (model, side) in [("nf_regnet_b0", 256), ("nf_regnet_b1", 288)] {
-        let folder = tempfile::tempdir().unwrap();
-        let made = crate::cli::nfold(&["init", model, "--out", "checkpoint"], folder.path());
-        assert!(made.status.success());
-        let checkpoint = Checkpoint::open(&folder.path().join("checkpoint")).unwrap();
-        let onnx =
-            fold(&checkpoint, &FoldOptions { size: Size::Fixed(side, side), ..FoldOptions::default() }).unwrap().onnx;
-        let cache = GraphCache::new(folder.path().join("cache"));
-        let open = |onnx: Vec<u8>| drop(OrtBackend::open(&onnx, model, &options(1)).unwrap());
-        let padded = |onnx: Vec<u8>| open(for_this_cpu(onnx));
-        // as the server names it and makes it: padded where this processor wants that, and only for the first start
-        let fitted = for_this_cpu(onnx.clone());
-        let cached = |_| drop(OrtBackend::open_cached(&|| &fitted, model, model, &options(1), &cache).unwrap());
-        cached(Vec::new());
-        let exports: Vec<(String, Vec<u8>)> = ["torchscript", "dynamo"]
-            .into_iter()
-            .filter_map(|kind| {
-                let path = Path::new(&std::env::var_os("EXPORTS")?).join(format!("{model}_{kind}.onnx"));
-                Some((kind.to_string(), std::fs::read(path).ok()?))
-            })
-            .collect();
-        type Load<'a> = &'a dyn Fn(Vec<u8>);
-        let mut lanes: Vec<(&str, &[u8], Load<'_>)> = vec![
-            ("folded, cold", &onnx, &padded),
-            ("folded, not padded", &onnx, &open),
-            ("folded, cached", &[], &cached),
-        ];
-        lanes.extend(exports.iter().map(|(kind, bytes)| (kind.as_str(), bytes.as_slice(), &open as Load<'_>)));
-        let mut times = vec![Vec::new(); lanes.len()];
-        for round in 0..ROUNDS {
-            for i in (0..lanes.len()).map(|i| (i + round) % lanes.len()) {
-                let (_, onnx, load) = lanes[i];
-                let onnx = onnx.to_vec();
-                let started = Instant::now();
-                load(onnx);
-                times[i].push(started.elapsed().as_secs_f64() * 1e3);
-            }
-        }
-        for ((name, ..), times) in lanes.iter().zip(&mut times) {
-            times.sort_by(f64::total_cmp);
-            println!("{model} {name}: {:.1} ms ({:.1} to {:.1})", times[ROUNDS / 2], times[5], times[15]);
-        }
-    }
 }

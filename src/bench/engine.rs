@@ -15,7 +15,7 @@ use super::accuracy::Published;
 use super::machine::{Machine, ProcessorTime};
 use super::peak::{self, Peak};
 use super::statistics::{self, Ratio, Summary, median};
-use crate::infer::engine::{self, Backend as _, Batch, EngineOptions, OrtBackend};
+use crate::infer::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 
 /// Version of the report's layout, documented in `docs/benchmarks.md`.
 pub const SCHEMA: &str = "nfold-bench-engine/1";
@@ -211,8 +211,8 @@ fn cell<'a>(
     for contender in contenders {
         let onnx = contender.onnx.clone();
         let started = Instant::now();
-        let onnx = if contender.pad_channels { engine::for_this_cpu(onnx) } else { onnx };
-        let backend = OrtBackend::open(&onnx, &contender.label(), &options)?;
+        let graph = if contender.pad_channels { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) };
+        let backend = OrtBackend::open_fitted(&graph, &contender.label(), &options)?;
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros(batch, contender.height, contender.width);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));

@@ -18,7 +18,7 @@ use serde_json::json;
 use tempfile::NamedTempFile;
 
 use super::jpeg_decoder::JpegDecoderArg;
-use crate::infer::engine::{Backend, Batch, EngineOptions, OrtBackend, for_this_cpu};
+use crate::infer::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use crate::infer::image::{Decoder, ImageLimits};
 use crate::infer::resize::Preprocessor;
 use crate::infer::top_k::{Prediction, top_k};
@@ -100,14 +100,15 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
         images = images.into_iter().skip(index).step_by(count).collect();
     }
     let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
-    let onnx = for_this_cpu(model.read_onnx()?);
+    let graph = Fitted::for_this_cpu(model.read_onnx()?);
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let workers = args.threads.unwrap_or(cores).clamp(1, images.len().max(1));
     // one image may have all the cores; several are faster with a core each
     let intra_threads = if workers == 1 { args.threads.unwrap_or(cores).max(1) } else { 1 };
     let options = EngineOptions { intra_threads, ..EngineOptions::default() };
     let what = model.onnx().display().to_string();
-    let backends: Vec<_> = (0..workers).map(|_| OrtBackend::open(&onnx, &what, &options)).collect::<Result<_, _>>()?;
+    let backends: Vec<_> =
+        (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
 
     let many = images.len() > MANY;
     let (out, written): (Box<dyn Write>, _) = match &args.output {

@@ -15,9 +15,10 @@ use prost::Message as _;
 
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
-/// The graph with every map's channels padded to whole blocks. `None` where there is nothing to pad, and for graphs that
-/// nfold didn't write or whose operators aren't all known here: those run as they are.
-pub fn pad_channels(onnx: Bytes, block: usize) -> Option<Vec<u8>> {
+/// The graph with every map's channels padded to whole blocks; padded single-precision weights are in `float_data`. `None`
+/// where there is nothing to pad, and for graphs that nfold didn't write or whose operators aren't all known here: those run
+/// as they are.
+pub fn pad_channels(onnx: Bytes, block: usize) -> Option<ModelProto> {
     let mut model = ModelProto::decode(onnx).ok()?;
     if model.producer_name != env!("CARGO_PKG_NAME") {
         return None;
@@ -28,7 +29,7 @@ pub fn pad_channels(onnx: Bytes, block: usize) -> Option<Vec<u8>> {
         return None;
     }
     widths.apply(graph)?;
-    Some(model.encode_to_vec())
+    Some(model)
 }
 
 /// Maps whose channels operators tie together: they are padded alike.
@@ -231,27 +232,48 @@ fn widen(tensor: &mut TensorProto, rows: usize, columns: usize, column: &dyn Fn(
     if (had_rows, had_columns) == (rows, columns) {
         return Some(());
     }
-    let element = match tensor.data_type {
-        1 => 4,
-        10 => 2,
-        _ => return None,
-    };
-    let cell = dims.iter().skip(2).try_fold(element, |all: usize, &d| all.checked_mul(d))?;
+    let cell = dims.iter().skip(2).try_fold(1, |all: usize, &d| all.checked_mul(d))?;
     let row = had_columns.checked_mul(cell)?;
-    let mut wide = vec![0; rows.checked_mul(columns)?.checked_mul(cell)?];
-    if tensor.raw_data.len() != had_rows.checked_mul(row)? {
-        return None;
-    }
-    for (r, values) in tensor.raw_data.chunks_exact(row.max(1)).enumerate() {
-        let start = r.checked_mul(columns)?.checked_add(column(r))?.checked_mul(cell)?;
-        wide.get_mut(start..start.checked_add(row)?)?.copy_from_slice(values);
+    let shape = Widening { had: had_rows.checked_mul(row)?, row, rows, columns, cell, column };
+    let raw = std::mem::take(&mut tensor.raw_data);
+    match tensor.data_type {
+        1 => tensor.float_data = shape.widen(&raw, |v: [u8; 4]| f32::from_le_bytes(v))?,
+        10 => tensor.raw_data = shape.widen(&raw, |v: [u8; 2]| v)?.into_flattened().into(),
+        _ => return None,
     }
     tensor.dims[0] = rows as i64;
     if let Some(second) = tensor.dims.get_mut(1) {
         *second = columns as i64;
     }
-    tensor.raw_data = wide.into();
     Some(())
+}
+
+/// How a tensor's values move when it is widened.
+struct Widening<'a> {
+    /// Values that there were, and of them in a row.
+    had: usize,
+    row: usize,
+    rows: usize,
+    columns: usize,
+    /// Values of a column.
+    cell: usize,
+    column: &'a dyn Fn(usize) -> usize,
+}
+
+impl Widening<'_> {
+    fn widen<const N: usize, T: Copy + Default>(&self, raw: &[u8], read: impl Fn([u8; N]) -> T) -> Option<Vec<T>> {
+        let mut wide = vec![T::default(); self.rows.checked_mul(self.columns)?.checked_mul(self.cell)?];
+        let (values, []) = raw.as_chunks::<N>() else { return None };
+        if values.len() != self.had {
+            return None;
+        }
+        for (r, values) in values.chunks(self.row.max(1)).enumerate() {
+            let start = r.checked_mul(self.columns)?.checked_add((self.column)(r))?.checked_mul(self.cell)?;
+            let place = wide.get_mut(start..start.checked_add(values.len())?)?;
+            place.iter_mut().zip(values).for_each(|(place, value)| *place = read(*value));
+        }
+        Some(wide)
+    }
 }
 
 fn groups(node: &NodeProto) -> Option<usize> {

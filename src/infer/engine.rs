@@ -1,21 +1,21 @@
 //! Runs ONNX graphs with ONNX Runtime. The only room that names `ort`: it finds the library, opens sessions and moves
 //! tensors. It knows nothing of images, labels or requests.
 
+mod fitted;
 mod gpu;
 mod placement;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use bytes::Bytes;
 use ort::environment::Environment;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 use super::graph_cache::GraphCache;
-use crate::graph::channel_padding::pad_channels;
 
+pub use self::fitted::{Fitted, channel_block};
 pub use self::gpu::{GpuOptions, Profile};
 pub use self::placement::{Placement, check as check_placement};
 
@@ -209,23 +209,29 @@ impl OrtBackend {
     /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
-        let session = builder.commit_from_memory(onnx);
-        Self::of(session.map_err(|e| EngineError::BadModel { model: what.into(), reason: e.to_string() })?, what)
+        Self::of(builder.commit_from_memory(onnx).map_err(refused(what))?, what)
     }
 
-    /// As [`open`](Self::open), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
-    /// there: the logits are the same bits either way. `identity` tells the graph that `onnx` gives from every other. A cache
+    /// As [`open`](Self::open).
+    pub fn open_fitted(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
+        let mut builder = graph.lend_weights(builder).map_err(refused(what))?;
+        Self::of(builder.commit_from_memory(graph.onnx()).map_err(refused(what))?, what)
+    }
+
+    /// As [`open_fitted`](Self::open_fitted), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
+    /// there: the logits are the same bits either way. `identity` tells the graph that `graph` gives from every other. A cache
     /// that can't be read or written is told to the log and costs nothing more. On a GPU there is nothing to keep, and the
     /// graph is opened.
     pub fn open_cached<'a>(
-        onnx: &dyn Fn() -> &'a [u8],
+        graph: &dyn Fn() -> &'a Fitted,
         identity: &str,
         what: &str,
         options: &EngineOptions,
         cache: &GraphCache,
     ) -> Result<Self, EngineError> {
         if options.provider != Provider::Cpu {
-            return Self::open(onnx(), what, options);
+            return Self::open_fitted(graph(), what, options);
         }
         // threads and spinning change how a graph runs, not what it is
         let place = cache.place(&[identity, &runtime_build()?, options.provider.name(), "all"]);
@@ -235,14 +241,14 @@ impl OrtBackend {
             tracing::warn!(%path, reason, "graph cache: `{path}` can't be used: {reason}; making it anew");
             None
         });
-        if let Some(graph) = cached {
+        if let Some(onnx) = cached {
             let opened = Self::builder(what, options, GraphOptimizationLevel::Disable)
                 .map_err(|e| e.to_string())
                 .and_then(|builder| {
                     let entry = ("session.model_external_initializers_file_folder_path", place.to_string_lossy());
                     configure(builder, [entry]).map_err(|e| e.to_string())
                 })
-                .and_then(|mut builder| builder.commit_from_memory(&graph).map_err(|e| e.to_string()))
+                .and_then(|mut builder| builder.commit_from_memory(&onnx).map_err(|e| e.to_string()))
                 .and_then(|session| Self::of(session, what).map_err(|e| e.to_string()));
             match opened {
                 Ok(backend) => {
@@ -258,14 +264,16 @@ impl OrtBackend {
             }
         }
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
+            let graph = graph();
             let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
+            let builder = graph.lend_weights(builder).map_err(|e| e.to_string())?;
             let builder = builder.with_optimized_model_path(draft.graph()).map_err(|e| e.to_string())?;
             let entries = [
                 ("session.optimized_model_external_initializers_file_name", draft.weights()),
                 ("session.optimized_model_external_initializers_min_size_in_bytes", LARGE.to_string()),
             ];
             let mut builder = configure(builder, entries).map_err(|e| e.to_string())?;
-            let session = builder.commit_from_memory(onnx()).map_err(|e| e.to_string())?;
+            let session = builder.commit_from_memory(graph.onnx()).map_err(|e| e.to_string())?;
             let backend = Self::of(session, what).map_err(|e| e.to_string())?;
             match cache.keep(draft, &place) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
@@ -275,7 +283,7 @@ impl OrtBackend {
         });
         kept.or_else(|reason: String| {
             tracing::warn!(%path, reason, "graph cache: `{path}` can't be written: {reason}; going on without");
-            Self::open(onnx(), what, options)
+            Self::open_fitted(graph(), what, options)
         })
     }
 
@@ -330,9 +338,8 @@ pub struct MapBackend {
 impl MapBackend {
     /// Opens a session on ONNX bytes; `what` names them in messages.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
-        let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-        let mut builder = prepare(environment()?, options, GraphOptimizationLevel::All).map_err(bad)?;
-        Ok(Self { session: builder.commit_from_memory(onnx).map_err(bad)? })
+        let mut builder = prepare(environment()?, options, GraphOptimizationLevel::All).map_err(refused(what))?;
+        Ok(Self { session: builder.commit_from_memory(onnx).map_err(refused(what))? })
     }
 
     /// Runs the graph on `inputs` and shows `each` output once, in half precision widened. An output that is no
@@ -378,27 +385,15 @@ pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) ->
 }
 
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
-pub fn write_optimized(onnx: &[u8], what: &str, path: &Path) -> Result<(), EngineError> {
-    let bad = |e: ort::Error| EngineError::BadModel { model: what.into(), reason: e.to_string() };
-    let builder = prepare(environment()?, &EngineOptions::default(), GraphOptimizationLevel::All).map_err(bad)?;
-    let mut builder = builder.with_optimized_model_path(path).map_err(|e| bad(e.into()))?;
-    builder.commit_from_memory(onnx).map_err(bad).map(drop)
+pub fn write_optimized(graph: &Fitted, what: &str, path: &Path) -> Result<(), EngineError> {
+    let builder = OrtBackend::builder(what, &EngineOptions::default(), GraphOptimizationLevel::All)?;
+    let builder = graph.lend_weights(builder).map_err(refused(what))?;
+    let mut builder = builder.with_optimized_model_path(path).map_err(|e| refused(what)(e.into()))?;
+    builder.commit_from_memory(graph.onnx()).map_err(refused(what)).map(drop)
 }
 
-/// Channels that this processor's kernels take at a time, where padding to them was measured to pay: with AVX-512.
-pub fn channel_block() -> Option<usize> {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") {
-        return Some(16);
-    }
-    None
-}
-
-/// The graph as this machine's CPU runs it fastest: with its channels padded to whole [blocks](channel_block), or as it is.
-pub fn for_this_cpu(onnx: Vec<u8>) -> Vec<u8> {
-    let Some(block) = channel_block() else { return onnx };
-    let onnx = Bytes::from(onnx);
-    pad_channels(onnx.clone(), block).unwrap_or_else(|| onnx.into())
+fn refused(what: &str) -> impl Fn(ort::Error) -> EngineError {
+    move |e| EngineError::BadModel { model: what.into(), reason: e.to_string() }
 }
 
 fn prepare(
@@ -450,7 +445,7 @@ fn configure<const N: usize>(
     Ok(builder)
 }
 
-/// Bytes from which on a cached graph's weight is mapped into memory. Every such weight is a mapping of each session; below
+/// Bytes from which on a weight stays out of its graph's bytes. Of a kept graph each is a mapping of every session: below
 /// this they are many and save nothing.
 const LARGE: usize = 1 << 16;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::engine::{self, Backend, Batch, EngineError, EngineOptions, OrtBackend, Profile, Provider};
+use super::engine::{self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider};
 use super::error::InferError;
 use super::graph_cache::GraphCache;
 use super::resize::Preprocessor;
@@ -125,13 +125,16 @@ impl LiveModel {
             identity.push_str(&format!(" in blocks of {block}"));
         }
         // once for all engines, and not at all where the cache has it
-        let graph = Arc::new(LazyLock::new(move || if pads { engine::for_this_cpu(onnx) } else { onnx }));
+        let graph = Arc::new(LazyLock::new(move || match pads {
+            true => Fitted::for_this_cpu(onnx),
+            false => Fitted::as_it_is(onnx),
+        }));
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (graph, what) = (graph.clone(), what.clone());
             let (cache, identity) = (options.graph_cache.clone(), identity.clone());
             Box::new(move || {
                 let backend = match &cache {
-                    None => OrtBackend::open(&graph, &what, &engine)?,
+                    None => OrtBackend::open_fitted(&graph, &what, &engine)?,
                     Some(cache) => OrtBackend::open_cached(&|| &graph, &identity, &what, &engine, cache)?,
                 };
                 Ok(Box::new(backend) as Box<dyn Backend>)
