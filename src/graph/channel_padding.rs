@@ -15,7 +15,7 @@ use prost::Message as _;
 
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
-/// The graph with every map's channels padded to whole blocks; padded single-precision weights are in `float_data`. `None`
+/// The graph with every map's channels padded to whole blocks; its single-precision weights are in `float_data`. `None`
 /// where there is nothing to pad, and for graphs that nfold didn't write or whose operators aren't all known here: those run
 /// as they are.
 pub fn pad_channels(onnx: Bytes, block: usize) -> Option<ModelProto> {
@@ -229,7 +229,7 @@ impl Widths {
 fn widen(tensor: &mut TensorProto, rows: usize, columns: usize, column: &dyn Fn(usize) -> usize) -> Option<()> {
     let dims: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<_>>()?;
     let (had_rows, had_columns) = (*dims.first()?, dims.get(1).copied().unwrap_or(1));
-    if (had_rows, had_columns) == (rows, columns) {
+    if (had_rows, had_columns) == (rows, columns) && tensor.data_type != 1 {
         return Some(());
     }
     let cell = dims.iter().skip(2).try_fold(1, |all: usize, &d| all.checked_mul(d))?;
