@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nfold::infer::error::InferError;
+use nfold::infer::job::{Job, SchedulerOptions};
+use nfold::infer::request::{Input, Terms, Ticket};
 use nfold::infer::resize::Preprocessor;
-use nfold::infer::scheduler::{Input, Job, Scheduler, SchedulerOptions, Terms, Ticket};
+use nfold::infer::scheduler::Scheduler;
 use nfold::metrics::{Metrics, Outcome};
 use proptest::prelude::*;
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
 use nfold::infer::image::{ImageLimits, JpegDecoder};
+use nfold::infer::job::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::infer::registry::Engines;
-use nfold::infer::scheduler::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::metrics::{Metrics, Outcome};
 use nfold::model::{Manifest, ModelDir};
 

@@ -26,7 +26,7 @@ const ROOMS: [(&str, &[&str]); 16] = [
 
 /// Words, and the only files (or folders) that may use them.
 const CONFINED: [(&str, &[&str]); 10] = [
-    ("ort::", &["infer/engine.rs", "infer/engine/fitted.rs", "infer/engine/gpu.rs"]),
+    ("ort::", &["infer/engine.rs", "infer/engine/"]),
     ("safetensors::", &["checkpoint/"]),
     ("prometheus::", &["metrics.rs"]),
     ("\"nfold_", &["metrics.rs"]),

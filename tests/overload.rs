@@ -8,7 +8,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::{Outcome, Step};
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::infer::scheduler::SchedulerOptions;
+use nfold::infer::job::SchedulerOptions;
 use nfold::server::Options;
 
 use crate::fakes::{eventually, options};

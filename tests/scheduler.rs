@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nfold::infer::error::InferError;
+use nfold::infer::job::{Golden, Invariance, Job, SchedulerOptions, StartError};
+use nfold::infer::request::{Input, Output, Terms, Ticket};
 use nfold::infer::resize::Preprocessor;
-use nfold::infer::scheduler::{
-    Golden, Input, Invariance, Job, Output, Scheduler, SchedulerOptions, StartError, Terms, Ticket,
-};
+use nfold::infer::scheduler::Scheduler;
 use nfold::metrics::{Metrics, Outcome};
 
 use crate::fakes::{CLASSES, Fault, MARK, SIDE, Strings, all_images, eventually, images, model_dir, opener, options};

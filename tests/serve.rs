@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
+use nfold::infer::job::SchedulerOptions;
 use nfold::infer::registry::{LiveModel, Registry};
-use nfold::infer::scheduler::SchedulerOptions;
 use nfold::metrics::{Metrics, Outcome, Protocol};
 use nfold::server::{Control, Options, ServeError, Server};
 use serde_json::{Value, json};

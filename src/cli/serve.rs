@@ -13,8 +13,8 @@ use super::jpeg_decoder::JpegDecoderArg;
 use crate::infer::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::graph_cache::GraphCache;
 use crate::infer::image::ImageLimits;
+use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
-use crate::infer::scheduler::{Invariance, SchedulerOptions};
 use crate::logging::{self, LogFormat};
 use crate::server::{self, Control, Options, Server, TlsOptions};
 

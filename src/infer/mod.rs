@@ -1,18 +1,21 @@
 //! The engine room: encoded image → predictions. Knows no protocol (no axum, tonic, http) and no checkpoint.
 //!
-//! An image walks `scheduler` (a slot in the `queue`, or refused before any work) → `worker` (a compute thread: `image`
+//! An image, a [`request`], walks `scheduler` (a slot in the `queue`, or refused before any work) → `worker` (a compute thread: `image`
 //! decodes, limits first; `resize` crops and normalises what `resample` makes) → a [`engine::Batch`] → `engine` (a thread
-//! that owns its session) → `top_k`. `registry` holds the live models; `verify` compares two graphs on the same input;
+//! that owns its session) → `top_k`. `registry` holds the live models and
+//! starts a scheduler with a [`job`] for each; `verify` compares two graphs on the same input;
 //! `graph_cache` keeps what the runtime made of a graph.
 
 pub mod engine;
 pub mod error;
 pub mod graph_cache;
 pub mod image;
+pub mod job;
 #[cfg(feature = "turbojpeg")]
 mod libjpeg;
 mod queue;
 pub mod registry;
+pub mod request;
 mod resample;
 pub mod resize;
 pub mod scheduler;

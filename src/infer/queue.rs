@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::error::InferError;
-use super::scheduler::{Input, Output, SchedulerOptions};
+use super::job::SchedulerOptions;
+use super::request::{Input, Output};
 use crate::metrics::{ModelMetrics, Outcome};
 
 /// Images admitted and not yet answered, at most `limit`.
@@ -300,7 +301,7 @@ pub(super) fn smooth(average: Duration, value: Duration) -> Duration {
 mod tests {
     use super::*;
     use crate::infer::image::ImageLimits;
-    use crate::infer::scheduler::Invariance;
+    use crate::infer::job::Invariance;
     use crate::metrics::Metrics;
 
     const MS: Duration = Duration::from_millis(1);

@@ -13,10 +13,10 @@ use bytes::Bytes;
 use super::engine::{self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider};
 use super::error::InferError;
 use super::graph_cache::GraphCache;
+use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
+use super::request::{Input, Output, Terms, Timings};
 use super::resize::Preprocessor;
-use super::scheduler::{
-    self, Health, Input, Job, OpenBackend, Output, Scheduler, SchedulerOptions, StartError, Terms, Timings,
-};
+use super::scheduler::{Health, Scheduler};
 use super::top_k::{NotFinite, Prediction, check_finite, top_k};
 use super::verify;
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
@@ -518,12 +518,12 @@ fn select(options: &RegistryOptions) -> Result<Vec<(String, u32)>, RegistryError
 }
 
 /// What the manifest says that the model must answer.
-fn golden(dir: &ModelDir) -> Result<Option<scheduler::Golden>, RegistryError> {
+fn golden(dir: &ModelDir) -> Result<Option<Golden>, RegistryError> {
     let Some(golden) = &dir.manifest.golden else { return Ok(None) };
     let p = &dir.manifest.preprocessing;
     let input = verify::images((p.height as usize, p.width as usize)).next().unwrap_or_default();
     if verify::digest(&input) != golden.input_sha256 {
         return Err(RegistryError::Golden(dir.name.clone()));
     }
-    Ok(Some(scheduler::Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance }))
+    Ok(Some(Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance }))
 }

@@ -6,7 +6,8 @@
 use std::time::{Duration, Instant};
 
 use super::engine::{Batch, Logits};
-use super::scheduler::{Invariance, Shared, StartError};
+use super::job::{Invariance, StartError};
+use super::scheduler::Shared;
 use super::verify;
 use super::worker::Worker;
 

@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 use super::engine::{Backend, Batch, Logits};
 use super::error::InferError;
 use super::image;
+use super::job::StartError;
 use super::queue::{Entry, Pending, Prepared};
-use super::scheduler::{Input, Output, Seat, Shared, StartError, Task, Timings};
+use super::request::{Input, Output, Timings};
+use super::scheduler::{Seat, Shared, Task};
 use super::warm_up::{Warm, warm_up};
 use crate::metrics::{Phase, RunResult};
 

@@ -17,7 +17,7 @@ use super::accept::Unreadable;
 use super::http::App;
 use super::status::{self, Failure};
 use crate::infer::registry::LiveModel;
-use crate::infer::scheduler::Timings;
+use crate::infer::request::Timings;
 use crate::metrics::{Outcome, Protocol};
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

@@ -14,7 +14,7 @@ use super::super::status::{ApiError, Code};
 use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
-use crate::infer::scheduler::{Input, Terms};
+use crate::infer::request::{Input, Terms};
 use crate::infer::tensor::RawTensor;
 use crate::infer::top_k::{Prediction, top_k};
 

@@ -1,0 +1,91 @@
+//! One image from the caller's side: what is brought, on which terms, and what comes back.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::error::InferError;
+use super::tensor::RawTensor;
+
+/// Until when a request may take, and who goes first.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// When nobody waits any more.
+    pub deadline: Instant,
+    /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served.
+    pub priority: u32,
+}
+
+/// The place in the queue of a request that names no priority.
+pub const DEFAULT_PRIORITY: u32 = 100;
+
+impl From<Instant> for Terms {
+    fn from(deadline: Instant) -> Self {
+        Self { deadline, priority: 0 }
+    }
+}
+
+/// One image, as the caller brings it.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// A JPEG, PNG … file.
+    Encoded(Bytes),
+    /// A tensor ready for the network, `[3, height, width]`.
+    Tensor(Vec<f32>),
+    /// The same, or its pixels, in bytes.
+    Raw(RawTensor),
+}
+
+impl Input {
+    /// Whether it can be a network's input of `len` values. Encoded images can, until they are decoded.
+    pub(super) fn fits(&self, len: usize) -> bool {
+        match self {
+            Self::Encoded(_) => true,
+            Self::Tensor(values) => values.len() == len,
+            Self::Raw(raw) => raw.values() == Some(len),
+        }
+    }
+}
+
+/// Where an image's time went.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Timings {
+    /// Decoding.
+    pub decode: Duration,
+    /// Resizing, cropping, normalising.
+    pub preprocess: Duration,
+    /// Waiting, from admission to the engine run, without the two above.
+    pub queue: Duration,
+    /// The engine run.
+    pub inference: Duration,
+    /// Images in that run.
+    pub batch: usize,
+}
+
+/// What an image gets.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// `[classes]`.
+    pub logits: Vec<f32>,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// The caller's end of one admitted image. Dropping it cancels the image if no engine has taken it yet.
+#[derive(Debug)]
+pub struct Ticket {
+    pub(super) reply: oneshot::Receiver<Result<Output, InferError>>,
+    pub(super) deadline: Instant,
+}
+
+impl Ticket {
+    /// The image's logits; at the deadline at the latest, [`InferError::DeadlineExceeded`].
+    pub async fn answer(self) -> Result<Output, InferError> {
+        match tokio::time::timeout_at(self.deadline.into(), self.reply).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(InferError::Internal("an image was dropped without an answer".into())),
+            Err(_) => Err(InferError::DeadlineExceeded),
+        }
+    }
+}
