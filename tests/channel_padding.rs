@@ -8,7 +8,7 @@ use nfold::graph::channel_padding;
 use nfold::graph::detached_weights::detach_weights;
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::model::{Gate, Precision};
-use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto};
+use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto, dimension_proto};
 use prost::Message as _;
 use rand::SeedableRng as _;
 use rand::seq::IndexedRandom as _;
@@ -158,6 +158,15 @@ fn what_is_not_understood_stays() {
         graph.node[convolutions[1]].input[2] = bias;
     };
     assert_eq!(altered(&shared), None, "one tensor, two readers");
+    // shapes that nothing bears out: not even memory is asked for
+    let wide = |m: &mut ModelProto| {
+        let shape = m.graph.as_mut().unwrap().input[0].r#type.as_mut().unwrap().tensor_type.as_mut().unwrap();
+        shape.shape.as_mut().unwrap().dim[1].value = Some(dimension_proto::Value::DimValue(1 << 42));
+    };
+    assert_eq!(altered(&wide), None);
+    for dim in [0, 1] {
+        assert_eq!(altered(&|m| m.graph.as_mut().unwrap().initializer[0].dims[dim] = 1 << 42), None);
+    }
 }
 
 /// Whatever the bytes: an answer, never a panic.
@@ -165,7 +174,7 @@ fn what_is_not_understood_stays() {
 fn damaged_graphs_stay() {
     let onnx = folded("nf_regnet_small", FoldOptions::default());
     let mut rng = ChaCha8Rng::seed_from_u64(17);
-    let numbers: Vec<i64> = vec![-1, 0, 1, 3, 7, 8, 16, 1 << 20, i64::MAX, i64::MIN];
+    let numbers: Vec<i64> = vec![-1, 0, 1, 3, 7, 8, 16, 1 << 20, 1 << 42, i64::MAX, i64::MIN];
     for _ in 0..400 {
         let mut model = ModelProto::decode(onnx.as_slice()).unwrap();
         let graph = model.graph.as_mut().unwrap();

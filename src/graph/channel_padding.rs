@@ -118,11 +118,13 @@ impl Widths {
             // a 1-D convolution over the channels themselves
             return Some(self.fix(input));
         }
-        match Reads::of(node, weight)? {
-            Reads::All => {
-                let channels = usize::try_from(*weight.dims.first()?).ok()?;
-                Some(self.add(Set { channels, unit: self.block, fixed: false }))
-            }
+        let reads = Reads::of(node, weight)?;
+        let channels = usize::try_from(*weight.dims.first()?).ok()?;
+        let read = if reads == Reads::All { usize::try_from(*weight.dims.get(1)?).ok()? } else { channels };
+        // what doesn't fit together is no graph to pad, and would ask for memory by a number that nothing bears out
+        (self.sets[self.root(input)].channels == read).then_some(())?;
+        match reads {
+            Reads::All => Some(self.add(Set { channels, unit: self.block, fixed: false })),
             Reads::One => Some(input),
             Reads::Group(size) => {
                 let unit = lcm(size, self.block)?;
@@ -209,8 +211,9 @@ impl Widths {
                     let tensor = graph.initializer.get(*places.get(weight)?)?;
                     let rows = usize::try_from(*tensor.dims.first()?).ok()?;
                     let by_rows = node.attribute.iter().any(|a| a.name == "transB" && a.i == 1);
-                    by_rows.then_some(())?;
-                    widen(&mut graph.initializer, weight, rows, self.of(x)?.padded(), &|_| 0)?;
+                    let set = self.of(x)?;
+                    (by_rows && tensor.dims.get(1) == Some(&(set.channels as i64))).then_some(())?;
+                    widen(&mut graph.initializer, weight, rows, set.padded(), &|_| 0)?;
                 }
                 _ => {}
             }
@@ -229,9 +232,6 @@ impl Widths {
 fn widen(tensor: &mut TensorProto, rows: usize, columns: usize, column: &dyn Fn(usize) -> usize) -> Option<()> {
     let dims: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<_>>()?;
     let (had_rows, had_columns) = (*dims.first()?, dims.get(1).copied().unwrap_or(1));
-    if (had_rows, had_columns) == (rows, columns) && tensor.data_type != 1 {
-        return Some(());
-    }
     let cell = dims.iter().skip(2).try_fold(1, |all: usize, &d| all.checked_mul(d))?;
     let row = had_columns.checked_mul(cell)?;
     let shape = Widening { had: had_rows.checked_mul(row)?, row, rows, columns, cell, column };
@@ -262,11 +262,12 @@ struct Widening<'a> {
 
 impl Widening<'_> {
     fn widen<const N: usize, T: Copy + Default>(&self, raw: &[u8], read: impl Fn([u8; N]) -> T) -> Option<Vec<T>> {
-        let mut wide = vec![T::default(); self.rows.checked_mul(self.columns)?.checked_mul(self.cell)?];
         let (values, []) = raw.as_chunks::<N>() else { return None };
+        // before memory is asked for: what a shape says costs nothing, values do
         if values.len() != self.had {
             return None;
         }
+        let mut wide = vec![T::default(); self.rows.checked_mul(self.columns)?.checked_mul(self.cell)?];
         for (r, values) in values.chunks(self.row.max(1)).enumerate() {
             let start = r.checked_mul(self.columns)?.checked_add((self.column)(r))?.checked_mul(self.cell)?;
             let place = wide.get_mut(start..start.checked_add(values.len())?)?;

@@ -21,6 +21,8 @@ const MARK: &[u8; 8] = b"nfoldgr2";
 const GRAPH: &str = "graph";
 /// How the name of its weights' file ends.
 const WEIGHTS: &str = "weights";
+/// How the name of a folder begins that is being written.
+const DRAFT: &str = "draft-";
 
 /// A folder of rewritten graphs. Clones share it.
 #[derive(Debug, Clone)]
@@ -41,8 +43,8 @@ impl GraphCache {
         self.one.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The folder of the graph that `parts` describe, be it there or not. What a rewritten graph depends on beyond them is added: the
-    /// processor's instruction sets.
+    /// The folder of the graph that `parts` describe, be it there or not. What a rewritten graph depends on beyond them is
+    /// added: the processor's instruction sets.
     pub(super) fn place(&self, parts: &[&str]) -> PathBuf {
         let mut digest = Sha256::new();
         for part in [FORMAT, std::env::consts::ARCH, &instructions().join(",")].iter().chain(parts) {
@@ -106,8 +108,6 @@ impl GraphCache {
         Ok(())
     }
 }
-
-const DRAFT: &str = "draft-";
 
 /// A graph being written.
 #[derive(Debug)]
