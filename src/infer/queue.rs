@@ -68,23 +68,22 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Answers and counts the image. The slot is free and the image counted before the caller can see the answer, so
-    /// that a caller who sends its next image at once finds room.
+    /// Answers and counts the image. It is counted before its slot is free, so that an empty house has counted all, and
+    /// both before the caller can see the answer, so that a caller who sends its next image at once finds room.
     pub(super) fn answer(mut self, result: Result<Output, InferError>) {
         self.end(result);
     }
 
     fn end(&mut self, result: Result<Output, InferError>) {
         let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
-        let slots = slot.slots.clone();
-        drop(slot);
         let ended = match (&result, reply.is_closed()) {
             (Ok(_), false) => Outcome::Ok,
             (Err(error), false) => error.outcome(),
             (_, true) if self.deadline <= Instant::now() => Outcome::DeadlineExceeded,
             (_, true) => Outcome::Cancelled,
         };
-        slots.metrics.images(ended, 1);
+        slot.slots.metrics.images(ended, 1);
+        drop(slot);
         // an error means that the caller has gone since
         let _ = reply.send(result);
     }
