@@ -4,8 +4,11 @@
 //! The emission is chosen for ONNX Runtime's blocked CPU layout (NCHWc) and stays plain ONNX: SiLU as
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
+pub mod blocked_layout;
+pub mod blocks;
 pub mod channel_padding;
 pub mod detached_weights;
+pub mod layout_sample;
 
 use bytes::Bytes;
 use half::f16;
@@ -448,6 +451,15 @@ fn int(name: &str, i: i64) -> AttributeProto {
 
 fn float(name: &str, f: f32) -> AttributeProto {
     AttributeProto { name: name.into(), f, r#type: AttributeType::Float.into(), ..Default::default() }
+}
+
+fn floats(name: &str, values: &[f32]) -> AttributeProto {
+    AttributeProto {
+        name: name.into(),
+        floats: values.to_vec(),
+        r#type: AttributeType::Floats.into(),
+        ..Default::default()
+    }
 }
 
 fn ints(name: &str, values: &[usize]) -> AttributeProto {

@@ -80,6 +80,7 @@ mod page;
 
 /// The benchmark: timing in process, load over the network.
 mod bench;
+mod blocked_layout;
 
 /// Charts in the documents.
 mod figures;

@@ -277,7 +277,7 @@ impl Widening<'_> {
     }
 }
 
-fn groups(node: &NodeProto) -> Option<usize> {
+pub(super) fn groups(node: &NodeProto) -> Option<usize> {
     node.attribute.iter().find(|a| a.name == "group").map_or(Some(1), |a| usize::try_from(a.i).ok())
 }
 

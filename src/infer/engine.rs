@@ -213,7 +213,7 @@ impl OrtBackend {
 
     /// As [`open`](Self::open).
     pub fn open_fitted(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
-        let builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
+        let builder = Self::builder(what, options, graph.level())?;
         let mut builder = graph.lend_weights(builder).map_err(refused(what))?;
         Self::of(builder.commit_from_memory(graph.onnx()).map_err(refused(what))?, what)
     }
@@ -264,7 +264,7 @@ impl OrtBackend {
         }
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
             let graph = graph();
-            let builder = Self::builder(what, options, GraphOptimizationLevel::All).map_err(|e| e.to_string())?;
+            let builder = Self::builder(what, options, graph.level()).map_err(|e| e.to_string())?;
             let builder = graph.lend_weights(builder).map_err(|e| e.to_string())?;
             let builder = builder.with_optimized_model_path(draft.graph()).map_err(|e| e.to_string())?;
             let entries = [
@@ -385,7 +385,7 @@ pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) ->
 
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(graph: &Fitted, what: &str, path: &Path) -> Result<(), EngineError> {
-    let builder = OrtBackend::builder(what, &EngineOptions::default(), GraphOptimizationLevel::All)?;
+    let builder = OrtBackend::builder(what, &EngineOptions::default(), graph.level())?;
     let builder = graph.lend_weights(builder).map_err(refused(what))?;
     let mut builder = builder.with_optimized_model_path(path).map_err(|e| refused(what)(e.into()))?;
     builder.commit_from_memory(graph.onnx()).map_err(refused(what)).map(drop)

@@ -34,7 +34,8 @@ pub struct RegistryOptions {
     pub engine: EngineOptions,
     /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
     pub graph_cache: Option<GraphCache>,
-    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels, where that pays.
+    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them, where that
+    /// pays.
     pub pad_channels: bool,
     /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
     pub elastic_threads: usize,
@@ -122,7 +123,8 @@ impl LiveModel {
         let mut identity = dir.manifest.onnx_sha256.clone();
         let pads = options.pad_channels && engine.provider == Provider::Cpu;
         if let Some(block) = engine::channel_block().filter(|_| pads) {
-            identity.push_str(&format!(" in blocks of {block}"));
+            // by what made it so: another release may lay graphs out in another way
+            identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
         }
         // once for all engines, and not at all where the cache has it
         let graph = Arc::new(LazyLock::new(move || match pads {

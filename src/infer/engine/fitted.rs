@@ -1,14 +1,15 @@
 //! A graph made ready for the machine it runs on, before sessions are opened on it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use ort::session::builder::SessionBuilder;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
-use super::{LARGE, configure, environment};
-use crate::graph::channel_padding::pad_channels;
-use crate::graph::detached_weights::{Weight, detach_weights};
+use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, configure, environment};
+use crate::graph::blocks::in_blocks;
+use crate::graph::detached_weights::Weight;
+use crate::graph::layout_sample;
 
 /// A graph, and its large weights if they were made in memory: sessions take those as they are and share them, since writing
 /// them into the graph's bytes and parsing those would take longer than all else that a load does.
@@ -16,35 +17,62 @@ use crate::graph::detached_weights::{Weight, detach_weights};
 pub struct Fitted {
     onnx: Vec<u8>,
     weights: Vec<(String, Arc<DynValue>)>,
+    how: How,
+}
+
+/// What was done to a graph, and so what ONNX Runtime need not do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum How {
+    AsItIs,
+    Padded,
+    LaidOut,
 }
 
 impl Fitted {
-    /// The graph as this machine's CPU runs it fastest: with its channels padded to whole [blocks](channel_block), or as it is.
+    /// The graph as this machine's CPU runs it fastest: padded to whole [blocks](channel_block) and laid out in them, as far
+    /// as that can be.
     pub fn for_this_cpu(onnx: Vec<u8>) -> Self {
         let Some(block) = channel_block() else { return Self::as_it_is(onnx) };
         let onnx = Bytes::from(onnx);
-        Self::in_blocks(onnx.clone(), block).unwrap_or_else(|| Self::as_it_is(onnx.into()))
+        let lays_out = environment().is_ok() && takes_layout(block);
+        Self::fit(onnx.clone(), block, lays_out).unwrap_or_else(|| Self::as_it_is(onnx.into()))
     }
 
     /// The graph as it was written.
     pub fn as_it_is(onnx: Vec<u8>) -> Self {
-        Self { onnx, weights: Vec::new() }
+        Self { onnx, weights: Vec::new(), how: How::AsItIs }
     }
 
-    /// The graph with its channels [padded](pad_channels) to whole blocks; `None` where that does nothing.
-    pub fn in_blocks(onnx: Bytes, block: usize) -> Option<Self> {
+    /// The graph padded to blocks of so many channels, which need not be this CPU's; `None` where that does nothing.
+    pub fn padded(onnx: Bytes, block: usize) -> Option<Self> {
+        Self::fit(onnx, block, false)
+    }
+
+    /// Whether it is laid out in this CPU's blocks, so that ONNX Runtime rewrites nothing.
+    pub fn is_laid_out(&self) -> bool {
+        self.how == How::LaidOut
+    }
+
+    fn fit(onnx: Bytes, block: usize, lays_out: bool) -> Option<Self> {
         // values can be made once ONNX Runtime is loaded
         environment().ok()?;
-        let graph = detach_weights(pad_channels(onnx, block)?, LARGE);
+        let blocks = in_blocks(onnx, block, lays_out, LARGE)?;
         let share = |weight: Weight| {
             let value = Tensor::from_array((weight.dims, weight.data)).ok()?;
             Some((weight.name, Arc::new(value.into_dyn())))
         };
-        Some(Self { onnx: graph.onnx, weights: graph.weights.into_iter().map(share).collect::<Option<_>>()? })
+        let weights = blocks.graph.weights.into_iter().map(share).collect::<Option<_>>()?;
+        let how = if blocks.laid_out { How::LaidOut } else { How::Padded };
+        Some(Self { onnx: blocks.graph.onnx, weights, how })
     }
 
     pub(super) fn onnx(&self) -> &[u8] {
         &self.onnx
+    }
+
+    /// How much ONNX Runtime has to rewrite the graph.
+    pub(super) fn level(&self) -> GraphOptimizationLevel {
+        if self.is_laid_out() { GraphOptimizationLevel::Disable } else { GraphOptimizationLevel::All }
     }
 
     /// Gives a session the weights that aren't in [`onnx`](Self::onnx).
@@ -52,10 +80,10 @@ impl Fitted {
         for (name, value) in &self.weights {
             builder = builder.with_external_initializer(name, value.clone())?;
         }
-        match self.weights.is_empty() {
-            true => Ok(builder),
+        match self.how {
             // in a graph of our own, one pass of the rewriting rules finds all that there is
-            false => configure(builder, [("session.graph_optimizations_loop_level", "0")]),
+            How::Padded => configure(builder, [("session.graph_optimizations_loop_level", "0")]),
+            How::AsItIs | How::LaidOut => Ok(builder),
         }
     }
 }
@@ -67,4 +95,31 @@ pub fn channel_block() -> Option<usize> {
         return Some(16);
     }
     None
+}
+
+/// Whether ONNX Runtime takes our [layout](crate::graph::blocked_layout) as it is meant, in this CPU's blocks: seen once, by an
+/// image through a small graph with and without it. Blocks of another size, or operators that mean something else by now,
+/// would make other logits.
+fn takes_layout(block: usize) -> bool {
+    static TAKES: OnceLock<bool> = OnceLock::new();
+    let logits = |graph: &Fitted| {
+        let (side, data) = (layout_sample::SIDE, layout_sample::image());
+        let mut backend = OrtBackend::open_fitted(graph, "layout sample", &EngineOptions::default()).ok()?;
+        backend.run(&Batch { images: 1, height: side, width: side, data }).ok()
+    };
+    let alike = || {
+        let onnx = layout_sample::sample(block).ok()?;
+        let ours = logits(&Fitted::fit(onnx.clone().into(), block, true).filter(Fitted::is_laid_out)?)?;
+        let theirs = logits(&Fitted::as_it_is(onnx))?;
+        Some(ours.data.iter().zip(&theirs.data).all(|(a, b)| (a - b).abs() < 1e-5))
+    };
+    *TAKES.get_or_init(|| {
+        let alike = alike() == Some(true);
+        if !alike {
+            tracing::warn!(
+                "ONNX Runtime does not take graphs laid out for it; it rewrites them itself, and models load slower"
+            );
+        }
+        alike
+    })
 }

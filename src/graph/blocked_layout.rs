@@ -1,0 +1,265 @@
+//! Graphs in the blocked layout (NCHWc) of ONNX Runtime's CPU kernels: as it would rewrite them itself when it loads them,
+//! done with fewer copies of every weight.
+//!
+//! In blocks of `b`, a map `[N, C, H, W]` lies in memory as `[N, C/b, H, W, b]`, and a convolution's weight as
+//! `[O/b, I/b, kh, kw, b, b]` (input before output channels), or as `[O/b, I, kh, kw, b]` where what it reads is no block: the
+//! image, and one channel at a time. The operators are those that ONNX Runtime rewrites graphs to, of its domain
+//! `com.microsoft.nchwc`. Nothing is promised about them: they are for graphs in memory and for a runtime that was seen to
+//! take a [sample](super::layout_sample) as it is meant, not for a file that nfold hands out.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use super::{FLOAT, float, floats, int, ints, string};
+use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
+
+/// ONNX Runtime's domains: of blocked operators, and of fused ones that take any layout.
+const BLOCKED: &str = "com.microsoft.nchwc";
+const FUSED: &str = "com.microsoft";
+
+/// Lays a graph out in blocks of so many channels; its new weights are in `float_data`. Answers false and changes nothing
+/// where nfold didn't write the graph, a map's channels aren't whole blocks, or an operator isn't known to keep to them.
+pub fn lay_out(model: &mut ModelProto, block: usize) -> bool {
+    let ours = model.producer_name == env!("CARGO_PKG_NAME");
+    let Some(graph) = model.graph.as_mut().filter(|_| ours) else { return false };
+    let Some(layout) = Layout::read(graph, block) else { return false };
+    layout.apply(graph);
+    let domain = |name: &str| OperatorSetIdProto { domain: name.into(), version: 1 };
+    model.opset_import.extend([BLOCKED, FUSED].map(domain));
+    true
+}
+
+/// What a graph becomes.
+struct Layout {
+    block: usize,
+    /// Operators so far; those that went into others left a gap.
+    nodes: Vec<Option<NodeProto>>,
+    /// Place of the operator that makes a map.
+    makers: HashMap<String, usize>,
+    /// Channels of each map in blocks.
+    maps: HashMap<String, usize>,
+    /// How often each value is read.
+    readers: HashMap<String, usize>,
+    /// Weights to move.
+    filters: HashMap<String, Filter>,
+}
+
+/// What is read of the graph on the way.
+struct Source<'a> {
+    image: &'a str,
+    constants: HashMap<&'a str, &'a TensorProto>,
+}
+
+impl Layout {
+    fn read(graph: &GraphProto, block: usize) -> Option<Self> {
+        let [input] = graph.input.as_slice() else { return None };
+        let constants = graph.initializer.iter().map(|t| (t.name.as_str(), t)).collect();
+        let source = Source { image: &input.name, constants };
+        let mut readers = HashMap::new();
+        let outputs = graph.output.iter().map(|value| &value.name);
+        for name in graph.node.iter().flat_map(|node| &node.input).chain(outputs) {
+            *readers.entry(name.clone()).or_default() += 1;
+        }
+        let (nodes, makers) = (Vec::with_capacity(graph.node.len()), HashMap::new());
+        let mut layout = Self { block, nodes, makers, maps: HashMap::new(), readers, filters: HashMap::new() };
+        graph.node.iter().try_for_each(|node| layout.take(node.clone(), &source))?;
+        Some(layout)
+    }
+
+    fn apply(self, graph: &mut GraphProto) {
+        graph.node = self.nodes.into_iter().flatten().collect();
+        for tensor in &mut graph.initializer {
+            if let Some(filter) = self.filters.get(&tensor.name) {
+                let moved = values(tensor).map(|values| filter.side_by_side(&values));
+                (tensor.float_data, tensor.raw_data) = (moved.unwrap_or_default(), Default::default());
+            }
+        }
+        // numbers that became attributes
+        graph.initializer.retain(|tensor| graph.node.iter().any(|node| node.input.contains(&tensor.name)));
+    }
+
+    /// The next operator of the graph, in its order.
+    fn take(&mut self, node: NodeProto, source: &Source<'_>) -> Option<()> {
+        let [output] = node.output.as_slice() else { return None };
+        let (output, first) = (output.clone(), node.input.first()?.clone());
+        let (node, channels) = match (node.op_type.as_str(), self.maps.get(&first).copied()) {
+            ("Conv", channels) => self.convolution(node, channels, source)?,
+            ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(channels)) => (blocked(node), channels),
+            ("Resize", Some(channels)) => (upsampling(node, source)?, channels),
+            ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(channels)) => (self.activation(node, &first), channels),
+            ("Clip" | "Elu" | "Gelu" | "HardSwish" | "Mish" | "Selu", Some(channels)) => (node, channels),
+            ("Add", Some(channels)) => (self.sum(node)?, channels),
+            ("Mul", Some(channels)) => (self.product(node)?, channels),
+            ("Flatten", Some(channels)) => return self.leave(node, channels),
+            // the logits
+            ("Gemm", None) => {
+                self.nodes.push(Some(node));
+                return Some(());
+            }
+            _ => return None,
+        };
+        self.makers.insert(output.clone(), self.nodes.len());
+        self.maps.insert(output, channels);
+        self.nodes.push(Some(node));
+        Some(())
+    }
+
+    /// A convolution of a map of so many channels, or of the image; and its output's channels.
+    fn convolution(
+        &mut self,
+        node: NodeProto,
+        channels: Option<usize>,
+        source: &Source<'_>,
+    ) -> Option<(NodeProto, usize)> {
+        let (input, weight) = (node.input.first()?, node.input.get(1)?);
+        let tensor = source.constants.get(weight.as_str())?;
+        let dims: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<_>>()?;
+        let &[rows, columns, height, width] = dims.as_slice() else { return None };
+        let groups = super::channel_padding::groups(&node)?;
+        let whole = |channels: usize| channels > 0 && channels.is_multiple_of(self.block);
+        let (fits, unit) = match channels {
+            None => (input == source.image && groups == 1 && columns < self.block, 1),
+            Some(channels) if columns == 1 => (groups == channels && groups == rows, 1),
+            Some(channels) => {
+                let sizes = rows.is_multiple_of(groups) && whole(rows / groups) && whole(columns);
+                (sizes && groups.checked_mul(columns)? == channels, self.block)
+            }
+        };
+        let filter = Filter { block: self.block, columns, area: height.checked_mul(width)?, unit };
+        let values = rows.checked_mul(columns)?.checked_mul(filter.area)?;
+        let all = values > 0 && count(tensor) == Some(values);
+        // a tensor with two readers would be moved twice
+        let alone = self.filters.insert(weight.clone(), filter).is_none() && self.readers.get(weight) == Some(&1);
+        (fits && whole(rows) && all && alone).then(|| (blocked(node), rows))
+    }
+
+    /// The end of the maps: from here on, values are in the order of ONNX.
+    fn leave(&mut self, mut node: NodeProto, channels: usize) -> Option<()> {
+        let first = node.input.first_mut()?;
+        let plain = format!("{first}.plain");
+        let input = vec![std::mem::replace(first, plain.clone())];
+        self.nodes.push(Some(NodeProto {
+            input,
+            output: vec![plain.clone()],
+            name: plain,
+            op_type: "ReorderOutput".into(),
+            attribute: vec![int("channels", i64::try_from(channels).ok()?)],
+            domain: BLOCKED.into(),
+        }));
+        self.nodes.push(Some(node));
+        Some(())
+    }
+
+    /// An activation of `x`, as part of the convolution before it where that is possible.
+    fn activation(&mut self, node: NodeProto, x: &str) -> NodeProto {
+        let Some(mut convolution) = self.withdraw(x, 4) else { return node };
+        convolution.attribute.push(string("activation", &node.op_type));
+        if let Some(alpha) = node.attribute.iter().find(|a| a.name == "alpha") {
+            convolution.attribute.push(floats("activation_params", &[alpha.f]));
+        }
+        NodeProto { output: node.output, ..convolution }
+    }
+
+    /// The sum of two maps, as part of a convolution that makes one of them where that is possible.
+    fn sum(&mut self, node: NodeProto) -> Option<NodeProto> {
+        let [a, b] = node.input.as_slice() else { return None };
+        (self.maps.get(a) == Some(self.maps.get(b)?)).then_some(())?;
+        for (term, other) in [(a, b), (b, a)] {
+            if let Some(mut convolution) = self.withdraw(term, 3) {
+                convolution.input.resize(3, String::new());
+                convolution.input.push(other.clone());
+                return Some(NodeProto { output: node.output, ..convolution });
+            }
+        }
+        Some(node)
+    }
+
+    /// `x · sigmoid(x)` as one operator, or a map times its gate for every pixel.
+    fn product(&mut self, mut node: NodeProto) -> Option<NodeProto> {
+        let [x, factor] = node.input.as_slice() else { return None };
+        (self.maps.get(x) == Some(self.maps.get(factor)?)).then_some(())?;
+        let place = *self.makers.get(factor)?;
+        let maker = self.nodes.get(place)?.as_ref()?;
+        match maker.op_type.as_str() {
+            "Upsample" => Some(node),
+            "Sigmoid" if maker.input.first() == Some(x) && self.readers.get(factor) == Some(&1) => {
+                self.nodes[place] = None;
+                node.input.truncate(1);
+                node.attribute.push(float("alpha", 1.0));
+                Some(NodeProto { op_type: "QuickGelu".into(), domain: FUSED.into(), ..node })
+            }
+            // another factor may be one pixel for all, which isn't found by blocks
+            _ => None,
+        }
+    }
+
+    /// Takes back a convolution of so many inputs at most that only the next operator reads, for it to do that one's work too.
+    fn withdraw(&mut self, output: &str, inputs: usize) -> Option<NodeProto> {
+        let maker = self.nodes.get_mut(*self.makers.get(output)?)?;
+        let able = |node: &mut NodeProto| {
+            node.op_type == "Conv"
+                && node.input.len() <= inputs
+                && node.attribute.iter().all(|a| a.name != "activation")
+        };
+        if self.readers.get(output) == Some(&1) { maker.take_if(able) } else { None }
+    }
+}
+
+/// A gate's one pixel, for every pixel of a map.
+fn upsampling(mut node: NodeProto, source: &Source<'_>) -> Option<NodeProto> {
+    let scales = values(source.constants.get(node.input.get(2)?.as_str())?)?;
+    let &[1.0, 1.0, height, width] = &*scales else { return None };
+    let said = |name: &str, value: &str| node.attribute.iter().any(|a| a.name == name && a.s == value.as_bytes());
+    let alike = said("mode", "nearest") && said("coordinate_transformation_mode", "asymmetric");
+    (alike && said("nearest_mode", "floor") && height.fract() == 0.0 && width.fract() == 0.0).then_some(())?;
+    node.attribute.retain(|a| a.name != "nearest_mode");
+    node.attribute.push(ints("scales", &[1, 1, height as usize, width as usize]));
+    node.input.truncate(1);
+    Some(NodeProto { op_type: "Upsample".into(), domain: BLOCKED.into(), ..node })
+}
+
+fn blocked(node: NodeProto) -> NodeProto {
+    NodeProto { domain: BLOCKED.into(), ..node }
+}
+
+/// Single-precision values, row-major.
+fn values(tensor: &TensorProto) -> Option<Cow<'_, [f32]>> {
+    match tensor.raw_data.as_chunks() {
+        ([], []) if tensor.data_type == FLOAT => Some(Cow::Borrowed(&tensor.float_data)),
+        (values, []) if tensor.data_type == FLOAT => Some(values.iter().map(|v| f32::from_le_bytes(*v)).collect()),
+        _ => None,
+    }
+}
+
+/// How many [`values`] there are.
+fn count(tensor: &TensorProto) -> Option<usize> {
+    let bytes = tensor.raw_data.len();
+    let count = if bytes == 0 { tensor.float_data.len() } else { bytes / size_of::<f32>() };
+    (tensor.data_type == FLOAT && bytes.is_multiple_of(size_of::<f32>())).then_some(count)
+}
+
+/// A convolution's weight of any number of rows `[columns, area]`, `unit` columns being read together.
+struct Filter {
+    block: usize,
+    columns: usize,
+    area: usize,
+    unit: usize,
+}
+
+impl Filter {
+    /// `[rows, columns, area]` as `[rows/b, columns/unit, area, unit, b]`: every `b` rows side by side.
+    fn side_by_side(&self, values: &[f32]) -> Vec<f32> {
+        let row = self.columns * self.area;
+        let mut moved = Vec::with_capacity(values.len());
+        for rows in values.chunks_exact(self.block * row) {
+            for units in (0..row).step_by(self.unit * self.area) {
+                for i in 0..self.area {
+                    for first in (units + i..units + self.unit * self.area).step_by(self.area) {
+                        moved.extend((first..rows.len()).step_by(row).map(|at| rows[at]));
+                    }
+                }
+            }
+        }
+        moved
+    }
+}

@@ -1,0 +1,215 @@
+//! Graphs that nfold lays out itself are those that ONNX Runtime makes of them, to the bit; what can't be laid out stays.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nfold::checkpoint::Checkpoint;
+use nfold::fold::{FoldOptions, Size, fold};
+use nfold::graph::blocked_layout::lay_out;
+use nfold::graph::channel_padding::pad_channels;
+use nfold::graph::layout_sample;
+use nfold::infer::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
+use nfold::model::{Gate, Precision};
+use nfold::pb::onnx::{ModelProto, NodeProto};
+use prost::Message as _;
+use rand::SeedableRng as _;
+use rand::seq::IndexedRandom as _;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution as _, StandardNormal};
+
+use crate::golden::goldens_folder;
+
+/// Odd, so that windows at the border are partial.
+const SIDES: (u32, u32) = (67, 64);
+
+fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
+    let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
+    fold(&checkpoint, &FoldOptions { size: Size::Fixed(SIDES.0, SIDES.1), ..options }).unwrap().onnx
+}
+
+fn logits(graph: &Fitted) -> Vec<f32> {
+    let mut batch = Batch::zeros(2, SIDES.0 as usize, SIDES.1 as usize);
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
+    OrtBackend::open_fitted(graph, "layout", &EngineOptions::default()).unwrap().run(&batch).unwrap().data
+}
+
+/// Operators with what was fused into them, and how many of each there are.
+fn census(graph: &Fitted) -> BTreeMap<String, usize> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("optimized");
+    engine::write_optimized(graph, "layout", &path).unwrap();
+    let mut census = BTreeMap::new();
+    for node in ModelProto::decode(std::fs::read(path).unwrap().as_slice()).unwrap().graph.unwrap().node {
+        let activation =
+            node.attribute.iter().find(|a| a.name == "activation").map(|a| a.s.clone()).unwrap_or_default();
+        let activation = String::from_utf8(activation).unwrap();
+        let what = format!("{}.{} of {} {activation}", node.domain, node.op_type, node.input.len());
+        *census.entry(what).or_default() += 1;
+    }
+    census
+}
+
+#[test]
+fn laid_out_graphs_are_those_that_the_runtime_makes() {
+    let Some(block) = engine::channel_block() else {
+        println!("SKIPPED: without AVX-512 nothing is laid out");
+        return;
+    };
+    let (mut same, mut fewer, mut stay) = (0, BTreeSet::new(), BTreeSet::new());
+    for entry in std::fs::read_dir(goldens_folder()).unwrap().map(|e| e.unwrap()).filter(|e| e.path().is_dir()) {
+        let name = entry.file_name().into_string().unwrap();
+        let onnx = folded(&name, FoldOptions::default());
+        let ours = Fitted::for_this_cpu(onnx.clone());
+        if !ours.is_laid_out() {
+            stay.insert(name);
+            continue;
+        }
+        let theirs = Fitted::padded(onnx.clone().into(), block).unwrap_or_else(|| Fitted::as_it_is(onnx));
+        let (of_ours, of_theirs) = (logits(&ours), logits(&theirs));
+        if census(&ours) == census(&theirs) {
+            assert!(of_ours.iter().map(|l| l.to_bits()).eq(of_theirs.iter().map(|l| l.to_bits())), "{name}");
+            same += 1;
+        } else {
+            let furthest = of_ours.iter().zip(&of_theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(furthest < 1e-5, "{name}: {furthest}");
+            let (ours, theirs): (usize, usize) = (census(&ours).values().sum(), census(&theirs).values().sum());
+            assert!(ours <= theirs, "{name}: {ours} operators instead of {theirs}");
+            fewer.insert(name);
+        }
+    }
+    // activations for which the runtime leaves the layout
+    let leaving = ["nf_regnet_celu", "nf_regnet_elu", "nf_regnet_relu6", "nf_regnet_selu", "nf_resnet_deep_pool"];
+    assert_eq!(fewer.iter().collect::<Vec<_>>(), leaving);
+    // gates that mix neighbouring channels, and groups that are no blocks
+    assert_eq!(
+        stay.iter().collect::<Vec<_>>(),
+        ["eca_nfnet_l0_small", "eca_regnet", "nf_ecaresnet_small", "resnext_small"]
+    );
+    assert_eq!(same, 21);
+}
+
+fn laid_out(onnx: &[u8], block: usize) -> Option<ModelProto> {
+    let mut model = ModelProto::decode(onnx).unwrap();
+    let before = model.clone();
+    if lay_out(&mut model, block) {
+        return Some(model);
+    }
+    assert!(model == before, "what isn't laid out stays as it was");
+    None
+}
+
+#[test]
+fn what_is_not_understood_stays() {
+    let sample = layout_sample::sample(16).unwrap();
+    assert!(laid_out(&sample, 16).is_some() && laid_out(&sample, 8).is_some());
+    assert_eq!(laid_out(&sample, 0), None);
+    assert_eq!(laid_out(&sample, 64), None, "16 channels are no block of 64");
+    assert_eq!(laid_out(&laid_out(&sample, 16).unwrap().encode_to_vec(), 16), None, "laid out once is laid out");
+    let padded = |options| {
+        let onnx = folded("nf_regnet_small", options);
+        pad_channels(onnx.into(), 16).expect("padded").encode_to_vec()
+    };
+    assert!(laid_out(&padded(FoldOptions::default()), 16).is_some());
+    let half = FoldOptions { precision: Precision::Fp16, ..FoldOptions::default() };
+    let broadcast = FoldOptions { gate: Gate::Broadcast, ..FoldOptions::default() };
+    assert_eq!(laid_out(&padded(half), 16), None);
+    assert_eq!(laid_out(&padded(broadcast), 16), None, "one pixel for all is not looked for by blocks");
+    let unfolded = FoldOptions { unfolded: true, ..FoldOptions::default() };
+    assert_eq!(laid_out(&folded("nf_regnet_small", unfolded), 16), None, "weights that are computed");
+
+    let altered = |alter: &dyn Fn(&mut ModelProto)| {
+        let mut model = ModelProto::decode(sample.as_slice()).unwrap();
+        alter(&mut model);
+        laid_out(&model.encode_to_vec(), 16)
+    };
+    assert!(altered(&|_| ()).is_some());
+    assert_eq!(altered(&|m| m.producer_name = "pytorch".into()), None);
+    assert_eq!(altered(&|m| m.graph = None), None);
+    assert_eq!(altered(&|m| m.graph.as_mut().unwrap().initializer.truncate(3)), None);
+    let node = |m: &mut ModelProto, op: &str, alter: &dyn Fn(&mut NodeProto)| {
+        alter(m.graph.as_mut().unwrap().node.iter_mut().find(|n| n.op_type == op).unwrap())
+    };
+    assert_eq!(altered(&|m| node(m, "Gelu", &|n| n.op_type = "Softmax".into())), None);
+    assert_eq!(altered(&|m| node(m, "Resize", &|n| n.attribute[1].s = b"cubic".to_vec())), None);
+    assert_eq!(altered(&|m| node(m, "Mul", &|n| n.input.swap(0, 1))), None, "x · sigmoid(x), not the other way round");
+    assert_eq!(altered(&|m| node(m, "Conv", &|n| n.input[0] = "head.weight".into())), None, "another image");
+    // a gate for all pixels at once
+    assert_eq!(
+        altered(&|m| m.graph.as_mut().unwrap().node.iter_mut().for_each(|n| {
+            if n.name == "gate" {
+                n.input[1] = "gate.sigmoid".into()
+            }
+        })),
+        None
+    );
+    assert_eq!(
+        altered(&|m| m.graph.as_mut().unwrap().node.iter_mut().for_each(|n| {
+            if n.name == "last" {
+                n.input[1] = "project.weight".into()
+            }
+        })),
+        None,
+        "one weight, two readers"
+    );
+}
+
+/// Every weight is where the layout has it, whatever the block.
+#[test]
+fn weights_lie_in_blocks() {
+    for block in [8, 16] {
+        let onnx = layout_sample::sample(block).unwrap();
+        let (plain, moved) = (ModelProto::decode(onnx.as_slice()).unwrap(), laid_out(&onnx, block).unwrap());
+        let moved = moved.graph.unwrap().initializer;
+        let mut seen = 0;
+        for tensor in plain.graph.unwrap().initializer.iter().filter(|t| t.dims.len() == 4) {
+            let values: Vec<f32> = tensor.raw_data.as_chunks().0.iter().map(|v| f32::from_le_bytes(*v)).collect();
+            let &[_, columns, height, width] = &tensor.dims.iter().map(|&d| d as usize).collect::<Vec<_>>()[..] else {
+                panic!("{:?}", tensor.dims)
+            };
+            let moved = &moved.iter().find(|t| t.name == tensor.name).unwrap().float_data;
+            assert_eq!(moved.len(), values.len());
+            // input channels read together: none on the image and depthwise
+            let unit = if columns == 3 || columns == 1 { 1 } else { block };
+            for (at, value) in values.iter().enumerate() {
+                let (pixel, at) = (at % (height * width), at / (height * width));
+                let (column, row) = (at % columns, at / columns);
+                let place = row / block * columns / unit + column / unit;
+                let place = (place * height * width + pixel) * unit + column % unit;
+                assert_eq!(moved[place * block + row % block], *value, "{} in blocks of {block}", tensor.name);
+                seen += 1;
+            }
+        }
+        assert!(seen > 3_000, "{seen}");
+    }
+}
+
+/// Whatever the bytes: an answer, never a panic.
+#[test]
+fn damaged_graphs_are_survived() {
+    let onnx = layout_sample::sample(16).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(29);
+    let numbers: Vec<i64> = vec![-1, 0, 1, 3, 16, 17, 1 << 20, 1 << 42, i64::MAX, i64::MIN];
+    let mut taken = 0;
+    for _ in 0..2000 {
+        let mut model = ModelProto::decode(onnx.as_slice()).unwrap();
+        let graph = model.graph.as_mut().unwrap();
+        let number = *numbers.choose(&mut rng).unwrap();
+        let mut any = |len: usize| rand::Rng::random_range(&mut rng, 0..len);
+        let (a, b) = (any(graph.node.len()), any(graph.node.len()));
+        match any(6) {
+            0 => {
+                let tensor = any(graph.initializer.len());
+                let dims = &mut graph.initializer[tensor].dims;
+                let dim = any(dims.len().max(1));
+                dims.get_mut(dim).into_iter().for_each(|d| *d = number);
+            }
+            1 => graph.node[a].attribute.iter_mut().filter(|a| a.name == "group").for_each(|a| a.i = number),
+            2 => drop(graph.node.remove(a)),
+            3 => graph.node[a].input = graph.node[b].input.clone(),
+            4 => graph.node[a].op_type = graph.node[b].op_type.clone(),
+            _ => graph.node[a].output.truncate(any(2)),
+        }
+        taken += usize::from(laid_out(&model.encode_to_vec(), 16).is_some());
+    }
+    assert!(taken < 1000, "{taken}");
+}
