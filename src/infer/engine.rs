@@ -34,7 +34,7 @@ pub enum EngineError {
     },
     /// A library was found but could not be used.
     #[error(
-        "ONNX Runtime at `{path}` can't be used: {reason}; fetch 1.28.0 with `make ort`, or set {LIBRARY_VARIABLE} to 1.24 or newer"
+        "ONNX Runtime at `{path}` can't be used: {reason}; fetch 1.28.0 with `make ort`, or set {LIBRARY_VARIABLE} to 1.25 or newer"
     )]
     BadLibrary {
         /// The library.
