@@ -87,7 +87,7 @@ impl Layout {
             ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(channels)) => (blocked(node), channels),
             ("Resize", Some(channels)) => (upsampling(node, source)?, channels),
             ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(channels)) => (self.activation(node, &first), channels),
-            ("Clip" | "Elu" | "Gelu" | "HardSwish" | "Mish" | "Selu", Some(channels)) => (node, channels),
+            ("Clip" | "Elu" | "Gelu" | "Selu", Some(channels)) => (node, channels),
             ("Add", Some(channels)) => (self.sum(node)?, channels),
             ("Mul", Some(channels)) => (self.product(node)?, channels),
             ("Flatten", Some(channels)) => return self.leave(node, channels),
