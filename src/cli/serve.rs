@@ -62,7 +62,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
     /// Run graphs with the channels they were folded with; else, with AVX-512, they are padded to the 16 that its kernels
-    /// take at a time
+    /// take at a time, and laid out for them
     #[arg(long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
     no_channel_padding: bool,
     /// Folder for graphs as ONNX Runtime rewrites them for this machine: later starts load those. Made if
