@@ -158,6 +158,7 @@ fn what_is_not_understood_stays() {
         graph.node[convolutions[1]].input[2] = bias;
     };
     assert_eq!(altered(&shared), None, "one tensor, two readers");
+    assert_eq!(altered(&|m| m.graph.as_mut().unwrap().output[0].name = "final_conv".into()), None, "a map handed out");
     // shapes that nothing bears out: not even memory is asked for
     let wide = |m: &mut ModelProto| {
         let shape = m.graph.as_mut().unwrap().input[0].r#type.as_mut().unwrap().tensor_type.as_mut().unwrap();

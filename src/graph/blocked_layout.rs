@@ -11,7 +11,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use super::{FLOAT, float, floats, int, ints, string};
-use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
+use crate::pb::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
 /// ONNX Runtime's domains: of blocked operators, and of fused ones that take any layout.
 const BLOCKED: &str = "com.microsoft.nchwc";
@@ -63,7 +63,8 @@ impl Layout {
         let (nodes, makers) = (Vec::with_capacity(graph.node.len()), HashMap::new());
         let mut layout = Self { block, nodes, makers, maps: HashMap::new(), readers, filters: HashMap::new() };
         graph.node.iter().try_for_each(|node| layout.take(node.clone(), &source))?;
-        Some(layout)
+        let plain = graph.output.iter().all(|value| !layout.maps.contains_key(&value.name));
+        plain.then_some(layout)
     }
 
     fn apply(self, graph: &mut GraphProto) {
@@ -82,39 +83,43 @@ impl Layout {
     fn take(&mut self, node: NodeProto, source: &Source<'_>) -> Option<()> {
         let [output] = node.output.as_slice() else { return None };
         let (output, first) = (output.clone(), node.input.first()?.clone());
-        let (node, channels) = match (node.op_type.as_str(), self.maps.get(&first).copied()) {
+        let channels = self.maps.get(&first).copied();
+        let (node, channels) = match (node.op_type.as_str(), channels) {
             ("Conv", channels) => self.convolution(node, channels, source)?,
-            ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(channels)) => (blocked(node), channels),
-            ("Resize", Some(channels)) => (upsampling(node, source)?, channels),
-            ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(channels)) => (self.activation(node, &first), channels),
-            ("Clip" | "Elu" | "Gelu" | "Selu", Some(channels)) => (node, channels),
-            ("Add", Some(channels)) => (self.sum(node)?, channels),
-            ("Mul", Some(channels)) => (self.product(node)?, channels),
-            ("Flatten", Some(channels)) => return self.leave(node, channels),
+            ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(_)) => (blocked(node), channels),
+            ("Resize", Some(_)) => (upsampling(node, source)?, channels),
+            ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(_)) => (self.activation(node, &first), channels),
+            ("Clip" | "Elu" | "Gelu" | "Selu", Some(_)) => (node, channels),
+            ("Add", Some(_)) => (self.sum(node)?, channels),
+            ("Mul", Some(_)) => (self.product(node)?, channels),
+            ("Flatten" | "Reshape", Some(channels)) => (self.leave(node, channels)?, None),
+            // a gate that mixes neighbouring channels, and the way back
+            ("Sigmoid", None) => (self.activation(node, &first), None),
+            ("Reshape", None) => self.enter(node, source)?,
             // the logits
-            ("Gemm", None) => {
-                self.nodes.push(Some(node));
-                return Some(());
-            }
+            ("Gemm", None) => (node, None),
             _ => return None,
         };
         self.makers.insert(output.clone(), self.nodes.len());
-        self.maps.insert(output, channels);
+        self.maps.extend(channels.map(|channels| (output, channels)));
         self.nodes.push(Some(node));
         Some(())
     }
 
-    /// A convolution of a map of so many channels, or of the image; and its output's channels.
+    /// A convolution of a map of so many channels, or of the image, and its output's channels; or one over channels as they
+    /// are.
     fn convolution(
         &mut self,
         node: NodeProto,
         channels: Option<usize>,
         source: &Source<'_>,
-    ) -> Option<(NodeProto, usize)> {
+    ) -> Option<(NodeProto, Option<usize>)> {
         let (input, weight) = (node.input.first()?, node.input.get(1)?);
         let tensor = source.constants.get(weight.as_str())?;
         let dims: Vec<usize> = tensor.dims.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<_>>()?;
-        let &[rows, columns, height, width] = dims.as_slice() else { return None };
+        let &[rows, columns, height, width] = dims.as_slice() else {
+            return (dims.len() == 3 && channels.is_none()).then_some((node, None));
+        };
         let groups = super::channel_padding::groups(&node)?;
         let whole = |channels: usize| channels > 0 && channels.is_multiple_of(self.block);
         let (fits, unit) = match channels {
@@ -130,24 +135,30 @@ impl Layout {
         let all = values > 0 && count(tensor) == Some(values);
         // a tensor with two readers would be moved twice
         let alone = self.filters.insert(weight.clone(), filter).is_none() && self.readers.get(weight) == Some(&1);
-        (fits && whole(rows) && all && alone).then(|| (blocked(node), rows))
+        (fits && whole(rows) && all && alone).then(|| (blocked(node), Some(rows)))
     }
 
-    /// The end of the maps: from here on, values are in the order of ONNX.
-    fn leave(&mut self, mut node: NodeProto, channels: usize) -> Option<()> {
-        let first = node.input.first_mut()?;
-        let plain = format!("{first}.plain");
-        let input = vec![std::mem::replace(first, plain.clone())];
-        self.nodes.push(Some(NodeProto {
-            input,
-            output: vec![plain.clone()],
-            name: plain,
-            op_type: "ReorderOutput".into(),
-            attribute: vec![int("channels", i64::try_from(channels).ok()?)],
-            domain: BLOCKED.into(),
-        }));
+    /// An operator that takes values in the order of ONNX, of a map that is in blocks.
+    fn leave(&mut self, mut node: NodeProto, channels: usize) -> Option<NodeProto> {
+        let channels = int("channels", i64::try_from(channels).ok()?);
+        let plain = format!("{}.input", node.output.first()?);
+        let map = std::mem::replace(node.input.first_mut()?, plain.clone());
+        self.nodes.push(Some(reordering("ReorderOutput", map, plain, vec![channels])));
+        Some(node)
+    }
+
+    /// The map that a `Reshape` to one pixel makes of values in the order of ONNX, and its channels.
+    fn enter(&mut self, mut node: NodeProto, source: &Source<'_>) -> Option<(NodeProto, Option<usize>)> {
+        let shape = source.constants.get(node.input.get(1)?.as_str())?.raw_data.as_chunks();
+        let (&[_, channels, height, width], []) = shape else { return None };
+        let channels = usize::try_from(i64::from_le_bytes(channels)).ok()?;
+        let one = 1_i64.to_le_bytes();
+        (height == one && width == one && channels > 0 && channels.is_multiple_of(self.block)).then_some(())?;
+        let output = node.output.first_mut()?;
+        let plain = format!("{output}.plain");
+        let map = std::mem::replace(output, plain.clone());
         self.nodes.push(Some(node));
-        Some(())
+        Some((reordering("ReorderInput", plain, map, Vec::new()), Some(channels)))
     }
 
     /// An activation of `x`, as part of the convolution before it where that is possible.
@@ -156,6 +167,9 @@ impl Layout {
         convolution.attribute.push(string("activation", &node.op_type));
         if let Some(alpha) = node.attribute.iter().find(|a| a.name == "alpha") {
             convolution.attribute.push(floats("activation_params", &[alpha.f]));
+        }
+        if convolution.domain.is_empty() {
+            (convolution.op_type, convolution.domain) = ("FusedConv".into(), FUSED.into());
         }
         NodeProto { output: node.output, ..convolution }
     }
@@ -216,6 +230,11 @@ fn upsampling(mut node: NodeProto, source: &Source<'_>) -> Option<NodeProto> {
     node.attribute.push(ints("scales", &[1, 1, height as usize, width as usize]));
     node.input.truncate(1);
     Some(NodeProto { op_type: "Upsample".into(), domain: BLOCKED.into(), ..node })
+}
+
+fn reordering(op: &str, input: String, output: String, attribute: Vec<AttributeProto>) -> NodeProto {
+    let (input, output) = (vec![input], vec![output]);
+    NodeProto { input, output, name: String::new(), op_type: op.into(), attribute, domain: BLOCKED.into() }
 }
 
 fn blocked(node: NodeProto) -> NodeProto {

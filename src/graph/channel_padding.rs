@@ -109,7 +109,8 @@ impl Widths {
             };
             widths.of.insert(output.clone(), set);
         }
-        Some(widths)
+        // a map that is handed out keeps its channels
+        graph.output.iter().all(|value| !widths.of.contains_key(&value.name)).then_some(widths)
     }
 
     /// The set of a convolution's output.

@@ -32,6 +32,10 @@ pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
     let x = g.gate(&x, &gate, "gate");
     let x = g.activation(&x, Activation::Gelu, "gate.gelu");
     let x = conv(&mut g, &x, "depthwise", wide, 3, wide)?;
+    let mean = g.global_average_pool(&x, "mix.mean");
+    let weight = g.constant("mix.weight", &[1, 1, 3], &numbers(3, 1))?;
+    let mix = g.channel_conv(&mean, &weight, 3, "mix.conv")?;
+    let x = g.gate(&x, &mix, "mix");
     let x = conv(&mut g, &x, "project", wide, 1, 1)?;
 
     let x = g.add(&x, &shortcut, "sum");
