@@ -25,7 +25,7 @@ pub fn pad_channels(onnx: Bytes, block: usize) -> Option<ModelProto> {
     }
     let graph = model.graph.as_mut()?;
     let widths = Widths::read(graph, block)?;
-    if widths.sets.iter().all(|set| set.padded() == set.channels) {
+    if widths.sets.iter().all(|set| set.padded() == set.channels) && !widths.merges() {
         return None;
     }
     widths.apply(graph)?;
@@ -56,6 +56,8 @@ struct Widths {
     of: HashMap<String, usize>,
     links: Vec<usize>,
     sets: Vec<Set>,
+    /// Grouped convolutions: set of their maps, and channels of a group.
+    groups: Vec<(usize, usize)>,
 }
 
 /// How a convolution with 2-D kernels reads channels.
@@ -84,7 +86,7 @@ impl Reads {
 impl Widths {
     fn read(graph: &GraphProto, block: usize) -> Option<Self> {
         let constants: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|t| (t.name.as_str(), t)).collect();
-        let mut widths = Self { block, of: HashMap::new(), links: Vec::new(), sets: Vec::new() };
+        let mut widths = Self { block, of: HashMap::new(), links: Vec::new(), sets: Vec::new(), groups: Vec::new() };
         let [input] = graph.input.as_slice() else { return None };
         let image = widths.add(Set { channels: channels(input)?, unit: 1, fixed: true });
         widths.of.insert(input.name.clone(), image);
@@ -131,6 +133,7 @@ impl Widths {
                 let unit = lcm(size, self.block)?;
                 let root = self.root(input);
                 self.sets[root].unit = lcm(self.sets[root].unit, unit)?;
+                self.groups.push((root, size));
                 Some(root)
             }
         }
@@ -163,6 +166,11 @@ impl Widths {
         self.sets[b] = self.sets[a];
         self.links[b] = a;
         (one.channels == other.channels).then_some(a)
+    }
+
+    /// Whether there are groups that are no whole blocks, and can be merged to some.
+    fn merges(&self) -> bool {
+        self.groups.iter().any(|&(set, size)| !self.sets[self.root(set)].fixed && !size.is_multiple_of(self.block))
     }
 
     fn of(&self, map: &str) -> Option<Set> {
