@@ -17,16 +17,22 @@ use crate::pb::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, Operato
 const BLOCKED: &str = "com.microsoft.nchwc";
 const FUSED: &str = "com.microsoft";
 
-/// Lays a graph out in blocks of so many channels; its new weights are in `float_data`. Answers false and changes nothing
-/// where nfold didn't write the graph, a map's channels aren't whole blocks, or an operator isn't known to keep to them.
-pub fn lay_out(model: &mut ModelProto, block: usize) -> bool {
+/// Weights that a layout wants elsewhere, by name.
+pub type Filters = HashMap<String, Filter>;
+
+/// Lays a graph out in blocks of so many channels, but for the weights: those are still to be moved. `None` where nfold
+/// didn't write the graph, a map's channels aren't whole blocks, or an operator isn't known to keep to them: it stays as it
+/// is.
+pub fn lay_out(model: &mut ModelProto, block: usize) -> Option<Filters> {
     let ours = model.producer_name == env!("CARGO_PKG_NAME");
-    let Some(graph) = model.graph.as_mut().filter(|_| ours) else { return false };
-    let Some(layout) = Layout::read(graph, block) else { return false };
-    layout.apply(graph);
+    let graph = model.graph.as_mut().filter(|_| ours)?;
+    let layout = Layout::read(graph, block)?;
+    graph.node = layout.nodes.into_iter().flatten().collect();
+    // without numbers that became attributes
+    graph.initializer.retain(|tensor| graph.node.iter().any(|node| node.input.contains(&tensor.name)));
     let domain = |name: &str| OperatorSetIdProto { domain: name.into(), version: 1 };
     model.opset_import.extend([BLOCKED, FUSED].map(domain));
-    true
+    Some(layout.filters)
 }
 
 /// What a graph becomes.
@@ -41,7 +47,7 @@ struct Layout {
     /// How often each value is read.
     readers: HashMap<String, usize>,
     /// Weights to move.
-    filters: HashMap<String, Filter>,
+    filters: Filters,
 }
 
 /// What is read of the graph on the way.
@@ -65,18 +71,6 @@ impl Layout {
         graph.node.iter().try_for_each(|node| layout.take(node.clone(), &source))?;
         let plain = graph.output.iter().all(|value| !layout.maps.contains_key(&value.name));
         plain.then_some(layout)
-    }
-
-    fn apply(self, graph: &mut GraphProto) {
-        graph.node = self.nodes.into_iter().flatten().collect();
-        for tensor in &mut graph.initializer {
-            if let Some(filter) = self.filters.get(&tensor.name) {
-                let moved = values(tensor).map(|values| filter.side_by_side(&values));
-                (tensor.float_data, tensor.raw_data) = (moved.unwrap_or_default(), Default::default());
-            }
-        }
-        // numbers that became attributes
-        graph.initializer.retain(|tensor| graph.node.iter().any(|node| node.input.contains(&tensor.name)));
     }
 
     /// The next operator of the graph, in its order.
@@ -258,7 +252,8 @@ fn count(tensor: &TensorProto) -> Option<usize> {
 }
 
 /// A convolution's weight of any number of rows `[columns, area]`, `unit` columns being read together.
-struct Filter {
+#[derive(Debug)]
+pub struct Filter {
     block: usize,
     columns: usize,
     area: usize,
@@ -266,19 +261,17 @@ struct Filter {
 }
 
 impl Filter {
-    /// `[rows, columns, area]` as `[rows/b, columns/unit, area, unit, b]`: every `b` rows side by side.
-    fn side_by_side(&self, values: &[f32]) -> Vec<f32> {
+    /// Appends values `[rows, columns, area]` as `[rows/b, columns/unit, area, unit, b]`: every `b` rows side by side.
+    pub(super) fn side_by_side<T: Copy>(&self, values: &[T], number: impl Fn(T) -> f32, moved: &mut Vec<f32>) {
         let row = self.columns * self.area;
-        let mut moved = Vec::with_capacity(values.len());
         for rows in values.chunks_exact(self.block * row) {
             for units in (0..row).step_by(self.unit * self.area) {
                 for i in 0..self.area {
                     for first in (units + i..units + self.unit * self.area).step_by(self.area) {
-                        moved.extend((first..rows.len()).step_by(row).map(|at| rows[at]));
+                        moved.extend((first..rows.len()).step_by(row).map(|at| number(rows[at])));
                     }
                 }
             }
         }
-        moved
     }
 }

@@ -23,6 +23,8 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: bool, from: usize) -> Opti
     let padded = pad_channels(onnx.clone(), block);
     let changed = padded.is_some();
     let mut model = padded.or_else(|| ModelProto::decode(onnx).ok())?;
-    let laid_out = lays_out && lay_out(&mut model, block);
-    (changed || laid_out).then(|| InBlocks { graph: detach_weights(model, from), laid_out })
+    let filters = if lays_out { lay_out(&mut model, block) } else { None };
+    let laid_out = filters.is_some();
+    (changed || laid_out).then_some(())?;
+    Some(InBlocks { graph: detach_weights(model, &filters.unwrap_or_default(), from)?, laid_out })
 }

@@ -213,9 +213,7 @@ impl OrtBackend {
 
     /// As [`open`](Self::open).
     pub fn open_fitted(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
-        let builder = Self::builder(what, options, graph.level())?;
-        let mut builder = graph.lend_weights(builder).map_err(refused(what))?;
-        Self::of(builder.commit_from_memory(graph.onnx()).map_err(refused(what))?, what)
+        Self::commit(Self::builder(what, options, graph.level())?, graph, what)
     }
 
     /// As [`open_fitted`](Self::open_fitted), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
@@ -265,15 +263,13 @@ impl OrtBackend {
         let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
             let graph = graph();
             let builder = Self::builder(what, options, graph.level()).map_err(|e| e.to_string())?;
-            let builder = graph.lend_weights(builder).map_err(|e| e.to_string())?;
             let builder = builder.with_optimized_model_path(draft.graph()).map_err(|e| e.to_string())?;
             let entries = [
                 ("session.optimized_model_external_initializers_file_name", draft.weights()),
                 ("session.optimized_model_external_initializers_min_size_in_bytes", LARGE.to_string()),
             ];
-            let mut builder = configure(builder, entries).map_err(|e| e.to_string())?;
-            let session = builder.commit_from_memory(graph.onnx()).map_err(|e| e.to_string())?;
-            let backend = Self::of(session, what).map_err(|e| e.to_string())?;
+            let builder = configure(builder, entries).map_err(|e| e.to_string())?;
+            let backend = Self::commit(builder, graph, what).map_err(|e| e.to_string())?;
             match cache.keep(draft, &place) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
                 Err(error) => tracing::warn!(%path, %error, "graph cache: `{path}` can't be written: {error}"),
@@ -295,6 +291,13 @@ impl OrtBackend {
             Provider::Cpu => EngineError::BadModel { model: what.into(), reason: e.to_string() },
             _ => EngineError::NoProvider { provider: options.provider.name(), reason: e.to_string() },
         })
+    }
+
+    /// A session on a graph and the weights beside it.
+    fn commit(builder: SessionBuilder, graph: &Fitted, what: &str) -> Result<Self, EngineError> {
+        let mut builder = graph.lend_weights(builder).map_err(refused(what))?;
+        let session = builder.commit_from_memory(graph.onnx()).map_err(refused(what))?;
+        Self::of(session, what)
     }
 
     fn of(session: Session, what: &str) -> Result<Self, EngineError> {
@@ -386,9 +389,8 @@ pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) ->
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(graph: &Fitted, what: &str, path: &Path) -> Result<(), EngineError> {
     let builder = OrtBackend::builder(what, &EngineOptions::default(), graph.level())?;
-    let builder = graph.lend_weights(builder).map_err(refused(what))?;
-    let mut builder = builder.with_optimized_model_path(path).map_err(|e| refused(what)(e.into()))?;
-    builder.commit_from_memory(graph.onnx()).map_err(refused(what)).map(drop)
+    let builder = builder.with_optimized_model_path(path).map_err(|e| refused(what)(e.into()))?;
+    OrtBackend::commit(builder, graph, what).map(drop)
 }
 
 fn refused(what: &str) -> impl Fn(ort::Error) -> EngineError {

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use ndarray::{Array, Axis, Slice};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
@@ -11,8 +12,8 @@ use crate::graph::blocks::in_blocks;
 use crate::graph::detached_weights::Weight;
 use crate::graph::layout_sample;
 
-/// A graph, and its large weights if they were made in memory: sessions take those as they are and share them, since writing
-/// them into the graph's bytes and parsing those would take longer than all else that a load does.
+/// A graph, and its large weights if they were made in memory: sessions use those in place, since writing them into the
+/// graph's bytes and parsing those would take longer than all else that a load does.
 #[derive(Debug)]
 pub struct Fitted {
     onnx: Vec<u8>,
@@ -57,11 +58,7 @@ impl Fitted {
         // values can be made once ONNX Runtime is loaded
         environment().ok()?;
         let blocks = in_blocks(onnx, block, lays_out, LARGE)?;
-        let share = |weight: Weight| {
-            let value = Tensor::from_array((weight.dims, weight.data)).ok()?;
-            Some((weight.name, Arc::new(value.into_dyn())))
-        };
-        let weights = blocks.graph.weights.into_iter().map(share).collect::<Option<_>>()?;
+        let weights = blocks.graph.weights.into_iter().map(value).collect::<Option<_>>()?;
         let how = if blocks.laid_out { How::LaidOut } else { How::Padded };
         Some(Self { onnx: blocks.graph.onnx, weights, how })
     }
@@ -91,6 +88,14 @@ impl Fitted {
             How::AsItIs | How::LaidOut => Ok(builder),
         }
     }
+}
+
+/// A weight as a value of ONNX Runtime, which stays where it is.
+fn value(weight: Weight) -> Option<(String, Arc<DynValue>)> {
+    let mut values = Array::from_vec(weight.memory);
+    values.slice_axis_inplace(Axis(0), Slice::from(weight.start..));
+    let values = values.into_shape_with_order(weight.dims).ok()?;
+    Some((weight.name, Arc::new(Tensor::from_array(values).ok()?.into_dyn())))
 }
 
 /// Channels that this processor's kernels take at a time, where padding to them was measured to pay: with AVX-512.
@@ -133,6 +138,18 @@ fn try_layout(block: usize) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_begin_where_their_weights_do() {
+        environment().expect("ONNX Runtime");
+        let weight =
+            Weight { name: "w".into(), dims: vec![2, 3], memory: (0..9).map(|v| v as f32).collect(), start: 3 };
+        let place = weight.values().as_ptr();
+        let (name, value) = value(weight).expect("a value");
+        let (shape, values) = value.try_extract_tensor::<f32>().expect("single precision");
+        assert_eq!((name.as_str(), &shape[..], values), ("w", &[2, 3][..], &[3.0, 4.0, 5.0, 6.0, 7.0, 8.0][..]));
+        assert_eq!(values.as_ptr(), place, "copied");
+    }
 
     #[test]
     fn blocks_of_another_size_are_noticed() {
