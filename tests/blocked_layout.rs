@@ -86,6 +86,20 @@ fn laid_out_graphs_are_those_that_the_runtime_makes() {
     assert_eq!(same, 23);
 }
 
+/// What stays with the runtime gets into its layout all the same: half precision, computed in single precision on a CPU.
+#[test]
+fn half_precision_runs_in_blocks() {
+    let Some(block) = engine::channel_block() else {
+        println!("SKIPPED: without AVX-512 nothing is padded");
+        return;
+    };
+    let onnx = folded("nf_regnet_small", FoldOptions { precision: Precision::Fp16, ..FoldOptions::default() });
+    let census = census(&Fitted::padded(onnx.into(), block).unwrap());
+    let outside: Vec<_> =
+        census.keys().filter(|op| op.contains("Conv") && !op.starts_with("com.microsoft.nchwc")).collect();
+    assert!(outside.is_empty() && !census.contains_key(".Sigmoid of 1 "), "{census:?}");
+}
+
 /// The graph laid out, with all its weights in it.
 fn laid_out(onnx: &[u8], block: usize) -> Option<ModelProto> {
     let mut model = ModelProto::decode(onnx).unwrap();

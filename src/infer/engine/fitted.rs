@@ -7,7 +7,7 @@ use ndarray::{Array, Axis, Slice};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
-use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, configure, environment};
+use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, environment};
 use crate::graph::blocks::in_blocks;
 use crate::graph::detached_weights::Weight;
 use crate::graph::layout_sample;
@@ -18,15 +18,7 @@ use crate::graph::layout_sample;
 pub struct Fitted {
     onnx: Vec<u8>,
     weights: Vec<(String, Arc<DynValue>)>,
-    how: How,
-}
-
-/// What was done to a graph, and so what ONNX Runtime need not do.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum How {
-    AsItIs,
-    Padded,
-    LaidOut,
+    laid_out: bool,
 }
 
 impl Fitted {
@@ -41,7 +33,7 @@ impl Fitted {
 
     /// The graph as it was written.
     pub fn as_it_is(onnx: Vec<u8>) -> Self {
-        Self { onnx, weights: Vec::new(), how: How::AsItIs }
+        Self { onnx, weights: Vec::new(), laid_out: false }
     }
 
     /// The graph padded to blocks of so many channels, which need not be this CPU's; `None` where that does nothing.
@@ -51,7 +43,7 @@ impl Fitted {
 
     /// Whether it is laid out in this CPU's blocks, so that ONNX Runtime rewrites nothing.
     pub fn is_laid_out(&self) -> bool {
-        self.how == How::LaidOut
+        self.laid_out
     }
 
     fn fit(onnx: Bytes, block: usize, lays_out: bool) -> Option<Self> {
@@ -59,8 +51,7 @@ impl Fitted {
         environment().ok()?;
         let blocks = in_blocks(onnx, block, lays_out, LARGE)?;
         let weights = blocks.graph.weights.into_iter().map(value).collect::<Option<_>>()?;
-        let how = if blocks.laid_out { How::LaidOut } else { How::Padded };
-        Some(Self { onnx: blocks.graph.onnx, weights, how })
+        Some(Self { onnx: blocks.graph.onnx, weights, laid_out: blocks.laid_out })
     }
 
     pub(super) fn onnx(&self) -> &[u8] {
@@ -69,7 +60,7 @@ impl Fitted {
 
     /// How much ONNX Runtime has to rewrite the graph.
     pub(super) fn level(&self) -> GraphOptimizationLevel {
-        if self.is_laid_out() { GraphOptimizationLevel::Disable } else { GraphOptimizationLevel::All }
+        if self.laid_out { GraphOptimizationLevel::Disable } else { GraphOptimizationLevel::All }
     }
 
     /// Gives a session the weights that aren't in [`onnx`](Self::onnx).
@@ -77,16 +68,12 @@ impl Fitted {
         for (name, value) in &self.weights {
             // what the graph refers to: copied, and let go once the session is open
             builder = builder.with_external_initializer(name, value.clone())?;
-            if self.is_laid_out() {
+            if self.laid_out {
                 // what the session uses in the copy's stead, as do all others of this graph
                 builder = builder.with_initializer(name, value.clone())?;
             }
         }
-        match self.how {
-            // in a graph of our own, one pass of the rewriting rules finds all that there is
-            How::Padded => configure(builder, [("session.graph_optimizations_loop_level", "0")]),
-            How::AsItIs | How::LaidOut => Ok(builder),
-        }
+        Ok(builder)
     }
 }
 
