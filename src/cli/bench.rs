@@ -76,7 +76,7 @@ pub struct EngineArgs {
     #[arg(long, env = "NFOLD_WARMUP_RUNS", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     warmup_runs: u32,
     /// Model that speeds are taken against, as the table names it [default: resnet50, or the first]
-    #[arg(long, env = "NFOLD_REFERENCE", value_name = "MODEL@SIZE")]
+    #[arg(long, env = "NFOLD_REFERENCE", value_name = "MODEL@SIZE[:VARIANT]")]
     reference: Option<String>,
     /// Let threads of a pool spin between operators, as a session with the machine to itself would
     #[arg(long, env = "NFOLD_SPINNING", value_parser = FalseyValueParser::new())]
