@@ -51,13 +51,13 @@ pub struct ServeArgs {
     /// Folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
     #[arg(long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
     tensorrt_cache: Option<PathBuf>,
-    /// Threads with an engine each, per model; each holds a copy of the weights [default: the cores; 1 on a GPU]
+    /// Threads with an engine each, per model; each with a copy of the weights (one for all with AVX-512 or --graph-cache) [default: the cores; 1 on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Threads inside one engine run
     #[arg(long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     intra_threads: u16,
-    /// Threads of one further engine (and copy of the weights) that takes an image when nothing else is under way: an idle
+    /// Threads of one further engine that takes an image when nothing else is under way: an idle
     /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
     #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
