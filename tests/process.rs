@@ -17,6 +17,7 @@ use crate::fakes::eventually;
 pub struct Server {
     child: Child,
     pub http: SocketAddr,
+    pub grpc: SocketAddr,
     pub admin: SocketAddr,
     folder: tempfile::TempDir,
 }
@@ -52,9 +53,10 @@ impl Server {
             line["address"].as_str().unwrap().parse().unwrap()
         };
         let (admin, http) = (address_of("admin port listens"), address_of("HTTP port listens"));
+        let grpc = address_of("gRPC port listens");
         // a full pipe would stop the server
         std::thread::spawn(move || lines.for_each(drop));
-        Self { child, http, admin, folder }
+        Self { child, http, grpc, admin, folder }
     }
 
     fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {

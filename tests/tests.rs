@@ -61,6 +61,9 @@ mod connections;
 /// The program as operators meet it: real model, real signals.
 mod process;
 
+/// The outer wall: attacks, what they cost, how they end.
+mod wall;
+
 /// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
 mod preprocess;
 

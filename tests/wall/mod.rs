@@ -1,0 +1,96 @@
+//! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
+//! what it costs others (latency of health on every port), and how it ends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::process::{Server, ask};
+
+pub const MIB: u64 = 1 << 20;
+
+/// What an attack cost.
+#[derive(Debug)]
+pub struct Cost {
+    /// Bytes by which the process's resident memory rose above what it was before, at its peak.
+    pub growth: u64,
+    /// The slowest health answer on any port; a missing one counts as the time that was waited for it.
+    pub health: Duration,
+    /// Health requests that were not answered as they should be.
+    pub failed: usize,
+    /// How long the attack took.
+    pub took: Duration,
+}
+
+/// Runs `attack` while asking for health on every port, each every 5 ms.
+pub fn under_attack<T>(server: &Server, attack: impl FnOnce() -> T) -> (T, Cost) {
+    let before = resident(server.pid());
+    std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
+    // over HTTP/1 the gRPC port answers with a gRPC status: that it answers is what counts
+    let doors = [(server.http, "/v2/health/live", 200), (server.admin, "/livez", 200), (server.grpc, "/", 200)];
+    let watch = Watch::start(&doors);
+    let started = Instant::now();
+    let outcome = attack();
+    let took = started.elapsed();
+    let (health, failed) = watch.end();
+    let growth = memory(server.pid(), "VmHWM:").saturating_sub(before);
+    (outcome, Cost { growth, health, failed, took })
+}
+
+/// Resident memory of a process, in bytes.
+pub fn resident(pid: u32) -> u64 {
+    memory(pid, "VmRSS:")
+}
+
+fn memory(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server is alive");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("Linux reports it");
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// Asks for health all the time, on a connection of its own each.
+struct Watch {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<(Duration, usize)>>,
+}
+
+impl Watch {
+    fn start(doors: &[(SocketAddr, &'static str, u16)]) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let watch = |&(address, path, status): &(SocketAddr, &'static str, u16)| {
+            let over = over.clone();
+            std::thread::spawn(move || {
+                let (mut slowest, mut failed) = (Duration::ZERO, 0);
+                while !over.load(Ordering::Relaxed) {
+                    let asked = Instant::now();
+                    let answered = ask(address, "GET", path, &[], b"").is_ok_and(|answer| answer.status == status);
+                    slowest = slowest.max(asked.elapsed());
+                    failed += usize::from(!answered);
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                (slowest, failed)
+            })
+        };
+        let threads = doors.iter().map(watch).collect();
+        Self { over, threads }
+    }
+
+    fn end(self) -> (Duration, usize) {
+        self.over.store(true, Ordering::Relaxed);
+        let watched = self.threads.into_iter().map(|thread| thread.join().unwrap());
+        watched.fold((Duration::ZERO, 0), |(slowest, failed), (s, f)| (slowest.max(s), failed + f))
+    }
+}
+
+/// What is measured here shows when there is something to show.
+#[test]
+fn a_cost_is_seen() {
+    let server = Server::start(&[]);
+    let body = vec![b' '; 40 << 20];
+    let (answer, cost) = under_attack(&server, || ask(server.http, "POST", "/v1/classify", &[], &body));
+    assert!(answer.is_ok_and(|answer| answer.status >= 400));
+    assert!(cost.growth > 30 * MIB, "{cost:?}");
+    assert!(cost.health > Duration::ZERO && cost.failed == 0 && cost.took > Duration::ZERO, "{cost:?}");
+}
