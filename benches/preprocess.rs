@@ -9,9 +9,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images};
-use nfold::infer::image::RgbImage;
-use nfold::infer::resize::{Preprocessor, resize};
 use nfold::model::{CropMode, Interpolation, Preprocessing};
+use nfold::pixels::RgbImage;
+use nfold::pixels::{Preprocessor, resize};
 
 const SIZE: u32 = 256;
 const SHORT: u32 = 284;
@@ -77,9 +77,9 @@ fn main() {
 mod jpeg {
     use std::hint::black_box;
 
-    use nfold::infer::image::{Decoder, ImageLimits, JpegDecoder, RgbImage, decode};
-    use nfold::infer::resize::resize;
     use nfold::model::Interpolation;
+    use nfold::pixels::resize;
+    use nfold::pixels::{Decoder, ImageLimits, JpegDecoder, RgbImage, decode};
     use turbojpeg::{Image, PixelFormat, Subsamp, compress};
 
     use super::{SHORT, median, time};

@@ -17,12 +17,12 @@ use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
 use nfold::infer::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
-use nfold::infer::image::{ImageLimits, JpegDecoder, decode};
 use nfold::infer::job::{Invariance, SchedulerOptions};
 use nfold::infer::registry::{Registry, RegistryOptions};
-use nfold::infer::resize::Preprocessor;
 use nfold::infer::top_k::top_k;
 use nfold::model::ModelDir;
+use nfold::pixels::Preprocessor;
+use nfold::pixels::{ImageLimits, JpegDecoder, decode};
 use nfold::server::{self, Control, Options, Server};
 
 const WINDOW: Duration = Duration::from_secs(2);

@@ -6,11 +6,11 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
-use nfold::infer::image::{ImageLimits, JpegDecoder};
 use nfold::infer::job::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::infer::registry::Engines;
 use nfold::metrics::{Metrics, Outcome};
 use nfold::model::{Manifest, ModelDir};
+use nfold::pixels::{ImageLimits, JpegDecoder};
 
 /// Height and width of the fake network's input.
 pub const SIDE: usize = 2;

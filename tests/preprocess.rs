@@ -5,9 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs, process};
 
-use nfold::infer::image::{Decoder, ImageError, ImageLimits, JpegDecoder, RgbImage, decode};
-use nfold::infer::resize::{Preprocessor, resize};
 use nfold::model::{CropMode, Interpolation, Preprocessing};
+use nfold::pixels::{Decoder, ImageError, ImageLimits, JpegDecoder, RgbImage, decode};
+use nfold::pixels::{Preprocessor, resize};
 use proptest::prelude::*;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use nfold::infer::error::InferError;
 use nfold::infer::job::{Golden, Invariance, Job, SchedulerOptions, StartError};
 use nfold::infer::request::{Input, Output, Terms, Ticket};
-use nfold::infer::resize::Preprocessor;
 use nfold::infer::scheduler::Scheduler;
 use nfold::metrics::{Metrics, Outcome};
+use nfold::pixels::Preprocessor;
 
 use crate::fakes::{CLASSES, Fault, MARK, SIDE, Strings, all_images, eventually, images, model_dir, opener, options};
 

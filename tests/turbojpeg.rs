@@ -3,7 +3,7 @@
 
 use std::{env, process};
 
-use nfold::infer::image::{Decoder, ImageError, ImageLimits, JpegDecoder, RgbImage};
+use nfold::pixels::{Decoder, ImageError, ImageLimits, JpegDecoder, RgbImage};
 use proptest::prelude::*;
 
 use crate::preprocess::{encoded, goldens, hash, hostile, jpeg_of, peak_kib};

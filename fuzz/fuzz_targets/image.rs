@@ -6,9 +6,9 @@
 
 use libfuzzer_sys::fuzz_target;
 #[cfg(feature = "turbojpeg")]
-use nfold::infer::image::{Decoder, JpegDecoder};
-use nfold::infer::image::{ImageLimits, decode};
-use nfold::infer::resize::Preprocessor;
+use nfold::pixels::{Decoder, JpegDecoder};
+use nfold::pixels::{ImageLimits, decode};
+use nfold::pixels::Preprocessor;
 use nfold::model::{CropMode, Interpolation, Preprocessing};
 
 fuzz_target!(|bytes: &[u8]| {

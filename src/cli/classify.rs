@@ -19,10 +19,10 @@ use tempfile::NamedTempFile;
 
 use super::jpeg_decoder::JpegDecoderArg;
 use crate::infer::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
-use crate::infer::image::{Decoder, ImageLimits};
-use crate::infer::resize::Preprocessor;
 use crate::infer::top_k::{Prediction, top_k};
 use crate::model::ModelDir;
+use crate::pixels::Preprocessor;
+use crate::pixels::{Decoder, ImageLimits};
 
 /// More images than this are answered as JSON lines, with a progress bar.
 const MANY: usize = 20;

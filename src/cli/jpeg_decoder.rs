@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-use crate::infer::image::JpegDecoder;
+use crate::pixels::JpegDecoder;
 
 /// Who decodes JPEG.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -12,10 +12,10 @@ use tokio::sync::mpsc;
 use super::jpeg_decoder::JpegDecoderArg;
 use crate::infer::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::graph_cache::GraphCache;
-use crate::infer::image::ImageLimits;
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::logging::{self, LogFormat};
+use crate::pixels::ImageLimits;
 use crate::server::{self, Control, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.

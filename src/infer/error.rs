@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use super::image::ImageError;
 use crate::metrics::Outcome;
+use crate::pixels::ImageError;
 
 /// Why an image, or a whole request, got no logits.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use super::engine::{Backend, EngineError};
-use super::image::{ImageLimits, JpegDecoder};
-use super::resize::Preprocessor;
 use crate::metrics::ModelMetrics;
+use crate::pixels::{ImageLimits, JpegDecoder, Preprocessor};
 
 /// Opens a fresh engine for a compute thread: at the start, and again after a panic in the old one.
 pub type OpenBackend = Box<dyn Fn() -> Result<Box<dyn Backend>, EngineError> + Send + Sync>;

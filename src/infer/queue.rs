@@ -299,9 +299,9 @@ pub(super) fn smooth(average: Duration, value: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::infer::image::ImageLimits;
     use crate::infer::job::Invariance;
     use crate::metrics::Metrics;
+    use crate::pixels::ImageLimits;
 
     const MS: Duration = Duration::from_millis(1);
 

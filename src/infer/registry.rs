@@ -15,13 +15,13 @@ use super::error::InferError;
 use super::graph_cache::GraphCache;
 use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
 use super::request::{Input, Output, Terms, Timings};
-use super::resize::Preprocessor;
 use super::scheduler::{Health, Scheduler};
 use super::top_k::{NotFinite, Prediction, check_finite, top_k};
 use super::verify;
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
 use crate::model::{self, Manifest, ModelDir, ModelError};
+use crate::pixels::Preprocessor;
 
 /// Which models are served, and how.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::error::InferError;
-use super::tensor::RawTensor;
+use crate::pixels::RawTensor;
 
 /// Until when a request may take, and who goes first.
 #[derive(Debug, Clone, Copy)]

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use super::engine::{Backend, Batch, Logits};
 use super::error::InferError;
-use super::image;
 use super::job::StartError;
 use super::queue::{Entry, Pending, Prepared};
 use super::request::{Input, Output, Timings};
 use super::scheduler::{Seat, Shared, Task};
 use super::warm_up::{Warm, warm_up};
 use crate::metrics::{Phase, RunResult};
+use crate::pixels;
 
 /// Shortest and longest pause between two tries to reopen an engine.
 const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -209,7 +209,7 @@ fn prepare(shared: &Shared, entry: Entry) {
     };
     let job = &shared.job;
     let result = catch_unwind(AssertUnwindSafe(|| {
-        let decoder = image::Decoder { limits: shared.options.image_limits, jpeg: shared.options.jpeg_decoder };
+        let decoder = pixels::Decoder { limits: shared.options.image_limits, jpeg: shared.options.jpeg_decoder };
         let needed = |width, height| job.preprocessor.resized(width, height);
         let decoded = decoder.decode(&bytes, job.exif_orientation, needed);
         let decode = started.elapsed();
@@ -227,7 +227,7 @@ fn prepare(shared: &Shared, entry: Entry) {
             shared.prepared(Some(Prepared { tensor, decode, preprocess, pending }), took);
         }
         Ok(Err(error)) => {
-            let error: image::ImageError = error;
+            let error: pixels::ImageError = error;
             shared.metrics().decode_reject(error.reason());
             pending.answer(Err(error.into()));
             shared.prepared(None, took);

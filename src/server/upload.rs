@@ -13,7 +13,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::status::{ApiError, Code};
-use crate::infer::image::ImageError;
+use crate::pixels::ImageError;
 
 /// JSON bodies above this many bytes are parsed on a blocking thread: base64 of a large body takes milliseconds.
 const PARSE_INLINE: usize = 64 * 1024;

@@ -15,8 +15,8 @@ use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
 use crate::infer::request::{Input, Terms};
-use crate::infer::tensor::RawTensor;
 use crate::infer::top_k::{Prediction, top_k};
+use crate::pixels::RawTensor;
 
 /// The models' one input, as the folded graph names it.
 pub const INPUT: &str = "input";

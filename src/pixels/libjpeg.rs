@@ -6,7 +6,8 @@
 
 use turbojpeg::{Colorspace, DecompressHeader, Decompressor, Error, Image, PixelFormat, ScalingFactor};
 
-use super::image::{ImageError, ImageLimits, RgbImage, check_jpeg_end, jpeg_segments, over};
+use super::formats::{check_jpeg_end, jpeg_segments};
+use super::limits::{ImageError, ImageLimits, RgbImage, over};
 
 /// Most scans of a progressive file: each costs a pass over all pixels, and ten are usual.
 const SCANS: u32 = 100;
@@ -30,7 +31,7 @@ const ENDS_EARLY: &str = "Premature end of JPEG file";
 /// do.
 ///
 /// # Errors
-/// As [`Decoder::decode`](super::image::Decoder::decode); limits are checked before memory is taken.
+/// As [`Decoder::decode`](super::Decoder::decode); limits are checked before memory is taken.
 pub(super) fn decode(
     bytes: &[u8],
     limits: &ImageLimits,

@@ -30,7 +30,7 @@ impl RawTensor {
     }
 
     /// The network's input. Its length is the caller's business.
-    pub(super) fn tensor(&self, preprocessor: &Preprocessor) -> Vec<f32> {
+    pub(crate) fn tensor(&self, preprocessor: &Preprocessor) -> Vec<f32> {
         match self {
             Self::Fp32(bytes) => bytes.as_chunks().0.iter().map(|&value: &[u8; 4]| f32::from_le_bytes(value)).collect(),
             Self::Fp16(bytes) => bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value).to_f32()).collect(),

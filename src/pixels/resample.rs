@@ -10,7 +10,7 @@ mod kernels;
 
 use std::ops::Range;
 
-use super::image::RgbImage;
+use super::limits::RgbImage;
 use crate::model::Interpolation;
 
 /// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.

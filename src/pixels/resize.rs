@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::image::RgbImage;
+use super::limits::RgbImage;
 use super::resample::{RGB, resample};
 use crate::model::{CropMode, Interpolation, Preprocessing};
 

@@ -1,0 +1,108 @@
+//! What an untrusted image may cost, why one is refused, and what comes out.
+//!
+//! Owns the limits and the errors of this room. Must not know a format.
+
+/// What an image may cost before it is refused. Everything is checked before pixels are decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Largest encoded file, in bytes. Default 20 MiB.
+    pub max_bytes: usize,
+    /// Largest width and height, in pixels. Default 16384.
+    pub max_side: u32,
+    /// Largest width × height, in pixels. Default 64 million.
+    pub max_pixels: u64,
+    /// Largest memory for decoded samples, before they become RGB8, and for a decoder's own buffers, in bytes each.
+    /// Default 256 MiB.
+    pub max_decoded_bytes: u64,
+    /// Largest memory for what comes before the pixels (text, colour profiles), in bytes. Default 8 MiB.
+    pub max_metadata_bytes: u64,
+}
+
+impl Default for ImageLimits {
+    fn default() -> Self {
+        Self {
+            max_bytes: 20 << 20,
+            max_side: 16384,
+            max_pixels: 64_000_000,
+            max_decoded_bytes: 256 << 20,
+            max_metadata_bytes: 8 << 20,
+        }
+    }
+}
+
+/// A decoded image: rows from the top, pixels from the left, one byte each of red, green and blue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    /// Pixels a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Samples, height × width × 3 of them.
+    pub data: Vec<u8>,
+}
+
+/// Why bytes didn't become an image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ImageError {
+    /// There are no bytes.
+    #[error("image is empty (0 bytes); send the encoded file as it is on disk")]
+    Empty,
+    /// Not one of the formats that are read, or a kind of it that no decoder here knows.
+    #[error("{detail}; send a JPEG, PNG, WebP, GIF, BMP or TIFF")]
+    Unsupported {
+        /// What was found instead.
+        detail: String,
+    },
+    /// More than [`ImageLimits`] allow.
+    #[error("image is too large: {detail}; scale it down")]
+    TooLarge {
+        /// Label of the limit: see [`ImageError::reason`].
+        reason: &'static str,
+        /// Which limit, the image's number and the limit's.
+        detail: String,
+    },
+    /// Corrupt or truncated.
+    #[error("image can't be decoded: {detail}; check that the file is whole and opens elsewhere")]
+    Invalid {
+        /// Label of the kind of damage: see [`ImageError::reason`].
+        reason: &'static str,
+        /// What the decoder says.
+        detail: String,
+    },
+}
+
+impl ImageError {
+    /// Every value of [`reason`](Self::reason).
+    pub const REASONS: [&'static str; 7] =
+        ["empty", "bad_format", "too_large", "too_many_pixels", "too_much_memory", "truncated", "corrupt"];
+
+    /// The error as a metric label: one of [`REASONS`](Self::REASONS).
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Unsupported { .. } => "bad_format",
+            Self::TooLarge { reason, .. } | Self::Invalid { reason, .. } => reason,
+        }
+    }
+}
+
+impl ImageLimits {
+    pub(super) fn check_file(&self, bytes: usize) -> Result<(), ImageError> {
+        over("too_large", "bytes", bytes as u64, self.max_bytes as u64)
+    }
+
+    pub(super) fn check_header(&self, (width, height): (u32, u32), decoded: u64) -> Result<(), ImageError> {
+        over("too_large", "pixels wide", width.into(), self.max_side.into())?;
+        over("too_large", "pixels high", height.into(), self.max_side.into())?;
+        over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)?;
+        over("too_much_memory", "bytes when decoded", decoded, self.max_decoded_bytes)
+    }
+}
+
+/// Fails when `actual` is more than `limit`.
+pub(super) fn over(reason: &'static str, what: &str, actual: u64, limit: u64) -> Result<(), ImageError> {
+    if actual <= limit {
+        return Ok(());
+    }
+    Err(ImageError::TooLarge { reason, detail: format!("it has {actual} {what}, the limit is {limit}") })
+}
