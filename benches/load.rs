@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use nfold::infer::engine::{EngineOptions, Fitted, OrtBackend};
-use nfold::infer::graph_cache::GraphCache;
+use nfold::engine::graph_cache::GraphCache;
+use nfold::engine::{EngineOptions, Fitted, OrtBackend};
 
 const ROUNDS: usize = 31;
 

@@ -16,7 +16,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
+use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::infer::job::{Invariance, SchedulerOptions};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::top_k::top_k;

@@ -4,12 +4,6 @@
 //! The emission is chosen for ONNX Runtime's blocked CPU layout (NCHWc) and stays plain ONNX: SiLU as
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
-pub mod blocked_layout;
-pub mod blocks;
-pub mod channel_padding;
-pub mod detached_weights;
-pub mod layout_sample;
-
 use bytes::Bytes;
 use half::f16;
 use prost::Message as _;
@@ -26,7 +20,7 @@ const OPSET: i64 = 20;
 const BATCH: &str = "batch";
 
 /// ONNX element types.
-const FLOAT: i32 = 1;
+pub(crate) const FLOAT: i32 = 1;
 const INT64: i32 = 7;
 const FLOAT16: i32 = 10;
 const DOUBLE: i32 = 11;
@@ -445,15 +439,15 @@ fn fixed(size: usize) -> pb::DimensionProto {
     pb::DimensionProto { value: Some(pb::dimension_proto::Value::DimValue(size as i64)) }
 }
 
-fn int(name: &str, i: i64) -> AttributeProto {
+pub(crate) fn int(name: &str, i: i64) -> AttributeProto {
     AttributeProto { name: name.into(), i, r#type: AttributeType::Int.into(), ..Default::default() }
 }
 
-fn float(name: &str, f: f32) -> AttributeProto {
+pub(crate) fn float(name: &str, f: f32) -> AttributeProto {
     AttributeProto { name: name.into(), f, r#type: AttributeType::Float.into(), ..Default::default() }
 }
 
-fn floats(name: &str, values: &[f32]) -> AttributeProto {
+pub(crate) fn floats(name: &str, values: &[f32]) -> AttributeProto {
     AttributeProto {
         name: name.into(),
         floats: values.to_vec(),
@@ -462,12 +456,12 @@ fn floats(name: &str, values: &[f32]) -> AttributeProto {
     }
 }
 
-fn ints(name: &str, values: &[usize]) -> AttributeProto {
+pub(crate) fn ints(name: &str, values: &[usize]) -> AttributeProto {
     let ints = values.iter().map(|&v| v as i64).collect();
     AttributeProto { name: name.into(), ints, r#type: AttributeType::Ints.into(), ..Default::default() }
 }
 
-fn string(name: &str, value: &str) -> AttributeProto {
+pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
     let s = value.as_bytes().to_vec();
     AttributeProto { name: name.into(), s, r#type: AttributeType::String.into(), ..Default::default() }
 }

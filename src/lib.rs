@@ -8,15 +8,17 @@
 //! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`pixels`]: untrusted bytes → tensor: limits, formats, resize, crop, normalise.
-//! * [`infer`]: encoded image → predictions: queue, batch, engine, top-k. Knows no protocol.
+//! * [`relayout`]: an ONNX graph rewritten for this processor, in memory only.
+//! * [`engine`]: runs graphs with ONNX Runtime: library, sessions, placement, kept graphs, comparison of two graphs.
+//! * [`infer`]: encoded image → predictions: queue, batch, top-k. Knows no protocol.
 //! * [`mod@bench`]: graphs timed in process, load on a server, and the report.
 //! * [`spp`]: signal propagation plots: statistics of hidden activations, block by block.
 //! * [`server`]: the edge: HTTP, health, metrics.
 //! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up.
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
-//! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `checkpoint`, `graph`, `pixels` →
-//! `nets`, `model`, `metrics`, `pb`);
+//! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `engine`, `pixels` → `relayout` →
+//! `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`);
 //! `tests/layers.rs` holds the house to that.
 #![forbid(unsafe_code)]
 
@@ -27,9 +29,12 @@ pub mod checkpoint;
 pub mod fold;
 pub mod graph;
 
+pub mod engine;
+pub mod pixels;
+pub mod relayout;
+
 pub mod bench;
 pub mod infer;
-pub mod pixels;
 pub mod server;
 pub mod spp;
 

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::graph::blocked_layout::lay_out;
-use nfold::graph::channel_padding::pad_channels;
-use nfold::graph::detached_weights::detach_weights;
-use nfold::graph::layout_sample;
-use nfold::infer::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::model::{Gate, Precision};
 use nfold::pb::onnx::{ModelProto, NodeProto};
+use nfold::relayout::blocked_layout::lay_out;
+use nfold::relayout::channel_padding::pad_channels;
+use nfold::relayout::detached_weights::detach_weights;
+use nfold::relayout::sample::sample;
 use prost::Message as _;
 use rand::SeedableRng as _;
 use rand::seq::IndexedRandom as _;
@@ -118,7 +118,7 @@ fn laid_out(onnx: &[u8], block: usize) -> Option<ModelProto> {
 
 #[test]
 fn what_is_not_understood_stays() {
-    let sample = layout_sample::sample(16).unwrap();
+    let sample = sample(16).unwrap();
     assert!(laid_out(&sample, 16).is_some() && laid_out(&sample, 8).is_some());
     assert_eq!(laid_out(&sample, 0), None);
     assert_eq!(laid_out(&sample, 64), None, "16 channels are no block of 64");
@@ -177,7 +177,7 @@ fn what_is_not_understood_stays() {
 #[test]
 fn weights_lie_in_blocks() {
     for block in [8, 16] {
-        let onnx = layout_sample::sample(block).unwrap();
+        let onnx = sample(block).unwrap();
         let (plain, moved) = (ModelProto::decode(onnx.as_slice()).unwrap(), laid_out(&onnx, block).unwrap());
         let moved = moved.graph.unwrap().initializer;
         let mut seen = 0;
@@ -206,7 +206,7 @@ fn weights_lie_in_blocks() {
 /// Whatever the bytes: an answer, never a panic.
 #[test]
 fn damaged_graphs_are_survived() {
-    let onnx = layout_sample::sample(16).unwrap();
+    let onnx = sample(16).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(29);
     let numbers: Vec<i64> = vec![-1, 0, 1, 3, 16, 17, 1 << 20, 1 << 42, i64::MAX, i64::MIN];
     let mut taken = 0;

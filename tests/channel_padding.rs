@@ -3,12 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::graph::channel_padding;
-use nfold::graph::detached_weights::detach_weights;
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::model::{Gate, Precision};
 use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto, dimension_proto};
+use nfold::relayout::channel_padding;
+use nfold::relayout::detached_weights::detach_weights;
 use prost::Message as _;
 use rand::SeedableRng as _;
 use rand::seq::IndexedRandom as _;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use nfold::infer::engine::{Backend, BackendError, Batch, Logits};
+use nfold::engine::{Backend, BackendError, Batch, Logits};
 use nfold::infer::job::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::infer::registry::Engines;
 use nfold::metrics::{Metrics, Outcome};

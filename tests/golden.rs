@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::{self, Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::infer::engine::{self, Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::model::{Gate, Precision};
 use prost::Message as _;
 use safetensors::SafeTensors;

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::graph_cache::GraphCache;
+use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::infer::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
-use nfold::infer::graph_cache::GraphCache;
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};

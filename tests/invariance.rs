@@ -2,8 +2,8 @@
 //! batch, with one thread or two. An empirical property of ONNX Runtime on the machine that runs this.
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::fold::{FoldOptions, fold};
-use nfold::infer::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};

@@ -1,6 +1,6 @@
 //! Execution providers: where the parts of a graph run, and what is said when that is not where they should.
 
-use nfold::infer::engine::{Batch, EngineOptions, Provider, check_placement, place};
+use nfold::engine::{Batch, EngineOptions, Provider, check_placement, place};
 use nfold::model::ModelDir;
 
 use crate::cli::{nfold, with_demo};

@@ -5,8 +5,8 @@ use std::f64::consts::PI;
 use std::fs;
 
 use nfold::checkpoint::Checkpoint;
+use nfold::engine::Batch;
 use nfold::fold::{FoldOptions, Size, fold};
-use nfold::infer::engine::Batch;
 use nfold::model::Precision;
 use nfold::nets::activation::Activation;
 use nfold::spp::health::{Limits, examine, largest_difference};

@@ -15,7 +15,7 @@ use super::accuracy::Published;
 use super::machine::{Machine, ProcessorTime};
 use super::peak::{self, Peak};
 use super::statistics::{self, Ratio, Summary, median};
-use crate::infer::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
+use crate::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 
 /// Version of the report's layout, documented in `docs/benchmarks.md`.
 pub const SCHEMA: &str = "nfold-bench-engine/1";

@@ -16,7 +16,7 @@ pub mod statistics;
 
 use std::path::PathBuf;
 
-use crate::infer::engine::{BackendError, EngineError};
+use crate::engine::{BackendError, EngineError};
 
 /// What can go wrong while measuring.
 #[derive(Debug, thiserror::Error)]

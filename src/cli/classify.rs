@@ -18,7 +18,7 @@ use serde_json::json;
 use tempfile::NamedTempFile;
 
 use super::jpeg_decoder::JpegDecoderArg;
-use crate::infer::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
+use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use crate::infer::top_k::{Prediction, top_k};
 use crate::model::ModelDir;
 use crate::pixels::Preprocessor;

@@ -11,9 +11,9 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::checkpoint::Checkpoint;
+use crate::engine::verify;
+use crate::engine::{EngineOptions, OrtBackend};
 use crate::fold::{self, FoldOptions, Folded, Size};
-use crate::infer::engine::{EngineOptions, OrtBackend};
-use crate::infer::verify;
 use crate::model::{self, Gate, Golden, Manifest, ModelDir, ModelError, Precision, Target, Verification};
 
 /// Arguments of `nfold fold`.

@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
 use super::jpeg_decoder::JpegDecoderArg;
-use crate::infer::engine::{EngineOptions, GpuOptions, Provider};
-use crate::infer::graph_cache::GraphCache;
+use crate::engine::graph_cache::GraphCache;
+use crate::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::logging::{self, LogFormat};

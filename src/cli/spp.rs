@@ -14,8 +14,8 @@ use serde_json::{Map, Value, json};
 
 use super::classify;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
+use crate::engine::Batch;
 use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
-use crate::infer::engine::Batch;
 use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing};
 use crate::nets::activation::{ACTIVATIONS, Activation};
 use crate::pixels::Preprocessor;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::engine::{Backend, EngineError};
+use crate::engine::{Backend, EngineError};
 use crate::metrics::ModelMetrics;
 use crate::pixels::{ImageLimits, JpegDecoder, Preprocessor};
 

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::engine::{self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider};
 use super::error::InferError;
-use super::graph_cache::GraphCache;
 use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
 use super::request::{Input, Output, Terms, Timings};
 use super::scheduler::{Health, Scheduler};
 use super::top_k::{NotFinite, Prediction, check_finite, top_k};
-use super::verify;
+use crate::engine::graph_cache::GraphCache;
+use crate::engine::verify;
+use crate::engine::{self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider};
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
 use crate::model::{self, Manifest, ModelDir, ModelError};

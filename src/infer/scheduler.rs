@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::engine::Backend;
 use super::error::InferError;
 use super::job::{Invariance, Job, SchedulerOptions, StartError};
 use super::queue::{Entry, Pending, Phase, Prepared, Slots, State, Take, smooth};
 use super::request::{DEFAULT_PRIORITY, Input, Terms, Ticket};
 use super::warm_up::Warm;
 use super::worker::{self, Role};
+use crate::engine::Backend;
 use crate::metrics::ModelMetrics;
 
 /// What a health check wants to know.

@@ -5,11 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::engine::{Batch, Logits};
 use super::job::{Invariance, StartError};
 use super::scheduler::Shared;
-use super::verify;
 use super::worker::Worker;
+use crate::engine::verify;
+use crate::engine::{Batch, Logits};
 
 /// What warming up showed.
 #[derive(Debug, Clone, Copy, Default)]

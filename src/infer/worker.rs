@@ -8,13 +8,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use super::engine::{Backend, Batch, Logits};
 use super::error::InferError;
 use super::job::StartError;
 use super::queue::{Entry, Pending, Prepared};
 use super::request::{Input, Output, Timings};
 use super::scheduler::{Seat, Shared, Task};
 use super::warm_up::{Warm, warm_up};
+use crate::engine::{Backend, Batch, Logits};
 use crate::metrics::{Phase, RunResult};
 use crate::pixels;
 

@@ -16,8 +16,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};
 use serde::Serialize;
 
+use crate::engine::{BackendError, Batch, EngineError};
 use crate::graph::GraphError;
-use crate::infer::engine::{BackendError, Batch, EngineError};
 use statistics::ChannelMoments;
 
 /// Why there are no statistics.

@@ -13,8 +13,8 @@ use rand_distr::{Distribution as _, StandardNormal};
 
 use super::statistics::ChannelMoments;
 use super::{Profile, Signal, SppError, gaussian_image, mark_stages};
+use crate::engine::{Batch, EngineOptions, MapBackend, MapView};
 use crate::graph::{Emission, GraphBuilder, Map};
-use crate::infer::engine::{Batch, EngineOptions, MapBackend, MapView};
 use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, gamma, scaled_ws};

@@ -10,7 +10,7 @@ use prost::Message as _;
 
 use super::statistics::ChannelMoments;
 use super::{Profile, Signal, SppError, mark_stages};
-use crate::infer::engine::{Batch, EngineOptions, MapBackend, MapView};
+use crate::engine::{Batch, EngineOptions, MapBackend, MapView};
 use crate::pb::onnx::{GraphProto, ModelProto, TensorTypeProto, TypeProto, ValueInfoProto};
 
 /// ONNX element types.

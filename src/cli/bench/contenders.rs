@@ -10,8 +10,8 @@ use crate::bench::accuracy::published;
 use crate::bench::engine::Contender;
 use crate::checkpoint::init::{InitOptions, init};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
+use crate::engine::{EngineOptions, OrtBackend};
 use crate::fold::{FoldOptions, Size, fold};
-use crate::infer::engine::{EngineOptions, OrtBackend};
 use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision};
 use crate::nets;
 

@@ -8,9 +8,9 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
 use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, environment};
-use crate::graph::blocks::in_blocks;
-use crate::graph::detached_weights::Weight;
-use crate::graph::layout_sample;
+use crate::relayout::detached_weights::Weight;
+use crate::relayout::in_blocks;
+use crate::relayout::sample;
 
 /// A graph, and its large weights if they were made in memory: sessions use those in place, since writing them into the
 /// graph's bytes and parsing those would take longer than all else that a load does.
@@ -94,7 +94,7 @@ pub fn channel_block() -> Option<usize> {
     None
 }
 
-/// Whether ONNX Runtime takes our [layout](crate::graph::blocked_layout) as it is meant, in this CPU's blocks: seen once.
+/// Whether ONNX Runtime takes our [layout](crate::relayout::blocked_layout) as it is meant, in this CPU's blocks: seen once.
 fn takes_layout(block: usize) -> bool {
     static TAKES: OnceLock<bool> = OnceLock::new();
     *TAKES.get_or_init(|| {
@@ -112,11 +112,11 @@ fn takes_layout(block: usize) -> bool {
 /// mean something else by now, would make other logits. (Smaller blocks than meant divide ours: nothing is read past its end.)
 fn try_layout(block: usize) -> Option<bool> {
     let logits = |graph: Fitted| {
-        let (side, data) = (layout_sample::SIDE, layout_sample::image());
+        let (side, data) = (sample::SIDE, sample::image());
         let mut backend = OrtBackend::open_fitted(&graph, "layout sample", &EngineOptions::default()).ok()?;
         Some(backend.run(&Batch { images: 1, height: side, width: side, data }).ok()?.data)
     };
-    let onnx = layout_sample::sample(block).ok()?;
+    let onnx = sample::sample(block).ok()?;
     let ours = logits(Fitted::fit(onnx.clone().into(), block, true).filter(Fitted::is_laid_out)?)?;
     let theirs = logits(Fitted::as_it_is(onnx))?;
     Some(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5))

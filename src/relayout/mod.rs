@@ -1,11 +1,19 @@
-//! Graphs for kernels that take channels by blocks: padded to them, and laid out in them.
+//! An ONNX graph rewritten for this processor, in memory only: padded to the blocks of channels that the kernels process, and
+//! laid out in them. Files that are handed out stay as they were folded.
+//!
+//! Knows nothing of sessions; `engine` opens what comes out.
+
+pub mod blocked_layout;
+pub mod channel_padding;
+pub mod detached_weights;
+pub mod sample;
 
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::blocked_layout::lay_out;
-use super::channel_padding::pad_channels;
-use super::detached_weights::{Detached, detach_weights};
+use self::blocked_layout::lay_out;
+use self::channel_padding::pad_channels;
+use self::detached_weights::{Detached, detach_weights};
 use crate::pb::onnx::ModelProto;
 
 /// A graph in blocks.

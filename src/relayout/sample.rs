@@ -1,7 +1,7 @@
 //! A small classifier with every operator that [`lay_out`](super::blocked_layout::lay_out) writes: one image through it
 //! shows whether a runtime takes them as they are meant.
 
-use super::{Emission, GraphBuilder, GraphError, Map};
+use crate::graph::{Emission, GraphBuilder, GraphError, Map};
 use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, ShortcutPool};

@@ -3,8 +3,8 @@
 
 use prost::Message as _;
 
-use super::FLOAT;
 use super::blocked_layout::Filters;
+use crate::graph::FLOAT;
 use crate::pb::onnx::{DataLocation, ModelProto, StringStringEntryProto, TensorProto};
 
 /// Bytes of a cache line.

@@ -3,8 +3,10 @@
 
 mod fitted;
 mod gpu;
+pub mod graph_cache;
 mod library;
 mod placement;
+pub mod verify;
 
 use std::path::{Path, PathBuf};
 
@@ -13,10 +15,9 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
-use super::graph_cache::GraphCache;
-
 pub use self::fitted::{Fitted, channel_block};
 pub use self::gpu::{GpuOptions, Profile};
+use self::graph_cache::GraphCache;
 pub use self::library::LIBRARY_VARIABLE;
 use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};

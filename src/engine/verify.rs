@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};
 use sha2::{Digest as _, Sha256};
 
-use super::engine::{Backend, BackendError, Batch};
+use super::{Backend, BackendError, Batch};
 
 /// How far two graphs are apart.
 #[derive(Debug, Clone, Copy, PartialEq)]

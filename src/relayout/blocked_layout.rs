@@ -5,12 +5,12 @@
 //! `[O/b, I/b, kh, kw, b, b]` (input before output channels), or as `[O/b, I, kh, kw, b]` where what it reads is no block: the
 //! image, and one channel at a time. The operators are those that ONNX Runtime rewrites graphs to, of its domain
 //! `com.microsoft.nchwc`. Nothing is promised about them: they are for graphs in memory and for a runtime that was seen to
-//! take a [sample](super::layout_sample) as it is meant, not for a file that nfold hands out.
+//! take a [sample](super::sample) as it is meant, not for a file that nfold hands out.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use super::{FLOAT, float, floats, int, ints, string};
+use crate::graph::{FLOAT, float, floats, int, ints, string};
 use crate::pb::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
 /// ONNX Runtime's domains: of blocked operators, and of fused ones that take any layout.
