@@ -4,8 +4,9 @@
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
+use nfold::bench::load::answer::Outcome;
 use nfold::bench::load::protocol::{self, Protocol};
-use nfold::bench::load::record::{Outcome, Step};
+use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
 use nfold::infer::job::SchedulerOptions;

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 
 use super::engine::{Report, Row};
 use super::load;
-use super::load::record::{Outcome, Step};
+use super::load::answer::Outcome;
+use super::load::record::Step;
 use super::machine::Machine;
 use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series};
 

@@ -10,7 +10,8 @@ use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::load::record::{Outcome, Recorder};
+use super::load::answer::Outcome;
+use super::load::record::Recorder;
 use super::{BenchError, engine, load, page};
 
 /// File name of the engine's report, without extension.

@@ -11,26 +11,11 @@ use hyper::{HeaderMap, Request};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
+use super::answer::{Answer, Outcome};
 use super::grpc::Grpc;
-use super::protocol::{Payload, Request as Wanted};
-use super::record::Outcome;
+use super::request::{Payload, Request as Wanted};
 
 type Connection = SendRequest<Full<Bytes>>;
-
-/// How a request ended, and what the server told of its own time.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Answer {
-    /// How it ended.
-    pub outcome: Outcome,
-    /// Phases of `server-timing`, milliseconds.
-    pub phases: Vec<(String, f64)>,
-}
-
-impl Answer {
-    fn without(outcome: Outcome) -> Self {
-        Self { outcome, phases: Vec::new() }
-    }
-}
 
 /// What a server answers to one question outside the measurement.
 pub struct Reply {

@@ -6,8 +6,7 @@ use bytes::Bytes;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use super::client::Answer;
-use super::record::Outcome;
+use super::answer::{Answer, Outcome};
 use crate::pb::open_inference as oip;
 use oip::grpc_inference_service_client::GrpcInferenceServiceClient;
 

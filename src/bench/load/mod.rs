@@ -5,10 +5,12 @@
 //! that stalls is charged for everyone who had to wait. Whether the generator itself kept up is measured, and a step in
 //! which it did not is marked.
 
+pub mod answer;
 pub mod client;
 pub mod grpc;
 pub mod protocol;
 pub mod record;
+pub mod request;
 pub mod schedule;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,9 +22,11 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use super::machine::{Machine, ProcessorTime};
-use client::{Answer, Client};
-use protocol::{Protocol, Request};
+use answer::{Answer, Outcome};
+use client::Client;
+use protocol::Protocol;
 use record::{Recorder, Step, Window};
+use request::Request;
 use schedule::Arrivals;
 
 /// Version of the report's layout, documented in `docs/benchmarks.md`.
@@ -192,7 +196,7 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (
 async fn send(client: &Result<Client, String>, request: &Request, timeout: Duration) -> Answer {
     match client {
         Ok(client) => client.send(request, timeout).await,
-        Err(_) => Answer { outcome: record::Outcome::Transport, phases: Vec::new() },
+        Err(_) => Answer::without(Outcome::Transport),
     }
 }
 

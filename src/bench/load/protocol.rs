@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::client::Pool;
 use super::grpc::{self, Grpc};
-use crate::pb::open_inference::ModelInferRequest;
+use super::request::{Payload, Request};
 
 /// What is spoken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,36 +24,6 @@ pub enum Protocol {
     OipHttp,
     /// `ModelInfer`, a float32 tensor raw.
     OipGrpc,
-}
-
-/// A request of either transport, ready to be sent any number of times.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Request {
-    /// HTTP/1.1.
-    Http(Payload),
-    /// gRPC.
-    Grpc(ModelInferRequest),
-}
-
-impl Request {
-    /// Bytes of the body, or of the tensors.
-    pub fn size(&self) -> usize {
-        match self {
-            Self::Http(payload) => payload.body.len(),
-            Self::Grpc(request) => request.raw_input_contents.iter().map(Bytes::len).sum(),
-        }
-    }
-}
-
-/// An HTTP request.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Payload {
-    /// Path and query.
-    pub target: String,
-    /// Headers beside the host.
-    pub headers: Vec<(&'static str, String)>,
-    /// Body.
-    pub body: Bytes,
 }
 
 /// Why there is nothing to send.

@@ -6,49 +6,11 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::client::Answer;
+use super::answer::{Answer, Outcome};
 
 /// Fewest answers at which a percentile can be claimed with 99 % confidence (MLPerf Inference rules, early stopping).
 const FEWEST_FOR_P99: u64 = 459;
 const FEWEST_FOR_P999: u64 = 4603;
-
-/// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// Answered as asked.
-    Ok,
-    /// Refused for want of room, to be tried again: 429 and 503, or their gRPC codes.
-    Refused,
-    /// The server gave up at its deadline: 504, or its gRPC code.
-    Deadline,
-    /// The server says that the request is wrong.
-    ClientError,
-    /// The server failed.
-    ServerError,
-    /// No connection, or a broken one.
-    Transport,
-    /// No answer within the client's patience.
-    Timeout,
-}
-
-impl Outcome {
-    /// The server said something.
-    pub fn is_answer(self) -> bool {
-        !matches!(self, Self::Transport | Self::Timeout)
-    }
-
-    /// What an HTTP status means.
-    pub fn of_http(status: u16) -> Self {
-        match status {
-            200..300 => Self::Ok,
-            429 | 503 => Self::Refused,
-            504 => Self::Deadline,
-            400..500 => Self::ClientError,
-            _ => Self::ServerError,
-        }
-    }
-}
 
 /// The measured part of a step.
 #[derive(Debug, Clone, Copy)]

@@ -10,8 +10,8 @@ use anyhow::{anyhow, bail};
 use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
+use crate::bench::load::answer::Outcome;
 use crate::bench::load::protocol::{self, Protocol};
-use crate::bench::load::record::Outcome;
 use crate::bench::load::schedule::Arrivals;
 use crate::bench::load::{self, Plan, Report};
 use crate::bench::report;
