@@ -10,6 +10,7 @@ use nfold::infer::error::InferError;
 use nfold::infer::job::{Golden, Invariance, Job, SchedulerOptions, StartError};
 use nfold::infer::request::{Input, Output, Terms, Ticket};
 use nfold::infer::scheduler::Scheduler;
+use nfold::infer::system::Os;
 use nfold::metrics::{Metrics, Outcome};
 use nfold::pixels::Preprocessor;
 
@@ -40,6 +41,7 @@ fn job(strings: &Arc<Strings>, metrics: &Metrics) -> Job {
         open_wide: None,
         golden: None,
         metrics: metrics.model("m", 1, "fake"),
+        system: Arc::new(Os),
     }
 }
 

@@ -1,7 +1,9 @@
 //! What a scheduler is started with: a model, how to open its engines, and how its images are queued and spread.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::system::System;
 use crate::engine::{Backend, EngineError};
 use crate::metrics::ModelMetrics;
 use crate::pixels::{ImageLimits, JpegDecoder, Preprocessor};
@@ -88,6 +90,8 @@ pub struct Job {
     pub golden: Option<Golden>,
     /// Where numbers go.
     pub metrics: ModelMetrics,
+    /// Time, threads and waiting.
+    pub system: Arc<dyn System>,
 }
 
 /// Why a model could not be started.
@@ -122,6 +126,9 @@ pub enum StartError {
         /// Largest difference of a logit.
         difference: f64,
     },
+    /// A fault of this program, or of the runtime.
+    #[error("opening its engine panicked: {0}")]
+    Panic(String),
     /// The system gave no thread, or the thread died.
     #[error("can't start a compute thread: {0}")]
     Thread(String),

@@ -1,56 +1,88 @@
-//! What waits for one model, in which order, and what a free thread takes from it.
+//! What waits for one model, in which order, and what a free thread does next.
 //!
-//! An image is in the house by its slot, which its queue entry owns: dropping the entry, wherever that happens, frees it.
-//! No locks, no threads, no engines: the scheduler's.
+//! Pure decisions: every one takes the moment as an argument. No locks, no threads, no engines (`shared` has them). An image
+//! is admitted by its slot, which its queue entry owns: dropping the entry, wherever that happens, frees it. Images that are
+//! given up gather in `given_up`, to be answered when the lock is released.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use super::error::InferError;
 use super::job::SchedulerOptions;
-use super::request::{Input, Output};
+use super::request::{Class, Input, Output};
 use crate::metrics::{ModelMetrics, Outcome};
 
 /// Images admitted and not yet answered, at most `limit`.
 #[derive(Debug)]
 pub(super) struct Slots {
-    free: Arc<Semaphore>,
     pub(super) limit: usize,
     pub(super) metrics: ModelMetrics,
+    used: AtomicUsize,
+    /// Of these, by images of other classes than the default one.
+    used_by_others: AtomicUsize,
 }
 
 impl Slots {
     pub(super) fn new(limit: usize, metrics: ModelMetrics) -> Self {
-        Self { free: Arc::new(Semaphore::new(limit)), limit, metrics }
+        Self { limit, metrics, used: AtomicUsize::new(0), used_by_others: AtomicUsize::new(0) }
+    }
+
+    /// Most slots that images of this class have at once. A quarter is for those that name no priority.
+    pub(super) fn limit_of(&self, class: Class) -> usize {
+        match class {
+            Class::Default => self.limit,
+            Class::First | Class::Last => self.limit - self.limit / 4,
+        }
     }
 
     /// Takes `count` slots or none.
-    pub(super) fn take(self: &Arc<Self>, count: usize) -> Option<Vec<Slot>> {
-        let mut permits = self.free.clone().try_acquire_many_owned(u32::try_from(count).ok()?).ok()?;
-        let slot = |permit| {
-            self.metrics.queue_depth.inc();
-            Slot { slots: self.clone(), _permit: permit }
+    pub(super) fn take(self: &Arc<Self>, count: usize, class: Class) -> Option<Vec<Slot>> {
+        let add = |counter: &AtomicUsize, limit: usize| {
+            let sum = |used: usize| used.checked_add(count).filter(|&sum| sum <= limit);
+            counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, sum).is_ok()
         };
-        Some((0..count).filter_map(|_| permits.split(1)).map(slot).collect())
+        if class != Class::Default && !add(&self.used_by_others, self.limit_of(class)) {
+            return None;
+        }
+        if !add(&self.used, self.limit) {
+            if class != Class::Default {
+                self.used_by_others.fetch_sub(count, Ordering::SeqCst);
+            }
+            return None;
+        }
+        self.metrics.queue_depth.add(count as i64);
+        Some((0..count).map(|_| Slot { slots: self.clone(), class }).collect())
     }
 
     pub(super) fn used(&self) -> usize {
-        self.limit.saturating_sub(self.free.available_permits())
+        self.used.load(Ordering::SeqCst)
+    }
+
+    /// Whether `count` more images of this class find no slots.
+    pub(super) fn is_full(&self, count: usize, class: Class) -> bool {
+        let others = class != Class::Default
+            && self.used_by_others.load(Ordering::SeqCst).saturating_add(count) > self.limit_of(class);
+        others || self.used().saturating_add(count) > self.limit
     }
 }
 
-/// The right of one image to be in the house. Not `Clone`: released once, by drop.
+/// The right of one image to wait and be computed. Not `Clone`: released once, by drop.
 #[derive(Debug)]
 pub(super) struct Slot {
     slots: Arc<Slots>,
-    _permit: OwnedSemaphorePermit,
+    class: Class,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.slots.used.fetch_sub(1, Ordering::SeqCst);
+        if self.class != Class::Default {
+            self.slots.used_by_others.fetch_sub(1, Ordering::SeqCst);
+        }
         self.slots.metrics.queue_depth.dec();
     }
 }
@@ -60,26 +92,27 @@ impl Drop for Slot {
 pub(super) struct Pending {
     pub(super) reply: Option<oneshot::Sender<Result<Output, InferError>>>,
     pub(super) slot: Option<Slot>,
-    /// Its place in the queue: priority first, then the order of arrival.
-    pub(super) place: (u32, u64),
+    pub(super) class: Class,
+    /// Where it stands in its class: priority first, then the order of arrival.
+    pub(super) rank: (u32, u64),
     /// When it was admitted.
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
 
 impl Pending {
-    /// Answers and counts the image. It is counted before its slot is free, so that an empty house has counted all, and
+    /// Answers and counts the image. It is counted before its slot is free, so that an empty queue has counted all, and
     /// both before the caller can see the answer, so that a caller who sends its next image at once finds room.
-    pub(super) fn answer(mut self, result: Result<Output, InferError>) {
-        self.end(result);
+    pub(super) fn answer(mut self, result: Result<Output, InferError>, now: Instant) {
+        self.end(result, now >= self.deadline);
     }
 
-    fn end(&mut self, result: Result<Output, InferError>) {
+    fn end(&mut self, result: Result<Output, InferError>, late: bool) {
         let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
         let ended = match (&result, reply.is_closed()) {
             (Ok(_), false) => Outcome::Ok,
             (Err(error), false) => error.outcome(),
-            (_, true) if self.deadline <= Instant::now() => Outcome::DeadlineExceeded,
+            (_, true) if late => Outcome::DeadlineExceeded,
             (_, true) => Outcome::Cancelled,
         };
         slot.slots.metrics.images(ended, 1);
@@ -89,14 +122,14 @@ impl Pending {
     }
 
     /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
-    fn is_dead(&self, now: Instant, lead: Duration) -> bool {
+    fn is_expired(&self, now: Instant, lead: Duration) -> bool {
         self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.end(Err(InferError::Internal("an image was dropped without an answer".into())));
+        self.end(Err(InferError::Internal("an image was dropped without an answer".into())), false);
     }
 }
 
@@ -116,6 +149,110 @@ pub(super) struct Prepared {
     pub(super) pending: Pending,
 }
 
+/// What stands in a line.
+pub(super) trait Queued {
+    fn pending(&self) -> &Pending;
+    fn into_pending(self) -> Pending;
+}
+
+impl Queued for Entry {
+    fn pending(&self) -> &Pending {
+        &self.pending
+    }
+
+    fn into_pending(self) -> Pending {
+        self.pending
+    }
+}
+
+impl Queued for Prepared {
+    fn pending(&self) -> &Pending {
+        &self.pending
+    }
+
+    fn into_pending(self) -> Pending {
+        self.pending
+    }
+}
+
+/// How many images of other classes may go while an image of this class waits: then it is due.
+pub(super) const PATIENCE: [u32; Class::ALL.len()] = [0, 3, 14];
+
+/// Images in the order in which they go: of each class by priority, then by arrival; of the classes the first that has
+/// any, unless a later one is due. So whatever the others bring, one image in 4 is of the default class and one in 16 of
+/// the last, as long as they have any.
+#[derive(Debug)]
+pub(super) struct Line<T> {
+    classes: [BTreeMap<(u32, u64), T>; Class::ALL.len()],
+    /// Images of other classes that went while this one had any waiting.
+    passed: [u32; Class::ALL.len()],
+}
+
+impl<T: Queued> Line<T> {
+    fn new() -> Self {
+        Self { classes: Default::default(), passed: Default::default() }
+    }
+
+    pub(super) fn push(&mut self, item: T) {
+        let Pending { class, rank, .. } = *item.pending();
+        self.classes[class as usize].insert(rank, item);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.classes.iter().map(BTreeMap::len).sum()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.classes.iter().all(BTreeMap::is_empty)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Pending> {
+        self.classes.iter().flat_map(BTreeMap::values).map(Queued::pending)
+    }
+
+    /// The class whose turn it is.
+    fn class(&self) -> Option<usize> {
+        let has = |&class: &usize| !self.classes[class].is_empty();
+        let due = (1..self.classes.len()).find(|class| has(class) && self.passed[*class] >= PATIENCE[*class]);
+        due.or_else(|| (0..self.classes.len()).find(has))
+    }
+
+    /// The next image for which `lead` (given how many are behind it) leaves time. The others are given up, and count for
+    /// no class.
+    fn pop(&mut self, now: Instant, lead: impl Fn(usize) -> Duration, given_up: &mut Vec<Pending>) -> Option<T> {
+        loop {
+            let class = self.class()?;
+            let (_, item) = self.classes[class].pop_first()?;
+            if item.pending().is_expired(now, lead(self.len())) {
+                given_up.push(item.into_pending());
+                continue;
+            }
+            for other in 0..self.classes.len() {
+                let waits = other != class && !self.classes[other].is_empty();
+                self.passed[other] = if waits { self.passed[other].saturating_add(1) } else { 0 };
+            }
+            return Some(item);
+        }
+    }
+
+    /// Gives up all for which nobody waits; linear.
+    fn evict(&mut self, now: Instant, given_up: &mut Vec<Pending>) {
+        for class in &mut self.classes {
+            let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
+            if class.values().any(expired) {
+                let (gone, kept) = std::mem::take(class).into_iter().partition(|(_, item)| expired(item));
+                let gone: BTreeMap<_, T> = gone;
+                *class = kept;
+                given_up.extend(gone.into_values().map(Queued::into_pending));
+            }
+        }
+    }
+
+    fn drain(&mut self) -> impl Iterator<Item = Pending> + use<T> {
+        std::mem::take(&mut self.classes).into_iter().flat_map(BTreeMap::into_values).map(Queued::into_pending)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
     Open,
@@ -123,13 +260,70 @@ pub(super) enum Phase {
     Aborted,
 }
 
+/// What the thread that asks is able to do.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Able {
+    /// The worker's number; none for a decoder.
+    pub(super) worker: Option<usize>,
+    /// Decodes.
+    pub(super) prepares: bool,
+    /// Has an engine.
+    pub(super) runs: bool,
+    /// When a worker without an engine tries to open one again.
+    pub(super) reopen_at: Option<Instant>,
+}
+
+/// What a thread does next.
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) enum Task {
+    /// Decode this.
+    Prepare(Entry),
+    /// Run these together; `alone`: nothing else is under way or waits, so that one may have every core.
+    Run { images: Vec<Prepared>, alone: bool },
+    /// Open an engine again.
+    Reopen,
+    /// End.
+    Stop,
+}
+
+/// What is decided for a thread.
+#[derive(Debug)]
+pub(super) enum Step {
+    Do(Task),
+    /// Nothing until something changes, or until that moment.
+    Sleep(Option<Instant>),
+}
+
+/// What there is for a free engine.
+enum Take {
+    Batch(Vec<Prepared>),
+    /// Nothing before that moment: the oldest image may wait for company until then.
+    At(Instant),
+    Nothing,
+}
+
+/// What sleeping threads could do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Demand {
+    /// Engines could start so many batches.
+    pub(super) batches: usize,
+    /// If none now, then at that moment.
+    pub(super) batch_at: Option<Instant>,
+    /// So many images could be decoded.
+    pub(super) images: usize,
+    /// Everybody is to end.
+    pub(super) over: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
     pub(super) phase: Phase,
-    pub(super) raw: VecDeque<Entry>,
+    pub(super) raw: Line<Entry>,
     /// Images that a thread is decoding right now.
     pub(super) decoding: usize,
-    pub(super) ready: VecDeque<Prepared>,
+    pub(super) ready: Line<Prepared>,
+    /// Images for which nobody waits any more, or that can't be done; whoever holds the lock answers them after it.
+    pub(super) given_up: Vec<Pending>,
     pub(super) sequence: u64,
     pub(super) engines: usize,
     pub(super) failures: u32,
@@ -137,77 +331,122 @@ pub(super) struct State {
     /// Engine time per image, and decode plus resize time per image: moving averages.
     pub(super) run_cost: Duration,
     pub(super) prepare_cost: Duration,
-    /// When those whom nobody waits for were last removed.
-    buried: Instant,
+    /// When expired images were last looked for.
+    evicted: Instant,
 }
 
-/// What there is for a free engine.
-pub(super) enum Take {
-    /// Images to run together; `alone`: nothing else is under way or waits, so that one may have every core.
-    Batch {
-        images: Vec<Prepared>,
-        alone: bool,
-    },
-    /// Nothing before that moment: the oldest image may wait for company until then.
-    At(Instant),
-    Nothing,
-}
-
-impl State {
-    pub(super) fn new(workers: usize) -> Self {
+impl Queue {
+    pub(super) fn new(workers: usize, now: Instant) -> Self {
         Self {
             phase: Phase::Open,
-            raw: VecDeque::new(),
+            raw: Line::new(),
             decoding: 0,
-            ready: VecDeque::new(),
+            ready: Line::new(),
+            given_up: Vec::new(),
             sequence: 0,
             engines: 0,
             failures: 0,
             running: vec![None; workers],
             run_cost: Duration::ZERO,
             prepare_cost: Duration::ZERO,
-            buried: Instant::now(),
+            evicted: now,
         }
     }
 
-    /// Puts an image to be decoded in its place.
-    pub(super) fn push_raw(&mut self, entry: Entry) {
-        let behind = self.raw.iter().rev().take_while(|e| e.pending.place > entry.pending.place).count();
-        self.raw.insert(self.raw.len() - behind, entry);
-    }
-
-    /// Puts an image to be run in its place: decoding may finish out of order.
-    pub(super) fn push_ready(&mut self, prepared: Prepared) {
-        let behind = self.ready.iter().rev().take_while(|p| p.pending.place > prepared.pending.place).count();
-        self.ready.insert(self.ready.len() - behind, prepared);
+    /// Whether new images are taken.
+    pub(super) fn accepts(&self) -> Result<(), InferError> {
+        match (self.phase, self.engines) {
+            (Phase::Closing | Phase::Aborted, _) => Err(InferError::ShuttingDown),
+            (Phase::Open, 0) => Err(InferError::NotReady),
+            (Phase::Open, _) => Ok(()),
+        }
     }
 
     /// When the longest-waiting image came.
     pub(super) fn oldest(&self) -> Option<Instant> {
-        let ready = self.ready.iter().map(|p| p.pending.arrived);
-        self.raw.iter().map(|e| e.pending.arrived).chain(ready).min()
+        self.raw.iter().chain(self.ready.iter()).map(|pending| pending.arrived).min()
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0
     }
 
-    /// The next live image to decode.
-    pub(super) fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
-        while let Some(entry) = self.raw.pop_front() {
-            let lead = self.lead(self.raw.len(), self.run_cost + self.prepare_cost, options);
-            if !entry.pending.is_dead(now, lead) {
-                return Some(entry);
+    /// What a thread does next. Sleep is the answer only when nothing that is waiting could be done by it: an image that is
+    /// given up on the way makes the queue another one, and all is asked again.
+    pub(super) fn next(&mut self, able: Able, now: Instant, options: &SchedulerOptions) -> Step {
+        loop {
+            let given_up = self.given_up.len();
+            if self.phase == Phase::Aborted {
+                self.give_up_all();
+                return Step::Do(Task::Stop);
             }
-            entry.pending.answer(Err(InferError::DeadlineExceeded));
+            let mut wake = able.reopen_at;
+            if able.runs {
+                match self.take_batch(now, options) {
+                    Take::Batch(images) => {
+                        let alone = images.len() == 1 && self.is_empty() && self.running.iter().all(Option::is_none);
+                        if let Some(worker) = able.worker {
+                            self.running[worker] = Some(now);
+                        }
+                        return Step::Do(Task::Run { images, alone });
+                    }
+                    Take::At(time) => wake = Some(time),
+                    Take::Nothing => {}
+                }
+            }
+            if able.reopen_at.is_some_and(|at| at <= now) {
+                return Step::Do(Task::Reopen);
+            }
+            if able.prepares
+                && self.room_ahead(options) > 0
+                && let Some(entry) = self.take_raw(now, options)
+            {
+                self.decoding += 1;
+                return Step::Do(Task::Prepare(entry));
+            }
+            if self.phase == Phase::Closing {
+                // without an engine nobody else may ever look
+                self.evict(now);
+                if self.is_empty() {
+                    return Step::Do(Task::Stop);
+                }
+            }
+            if self.given_up.len() == given_up {
+                return Step::Sleep(wake);
+            }
         }
-        None
     }
 
-    /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
-    /// engines and batches grow only with the queue.
-    pub(super) fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
-        let Some(oldest) = self.ready.iter().map(|p| p.pending.arrived).min() else { return Take::Nothing };
+    /// What those could do who sleep.
+    pub(super) fn demand(&self, now: Instant, options: &SchedulerOptions) -> Demand {
+        let over = self.phase == Phase::Aborted || (self.phase == Phase::Closing && self.is_empty());
+        let images = self.raw.len().min(self.room_ahead(options));
+        let (batches, batch_at) = match self.due(now, options) {
+            _ if self.ready.is_empty() => (0, None),
+            Due::AfterDecoding => (0, None),
+            Due::At(time) => (0, Some(time)),
+            Due::Now { share } => (self.ready.len().div_ceil(share), None),
+        };
+        Demand { batches, batch_at, images, over }
+    }
+
+    /// How many more images may be decoded before engines have run some: decoders stop when the engines are well fed, as a
+    /// decoded image is far bigger than an encoded one. Workers that decode feed themselves.
+    fn room_ahead(&self, options: &SchedulerOptions) -> usize {
+        match options.decoders {
+            0 => usize::MAX,
+            _ => (2 * options.workers * options.max_batch).saturating_sub(self.ready.len() + self.decoding),
+        }
+    }
+
+    /// The next live image to decode.
+    fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
+        let cost = self.run_cost + self.prepare_cost;
+        self.raw.pop(now, |behind| lead(behind, cost, options), &mut self.given_up)
+    }
+
+    /// When an engine runs what is ready.
+    fn due(&self, now: Instant, options: &SchedulerOptions) -> Due {
         let waits = !options.max_queue_delay.is_zero();
         let undecoded = if options.decoders == 0 { self.raw.len() + self.decoding } else { 0 };
         let waiting = self.ready.len() + undecoded;
@@ -215,67 +454,66 @@ impl State {
             if waits { options.max_batch } else { waiting.div_ceil(self.engines.max(1)).min(options.max_batch) };
         if self.ready.len() < share {
             if options.decoders == 0 && !self.raw.is_empty() {
-                return Take::Nothing; // decode first, this thread can
+                return Due::AfterDecoding;
             }
-            let until = oldest + options.max_queue_delay;
-            if waits && self.phase == Phase::Open && now < until {
-                return Take::At(until);
-            }
-        }
-        let mut batch = Vec::with_capacity(share);
-        while batch.len() < share
-            && let Some(prepared) = self.ready.pop_front()
-        {
-            let lead = self.lead(self.ready.len() + self.raw.len(), self.run_cost, options);
-            match prepared.pending.is_dead(now, lead) {
-                true => prepared.pending.answer(Err(InferError::DeadlineExceeded)),
-                false => batch.push(prepared),
+            if waits && self.phase == Phase::Open {
+                let oldest = self.ready.iter().map(|pending| pending.arrived).min();
+                if let Some(until) = oldest.map(|oldest| oldest + options.max_queue_delay).filter(|&until| now < until) {
+                    return Due::At(until);
+                }
             }
         }
-        if batch.is_empty() {
+        Due::Now { share: share.max(1) }
+    }
+
+    /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
+    /// engines and batches grow only with the queue.
+    fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
+        if !options.max_queue_delay.is_zero() {
+            // nobody waits for company that has gone
+            self.ready.evict(now, &mut self.given_up);
+        }
+        if self.ready.is_empty() {
             return Take::Nothing;
         }
-        let alone = batch.len() == 1 && self.is_empty() && self.running.iter().all(Option::is_none);
-        Take::Batch { images: batch, alone }
+        let share = match self.due(now, options) {
+            // this thread can
+            Due::AfterDecoding => return Take::Nothing,
+            Due::At(time) => return Take::At(time),
+            Due::Now { share } => share,
+        };
+        let mut batch = Vec::with_capacity(share);
+        let (undecoded, cost) = (self.raw.len(), self.run_cost);
+        while batch.len() < share
+            && let Some(prepared) =
+                self.ready.pop(now, |behind| lead(behind + undecoded, cost, options), &mut self.given_up)
+        {
+            batch.push(prepared);
+        }
+        if batch.is_empty() { Take::Nothing } else { Take::Batch(batch) }
     }
 
-    /// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes
-    /// the others late; without one, there is nothing to lose by trying.
-    fn lead(&self, behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
-        if behind >= options.workers { cost } else { Duration::ZERO }
+    /// Whether expired images are to be looked for: at once if there is no room without, ten times a second otherwise.
+    pub(super) fn evicts(&self, now: Instant, full: bool) -> bool {
+        full || now.saturating_duration_since(self.evicted) >= Duration::from_millis(100)
     }
 
-    /// Removes images that nobody waits for, so that they keep neither room nor memory from others: at once if `full`,
-    /// ten times a second otherwise.
-    pub(super) fn bury(&mut self, now: Instant, full: bool) {
-        if !full && now.saturating_duration_since(self.buried) < Duration::from_millis(100) {
-            return;
-        }
-        self.buried = now;
-        let dead = |pending: &Pending| pending.is_dead(now, Duration::ZERO);
-        for i in (0..self.raw.len()).rev() {
-            if dead(&self.raw[i].pending)
-                && let Some(entry) = self.raw.remove(i)
-            {
-                entry.pending.answer(Err(InferError::DeadlineExceeded));
-            }
-        }
-        for i in (0..self.ready.len()).rev() {
-            if dead(&self.ready[i].pending)
-                && let Some(prepared) = self.ready.remove(i)
-            {
-                prepared.pending.answer(Err(InferError::DeadlineExceeded));
-            }
-        }
+    /// Gives up images that nobody waits for, so that they keep neither room nor memory from others.
+    pub(super) fn evict(&mut self, now: Instant) {
+        self.evicted = now;
+        self.raw.evict(now, &mut self.given_up);
+        self.ready.evict(now, &mut self.given_up);
     }
 
-    pub(super) fn answer_all(&mut self) {
-        for entry in self.raw.drain(..) {
-            entry.pending.answer(Err(InferError::ShuttingDown));
-        }
-        for prepared in self.ready.drain(..) {
-            prepared.pending.answer(Err(InferError::ShuttingDown));
-        }
+    /// Gives up all that waits.
+    pub(super) fn give_up_all(&mut self) {
+        self.given_up.extend(self.raw.drain());
+        self.given_up.extend(self.ready.drain());
+    }
+
+    /// What images are told that were given up.
+    pub(super) fn reason(&self) -> InferError {
+        if self.phase == Phase::Aborted { InferError::ShuttingDown } else { InferError::DeadlineExceeded }
     }
 
     /// How long `images` keep the threads busy, by the measured costs.
@@ -288,6 +526,23 @@ impl State {
         };
         Duration::try_from_secs_f64(each * images as f64).unwrap_or(Duration::MAX)
     }
+}
+
+/// When what is ready is run.
+enum Due {
+    /// Threads that could run it decode first.
+    AfterDecoding,
+    At(Instant),
+    /// In batches of so many.
+    Now {
+        share: usize,
+    },
+}
+
+/// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes the others
+/// late; without one, there is nothing to lose by trying.
+fn lead(behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
+    if behind >= options.workers { cost } else { Duration::ZERO }
 }
 
 /// Moving average over about ten values.
@@ -306,7 +561,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     struct Stage {
-        state: State,
+        queue: Queue,
         slots: Arc<Slots>,
         options: SchedulerOptions,
         start: Instant,
@@ -329,11 +584,11 @@ mod tests {
                 invariance: Invariance::Off,
                 one_by_one: false,
             };
-            let mut state = State::new(2);
-            (state.engines, state.run_cost) = (2, 10 * MS);
+            let mut queue = Queue::new(2, Instant::now());
+            (queue.engines, queue.run_cost) = (2, 10 * MS);
             let slots = Arc::new(Slots::new(options.queue_limit, Metrics::new().model("m", 1, "fake")));
             // long ago enough for every deadline of a test to be still to come by the clock
-            Self { state, slots, options, start: Instant::now() + Duration::from_secs(3600), replies: Vec::new() }
+            Self { queue, slots, options, start: Instant::now() + Duration::from_secs(3600), replies: Vec::new() }
         }
 
         fn at(&self, ms: u32) -> Instant {
@@ -343,11 +598,12 @@ mod tests {
         fn pending(&mut self, arrived: u32, deadline: u32, priority: u32) -> Pending {
             let (reply, receiver) = oneshot::channel();
             self.replies.push(receiver);
-            self.state.sequence += 1;
+            self.queue.sequence += 1;
             Pending {
                 reply: Some(reply),
-                slot: self.slots.take(1).and_then(|mut slots| slots.pop()),
-                place: (priority, self.state.sequence),
+                slot: self.slots.take(1, Class::of(priority)).and_then(|mut slots| slots.pop()),
+                class: Class::of(priority),
+                rank: (priority, self.queue.sequence),
                 arrived: self.at(arrived),
                 deadline: self.at(deadline),
             }
@@ -356,18 +612,33 @@ mod tests {
         fn decoded(&mut self, arrived: u32, deadline: u32) {
             let pending = self.pending(arrived, deadline, 100);
             let prepared = Prepared { tensor: vec![], decode: Duration::ZERO, preprocess: Duration::ZERO, pending };
-            self.state.push_ready(prepared);
+            self.queue.ready.push(prepared);
         }
 
         fn encoded(&mut self, arrived: u32, deadline: u32, priority: u32) {
             let pending = self.pending(arrived, deadline, priority);
-            self.state.push_raw(Entry { input: Input::Tensor(vec![]), pending });
+            self.queue.raw.push(Entry { input: Input::Tensor(vec![]), pending });
+        }
+
+        /// Answers what was given up.
+        fn answer(&mut self, ms: u32) {
+            let (now, reason) = (self.at(ms), self.queue.reason());
+            self.queue.given_up.drain(..).for_each(|pending| pending.answer(Err(reason.clone()), now));
+        }
+
+        fn evict(&mut self, ms: u32, full: bool) {
+            if self.queue.evicts(self.at(ms), full) {
+                self.queue.evict(self.at(ms));
+            }
+            self.answer(ms);
         }
 
         /// Images that a free engine takes at that moment; the moment it is to come back instead.
         fn take(&mut self, ms: u32) -> Result<usize, Option<Instant>> {
-            match self.state.take_batch(self.at(ms), &self.options) {
-                Take::Batch { images, .. } => Ok(images.len()),
+            let taken = self.queue.take_batch(self.at(ms), &self.options);
+            self.answer(ms);
+            match taken {
+                Take::Batch(images) => Ok(images.len()),
                 Take::At(time) => Err(Some(time)),
                 Take::Nothing => Err(None),
             }
@@ -387,7 +658,7 @@ mod tests {
         }
         assert_eq!(stage.take(33), Ok(3), "a full batch goes at once");
         assert_eq!(stage.take(33), Err(Some(stage.at(53))));
-        stage.state.phase = Phase::Closing;
+        stage.queue.phase = Phase::Closing;
         assert_eq!(stage.take(34), Ok(1), "nobody comes any more");
     }
 
@@ -413,7 +684,7 @@ mod tests {
         assert_eq!(stage.take(95), Ok(1));
         let answers: Vec<_> = stage.replies.iter_mut().map(|reply| reply.try_recv()).collect();
         assert!(matches!(answers[1], Ok(Err(InferError::DeadlineExceeded))), "{answers:?}");
-        assert_eq!(stage.state.ready.len(), 1);
+        assert_eq!(stage.queue.ready.len(), 1);
     }
 
     #[test]
@@ -424,38 +695,128 @@ mod tests {
         }
         let now = stage.at(6);
         let mut order = Vec::new();
-        while let Some(entry) = stage.state.take_raw(now, &stage.options) {
+        while let Some(entry) = stage.queue.take_raw(now, &stage.options) {
             order.push((entry.pending.arrived - stage.start).as_millis());
         }
-        assert_eq!(order, [3, 5, 1, 4, 2]);
+        assert_eq!(order, [3, 5, 1, 4, 2], "one in four is of the default class, but there are only two before it");
     }
 
     #[test]
-    fn the_dead_are_buried_ten_times_a_second_or_when_room_is_needed() {
+    fn the_expired_are_evicted_ten_times_a_second_or_when_room_is_needed() {
         let mut stage = Stage::new(1, Duration::ZERO);
-        stage.state.buried = stage.at(0);
+        stage.queue.evicted = stage.at(0);
         stage.encoded(0, 50, 100);
         stage.decoded(0, 50);
         stage.encoded(0, 500, 100);
-        stage.state.bury(stage.at(49), true);
-        assert_eq!(stage.slots.used(), 3, "nobody is dead");
-        stage.state.bury(stage.at(99), false);
+        stage.evict(49, true);
+        assert_eq!(stage.slots.used(), 3, "nobody has left");
+        stage.evict(99, false);
         assert_eq!(stage.slots.used(), 3, "there is room, and it was a moment ago");
-        stage.state.bury(stage.at(149), false);
+        stage.evict(149, false);
         assert_eq!(stage.slots.used(), 1);
         stage.replies.clear();
-        stage.state.bury(stage.at(150), true);
+        stage.evict(150, true);
         assert_eq!(stage.slots.used(), 0, "its client has gone");
     }
 
     #[test]
     fn the_wait_is_what_the_engines_need() {
         let mut stage = Stage::new(1, Duration::ZERO);
-        assert_eq!(stage.state.drain_time(6, &stage.options), 30 * MS);
-        stage.state.prepare_cost = 4 * MS;
-        assert_eq!(stage.state.drain_time(6, &stage.options), 42 * MS, "the same threads decode");
+        assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS);
+        stage.queue.prepare_cost = 4 * MS;
+        assert_eq!(stage.queue.drain_time(6, &stage.options), 42 * MS, "the same threads decode");
         stage.options.decoders = 1;
-        assert_eq!(stage.state.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
+        assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
         assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
+    }
+
+    /// Whoever floods, and with whatever priority, every class gets on as the documentation says.
+    #[test]
+    fn a_flood_leaves_the_other_classes_their_share() {
+        use proptest::prelude::*;
+        let priority = || prop_oneof![Just(1_u32), 1..=99_u32, Just(100), 101..=1000_u32];
+        let config = ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
+        proptest!(config, |(arrivals in prop::collection::vec(priority(), 20..200), flood in priority())| {
+            let mut stage = Stage::new(1, Duration::ZERO);
+            stage.slots = Arc::new(Slots::new(10_000, Metrics::new().model("m", 1, "fake")));
+            for (i, &priority) in arrivals.iter().enumerate() {
+                stage.encoded(i as u32, 100_000, priority);
+            }
+            let now = stage.at(1000);
+            let mut waited = [0_usize; Class::ALL.len()];
+            let mut gone: Vec<(u32, u64)> = Vec::new();
+            while gone.len() < 200 {
+                // there is always one more of the flood
+                stage.encoded(900, 100_000, flood);
+                let lines = |class: Class| !stage.queue.raw.classes[class as usize].is_empty();
+                let waiting = Class::ALL.map(lines);
+                let Some(entry) = stage.queue.take_raw(now, &stage.options) else { break };
+                let class = entry.pending.class as usize;
+                for other in 0..waiting.len() {
+                    waited[other] = if waiting[other] && other != class { waited[other] + 1 } else { 0 };
+                }
+                prop_assert!(waited[Class::Default as usize] < 4, "one in 4 is of the default class");
+                prop_assert!(waited[Class::Last as usize] < 16, "one in 16 is of the last class");
+                prop_assert!(waited[Class::First as usize] < 3, "the first class goes first otherwise");
+                gone.push(entry.pending.rank);
+                entry.pending.answer(Err(InferError::ShuttingDown), now);
+            }
+            for class in Class::ALL {
+                let of = |&&(priority, _): &&(u32, u64)| Class::of(priority) == class && priority != flood;
+                let taken: Vec<_> = gone.iter().filter(of).collect();
+                prop_assert!(taken.is_sorted(), "{:?}: by priority, then by arrival: {:?}", class, taken);
+            }
+        });
+    }
+
+    #[test]
+    fn a_quarter_of_the_slots_is_for_those_who_name_no_priority() {
+        let stage = Stage::new(1, Duration::ZERO);
+        let take = |count, class| stage.slots.take(count, class);
+        assert!(take(7, Class::First).is_none(), "of 8");
+        let first = take(5, Class::First).expect("room");
+        let last = take(1, Class::Last).expect("room");
+        assert!(take(1, Class::First).is_none() && take(1, Class::Last).is_none());
+        assert!(stage.slots.is_full(1, Class::Last) && !stage.slots.is_full(2, Class::Default));
+        let default = take(2, Class::Default).expect("it is kept for them");
+        assert!(take(1, Class::Default).is_none());
+        assert_eq!(stage.slots.used(), 8);
+        drop((first, last, default));
+        assert_eq!(stage.slots.used(), 0);
+        assert_eq!(take(8, Class::Default).map(|slots| slots.len()), Some(8));
+        assert!(take(6, Class::Last).is_some(), "all is given back");
+    }
+
+    /// Taken out one by one from the middle of a vector, these would take minutes.
+    #[test]
+    fn a_million_images_expire_in_no_time() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        stage.slots = Arc::new(Slots::new(1_000_000, Metrics::new().model("m", 1, "fake")));
+        for i in 0..1_000_000 {
+            stage.encoded(0, if i % 2 == 0 { 10 } else { 1000 }, if i % 3 == 0 { 1 } else { 100 });
+        }
+        let started = Instant::now();
+        stage.queue.evict(stage.at(500));
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        stage.answer(500);
+        assert_eq!((stage.queue.raw.len(), stage.slots.used()), (500_000, 500_000));
+    }
+
+    /// The lost wake-up of version 0.1: the only image to decode has expired, and a thread with something to run slept.
+    #[test]
+    fn a_thread_looks_again_after_it_gave_up_images() {
+        let mut stage = Stage::new(8, Duration::ZERO);
+        let able = Able { worker: Some(0), prepares: true, runs: true, reopen_at: None };
+        stage.queue.engines = 1;
+        stage.decoded(0, 10_000);
+        stage.encoded(0, 5, 100);
+        let step = stage.queue.next(able, stage.at(6), &stage.options);
+        assert!(matches!(&step, Step::Do(Task::Run { images, alone: true }) if images.len() == 1), "{step:?}");
+        // the same with the roles exchanged
+        stage.decoded(6, 7);
+        stage.encoded(6, 10_000, 100);
+        stage.options.decoders = 1;
+        let step = stage.queue.next(able, stage.at(8), &stage.options);
+        assert!(matches!(&step, Step::Do(Task::Prepare(_))), "{step:?}");
     }
 }

@@ -14,6 +14,7 @@ use super::error::InferError;
 use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
 use super::request::{Input, Output, Terms, Timings};
 use super::scheduler::{Health, Scheduler};
+use super::system::Os;
 use super::top_k::{NotFinite, Prediction, check_finite, top_k};
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::verify;
@@ -172,6 +173,7 @@ impl LiveModel {
             open_wide,
             golden: golden(dir)?,
             metrics: model_metrics.clone(),
+            system: Arc::new(Os),
         };
         let started = Instant::now();
         let scheduler = Scheduler::start(job, options.clone()).map_err(|source| RegistryError::Start {

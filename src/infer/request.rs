@@ -13,12 +13,40 @@ use crate::pixels::RawTensor;
 pub struct Terms {
     /// When nobody waits any more.
     pub deadline: Instant,
-    /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served.
+    /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served. See [`Class`] for how much it
+    /// weighs.
     pub priority: u32,
 }
 
-/// The place in the queue of a request that names no priority.
+/// The priority of a request that names none.
 pub const DEFAULT_PRIORITY: u32 = 100;
+
+/// Who goes before whom, and how far. A client chooses its priority itself, so that none may shut the others out: of four
+/// images that engines take, one is of the default class, and of sixteen one of the last, as long as any wait; and images
+/// of the first and the last class together have at most three quarters of the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Priorities before the default one: 1 to 99.
+    First,
+    /// 100, which is also what a request has that names no priority.
+    Default,
+    /// Priorities after that.
+    Last,
+}
+
+impl Class {
+    /// Every class, in the order in which they go.
+    pub const ALL: [Self; 3] = [Self::First, Self::Default, Self::Last];
+
+    /// The class of a priority.
+    pub fn of(priority: u32) -> Self {
+        match priority {
+            0 | DEFAULT_PRIORITY => Self::Default,
+            1..DEFAULT_PRIORITY => Self::First,
+            _ => Self::Last,
+        }
+    }
+}
 
 impl From<Instant> for Terms {
     fn from(deadline: Instant) -> Self {

@@ -1,0 +1,268 @@
+//! A compute thread's engine: opened, warmed, run, and opened again after a panic in it.
+//!
+//! What an engine goes through before it may answer: the model's golden answer, real runs of every shape that can occur, and
+//! the same images alone and in company. Knows nothing of queues and callers.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use super::job::{Invariance, StartError};
+use super::shared::{Shared, Warm};
+use crate::engine::{Backend, Batch, Logits, verify};
+use crate::metrics::{Phase, RunResult};
+
+/// Shortest and longest pause between two tries to reopen an engine.
+const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// A worker's engine, or when to try again for one.
+pub(super) struct Lane {
+    /// The worker's number.
+    pub(super) number: usize,
+    engine: Option<Box<dyn Backend>>,
+    /// When to try again, and the pause after that try.
+    reopen: Option<(Instant, Duration)>,
+}
+
+impl Lane {
+    /// Opens an engine and warms it; whatever panics on the way is told like any other failure. The first worker of a model
+    /// also does what need not be done for each of its twins: the golden answer, every batch size, and the engine that has
+    /// all cores.
+    pub(super) fn open(shared: &Shared, number: usize) -> Result<(Self, Warm), StartError> {
+        let opened = catch_unwind(AssertUnwindSafe(|| {
+            let mut lane = Self { number, engine: Some((shared.job.open)()?), reopen: None };
+            let warm = warm_up(shared, &mut lane, number == 0)?;
+            Ok((lane, warm))
+        }));
+        opened.unwrap_or_else(|panic| Err(StartError::Panic(message(panic.as_ref()))))
+    }
+
+    /// Whether there is an engine.
+    pub(super) fn runs(&self) -> bool {
+        self.engine.is_some()
+    }
+
+    /// When to try again for one.
+    pub(super) fn reopen_at(&self) -> Option<Instant> {
+        self.reopen.map(|(at, _)| at)
+    }
+
+    /// Tries again.
+    pub(super) fn reopen(&mut self, shared: &Shared) {
+        let pause = self.reopen.map_or(REOPEN_PAUSE.0, |(_, pause)| pause);
+        let reason = match catch_unwind(AssertUnwindSafe(|| (shared.job.open)())) {
+            Ok(Ok(engine)) => {
+                self.engine = Some(engine);
+                self.reopen = None;
+                shared.engines(1);
+                tracing::info!(model = shared.job.what, "engine reopened");
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => message(panic.as_ref()),
+        };
+        self.reopen = Some((shared.now() + pause, (pause * 2).min(REOPEN_PAUSE.1)));
+        tracing::error!(
+            model = shared.job.what,
+            reason,
+            retry_ms = pause.as_millis() as u64,
+            "engine can't be reopened"
+        );
+    }
+
+    /// One engine run, padded to a bucket; the error says what to log.
+    pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
+        let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
+        let (count, result) = measured(shared, self.number, engine.as_mut(), batch);
+        if count == RunResult::Panic {
+            self.lose(shared);
+        }
+        result
+    }
+
+    /// One run on the engine that has every core, if there is one and nobody has it. Whatever goes wrong there, the lane's own
+    /// engine can still answer.
+    pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch) -> Option<Logits> {
+        let mut wide = shared.wide.try_lock().ok()?;
+        let (count, result) = measured(shared, self.number, wide.as_mut()?.as_mut(), batch);
+        if count == RunResult::Panic {
+            let broken = wide.take();
+            let reopened = catch_unwind(AssertUnwindSafe(|| {
+                drop(broken);
+                shared.job.open_wide.as_ref().and_then(|open| open().ok())
+            }));
+            *wide = reopened.ok().flatten();
+        }
+        let logged = |reason: &String| {
+            tracing::warn!(model = shared.job.what, reason, "the engine for an idle machine failed");
+        };
+        result.inspect_err(logged).ok()
+    }
+
+    /// After a panic: what it leaves behind is not to be trusted.
+    pub(super) fn lose(&mut self, shared: &Shared) {
+        if self.engine.is_some() {
+            self.discard();
+            shared.engines(-1);
+            self.reopen = Some((shared.now(), REOPEN_PAUSE.0));
+        }
+    }
+
+    /// The thread ends.
+    pub(super) fn close(mut self, shared: &Shared) {
+        if self.engine.is_some() {
+            shared.engines(-1);
+            self.discard();
+        }
+    }
+
+    fn discard(&mut self) {
+        let engine = self.engine.take();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(engine))) {
+            tracing::error!(reason = message(panic.as_ref()), "an engine panicked while it was closed");
+        }
+    }
+}
+
+/// One run of any engine, padded to a bucket, measured and counted; the error says what to log.
+fn measured(
+    shared: &Shared,
+    worker: usize,
+    engine: &mut dyn Backend,
+    batch: &mut Batch,
+) -> (RunResult, Result<Logits, String>) {
+    let (images, len) = (batch.images, batch.data.len());
+    let padded = shared.options.padded(images);
+    if padded > images {
+        batch.data.resize(len / images.max(1) * padded, 0.0);
+        batch.images = padded;
+    }
+    let started = shared.now();
+    shared.runs(worker, started);
+    let result = catch_unwind(AssertUnwindSafe(|| engine.run(batch)));
+    let took = shared.now().saturating_duration_since(started);
+    let (count, result) = match result {
+        Ok(Ok(logits)) => match check(&logits, batch, shared.job.classes) {
+            Ok(()) => (RunResult::Ok, Ok(logits)),
+            Err(reason) => (RunResult::Error, Err(reason)),
+        },
+        Ok(Err(error)) => (RunResult::Error, Err(error.to_string())),
+        Err(panic) => (RunResult::Panic, Err(format!("the engine panicked: {}", message(panic.as_ref())))),
+    };
+    batch.data.truncate(len);
+    batch.images = images;
+    let result = result.map(|mut logits| {
+        logits.data.truncate(images * logits.classes);
+        logits.images = images;
+        logits
+    });
+    let metrics = shared.metrics();
+    metrics.phase(Phase::Inference, took);
+    metrics.batch_size.observe(images as f64);
+    metrics.padding.inc_by((padded - images) as u64);
+    metrics.run(count);
+    shared.ran(worker, images, took, result.is_ok());
+    (count, result)
+}
+
+fn check(logits: &Logits, batch: &Batch, classes: usize) -> Result<(), String> {
+    let fits = logits.images == batch.images
+        && logits.classes == classes
+        && logits.data.len() == batch.images.saturating_mul(classes);
+    if fits {
+        return Ok(());
+    }
+    Err(format!(
+        "{} images of {classes} classes were due, logits [{}, {}] came",
+        batch.images, logits.images, logits.classes
+    ))
+}
+
+/// What a panic says.
+pub(super) fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartError> {
+    let test = first && shared.options.invariance != Invariance::Off;
+    let largest = shared.options.max_batch;
+    let images = images(shared, largest);
+    let mut warm = Warm::default();
+    if let Some(golden) = shared.job.golden.as_ref().filter(|_| first) {
+        let (logits, _) = run(shared, &golden.input, |batch| lane.attempt(shared, batch))?;
+        let difference = verify::compare(&golden.logits, &logits).max_abs_diff;
+        if difference > golden.tolerance {
+            return Err(StartError::Golden { difference, tolerance: golden.tolerance });
+        }
+    }
+    let len = shared.job.preprocessor.tensor_len();
+    let mut alone = Vec::new();
+    for image in images.chunks(len).take(if test { largest } else { 1 }) {
+        let (logits, cost) = run(shared, image, |batch| lane.attempt(shared, batch))?;
+        alone.extend(logits);
+        warm.run_cost = cost;
+    }
+    for count in (2..=largest).filter(|&n| test || n == largest || shared.options.buckets.contains(&n)) {
+        let (logits, cost) = run(shared, &images[..count * len], |batch| lane.attempt(shared, batch))?;
+        warm.run_cost = cost;
+        if test {
+            warm.max_abs_diff = warm.max_abs_diff.max(difference(&alone, &logits));
+        }
+    }
+    if let Some(open) = shared.job.open_wide.as_ref().filter(|_| first) {
+        let mut wide = open()?;
+        for (i, image) in images.chunks(len).take(if test { 2 } else { 1 }).enumerate() {
+            let (logits, _) = run(shared, image, |batch| wide.run(batch).map_err(|e| e.to_string()))?;
+            if test {
+                let classes = shared.job.classes;
+                warm.max_abs_diff = warm.max_abs_diff.max(difference(&alone[i * classes..], &logits));
+            }
+        }
+        if let Ok(mut idle) = shared.wide.lock() {
+            *idle = Some(wide);
+        }
+    }
+    if warm.max_abs_diff > 0.0 {
+        tracing::warn!(
+            model = shared.job.what,
+            max_abs_diff = warm.max_abs_diff,
+            "an image's logits depend on the batch it is in"
+        );
+    }
+    Ok(warm)
+}
+
+/// Images that differ: any fixed numbers of an input's usual size will do.
+fn images(shared: &Shared, count: usize) -> Vec<f32> {
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let xorshift = |_| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random >> 40) as f32 / (1 << 22) as f32 - 2.0
+    };
+    (0..count * shared.job.preprocessor.tensor_len()).map(xorshift).collect()
+}
+
+/// Logits of the images in `data`, all finite, and the time for each.
+fn run<L>(shared: &Shared, data: &[f32], attempt: L) -> Result<(Vec<f32>, Duration), StartError>
+where
+    L: FnOnce(&mut Batch) -> Result<Logits, String>,
+{
+    let (height, width) = (shared.job.preprocessor.height(), shared.job.preprocessor.width());
+    let images = data.len() / shared.job.preprocessor.tensor_len().max(1);
+    let mut batch = Batch { images, height, width, data: data.to_vec() };
+    let started = shared.now();
+    let logits = attempt(&mut batch).map_err(|reason| StartError::WarmUp { batch: images, reason })?;
+    if let Some(i) = logits.data.iter().position(|l| !l.is_finite()) {
+        let reason = format!("logit {} of image {} is not finite", i % logits.classes, i / logits.classes);
+        return Err(StartError::WarmUp { batch: images, reason });
+    }
+    Ok((logits.data, shared.now().saturating_duration_since(started) / images.max(1) as u32))
+}
+
+/// Largest difference between the first of `alone` and `together`.
+fn difference(alone: &[f32], together: &[f32]) -> f64 {
+    alone.iter().zip(together).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max)
+}

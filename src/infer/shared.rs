@@ -1,0 +1,407 @@
+//! What a model's threads and callers share: the queue behind its lock, who sleeps, and who wakes whom.
+//!
+//! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before the moment its
+//! timer is set to; and whoever changes the queue under the lock looks, before he lets the lock go, at what there is to do
+//! now ([`Queue::demand`]), and wakes for it sleepers that can do it, less those that are woken already and on their way.
+//! Changes are: images come, get ready, expire, are taken; engines are won and lost; the phase. A thread that has a task goes
+//! through the same door, so that work it leaves behind finds the next sleeper, and so does one that goes to sleep after it
+//! gave up images. That a busy thread will look again by itself is never relied on, but for what it has just brought along
+//! (`Done`): it decides under the same lock. A wake-up can't get lost between lock and sleep, see [`System::park`].
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::error::InferError;
+use super::job::{Invariance, Job, SchedulerOptions, StartError};
+use super::queue::{Able, Demand, Entry, Pending, Phase, Prepared, Queue, Slots, Step, Task, smooth};
+use super::request::{Class, DEFAULT_PRIORITY, Input, Terms, Ticket};
+use super::system::System;
+use crate::engine::Backend;
+use crate::metrics::ModelMetrics;
+
+/// What a health check wants to know.
+#[derive(Debug, Clone, Copy)]
+pub struct Health {
+    /// Workers that hold a working engine.
+    pub engines: usize,
+    /// Images in a row that no engine could run; 0 after any success.
+    pub failures: u32,
+    /// Age of the longest engine run under way.
+    pub longest_run: Option<Duration>,
+}
+
+/// What warming up an engine showed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Warm {
+    /// Engine time per image in the largest batch.
+    pub(super) run_cost: Duration,
+    /// Largest difference of a logit between an image alone and in any batch, or on all cores.
+    pub(super) max_abs_diff: f64,
+}
+
+/// What a thread comes back with.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// Nothing that the queue waits for.
+    Nothing,
+    /// An image to be run, or none if it is answered already; and what decoding and resizing took, unless there was none.
+    Prepared(Option<Prepared>, Duration),
+}
+
+pub(super) struct Shared {
+    state: Mutex<State>,
+    /// The engine that has every core; whoever runs it holds the lock, nobody waits for it.
+    pub(super) wide: Mutex<Option<Box<dyn Backend>>>,
+    slots: Arc<Slots>,
+    pub(super) options: SchedulerOptions,
+    pub(super) job: Job,
+}
+
+#[derive(Debug)]
+struct State {
+    queue: Queue,
+    sleepers: Vec<Sleeper>,
+    /// Of workers, once each: warm, or why not.
+    reports: VecDeque<Result<Warm, StartError>>,
+    /// Threads that have not ended.
+    alive: usize,
+    /// Who waits for a report, or for threads to end.
+    waiting: Vec<Waker>,
+}
+
+/// A thread without work.
+#[derive(Debug)]
+struct Sleeper {
+    thread: usize,
+    able: Able,
+    until: Option<Instant>,
+    waker: Waker,
+    /// It has been woken and will look for work.
+    woken: bool,
+}
+
+/// A compute thread, as the lock's other side sees it.
+#[derive(Debug)]
+pub(super) struct Caller {
+    /// Its number among the model's threads.
+    pub(super) thread: usize,
+    pub(super) waker: Waker,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("what", &self.job.what).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(super) fn new(job: Job, mut options: SchedulerOptions) -> Self {
+        options.workers = options.workers.max(1);
+        options.buckets.sort_unstable();
+        options.max_batch = options.buckets.last().map_or(options.max_batch, |&b| b.min(options.max_batch)).max(1);
+        options.queue_limit = options.queue_limit.max(1);
+        let limit = options.queue_limit;
+        job.metrics.queue_limit.set(limit as i64);
+        job.metrics.invariance_max_abs_diff.set(0.0);
+        let slots = Arc::new(Slots::new(limit, job.metrics.clone()));
+        let state = State {
+            queue: Queue::new(options.workers, job.system.now()),
+            sleepers: Vec::new(),
+            reports: VecDeque::new(),
+            alive: 0,
+            waiting: Vec::new(),
+        };
+        Self { state: Mutex::new(state), wide: Mutex::new(None), slots, options, job }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.job.system.step();
+        // no code that can panic runs under the lock; if some ever does, a queue in doubt beats a dead server
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the lock go as the invariant wants it: sleepers that have work now are woken, and what was given up is answered.
+    fn release(&self, mut state: MutexGuard<'_, State>, now: Instant) {
+        let demand = state.queue.demand(now, &self.options);
+        let woken = state.wake(demand);
+        let (given_up, reason) = (std::mem::take(&mut state.queue.given_up), state.queue.reason());
+        drop(state);
+        woken.into_iter().for_each(Waker::wake);
+        give_up(given_up, &reason, now);
+    }
+
+    pub(super) fn system(&self) -> &Arc<dyn System> {
+        &self.job.system
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        self.job.system.now()
+    }
+
+    pub(super) fn metrics(&self) -> &ModelMetrics {
+        &self.slots.metrics
+    }
+
+    pub(super) fn queue_limit(&self) -> usize {
+        self.slots.limit
+    }
+
+    /// Admits all images of a request or none.
+    pub(super) fn admit(&self, inputs: Vec<Input>, terms: Terms) -> Result<Vec<Ticket>, InferError> {
+        let Terms { deadline, priority } = terms;
+        let priority = if priority == 0 { DEFAULT_PRIORITY } else { priority };
+        let class = Class::of(priority);
+        let (images, limit) = (inputs.len(), self.slots.limit_of(class));
+        if images > limit {
+            return Err(InferError::TooManyImages { images, limit });
+        }
+        let tensor_len = self.job.preprocessor.tensor_len();
+        if !inputs.iter().all(|input| input.fits(tensor_len)) {
+            return Err(InferError::Internal(format!("a tensor does not have {tensor_len} values")));
+        }
+        let now = self.now();
+        if deadline <= now {
+            return Err(InferError::DeadlineExceeded);
+        }
+        let mut state = self.lock();
+        state.queue.accepts()?;
+        if state.queue.evicts(now, self.slots.is_full(images, class)) {
+            state.queue.evict(now);
+            if !state.queue.given_up.is_empty() {
+                // their slots are free once they are answered, and that is nothing for the lock
+                self.release(state, now);
+                state = self.lock();
+                state.queue.accepts()?;
+            }
+        }
+        let used = self.slots.used();
+        let wait = state.queue.drain_time(used, &self.options);
+        let busy =
+            InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) };
+        let slow = wait > self.options.max_queue_wait && used >= 2 * self.options.workers;
+        if slow || now + wait > deadline {
+            return Err(busy);
+        }
+        let slots = self.slots.take(images, class).ok_or(busy)?;
+        let mut tickets = Vec::with_capacity(images);
+        for (input, slot) in inputs.into_iter().zip(slots) {
+            let (reply, receiver) = oneshot::channel();
+            let rank = (priority, state.queue.sequence);
+            state.queue.sequence += 1;
+            let pending = Pending { reply: Some(reply), slot: Some(slot), class, rank, arrived: now, deadline };
+            state.queue.raw.push(Entry { input, pending });
+            tickets.push(Ticket { reply: receiver, deadline });
+        }
+        self.release(state, now);
+        Ok(tickets)
+    }
+
+    /// A thread hands over what it has done and blocks until there is something else for it to do.
+    pub(super) fn next(&self, caller: &Caller, able: Able, done: Done) -> Task {
+        let mut state = self.lock();
+        if let Some(worker) = able.worker {
+            state.queue.running[worker] = None;
+        }
+        if let Done::Prepared(prepared, took) = done {
+            state.queue.decoding -= 1;
+            if took > Duration::ZERO {
+                state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
+            }
+            if let Some(prepared) = prepared {
+                state.queue.ready.push(prepared);
+            }
+        }
+        loop {
+            state.sleepers.retain(|sleeper| sleeper.thread != caller.thread);
+            let now = self.now();
+            match state.queue.next(able, now, &self.options) {
+                Step::Do(task) => {
+                    self.release(state, now);
+                    return task;
+                }
+                Step::Sleep(until) => {
+                    let answers = !state.queue.given_up.is_empty();
+                    if !answers {
+                        let waker = caller.waker.clone();
+                        state.sleepers.push(Sleeper { thread: caller.thread, able, until, waker, woken: false });
+                    }
+                    self.release(state, now);
+                    if !answers {
+                        self.system().park(until);
+                    }
+                }
+            }
+            state = self.lock();
+        }
+    }
+
+    /// A worker's engine run begins.
+    pub(super) fn runs(&self, worker: usize, now: Instant) {
+        self.lock().queue.running[worker] = Some(now);
+    }
+
+    /// An engine run of `images` ended well or badly after `took`. Said before the images are answered: the next one of the
+    /// same caller should find the machine idle. Nothing to wake for: the worker comes back for its next task.
+    pub(super) fn ran(&self, worker: usize, images: usize, took: Duration, ok: bool) {
+        let mut state = self.lock();
+        let queue = &mut state.queue;
+        queue.running[worker] = None;
+        if ok {
+            queue.run_cost = smooth(queue.run_cost, took / images.max(1) as u32);
+            queue.failures = 0;
+        } else {
+            queue.failures = queue.failures.saturating_add(1);
+        }
+    }
+
+    /// A worker won (+1) or lost (-1) its engine.
+    pub(super) fn engines(&self, change: isize) {
+        let mut state = self.lock();
+        state.queue.engines = state.queue.engines.saturating_add_signed(change);
+        let engines = state.queue.engines;
+        let now = self.now();
+        self.release(state, now);
+        self.metrics().engine_workers.set(engines as i64);
+    }
+
+    /// Takes no new images, or (aborted) gives up all that wait.
+    pub(super) fn end(&self, phase: Phase) {
+        let mut state = self.lock();
+        state.queue.phase = state.queue.phase.max(phase);
+        if state.queue.phase == Phase::Aborted {
+            state.queue.give_up_all();
+        }
+        let now = self.now();
+        self.release(state, now);
+    }
+
+    pub(super) fn health(&self) -> Health {
+        let now = self.now();
+        let state = self.lock();
+        let queue = &state.queue;
+        let longest_run = queue.running.iter().flatten().map(|&since| now.saturating_duration_since(since)).max();
+        Health { engines: queue.engines, failures: queue.failures, longest_run }
+    }
+
+    /// Gives up what has expired and sets the gauges that are measured when somebody looks.
+    pub(super) fn observe(&self) {
+        let now = self.now();
+        let mut state = self.lock();
+        state.queue.evict(now);
+        let age = state.queue.oldest().map_or(Duration::ZERO, |arrived| now.saturating_duration_since(arrived));
+        let engines = state.queue.engines;
+        self.release(state, now);
+        self.metrics().queue_oldest_age_seconds.set(age.as_secs_f64());
+        self.metrics().engine_workers.set(engines as i64);
+    }
+
+    /// A thread is about to be started.
+    pub(super) fn begins(&self) {
+        self.lock().alive += 1;
+    }
+
+    /// A thread has ended, or could not be started.
+    pub(super) fn ended(&self) {
+        let mut state = self.lock();
+        state.alive = state.alive.saturating_sub(1);
+        tell(state);
+    }
+
+    /// A worker is warm, or says why not.
+    pub(super) fn report(&self, warm: Result<Warm, StartError>) {
+        let mut state = self.lock();
+        state.reports.push_back(warm);
+        tell(state);
+    }
+
+    /// Waits for a worker's report; fails if it is not warm, or not to be served by what it showed.
+    pub(super) fn warmed(&self) -> Result<(), StartError> {
+        let report = self.wait_for(None, |state| state.reports.pop_front());
+        let warm = report.unwrap_or_else(|| Err(StartError::Thread("it never reported".into())))?;
+        let mut state = self.lock();
+        state.queue.run_cost = state.queue.run_cost.max(warm.run_cost);
+        drop(state);
+        let gauge = &self.metrics().invariance_max_abs_diff;
+        match self.options.invariance {
+            Invariance::Off => gauge.set(f64::NAN),
+            _ => gauge.set(gauge.get().max(warm.max_abs_diff)),
+        }
+        if self.options.invariance == Invariance::Require && warm.max_abs_diff > 0.0 {
+            return Err(StartError::Variant { difference: warm.max_abs_diff });
+        }
+        Ok(())
+    }
+
+    /// Waits until all threads have ended, or until that moment; returns how many have not.
+    pub(super) fn join(&self, until: Instant) -> usize {
+        self.wait_for(Some(until), |state| (state.alive == 0).then_some(()));
+        self.lock().alive
+    }
+
+    /// Waits for what others [`tell`]; none after `until`.
+    fn wait_for<T>(&self, until: Option<Instant>, mut found: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
+        loop {
+            let mut state = self.lock();
+            let found = found(&mut state);
+            if found.is_some() || until.is_some_and(|until| until <= self.now()) {
+                return found;
+            }
+            state.waiting.push(self.system().current());
+            drop(state);
+            self.system().park(until);
+        }
+    }
+}
+
+/// Wakes who waits for a thread's news.
+fn tell(mut state: MutexGuard<'_, State>) {
+    let waiting = std::mem::take(&mut state.waiting);
+    drop(state);
+    waiting.into_iter().for_each(Waker::wake);
+}
+
+fn give_up(images: Vec<Pending>, reason: &InferError, now: Instant) {
+    for pending in images {
+        pending.answer(Err(reason.clone()), now);
+    }
+}
+
+impl State {
+    /// Marks sleepers for what there is to do, the last to fall asleep first, and returns how to wake them.
+    fn wake(&mut self, demand: Demand) -> Vec<Waker> {
+        let Demand { mut batches, batch_at, mut images, over } = demand;
+        let mut serves = |able: &Able| {
+            let wanted = [(able.runs, &mut batches), (able.prepares, &mut images)];
+            wanted.into_iter().any(|(able, wanted)| {
+                let serves = able && *wanted > 0;
+                *wanted -= usize::from(serves);
+                serves
+            })
+        };
+        for sleeper in self.sleepers.iter().filter(|sleeper| sleeper.woken) {
+            // on its way to some of it
+            serves(&sleeper.able);
+        }
+        let mut wakers = Vec::new();
+        for sleeper in self.sleepers.iter_mut().rev().filter(|sleeper| !sleeper.woken) {
+            if over || serves(&sleeper.able) {
+                sleeper.woken = true;
+                wakers.push(sleeper.waker.clone());
+            }
+        }
+        let timed = |sleeper: &Sleeper, at| sleeper.able.runs && (sleeper.woken || sleeper.until.is_some_and(|u| u <= at));
+        if let Some(at) = batch_at
+            && !self.sleepers.iter().any(|sleeper| timed(sleeper, at))
+            && let Some(sleeper) = self.sleepers.iter_mut().rev().find(|sleeper| sleeper.able.runs)
+        {
+            // nobody's timer is set for it
+            sleeper.woken = true;
+            wakers.push(sleeper.waker.clone());
+        }
+        wakers
+    }
+}
