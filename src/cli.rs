@@ -20,6 +20,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+use crate::logging;
+
 /// Fold Normalizer-Free image classifiers into plain convolutions, and serve them.
 #[derive(Debug, Parser)]
 #[command(name = "nfold", version, propagate_version = true)]
@@ -75,13 +77,16 @@ pub fn main() -> ExitCode {
         Command::Docs => docs::run(Cli::command()),
     };
     match outcome {
-        Ok(code) => code,
+        Ok(code) => {
+            logging::flush();
+            code
+        }
         // whoever reads our output has had enough, as `head` does
         Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("error: {e}");
+            logging::last_line(&format!("error: {e}"));
             ExitCode::FAILURE
         }
     }

@@ -1,10 +1,29 @@
 //! Log lines: where they go and how they look. Knows nothing of what is logged.
 //!
 //! Everything goes to stderr; stdout is for machine output. Bodies, images and secrets are never logged.
+//!
+//! No thread that logs waits for stderr: lines wait in a bounded queue for a thread of their own that writes them, whole
+//! and in order. What does not fit (nobody reads the pipe) or can't be written (its reader has left) is dropped and
+//! counted. `tracing-appender` has such a queue, but at the end it prints to the very stream that is stuck, and bounds
+//! lines, not bytes.
 
-use std::io::IsTerminal as _;
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Write};
+use std::panic::PanicHookInfo;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Most lines that wait to be written.
+const LINES: usize = 8192;
+/// Most bytes of them.
+const BYTES: usize = 4 << 20;
+/// Longest the end of the process waits for lines to be written.
+const LAST_LINES: Duration = Duration::from_millis(500);
 
 /// How a log line looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,15 +35,162 @@ pub enum LogFormat {
     Json,
 }
 
+/// The process's queue, once logging has started.
+static QUEUE: OnceLock<Queue> = OnceLock::new();
+/// Bytes of the lines that wait.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+/// Lines that were never written.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
 /// Starts logging. `filter` is a list of directives as `RUST_LOG` takes them, such as `info,ort=warn`; the error says
-/// what is wrong with it. Only the first call in a process takes effect.
+/// what is wrong with it, or that the system refused a thread. Only the first call in a process takes effect.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|e| format!("log filter `{filter}` is not valid: {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let queue = Queue::start().map_err(|e| format!("can't start the thread that writes log lines: {e}"))?;
+    let queue = QUEUE.get_or_init(|| queue);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(queue).with_target(false);
     // a second call keeps the first subscriber: harmless, and tests do it
     let _ = match format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
     };
+    std::panic::set_hook(Box::new(log_panic));
     Ok(())
+}
+
+/// Log lines that were dropped since the process started.
+pub fn dropped_lines() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
+/// Writes a line to stderr behind all log lines, and waits for it for half a second at most. Never fails: who does not
+/// read can't be told.
+pub fn last_line(text: &str) {
+    match QUEUE.get() {
+        Some(queue) => queue.push(format!("{text}\n").into_bytes()),
+        None => drop(writeln!(io::stderr(), "{text}")),
+    }
+    flush();
+}
+
+/// Waits until all lines are written, for half a second at most.
+pub fn flush() {
+    let Some(queue) = QUEUE.get() else { return };
+    let deadline = Instant::now() + LAST_LINES;
+    let (written, done) = mpsc::sync_channel(1);
+    let mut message = Message::Flush(written);
+    while let Err(mpsc::TrySendError::Full(back)) = queue.0.try_send(message) {
+        if Instant::now() > deadline {
+            return;
+        }
+        message = back;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+}
+
+/// The standard hook prints, and would wait for a reader that may never come.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let text = panic.payload_as_str().unwrap_or("no text");
+    let thread = std::thread::current();
+    let (thread, location) = (thread.name().unwrap_or("unnamed"), panic.location().map(ToString::to_string));
+    tracing::error!(thread, location, "thread {thread} panicked: {text}");
+}
+
+enum Message {
+    Line(Vec<u8>),
+    /// Answered when everything before it is written.
+    Flush(SyncSender<()>),
+}
+
+/// The way to the thread that writes.
+struct Queue(SyncSender<Message>);
+
+impl Queue {
+    fn start() -> io::Result<Self> {
+        let (queue, lines) = mpsc::sync_channel(LINES);
+        // not through the standard library's handle: a writer that is stuck would hold its lock
+        let stderr = stderr()?;
+        std::thread::Builder::new().name("nfold-log".into()).spawn(move || write(&lines, stderr))?;
+        Ok(Self(queue))
+    }
+
+    fn push(&self, line: Vec<u8>) {
+        let bytes = line.len();
+        let fits = WAITING.fetch_add(bytes, Ordering::Relaxed) + bytes <= BYTES;
+        if !fits || self.0.try_send(Message::Line(line)).is_err() {
+            WAITING.fetch_sub(bytes, Ordering::Relaxed);
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(unix)]
+fn stderr() -> io::Result<File> {
+    use std::os::fd::AsFd as _;
+    Ok(File::from(io::stderr().as_fd().try_clone_to_owned()?))
+}
+
+#[cfg(windows)]
+fn stderr() -> io::Result<File> {
+    use std::os::windows::io::AsHandle as _;
+    Ok(File::from(io::stderr().as_handle().try_clone_to_owned()?))
+}
+
+fn write(lines: &Receiver<Message>, mut stderr: File) {
+    let mut said = 0;
+    while let Ok(message) = lines.recv() {
+        match message {
+            Message::Line(line) => {
+                WAITING.fetch_sub(line.len(), Ordering::Relaxed);
+                if write_line(&mut stderr, &line).is_err() {
+                    DROPPED.fetch_add(1, Ordering::Relaxed);
+                    // said to nobody: its own line would be dropped as well
+                    said = dropped_lines();
+                }
+            }
+            Message::Flush(done) => drop(done.try_send(())),
+        }
+        let dropped = dropped_lines();
+        if dropped > said && WAITING.load(Ordering::Relaxed) == 0 {
+            tracing::warn!(lines = dropped - said, "log lines were dropped: nobody read them in time");
+            said = dropped;
+        }
+    }
+}
+
+/// Whole, also where somebody has made the stream non-blocking.
+fn write_line(stderr: &mut File, mut line: &[u8]) -> io::Result<()> {
+    while !line.is_empty() {
+        match stderr.write(line) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => line = &line[written..],
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(10)),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Takes one event: the formatter writes each at once.
+struct Line<'a>(&'a Queue);
+
+impl Write for Line<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.push(line.to_vec());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for &'static Queue {
+    type Writer = Line<'static>;
+
+    fn make_writer(&self) -> Line<'static> {
+        Line(self)
+    }
 }

@@ -18,6 +18,7 @@ use prometheus::{
 pub use prometheus::IntGauge;
 
 use self::statistics::Statistics;
+use crate::logging;
 
 /// Content type of [`Metrics::encode`]'s text.
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -198,6 +199,84 @@ impl RunResult {
     }
 }
 
+/// A port of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// REST, the Open Inference Protocol and the page.
+    Http,
+    /// gRPC.
+    Grpc,
+    /// Probes and scrapes.
+    Admin,
+}
+
+impl Port {
+    /// Every port, in declaration order.
+    pub const ALL: [Self; 3] = [Self::Http, Self::Grpc, Self::Admin];
+
+    /// Label value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+/// Why the server ended a connection, or one of its requests, before the client wanted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The first whole head of a request did not come in time, the TLS handshake included.
+    HeadTimeout,
+    /// No request was open for too long.
+    Idle,
+    /// The client did not take its answer, or too slowly.
+    WriteTimeout,
+    /// The client sent a body too slowly; over HTTP/2 its other requests go on.
+    SlowBody,
+    /// The port was full, and this connection was the one that had done nothing for the longest.
+    Full,
+    /// A TLS handshake failed.
+    Handshake,
+    /// A head that is no HTTP.
+    Unreadable,
+    /// The client broke HTTP/2's rules, or flooded the server with frames.
+    Protocol,
+    /// The system had no descriptor for it.
+    Refused,
+}
+
+impl Ending {
+    /// Every reason, in declaration order.
+    pub const ALL: [Self; 9] = [
+        Self::HeadTimeout,
+        Self::Idle,
+        Self::WriteTimeout,
+        Self::SlowBody,
+        Self::Full,
+        Self::Handshake,
+        Self::Unreadable,
+        Self::Protocol,
+        Self::Refused,
+    ];
+
+    /// Label value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::HeadTimeout => "head_timeout",
+            Self::Idle => "idle",
+            Self::WriteTimeout => "write_timeout",
+            Self::SlowBody => "slow_body",
+            Self::Full => "full",
+            Self::Handshake => "handshake",
+            Self::Unreadable => "unreadable",
+            Self::Protocol => "protocol",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// The process's metrics. One per server; tests make as many as they like.
 #[derive(Debug)]
 pub struct Metrics {
@@ -226,6 +305,8 @@ pub struct Metrics {
     pub body_bytes: IntGauge,
     /// Client connections open on the HTTP and gRPC ports.
     pub connections: IntGauge,
+    /// Connections that the server ended before their clients wanted to, by port and reason.
+    pub ended_connections_total: IntCounterVec,
     /// Engine runs by provider and result, warm-up included.
     pub engine_runs_total: IntCounterVec,
     /// Engine workers that hold a working session.
@@ -244,6 +325,8 @@ pub struct Metrics {
     pub ready: IntGauge,
     /// Seconds from the process's start to its first readiness.
     pub start_to_ready_seconds: Gauge,
+    /// Log lines that nobody read in time, or that could not be written.
+    pub dropped_log_lines_total: IntCounter,
     /// Always 1; its label is the version of the program.
     pub build_info: IntGaugeVec,
 }
@@ -320,6 +403,12 @@ impl Metrics {
             inflight_requests: int_gauge(r, "inflight_requests", "Requests being answered."),
             body_bytes: int_gauge(r, "body_bytes", "Bytes of the bodies of requests being answered."),
             connections: int_gauge(r, "connections", "Client connections open on the HTTP and gRPC ports."),
+            ended_connections_total: counters(
+                r,
+                "ended_connections_total",
+                "Connections that the server ended before their clients wanted to, by port and reason.",
+                &["port", "reason"],
+            ),
             engine_runs_total: counters(
                 r,
                 "engine_runs_total",
@@ -372,6 +461,11 @@ impl Metrics {
                 "start_to_ready_seconds",
                 "Seconds from the process's start to its first readiness.",
             ),
+            dropped_log_lines_total: counter(
+                r,
+                "dropped_log_lines_total",
+                "Log lines that nobody read in time, or that could not be written.",
+            ),
             build_info: int_gauges(r, "build_info", "Always 1; its label is the version of the program.", &["version"]),
             registry,
         };
@@ -384,6 +478,11 @@ impl Metrics {
                 metrics.requests_total.with_label_values(&[protocol.name(), outcome.name()]);
             }
         }
+        for port in Port::ALL {
+            for ending in Ending::ALL {
+                metrics.ended_connections_total.with_label_values(&[port.name(), ending.name()]);
+            }
+        }
         metrics
     }
 
@@ -391,6 +490,11 @@ impl Metrics {
     pub fn request(&self, protocol: Protocol) -> RequestGuard<'_> {
         self.inflight_requests.inc();
         RequestGuard { metrics: self, protocol, started: std::time::Instant::now(), outcome: Outcome::Cancelled }
+    }
+
+    /// A connection to `port` ended before its client wanted to.
+    pub fn ended(&self, port: Port, ending: Ending) {
+        self.ended_connections_total.with_label_values(&[port.name(), ending.name()]).inc();
     }
 
     /// A model was loaded or replaced while the server runs, or could not be.
@@ -437,6 +541,8 @@ impl Metrics {
 
     /// Everything in Prometheus' text format.
     pub fn encode(&self) -> String {
+        let dropped = &self.dropped_log_lines_total;
+        dropped.inc_by(logging::dropped_lines().saturating_sub(dropped.get()));
         let mut text = Vec::new();
         match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
@@ -566,6 +672,10 @@ fn declared<T: Collector + Clone + 'static>(registry: &Registry, metric: prometh
 
 fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
     declared(registry, IntCounterVec::new(options(name, help), labels))
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    declared(registry, IntCounter::with_opts(options(name, help)))
 }
 
 fn int_gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {

@@ -37,7 +37,7 @@ const ROOMS: [(&str, &[&str]); 19] = [
     ("graph", &["nets", "model", "pb"]),
     ("nets", &[]),
     ("model", &[]),
-    ("metrics", &[]),
+    ("metrics", &["logging"]),
     ("logging", &[]),
     ("chart", &[]),
     ("pb", &[]),

@@ -71,12 +71,12 @@ impl Server {
         self.child.id()
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let pid = self.pid().to_string();
         assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
     }
 
-    fn wait(mut self) -> ExitStatus {
+    pub fn wait(mut self) -> ExitStatus {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -447,7 +447,7 @@ fn serve_refuses_what_it_cannot_serve() {
     let folder = tempfile::tempdir().unwrap();
     let serve = |flags: &[&str]| {
         let mut args = vec!["serve", "--log", "off"];
-        for port in ["--http", "--admin"] {
+        for port in ["--http", "--grpc", "--admin"] {
             if !flags.contains(&port) {
                 args.extend([port, "127.0.0.1:0"]);
             }

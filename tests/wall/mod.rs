@@ -1,6 +1,8 @@
 //! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
 //! what it costs others (latency of health on every port), and how it ends.
 
+mod logs;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,6 +50,13 @@ fn memory(pid: u32, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server is alive");
     let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("Linux reports it");
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// A metric of a server, by its name and labels as Prometheus writes them.
+pub fn metric(admin: SocketAddr, name: &str) -> u64 {
+    let metrics = ask(admin, "GET", "/metrics", &[], b"").unwrap().body;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
 }
 
 /// Asks for health all the time, on a connection of its own each.
