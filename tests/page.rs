@@ -400,6 +400,13 @@ fn a_person_with_a_key() {
 #[test]
 fn the_page_may_load_and_call_only_this_server() {
     let server = Server::start(&[]);
+    for path in ["/docs/", "/docs/swagger-ui-bundle.js", "/docs/swagger-initializer.js"] {
+        let answer = ask(server.http, "GET", path, &[], &[]).unwrap();
+        let headers =
+            ["content-security-policy", "x-content-type-options", "referrer-policy"].map(|h| answer.header(h));
+        assert!(headers[0].is_some_and(|p| p.starts_with("default-src 'none'") && p.contains("script-src 'self';")));
+        assert_eq!((answer.status, &headers[1..]), (200, &[Some("nosniff"), Some("no-referrer")][..]), "{path}");
+    }
     for (path, kind) in [("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")] {
         let answer = ask(server.http, "GET", path, &[], &[]).unwrap();
         assert_eq!(answer.status, 200);
@@ -408,4 +415,36 @@ fn the_page_may_load_and_call_only_this_server() {
         assert!(!answer.body.contains("://") && !answer.body.contains("innerHTML"), "{path} names another place");
     }
     assert_eq!(ask(server.http, "POST", "/", &[], b"x").unwrap().status, 405);
+}
+
+/// `/docs` works under its policy.
+#[test]
+fn the_documentation_shows_its_routes() {
+    let Some(browser) = Browser::open() else { return };
+    let server = Server::start(&[]);
+    browser.call("/url", json!({ "url": format!("http://{}/docs/", server.http) }));
+    browser.until("document.querySelectorAll('.opblock').length > 5");
+}
+
+/// A page of an allowed origin asks with its key; one of another origin reads nothing.
+#[test]
+fn a_page_of_another_origin_with_a_key() {
+    let Some(browser) = Browser::open() else { return };
+    let (allowed, other) = (Server::start(&[]), Server::start(&[]));
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    std::fs::write(&keys, "a-key-that-is-long-enough").unwrap();
+    let origin = format!("http://{}", allowed.http);
+    let server = Server::start(&["--cors-origin", &origin, "--api-key-file", keys.to_str().unwrap()]);
+    let script = format!(
+        "fetch('http://{}/v2', {{ headers: {{ authorization: 'Bearer a-key-that-is-long-enough', 'x-request-id': 'mine' }} }})
+            .then(answer => answer.json().then(body => body.name + ' ' + answer.headers.get('x-request-id')))
+            .catch(error => 'refused: ' + error)",
+        server.http
+    );
+    // documents without a policy of their own
+    for (page, said) in [(&allowed, "nfold mine"), (&other, "refused: TypeError: Failed to fetch")] {
+        browser.call("/url", json!({ "url": format!("http://{}/v2", page.http) }));
+        assert_eq!(browser.value(&script), said);
+    }
 }

@@ -231,7 +231,7 @@ fn other_origins_only_where_allowed() {
     let preflight = [
         ("origin", "https://page.test"),
         ("access-control-request-method", "POST"),
-        ("access-control-request-headers", "content-type"),
+        ("access-control-request-headers", "authorization,content-type"),
     ];
     let closed = house(local(), options(1, 4, 8));
     let answer = ask(closed.http, "GET /v2", &origin, b"");
@@ -246,6 +246,7 @@ fn other_origins_only_where_allowed() {
     let open = house(open, options(1, 4, 8));
     let asked = ask(open.http, "OPTIONS /v1/classify", &preflight, b"");
     assert_eq!((asked.status, asked.headers["access-control-allow-origin"].as_str()), (200, "https://page.test"));
+    assert_eq!(asked.headers["access-control-allow-headers"], "authorization,content-type");
     let bearer = format!("Bearer {KEY}");
     let answer = ask(open.http, "GET /v2", &[origin[0], ("authorization", &bearer)], b"");
     assert_eq!((answer.status, answer.headers["access-control-allow-origin"].as_str()), (200, "https://page.test"));
@@ -285,5 +286,35 @@ fn heads_have_a_limit() {
     let answer = receive(send(house.http, &format!("GET /{long}"), &[], b""));
     assert!(matches!(answer.status, 414 | 431), "{answer:?}");
     assert_eq!(ask(house.http, "GET /v2", &[], b"").status, 200);
+    house.end().unwrap();
+}
+
+/// What a proxy in front may have read in another way is refused, on every port.
+#[test]
+fn heads_that_could_be_read_in_two_ways_are_refused() {
+    let house = house(local(), options(1, 1, 8));
+    let says = |address, text: &str| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        receive(stream).status
+    };
+    for (address, path) in [(house.http, "/v2"), (house.grpc, "/v2"), (house.admin, "/livez")] {
+        for headers in [
+            "",
+            "host: \r\n",
+            "host: a b\r\n",
+            "host: a\r\nhost: a\r\n",
+            "host: a\r\nhost: b\r\n",
+            "host: a\r\nauthorization: Bearer x\r\nauthorization: Bearer y\r\n",
+            "host: a\r\ntransfer-encoding: gzip, chunked\r\n",
+            "host: a\r\ncontent-length: 5\r\ncontent-length: 6\r\n",
+        ] {
+            let text = format!("GET {path} HTTP/1.1\r\nconnection: close\r\n{headers}\r\n0\r\n\r\n");
+            assert_eq!(says(address, &text), 400, "{path} {headers:?}");
+        }
+        assert_ne!(says(address, &format!("GET {path} HTTP/1.0\r\n\r\n")), 400);
+        assert_ne!(says(address, &format!("GET {path} HTTP/1.1\r\nhost: a:80\r\nconnection: close\r\n\r\n")), 400);
+    }
     house.end().unwrap();
 }

@@ -68,16 +68,19 @@ fn a_request_is_a_span_of_its_callers_trace() {
     assert_eq!(house.classify("?model=other", &[("traceparent", &of(unsampled, "00"))], &png(255)).status, 404);
     assert_eq!(ask(house.http, "GET /v2/health/live", &[], b"").status, 200);
     assert_eq!(ask(house.http, "GET /nowhere", &[("x-request-id", "mine")], b"").status, 404);
+    assert_eq!(ask(house.http, "GET /v2/models/made-up", &[], b"").status, 404);
     // the end of the server sends what waits
     house.end().unwrap();
     let bytes = |hexadecimal: &str| -> Vec<u8> {
         (0..hexadecimal.len()).step_by(2).map(|i| u8::from_str_radix(&hexadecimal[i..i + 2], 16).unwrap()).collect()
     };
-    eventually("spans come", || holds(&kept.lock().unwrap(), b"GET /nowhere"));
+    eventually("spans come", || holds(&kept.lock().unwrap(), b"/nowhere"));
     let kept = kept.lock().unwrap();
     for part in ["POST /v1/classify", "nfold.inference_ms", "nfold.model", "service.name", "mine", "not_found"] {
         assert!(holds(&kept, part.as_bytes()), "{part}");
     }
+    assert!(!holds(&kept, b"GET /nowhere"), "a name of a client's making");
+    assert!(holds(&kept, b"GET /v2/models/{model}"), "a route's template");
     assert!(holds(&kept, &bytes(trace)) && holds(&kept, &bytes("00f067aa0ba902b7")), "the caller's trace and span");
     assert!(!holds(&kept, &bytes(unsampled)), "not what its caller does not sample");
     assert!(!holds(&kept, b"/v2/health/live"), "no probes");

@@ -114,13 +114,15 @@ pub struct ServeArgs {
     /// Most bytes of all request bodies in memory at once, on both ports; more are refused with 429
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_memory: u64,
-    /// Client connections open at once, on each port; more wait
+    /// Client connections open at once, on each port; for more, the one ends that has done nothing for the longest
     #[arg(long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     connections: u32,
-    /// Longest a client may take to send a request's head; also ends idle connections
+    /// Longest a client may take from its connection to its first whole request head; also ends idle connections, and bodies
+    /// that come at less than 1 KiB a second
     #[arg(long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
     head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it; then its connection ends
+    /// Longest an answer may wait without its client taking any of it, or less than 1 KiB a second; then its connection
+    /// ends
     #[arg(long, value_name = "TIME", env = "NFOLD_WRITE_TIMEOUT", default_value = "30s", value_parser = positive)]
     write_timeout: Duration,
     /// Certificate of the HTTP and gRPC ports, PEM; read again on SIGHUP
@@ -160,7 +162,7 @@ pub struct ServeArgs {
     /// Engines out of order for longer than this end the server with exit code 1
     #[arg(long, value_name = "TIME", env = "NFOLD_FAULT_LIMIT", default_value = "60s", value_parser = positive)]
     fault_limit: Duration,
-    /// How log lines look; they go to stderr
+    /// How log lines look; they go to stderr, and are dropped and counted where nobody reads them
     #[arg(long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
     log_format: LogFormatArg,
     /// What is logged, as RUST_LOG takes it

@@ -1,9 +1,12 @@
-//! Accepting connections: how many, TLS or not, how long a client may take to send a head or to take an answer, and how
-//! they end.
+//! Accepting connections: how many, TLS or not, how long a client may take to send a head or a body and to take an
+//! answer, and how they end.
 //!
-//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `activity` what is under way on it.
+//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `activity` what is under way on it,
+//! `remains` the bodies of its requests, `crowd` all of a port's connections.
 
 mod activity;
+mod crowd;
+mod remains;
 mod wire;
 
 use std::pin::pin;
@@ -12,25 +15,30 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tower::ServiceExt as _;
 
 use self::activity::Activity;
-use self::wire::Wire;
+use self::crowd::Crowd;
+use self::wire::{Socket, Wire};
 use super::tls::Tls;
-use crate::metrics::{IntGauge, Metrics};
+use crate::metrics::{Ending, IntGauge, Metrics, Port};
 
 /// How long a connection that was accepted just before the stop may take to bring its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
-/// How long a connection without a request under way may outlive the stop: time to hear of it, and to say goodbye.
-const LAST_GOODBYE: Duration = Duration::from_secs(1);
+/// How long a connection without a request under way may outlive its end: time for the client to hear of it.
+const LAST_MOMENTS: Duration = Duration::from_secs(1);
+
+/// Least bytes a second of a body that is sent or an answer that is taken, once the time limits are used up.
+const LEAST_RATE: u64 = 1024;
 
 /// Most bytes of a request's line and headers. What hyper reads of HTTP/1 it may overstep, so the routes look again.
 pub(super) const HEAD_LIMIT: usize = 64 * 1024;
@@ -41,18 +49,33 @@ const HEADERS: usize = 128;
 /// Requests under way on one HTTP/2 connection.
 const STREAMS: u32 = 256;
 
-/// Header lines and body of the answer to a head that can't be read, by its status.
-pub(super) type Unreadable = Arc<dyn Fn(u16) -> (String, String) + Send + Sync>;
+/// How long a connection must have done nothing before it makes room on a full port: that many milliseconds for each
+/// that may be open, so that a port turns over 1000 silent connections a second, however few fit.
+const QUIET: Duration = Duration::from_millis(1);
+/// Bounds of that.
+const QUIET_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// How often a full port looks again for a connection that could go.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How often the log says that the system is out of descriptors.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Limits on connections, and how they speak.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
-    /// Connections open at once; more wait in the system's backlog.
+    /// Which port, for the metrics.
+    pub(super) port: Port,
+    /// Connections open at once. When there are more, the one goes that has done nothing useful for the longest; where
+    /// none can go, the newest waits.
     pub(super) connections: usize,
-    /// Longest a client may take to send a request's head, from the connection's start or the last answer.
+    /// Longest a client may take to send a request's head, from the connection's start or the last answer; and to send a
+    /// body, beyond what its bytes take at the least rate.
     pub(super) head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it.
+    /// Longest an answer may wait without its client taking any of it, or beyond what it takes at the least rate.
     pub(super) write_timeout: Duration,
+    /// Longest that a request may be in work.
+    pub(super) longest_work: Duration,
+    /// Whether a request's client sends messages when it likes.
+    pub(super) is_stream: fn(&Request<Incoming>) -> bool,
     /// None: plain TCP.
     pub(super) tls: Option<Arc<Tls>>,
 }
@@ -83,42 +106,55 @@ pub(super) async fn accept(
     listener: TcpListener,
     routes: Router,
     limits: Limits,
-    unreadable: Unreadable,
     metrics: Arc<Metrics>,
     mut stop: oneshot::Receiver<()>,
 ) -> Open {
     let room = Arc::new(Semaphore::new(limits.connections.max(1)));
+    let crowd = Arc::new(Crowd::default());
     let (stopping, stopped) = watch::channel(false);
     let mut open = Open { stopping, tasks: JoinSet::new() };
     let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
-        let connection = connect(stream, routes.clone(), limits.clone(), unreadable.clone(), stopped.clone());
-        let gauge = metrics.connections.clone();
-        gauge.inc();
-        let counted = Counted(gauge);
+        let activity = Arc::new(Activity::new());
+        let member = crowd.join(activity.clone());
+        let counted = (limits.port != Port::Admin).then(|| Counted::new(&metrics.connections));
+        let connection = connect(stream, routes.clone(), limits.clone(), activity.clone(), stopped.clone());
+        let (metrics, port) = (metrics.clone(), limits.port);
         async move {
-            let _until_the_end = (permit, counted);
+            let _until_the_end = (permit, counted, member);
             connection.await;
+            if let Some(ending) = activity.ending() {
+                metrics.ended(port, ending);
+            }
         }
     };
+    let mut failures = Failures { last_said: None, since: 0 };
     loop {
-        let next = async {
-            // never closed, so acquiring can't fail
-            let permit = room.clone().acquire_owned().await.ok();
-            (permit, listener.accept().await)
-        };
-        let (permit, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             biased;
             _ = &mut stop => break,
-            next = next => next,
+            accepted = listener.accept() => accepted,
             // keeps the set small
             Some(_) = open.tasks.join_next() => continue,
         };
         match accepted {
-            Ok((stream, _)) => drop(open.tasks.spawn(serve(stream, permit))),
+            Ok((stream, _)) => {
+                let permit = tokio::select! {
+                    biased;
+                    // it is connected: it is served as those are that the system still has in its queue
+                    _ = &mut stop => {
+                        open.tasks.spawn(serve(stream, None));
+                        break;
+                    }
+                    permit = make_room(&room, &crowd, &limits) => permit,
+                };
+                open.tasks.spawn(serve(stream, permit));
+            }
             Err(error) => {
-                // out of file descriptors, usually: a pause lets some come back
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                // out of file descriptors, usually: one comes back with the connection that makes room
+                metrics.ended(limits.port, Ending::Refused);
+                failures.say(limits.port, &error);
+                crowd.evict(quiet(&limits), limits.longest_work);
+                tokio::time::sleep(LOOK_AGAIN).await;
             }
         }
     }
@@ -127,6 +163,44 @@ pub(super) async fn accept(
         open.tasks.spawn(serve(stream, None));
     }
     open
+}
+
+fn quiet(limits: &Limits) -> Duration {
+    let connections = u32::try_from(limits.connections).unwrap_or(u32::MAX);
+    (QUIET * connections.min(10_000)).clamp(QUIET_BOUNDS.0, QUIET_BOUNDS.1)
+}
+
+/// Room for one more connection: free, or that of the quietest, or, where none is quiet, of the next that ends.
+async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Option<OwnedSemaphorePermit> {
+    let mut asked = false;
+    loop {
+        if let Ok(permit) = room.clone().try_acquire_owned() {
+            return Some(permit);
+        }
+        asked = asked || crowd.evict(quiet(limits), limits.longest_work);
+        let wait = if asked { LAST_MOMENTS } else { LOOK_AGAIN };
+        match tokio::time::timeout(wait, room.clone().acquire_owned()).await {
+            Ok(permit) => return permit.ok(),
+            Err(_) => asked = false,
+        }
+    }
+}
+
+/// Connections that the system did not hand over.
+struct Failures {
+    last_said: Option<Instant>,
+    since: u64,
+}
+
+impl Failures {
+    fn say(&mut self, port: Port, error: &std::io::Error) {
+        self.since += 1;
+        if self.last_said.is_none_or(|said| said.elapsed() > SAY_AGAIN) {
+            let (port, failures) = (port.name(), self.since);
+            tracing::warn!(port, failures, %error, "connections could not be accepted: {error}");
+            *self = Self { last_said: Some(Instant::now()), since: 0 };
+        }
+    }
 }
 
 /// Closes the port; returns the connections that the system had accepted already.
@@ -145,15 +219,22 @@ async fn connect(
     stream: TcpStream,
     routes: Router,
     limits: Limits,
-    unreadable: Unreadable,
+    activity: Arc<Activity>,
     stopped: watch::Receiver<bool>,
 ) {
     let _ = stream.set_nodelay(true);
-    let Some(tls) = &limits.tls else { return serve(stream, routes, &limits, unreadable, stopped).await };
-    match tokio::time::timeout(limits.head_timeout, tls.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => serve(stream, routes, &limits, unreadable, stopped).await,
-        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
-        Err(_) => tracing::debug!("a TLS handshake took too long"),
+    let Some(tls) = &limits.tls else { return serve(stream, routes, &limits, activity, stopped).await };
+    let shaken = tokio::select! {
+        shaken = tls.acceptor().accept(stream) => shaken,
+        () = tokio::time::sleep(limits.head_timeout) => return activity.end_for(Ending::HeadTimeout),
+        () = activity.evicted() => return activity.end_for(Ending::Full),
+    };
+    match shaken {
+        Ok(stream) => serve(stream, routes, &limits, activity, stopped).await,
+        Err(error) => {
+            activity.end_for(Ending::Handshake);
+            tracing::debug!(%error, "a TLS handshake failed");
+        }
     }
 }
 
@@ -161,10 +242,10 @@ async fn serve<S>(
     stream: S,
     routes: Router,
     limits: &Limits,
-    unreadable: Unreadable,
+    activity: Arc<Activity>,
     mut stopped: watch::Receiver<bool>,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Socket + Send + 'static,
 {
     let mut builder = Builder::new(TokioExecutor::new());
     let mut http1 = builder.http1();
@@ -177,15 +258,20 @@ async fn serve<S>(
     http2.timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
     http2.max_header_list_size(HEAD_LIMIT_HTTP2).max_concurrent_streams(STREAMS).adaptive_window(true);
     let (first, mut seen) = watch::channel(false);
-    let activity = Arc::new(Activity::default());
-    let wire = Wire::new(stream, activity.clone(), unreadable, limits.write_timeout);
-    let under_way = activity.clone();
-    let service = tower::service_fn(move |request| {
-        let request: Request<_> = request;
+    let wire = Wire::new(stream, activity.clone(), limits.write_timeout);
+    let (under_way, limits_of_bodies) = (activity.clone(), limits.clone());
+    let service = tower::service_fn(move |request: Request<Incoming>| {
         first.send_replace(true);
         let mark = under_way.request(&request);
+        let (request, remains) = remains::watch(request, &under_way, &limits_of_bodies);
         let answer = routes.clone().oneshot(request);
-        async move { answer.await.map(|response| mark.answer(response)) }
+        async move {
+            let response = answer.await?;
+            if let Some(remains) = remains {
+                remains.throw_away().await;
+            }
+            Ok::<_, std::convert::Infallible>(mark.answer(response))
+        }
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), TowerToHyperService::new(service)));
     let last_call = async {
@@ -194,79 +280,63 @@ async fn serve<S>(
         let _ = tokio::time::timeout(FIRST_REQUEST, seen.wait_for(|seen| *seen)).await;
     };
     let mut stuck = pin!(activity.stuck(limits.write_timeout));
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stuck.as_mut() => Err("the client did not take its answer within the write timeout".into()),
-        () = last_call => {
-            connection.as_mut().graceful_shutdown();
-            tokio::select! {
-                ended = connection => ended,
-                () = stuck => Err("the client did not take its answer within the write timeout".into()),
-                () = activity.idle(LAST_GOODBYE) => Err("the client did not take its leave".into()),
-            }
+    let told_to_end = tokio::select! {
+        ended = connection.as_mut() => return note(&activity, ended),
+        () = stuck.as_mut() => return activity.end_for(Ending::WriteTimeout),
+        () = last_call => None,
+        ending = activity.overstays(limits.head_timeout) => Some(ending),
+        () = activity.evicted() => Some(Ending::Full),
+    };
+    if let Some(ending) = told_to_end {
+        activity.end_for(ending);
+        if !activity.can_be_told() {
+            return;
+        }
+    }
+    connection.as_mut().graceful_shutdown();
+    let last_moments = async {
+        match told_to_end {
+            Some(Ending::Full) => tokio::time::sleep(LAST_MOMENTS).await,
+            _ => activity.idle(LAST_MOMENTS).await,
         }
     };
-    if let Err(error) = ended {
-        tracing::debug!(error, "a connection ended early");
+    tokio::select! {
+        ended = connection => note(&activity, ended),
+        () = stuck => activity.end_for(Ending::WriteTimeout),
+        () = last_moments => {}
     }
+}
+
+/// Tells why the library ended a connection, if it did.
+fn note(activity: &Activity, ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
+    let Err(error) = ended else { return };
+    tracing::debug!(error, "a connection ended early");
+    match error.downcast_ref::<hyper::Error>() {
+        Some(error) if error.is_timeout() => activity.end_for(activity.out_of_time()),
+        Some(error) if error.is_parse() => activity.end_for(Ending::Unreadable),
+        Some(error) if broke_the_rules(error) => activity.end_for(Ending::Protocol),
+        _ => {}
+    }
+}
+
+/// Whether it was the server that ended an HTTP/2 connection.
+fn broke_the_rules(error: &hyper::Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| cause.is_go_away() && cause.is_library())
 }
 
 /// An open connection in the metrics.
 struct Counted(IntGauge);
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.dec();
+impl Counted {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use axum::http::StatusCode;
-    use axum::routing::get;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
-    use super::*;
-
-    /// What the routes answer goes out as it is, even where it looks just like what is rewritten.
-    #[tokio::test]
-    async fn only_what_nobody_asked_for_is_rewritten() {
-        const LOOKS: &str = "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
-        let routes =
-            Router::new().route("/empty", get(async || StatusCode::NOT_FOUND)).route("/looks", get(async || LOOKS));
-        let limits = Limits {
-            connections: 1,
-            head_timeout: Duration::from_secs(5),
-            write_timeout: Duration::from_secs(5),
-            tls: None,
-        };
-        // room for a few bytes only, so that writes are cut anywhere
-        for room in [1, 7, 64, 4096] {
-            let (mut client, server) = tokio::io::duplex(room);
-            let (_stopping, stopped) = watch::channel(false);
-            let unreadable: Unreadable = Arc::new(|_| (String::new(), "ours".into()));
-            let routes = routes.clone();
-            let limits = limits.clone();
-            let serving = tokio::spawn(async move { serve(server, routes, &limits, unreadable, stopped).await });
-            let (mut reader, mut writer) = tokio::io::split(&mut client);
-            let asking = async {
-                for path in ["/empty", "/looks", "/empty"] {
-                    writer.write_all(format!("GET {path} HTTP/1.1\r\nhost: t\r\n\r\n").as_bytes()).await.expect("sent");
-                }
-                writer.write_all(b"GARBAGE\r\n\r\n").await.expect("sent");
-            };
-            let mut answers = String::new();
-            let (_, read) = tokio::join!(asking, reader.read_to_string(&mut answers));
-            read.expect("text");
-            serving.await.expect("served");
-            // hyper says that it closes or just does it
-            let same = |line: &&str| !line.starts_with("date: ") && *line != "connection: close";
-            let lines: Vec<&str> = answers.split("\r\n").filter(same).collect();
-            let empty = ["HTTP/1.1 404 Not Found", "content-length: 0", ""];
-            let looks = ["HTTP/1.1 200 OK", "content-type: text/plain; charset=utf-8", "content-length: 47", ""];
-            let inside = ["HTTP/1.1 400 Bad Request", "content-length: 0", ""];
-            let refused = ["HTTP/1.1 400 Bad Request", "content-length: 4", "", "ours"];
-            assert_eq!(lines, [&empty[..], &looks, &inside, &empty, &refused].concat(), "{room}");
-        }
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }

@@ -8,12 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::accept::Unreadable;
 use super::http::App;
 use super::status::{self, Failure};
 use crate::infer::registry::LiveModel;
@@ -72,7 +71,8 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let id = request_id(request.headers());
     let trace = trace_id(request.headers());
     let traced = app.traces.as_ref().map(|traces| (traces, traces.arrived(request.headers())));
-    let (method, path) = (request.method().clone(), request.uri().path().to_string());
+    let (method, path) = (request.method().clone(), cut(request.uri().path()).to_string());
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let http1 = request.version() <= Version::HTTP_11;
     request.headers_mut().insert(REQUEST_ID, id.clone());
     let mut response = next.run(request).await;
@@ -97,22 +97,30 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let trace_id = trace.as_deref();
     let line = Line { request_id, trace_id, method: method.as_str(), path: &path, protocol, outcome, duration_ms };
     if let Some((traces, arrived)) = traced {
-        traces.record(arrived, &line, response.status().as_u16(), served.as_ref());
+        traces.record(arrived, &span_name(&line, route.as_ref()), &line, response.status().as_u16(), served.as_ref());
     }
     log(&line, served, &response);
     response
 }
 
-/// Requests whose head can't be read reach no handler; they are counted, logged and answered here.
-pub(super) fn unreadable(app: Arc<App>) -> Unreadable {
-    Arc::new(move |status| {
-        let error = status::unreadable(status);
-        app.metrics.request(Protocol::Other).finish(error.code);
-        let (id, outcome) = (fresh_id(), error.code.name());
-        let request_id = id.to_str().unwrap_or_default();
-        tracing::info!(request_id, status, outcome, "request {request_id} {outcome}");
-        (format!("content-type: application/json\r\nconnection: close\r\n{REQUEST_ID}: {request_id}\r\n"), error.body())
-    })
+/// What kind of request it was: a closed set, whatever clients ask for.
+fn span_name(line: &Line<'_>, route: Option<&MatchedPath>) -> String {
+    match route.map(MatchedPath::as_str) {
+        // a service's methods, all of which are known
+        Some(route) if route.ends_with("/{*rest}") && line.outcome != Outcome::NotFound => {
+            format!("{} {}", line.method, line.path)
+        }
+        Some(route) => format!("{} {route}", line.method),
+        None => line.method.to_string(),
+    }
+}
+
+/// Most bytes of a path in the log: what does not exist may be of any length.
+const PATH: usize = 256;
+
+/// The first bytes of a path; a request line is ASCII.
+fn cut(path: &str) -> &str {
+    path.get(..PATH).unwrap_or(path)
 }
 
 /// What every access log line says.
@@ -197,7 +205,7 @@ fn protocol(path: &str) -> Protocol {
 }
 
 /// Whether it is a gRPC request.
-pub(super) fn is_grpc(request: &Request) -> bool {
+pub(super) fn is_grpc<B>(request: &axum::http::Request<B>) -> bool {
     let kind = request.headers().get(header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }

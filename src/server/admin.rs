@@ -18,6 +18,8 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use tokio::sync::oneshot;
 
+use super::accept::{self, Limits};
+use super::head;
 use super::readiness::Readiness;
 use super::status::Code;
 use crate::metrics::{CONTENT_TYPE, Metrics};
@@ -39,6 +41,7 @@ impl Admin {
     /// Serves on a bound listener.
     pub(super) fn start(
         listener: TcpListener,
+        limits: Limits,
         readiness: Arc<Readiness>,
         metrics: Arc<Metrics>,
     ) -> std::io::Result<Self> {
@@ -49,19 +52,18 @@ impl Admin {
             .route("/livez", get(|| async { "alive\n" }))
             .route("/readyz", get(readyz))
             .route("/metrics", get(scrape))
-            .with_state(Arc::new(Shared { readiness, metrics }));
+            .layer(axum::middleware::from_fn(head::check))
+            .with_state(Arc::new(Shared { readiness, metrics: metrics.clone() }));
         listener.set_nonblocking(true)?;
         let thread = std::thread::Builder::new().name("nfold-admin".into()).spawn(move || {
             let served = runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                tokio::select! {
-                    served = axum::serve(listener, routes) => served,
-                    // a scraper's idle connection must not hold up the exit
-                    _ = stopped => Ok(()),
-                }
+                // a scraper's idle connection must not hold up the exit: what is open goes with the runtime
+                drop(accept::accept(listener, routes, limits, metrics, stopped).await);
+                Ok::<_, std::io::Error>(())
             });
             if let Err(error) = served {
-                tracing::error!(%error, "the admin port stopped");
+                tracing::error!(%error, "the admin port does not listen: {error}");
             }
         })?;
         tracing::info!(protocol = "admin", %address, "admin port listens on {address}");

@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use axum::extract::Request as HttpRequest;
-use axum::middleware::Next;
+use axum::http::Request as HttpRequest;
 use axum::response::Response as HttpResponse;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,10 +20,10 @@ use tonic::{Request, Response, Status, Streaming};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::access::{self, REQUEST_ID};
-use super::http::{self, App};
+use super::http::App;
 use super::oip::{describe, inference};
 use super::status::{ApiError, Code};
-use super::{body_budget, control, deadline, keys};
+use super::{body_budget, control, deadline, head, keys};
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
@@ -48,20 +47,22 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
         .add_service(reflection().build_v1().map_err(failed)?)
         // what grpcurl and Python's client ask first
         .add_service(reflection().build_v1alpha().map_err(failed)?);
-    let short_head = async |request: HttpRequest, next: Next| match http::too_large(request.headers()) {
-        Some(error) => error.into_status().into_http(),
-        None => next.run(request).await,
-    };
     let mut routes = services
         .prepare()
         .into_axum_router()
         .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
-        .layer(axum::middleware::from_fn(short_head));
+        .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }
     let routes = routes.layer(CatchPanicLayer::custom(panicked));
     Ok(routes.layer(axum::middleware::from_fn_with_state(app, access::account)))
+}
+
+/// Whether a call's client sends messages when it likes; the others send one, at once.
+pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
+    const STREAMS: [&str; 2] = ["/ModelStreamInfer", "/ServerReflectionInfo"];
+    access::is_grpc(request) && STREAMS.iter().any(|method| request.uri().path().ends_with(method))
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> HttpResponse {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
@@ -17,13 +17,12 @@ use serde::{Deserialize, Serialize};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::predicate::SizeAbove;
 use tower_http::compression::{CompressionLayer, CompressionLevel};
-use tower_http::cors::{AllowOrigin, Any as Anything, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::decompression::RequestDecompressionLayer;
 use utoipa::{IntoParams, OpenApi as _, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::accept::HEAD_LIMIT;
 use super::access::{self, Served};
 use super::body_budget::{self, BodyBudget};
 use super::keys::{self, Keys};
@@ -31,7 +30,7 @@ use super::page;
 use super::readiness::Readiness;
 use super::status::{ApiError, Code, ErrorBody};
 use super::traces::Traces;
-use super::{deadline, oip, openapi, upload};
+use super::{deadline, head, oip, openapi, upload};
 use crate::infer::error::InferError;
 use crate::infer::registry::Registry;
 use crate::infer::top_k::Prediction;
@@ -42,9 +41,6 @@ const DEFAULT_TOP_K: usize = 5;
 
 /// Answers above this many bytes are compressed for clients that say they like it.
 const COMPRESS_ABOVE: u64 = 1024;
-
-/// Most bytes of a request's path and query.
-const LINE_LIMIT: usize = 8 * 1024;
 
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
@@ -90,7 +86,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
         .layer(RequestDecompressionLayer::new())
         .layer(axum::middleware::from_fn(known_encoding))
-        .layer(axum::middleware::from_fn(short_head));
+        .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
     }
@@ -112,33 +108,14 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers(Anything)
+        // `*` would leave out `authorization`
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([
             access::REQUEST_ID,
             SERVER_TIMING,
             header::RETRY_AFTER,
             HeaderName::from_static("inference-header-content-length"),
         ])
-}
-
-/// Why a request with these headers is refused, if there are too many bytes of them.
-pub(super) fn too_large(headers: &HeaderMap) -> Option<ApiError> {
-    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    let text = || format!("the headers are {bytes} bytes; at most {HEAD_LIMIT} are taken, send fewer or shorter ones");
-    (bytes > HEAD_LIMIT).then(|| ApiError::new(Code::HeadTooLarge, text()))
-}
-
-/// Refuses paths, queries and headers that no route here could need.
-async fn short_head(request: Request, next: Next) -> Response {
-    if let Some(error) = too_large(request.headers()) {
-        return error.into_response();
-    }
-    let length = request.uri().path_and_query().map_or(0, |asked| asked.as_str().len());
-    if length <= LINE_LIMIT {
-        return next.run(request).await;
-    }
-    let text = format!("path and query are {length} bytes; at most {LINE_LIMIT} are taken, send data in the body");
-    ApiError::new(Code::UriTooLong, text).into_response()
 }
 
 /// Refuses bodies that nobody here can decompress.

@@ -10,7 +10,9 @@ mod admin;
 mod body_budget;
 mod control;
 mod deadline;
+mod descriptors;
 mod grpc;
+mod head;
 mod http;
 mod keys;
 pub mod oip;
@@ -41,7 +43,13 @@ use self::reload::Reloader;
 pub use self::tls::{TlsError, TlsOptions};
 use self::traces::Traces;
 use crate::infer::registry::{Registry, RegistryError};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Port};
+
+/// How much longer than the request timeout a request may be in work: a run that began in time.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Most that the head and the write timeout are on the admin port.
+const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a server listens, limits and stops.
 #[derive(Debug, Clone)]
@@ -58,11 +66,14 @@ pub struct Options {
     pub body_limit: usize,
     /// Most bytes of all request bodies in memory; at least `body_limit` is given.
     pub body_memory: usize,
-    /// Client connections open at once, on each port.
+    /// Client connections open at once, on the HTTP and on the gRPC port; fewer where descriptors are few. When there are
+    /// more, the one ends that has done nothing for the longest.
     pub connections: usize,
-    /// Longest a client may take to send a request's head.
+    /// Longest a client may take from its connection to its first whole request head, and from an answer to the next; and
+    /// longest it may be waited for while it sends a body at less than 1 KiB a second.
     pub head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it; then its connection ends.
+    /// Longest an answer may wait without its client taking any of it, beyond what it takes at 1 KiB a second; then its
+    /// connection ends.
     pub write_timeout: Duration,
     /// Certificates; none: plain TCP. The admin port is always plain.
     pub tls: Option<TlsOptions>,
@@ -231,7 +242,24 @@ impl Server {
         let Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
-        let admin = Admin::start(admin, readiness.clone(), metrics.clone()).map_err(broken)?;
+        // before models take descriptors of their own
+        let shares = descriptors::share(options.connections);
+        let Options { head_timeout, write_timeout, .. } = options;
+        let limits = |port, tls| accept::Limits {
+            port,
+            connections: shares.of(port),
+            head_timeout,
+            write_timeout,
+            longest_work: options.request_timeout + GRACE,
+            is_stream: grpc::is_stream,
+            tls,
+        };
+        let admin_limits = accept::Limits {
+            head_timeout: head_timeout.min(ADMIN_TIMEOUT),
+            write_timeout: write_timeout.min(ADMIN_TIMEOUT),
+            ..limits(Port::Admin, None)
+        };
+        let admin = Admin::start(admin, admin_limits, readiness.clone(), metrics.clone()).map_err(broken)?;
 
         let loading = {
             let metrics = metrics.clone();
@@ -260,16 +288,14 @@ impl Server {
         });
         let (stop_http, http_stopped) = oneshot::channel();
         let (stop_grpc, grpc_stopped) = oneshot::channel();
-        let Options { connections, head_timeout, write_timeout, .. } = options;
-        let limits = accept::Limits { connections, head_timeout, write_timeout, tls: reloader.tls.clone() };
-        let unreadable = access::unreadable(app.clone());
         let http_routes = http::routes(app.clone());
         let grpc_routes = grpc::routes(app).map_err(ServeError::Broken)?;
-        let open = |listener, routes, stopped| {
-            tokio::spawn(accept::accept(listener, routes, limits.clone(), unreadable.clone(), metrics.clone(), stopped))
+        let open = |port, listener, routes, stopped| {
+            let limits = limits(port, reloader.tls.clone());
+            tokio::spawn(accept::accept(listener, routes, limits, metrics.clone(), stopped))
         };
-        let http = open(http, http_routes, http_stopped);
-        let grpc = open(grpc, grpc_routes, grpc_stopped);
+        let http = open(Port::Http, http, http_routes, http_stopped);
+        let grpc = open(Port::Grpc, grpc, grpc_routes, grpc_stopped);
         readiness.release(registry.clone());
         reloader.serve(registry.clone());
         let start_to_ready = options.started.elapsed();

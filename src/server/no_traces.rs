@@ -20,7 +20,7 @@ impl Traces {
         match *self {}
     }
 
-    pub(super) fn record(&self, arrived: Arrived, _: &Line<'_>, _: u16, _: Option<&Served>) {
+    pub(super) fn record(&self, arrived: Arrived, _: &str, _: &Line<'_>, _: u16, _: Option<&Served>) {
         match arrived {}
     }
 

@@ -12,6 +12,7 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::http::App;
+use super::page;
 
 /// What no handler says.
 #[derive(OpenApi)]
@@ -44,7 +45,8 @@ pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi,
     }
     let text: Arc<str> = api.to_json().unwrap_or_default().into();
     let document = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], text.to_string()) });
-    let docs = SwaggerUi::new("/docs").config(Config::from("/openapi.json"));
+    let docs: Router<Arc<App>> = SwaggerUi::new("/docs").config(Config::from("/openapi.json")).into();
+    let docs = docs.layer(axum::middleware::map_response(page::guard_docs));
     routes.route("/openapi.json", document).merge(docs)
 }
 

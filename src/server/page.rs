@@ -1,16 +1,21 @@
-//! The web page: a few files, compiled in, and the headers that keep it to this server.
+//! The web page: a few files, compiled in, and the headers that keep it and `/docs` to this server.
 //!
 //! The page is a client of the routes like any other; nothing here knows what it does. Its addresses are relative, so
 //! that a proxy may put everything under a prefix.
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, header};
-use axum::response::IntoResponse;
+use axum::response::Response;
 use axum::routing::{MethodRouter, get};
 
 /// Scripts, styles and calls only from and to this server; images also from the page's own memory (the thumbnails).
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// The same for `/docs`, whose program writes styles into its elements and has its pictures in them.
+const DOCS_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; \
+                           img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+                           frame-ancestors 'none'";
 
 /// `/` and what it loads.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
@@ -19,16 +24,28 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
         .route("/page/page.css", file("text/css; charset=utf-8", include_str!("page/page.css")))
         .route("/page/page.js", file("text/javascript; charset=utf-8", include_str!("page/page.js")))
         .route("/page/icon.svg", file("image/svg+xml", include_str!("page/icon.svg")))
+        .layer(axum::middleware::map_response(async |response| guarded(response, POLICY)))
+}
+
+/// The headers that keep `/docs` to this server.
+pub(super) async fn guard_docs(response: Response) -> Response {
+    guarded(response, DOCS_POLICY)
+}
+
+fn guarded(mut response: Response, policy: &'static str) -> Response {
+    let headers: [(HeaderName, &'static str); 4] = [
+        (header::CONTENT_SECURITY_POLICY, policy),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        // a new version of the server brings a new page
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    for (name, value) in headers {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
 }
 
 fn file<S: Clone + Send + Sync + 'static>(kind: &'static str, text: &'static str) -> MethodRouter<S> {
-    let headers: [(HeaderName, HeaderValue); 5] = [
-        (header::CONTENT_TYPE, HeaderValue::from_static(kind)),
-        (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
-        (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
-        (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
-        // a new version of the server brings a new page
-        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
-    ];
-    get(async move || (headers, text).into_response())
+    get(async move || ([(header::CONTENT_TYPE, kind)], text))
 }

@@ -74,19 +74,6 @@ impl ApiError {
     }
 }
 
-/// What a request is told whose head could not be read, by the status that it was given.
-pub(super) fn unreadable(status: u16) -> ApiError {
-    match Code::ALL.into_iter().find(|code| code.http().as_u16() == status) {
-        Some(code @ Code::UriTooLong) => {
-            ApiError::new(code, "the request's path and query are too long; send data in the body")
-        }
-        Some(code @ Code::HeadTooLarge) => {
-            ApiError::new(code, "the request's head is too large; send fewer or shorter headers")
-        }
-        _ => ApiError::new(Code::InvalidRequest, "the request's head is not HTTP; see its first line and its headers"),
-    }
-}
-
 impl From<InferError> for ApiError {
     fn from(error: InferError) -> Self {
         if let InferError::Internal(detail) = error {
@@ -115,12 +102,6 @@ const ERROR_CODE: &str = "x-error-code";
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 impl ApiError {
-    /// The body, for an answer that no handler makes.
-    pub(super) fn body(&self) -> String {
-        let body = ErrorBody { error: &self.message, code: self.code.name() };
-        serde_json::to_string(&body).unwrap_or_default()
-    }
-
     /// The error as gRPC tells it.
     pub(super) fn into_status(self) -> tonic::Status {
         let mut status = tonic::Status::new(tonic::Code::from_i32(self.code.grpc()), self.message);

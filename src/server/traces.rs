@@ -55,7 +55,7 @@ impl Traces {
     }
 
     /// Hands over the span of a request that has ended. Health calls have none.
-    pub(super) fn record(&self, arrived: Arrived, line: &Line<'_>, status: u16, served: Option<&Served>) {
+    pub(super) fn record(&self, arrived: Arrived, name: &str, line: &Line<'_>, status: u16, served: Option<&Served>) {
         if line.protocol == Protocol::Health {
             return;
         }
@@ -79,7 +79,7 @@ impl Traces {
             attributes.extend(phases.map(|(phase, took)| KeyValue::new(format!("nfold.{phase}_ms"), millis(took))));
         }
         let tracer = self.provider.tracer("nfold");
-        let builder = tracer.span_builder(format!("{} {}", line.method, line.path));
+        let builder = tracer.span_builder(name.to_string());
         let builder = builder.with_kind(SpanKind::Server).with_start_time(arrived.at).with_attributes(attributes);
         let mut span = tracer.build_with_context(builder, &arrived.caller);
         if line.outcome == Outcome::Internal {

@@ -1,5 +1,5 @@
-"""Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis; and
-the examples of docs/api.md.
+"""Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis, httpx,
+curl and Node; and the examples of docs/api.md.
 
     python3 tests/clients/run.py PATH_OF_NFOLD
 
@@ -27,6 +27,7 @@ CACHE = ROOT / "target" / "python" / "clients"
 TRITON = ["tritonclient[http,grpc]==2.73.0"]
 KSERVE = ["kserve==0.21.0"]
 SCHEMATHESIS = ["schemathesis==4.32.5"]
+HTTPX = ["httpx[http2]==0.28.1"]
 # glibc 2.38 and newer; older systems: the last tritonclient that carries the program
 PERF_ANALYZER = ["perf-analyzer==2.60.0"]
 PERF_ANALYZER_OLD = ["tritonclient==2.41.0", "nvidia-cuda-runtime-cu12==12.4.127"]
@@ -187,7 +188,22 @@ def examples(server):
     print(f"  docs/api.md: {ran} examples ran")
 
 
+def uploads(server):
+    """Refusals of large bodies, read by clients that are still sending."""
+    python = environment("uploads", HTTPX)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder, "keys.txt")
+        keys.write_text(f"{documents.KEY}\n")
+        locked = Server(server.program, server.folder, "--api-key-file", keys, "--body-limit", "1048576")
+        try:
+            addresses = [locked.addresses["http"], locked.addresses["grpc"]]
+            subprocess.run([python, HERE / "uploads.py", *addresses], check=True, timeout=300)
+        finally:
+            locked.stop()
+
+
 CHECKS = {
+    "uploads": uploads,
     "examples": examples,
     "tritonclient": script("triton", TRITON),
     "kserve": script("kserve_sdk", KSERVE),

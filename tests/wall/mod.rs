@@ -1,7 +1,10 @@
 //! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
 //! what it costs others (latency of health on every port), and how it ends.
 
+mod connections;
+mod floods;
 mod logs;
+mod refusals;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! What goes on on one connection: requests whose answers are not wholly written yet, and answers that wait for their
-//! client.
+//! What goes on on one connection: requests whose answers are not wholly written yet, answers that wait for their client,
+//! and since when nothing useful happened.
 //!
 //! Bodies and their bytes carry a mark until they are written or dropped, so that the count is exact for HTTP/2 too, where a
 //! body may have ended long before the client takes its bytes.
@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,15 +15,28 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{Request, Response, Version};
 use bytes::Buf;
 use hyper::body::{Frame, SizeHint};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::LEAST_RATE;
+pub(super) use crate::metrics::Ending;
+
 /// Shared by a connection's bytes, its requests and the task that watches over it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Activity {
+    /// When it was accepted.
+    since: Instant,
     /// Requests that came.
     came: AtomicU64,
     /// Requests whose answers are not wholly written.
     open: AtomicUsize,
+    /// Of these, those whose handlers wait for more of their bodies.
+    starving: AtomicUsize,
+    /// Milliseconds from the start to when something useful happened last: a request came, or a part of one, or a part of
+    /// an answer was made or taken.
+    useful: AtomicU64,
+    /// Milliseconds from the start to when the last request was answered and written.
+    idle: AtomicU64,
     /// How many requests had come when everything was written last.
     settled: AtomicU64,
     /// Bytes went out and were not flushed.
@@ -32,19 +45,90 @@ pub(super) struct Activity {
     moves: AtomicU64,
     /// HTTP/2: only requests count as life, since its clients ping.
     multiplexed: AtomicBool,
-    /// Pieces of HTTP/2 answers that wait for room at their client, by when they last got any.
-    waiting: Mutex<HashMap<u64, Instant>>,
+    /// The client may still be sending a body that nobody will read.
+    unread: AtomicBool,
+    /// Pieces of HTTP/2 answers that wait for room at their client.
+    waiting: Mutex<HashMap<u64, Waiting>>,
     /// Names pieces.
     pieces: AtomicU64,
+    /// Somebody else needs the room.
+    evicted: Notify,
+    /// It is about to end anyway.
+    leaving: AtomicBool,
+    /// Why it ends before its client wants to, if it does.
+    ending: OnceLock<Ending>,
+}
+
+/// A piece of an answer that its client has not taken yet.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    since: Instant,
+    /// When any of it was taken last.
+    progress: Instant,
+    taken: u64,
+}
+
+impl Waiting {
+    fn due(&self, limit: Duration) -> Instant {
+        due(self.since, self.progress, self.taken, limit)
+    }
+}
+
+/// Until when a client must take more of its answer that has waited since `since`.
+pub(super) fn due(since: Instant, progress: Instant, taken: u64, limit: Duration) -> Instant {
+    let at_least_rate = since + limit + Duration::from_millis(taken * 1000 / LEAST_RATE);
+    at_least_rate.min(progress + limit)
 }
 
 impl Activity {
+    /// Of a connection that was accepted just now.
+    pub(super) fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            came: AtomicU64::new(0),
+            open: AtomicUsize::new(0),
+            starving: AtomicUsize::new(0),
+            useful: AtomicU64::new(0),
+            idle: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            unflushed: AtomicBool::new(false),
+            moves: AtomicU64::new(0),
+            multiplexed: AtomicBool::new(false),
+            unread: AtomicBool::new(false),
+            waiting: Mutex::default(),
+            pieces: AtomicU64::new(0),
+            evicted: Notify::new(),
+            leaving: AtomicBool::new(false),
+            ending: OnceLock::new(),
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.since.elapsed().as_millis() as u64
+    }
+
     /// Counts a request; it is open until the mark and its copies are gone.
     pub(super) fn request<B>(self: &Arc<Self>, request: &Request<B>) -> Mark {
         self.came.fetch_add(1, Ordering::AcqRel);
         self.open.fetch_add(1, Ordering::AcqRel);
+        self.useful();
         let multiplexed = request.version() == Version::HTTP_2;
         Mark(Arc::new(Stream { activity: self.clone(), multiplexed }))
+    }
+
+    /// A part of a request or of an answer moved on.
+    pub(super) fn useful(&self) {
+        self.useful.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// A handler waits for its client to send more.
+    pub(super) fn starves(&self) {
+        self.starving.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It has got more, or waits no longer.
+    pub(super) fn is_fed(&self) {
+        self.starving.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Bytes came in or went out.
@@ -52,17 +136,24 @@ impl Activity {
         self.moves.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Bytes are about to go out.
+    /// Bytes are about to go out. Over HTTP/1, bytes that no request asked for say that a head can't be read.
     pub(super) fn writing(&self) {
-        self.unflushed.store(true, Ordering::Release);
+        let unasked = !self.unflushed.swap(true, Ordering::AcqRel)
+            && self.open.load(Ordering::Acquire) == 0
+            && self.settled.load(Ordering::Acquire) == self.came.load(Ordering::Acquire);
+        if unasked && !self.multiplexed.load(Ordering::Relaxed) {
+            self.end_for(Ending::Unreadable);
+            self.left_unread();
+        }
     }
 
     /// All bytes handed over so far are out.
     pub(super) fn flushed(&self) {
         self.unflushed.store(false, Ordering::Release);
         let came = self.came.load(Ordering::Acquire);
-        if self.open.load(Ordering::Acquire) == 0 {
-            self.settled.store(came, Ordering::Release);
+        if self.open.load(Ordering::Acquire) == 0 && self.settled.swap(came, Ordering::AcqRel) != came {
+            self.idle.store(self.now(), Ordering::Release);
+            self.useful();
         }
     }
 
@@ -71,11 +162,72 @@ impl Activity {
         self.multiplexed.store(true, Ordering::Relaxed);
     }
 
-    /// Every request that came is answered and written: what is written now, no request asked for.
-    pub(super) fn settled(&self) -> bool {
-        !self.unflushed.load(Ordering::Acquire)
-            && self.open.load(Ordering::Acquire) == 0
-            && self.settled.load(Ordering::Acquire) == self.came.load(Ordering::Acquire)
+    /// Whether a client that is told to leave understands it: over HTTP/2, or between two requests.
+    pub(super) fn can_be_told(&self) -> bool {
+        self.multiplexed.load(Ordering::Relaxed) || self.came.load(Ordering::Acquire) > 0
+    }
+
+    /// A body was not read to its end: the client may still be sending it.
+    pub(super) fn left_unread(&self) {
+        self.unread.store(true, Ordering::Release);
+    }
+
+    /// Whether to read on for a moment after the last answer: closed before that, the client's system may drop it.
+    pub(super) fn lingers(&self) -> bool {
+        self.unread.load(Ordering::Acquire) && !self.multiplexed.load(Ordering::Relaxed)
+    }
+
+    /// Why the connection ends, if that is not known yet.
+    pub(super) fn end_for(&self, ending: Ending) {
+        let _ = self.ending.set(ending);
+    }
+
+    /// Why it ended, if not by its client's will.
+    pub(super) fn ending(&self) -> Option<Ending> {
+        self.ending.get().copied()
+    }
+
+    /// How long nothing useful has happened; none: it is about to end.
+    pub(super) fn quiet_for(&self) -> Option<Duration> {
+        let quiet = self.now().saturating_sub(self.useful.load(Ordering::Relaxed));
+        (!self.leaving.load(Ordering::Relaxed)).then(|| Duration::from_millis(quiet))
+    }
+
+    /// Whether a request is being answered and has all that it waits for from its client.
+    pub(super) fn works(&self) -> bool {
+        let waiting = self.starving.load(Ordering::Acquire) + usize::from(!self.waiting().is_empty());
+        self.open.load(Ordering::Acquire) > waiting && !self.unflushed.load(Ordering::Acquire)
+    }
+
+    /// Asks the connection to make room.
+    pub(super) fn evict(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        self.evicted.notify_one();
+    }
+
+    /// Resolves once the connection was asked to make room.
+    pub(super) async fn evicted(&self) {
+        self.evicted.notified().await;
+    }
+
+    /// Which limit a connection without an open request has passed.
+    pub(super) fn out_of_time(&self) -> Ending {
+        if self.came.load(Ordering::Acquire) > 0 { Ending::Idle } else { Ending::HeadTimeout }
+    }
+
+    /// Resolves once no request was open for `limit`, or the first has not come for that long.
+    pub(super) async fn overstays(&self, limit: Duration) -> Ending {
+        loop {
+            // over HTTP/2, an answer that waits for its client is open, and what else is written says nothing
+            let writing = self.unflushed.load(Ordering::Acquire) && !self.multiplexed.load(Ordering::Relaxed);
+            let open = writing || self.open.load(Ordering::Acquire) > 0;
+            let idle_since = self.since + Duration::from_millis(self.idle.load(Ordering::Acquire));
+            let due = if open { Instant::now() } else { idle_since } + limit;
+            if due <= Instant::now() {
+                return self.out_of_time();
+            }
+            tokio::time::sleep_until(due).await;
+        }
     }
 
     /// Resolves once nothing was under way for `grace` on end.
@@ -95,11 +247,12 @@ impl Activity {
         }
     }
 
-    /// Resolves once a piece of an HTTP/2 answer has waited for `limit` without any of it being taken.
+    /// Resolves once a piece of an HTTP/2 answer has waited for `limit` without any of it being taken, or is taken at less
+    /// than the least rate.
     pub(super) async fn stuck(&self, limit: Duration) {
         loop {
-            let oldest = self.waiting().values().min().copied();
-            let due = oldest.unwrap_or_else(Instant::now) + limit;
+            let oldest = self.waiting().values().map(|piece| piece.due(limit)).min();
+            let due = oldest.unwrap_or_else(|| Instant::now() + limit);
             if due <= Instant::now() {
                 return;
             }
@@ -107,7 +260,7 @@ impl Activity {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waiting>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -121,6 +274,8 @@ struct Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.activity.open.fetch_sub(1, Ordering::AcqRel);
+        self.activity.idle.store(self.activity.now(), Ordering::Release);
+        self.activity.useful();
     }
 }
 
@@ -174,13 +329,19 @@ impl Piece {
         let Mark(stream) = &mark;
         let name = stream.multiplexed.then(|| stream.activity.pieces.fetch_add(1, Ordering::Relaxed));
         let piece = Self { bytes, mark, name };
-        piece.progress();
+        piece.progress(0);
         piece
     }
 
-    fn progress(&self) {
+    fn progress(&self, taken: usize) {
+        let activity = &self.mark.0.activity;
+        activity.useful();
         if let Some(name) = self.name {
-            self.mark.0.activity.waiting().insert(name, Instant::now());
+            let now = Instant::now();
+            let mut waiting = activity.waiting();
+            let piece = waiting.entry(name).or_insert(Waiting { since: now, progress: now, taken: 0 });
+            piece.progress = now;
+            piece.taken += taken as u64;
         }
     }
 }
@@ -196,7 +357,7 @@ impl Buf for Piece {
 
     fn advance(&mut self, count: usize) {
         self.bytes.advance(count);
-        self.progress();
+        self.progress(count);
     }
 }
 
