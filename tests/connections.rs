@@ -79,7 +79,7 @@ fn a_client_that_goes_on_sending_still_reads_why_it_was_refused() {
         let mut stream = open(house.http);
         stream.write_all(format!("{first}GARBAGE\r\n\r\n").as_bytes()).unwrap();
         for _ in 0..20 {
-            stream.write_all(&[b'x'; 50_000]).expect("the server still reads");
+            stream.write_all(&[b'x'; 500_000]).expect("the server still reads");
             std::thread::sleep(Duration::from_millis(5));
         }
         let mut answers = String::new();

@@ -166,7 +166,7 @@ pub struct ServeArgs {
     #[arg(long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
     log_format: LogFormatArg,
     /// What is logged, as RUST_LOG takes it
-    #[arg(long, value_name = "FILTER", env = "NFOLD_LOG", default_value = "info,ort=warn")]
+    #[arg(long, value_name = "FILTER", env = "NFOLD_LOG", default_value = "info,ort=warn,h2=error")]
     log: String,
 }
 

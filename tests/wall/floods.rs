@@ -4,12 +4,15 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::{MIB, under_attack};
+use super::{MIB, metric, under_attack};
 use crate::connections::{frame, hello, request};
 use crate::process::Server;
 
 /// How long each flood lasts.
 const FLOOD: Duration = Duration::from_secs(1);
+
+/// Longest that another client may wait meanwhile: on an idle machine a few milliseconds, here beside other tests.
+const BOUND: Duration = Duration::from_secs(1);
 
 /// Sends the same bytes until the time is over or the server has had enough; says how many.
 fn flood(address: SocketAddr, bytes: &[u8]) -> u64 {
@@ -60,10 +63,12 @@ fn floods_of_frames_cost_others_nothing() {
             let (sent, cost) = under_attack(&server, || flood(address, bytes));
             costs.push(format!("{name}: {} KiB sent, {cost:?}", sent >> 10));
             assert!(cost.failed == 0 && cost.growth < 64 * MIB, "{name}: {cost:?}");
-            assert!(cost.health < Duration::from_millis(250), "{name}: {cost:?}");
+            assert!(cost.health < BOUND, "{name}: {cost:?}");
         }
     }
     println!("{}", costs.join("\n"));
+    // nor does it fill the log
+    assert_eq!(metric(server.admin, "nfold_dropped_log_lines_total"), 0);
     server.signal("-TERM");
     assert!(server.wait().success());
 }
@@ -81,7 +86,7 @@ fn a_rapid_reset_costs_others_nothing() {
         }
     });
     println!("rapid reset: {cost:?}");
-    assert!(cost.failed == 0 && cost.growth < 64 * MIB && cost.health < Duration::from_millis(250), "{cost:?}");
+    assert!(cost.failed == 0 && cost.growth < 64 * MIB && cost.health < BOUND, "{cost:?}");
     server.signal("-TERM");
     assert!(server.wait().success());
 }

@@ -17,7 +17,7 @@ use super::activity::{self, Activity, Ending};
 /// How long what a client still sends is read and thrown away after its last answer.
 const LINGER: Duration = Duration::from_secs(1);
 /// Most bytes of that.
-const LINGER_BYTES: usize = 4 << 20;
+const LINGER_BYTES: usize = 64 << 20;
 
 /// What is below a connection's bytes.
 pub(super) trait Socket: AsyncRead + AsyncWrite + Unpin {
@@ -174,7 +174,7 @@ impl<S: Socket> AsyncWrite for Wire<S> {
             return Poll::Ready(Ok(()));
         }
         let (end, left) = wire.linger.get_or_insert_with(|| (Box::pin(tokio::time::sleep(LINGER)), LINGER_BYTES));
-        let mut scratch = [0; 4096];
+        let mut scratch = [0; 16 * 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut scratch);
             match Pin::new(&mut wire.stream).poll_read(cx, &mut buffer) {
