@@ -177,6 +177,7 @@ impl House {
     fn start(repository: &str, model: &str, cores: usize) -> Result<Self> {
         let runtime = server::runtime()?;
         let registry = RegistryOptions {
+            skip_broken: false,
             repository: repository.into(),
             models: vec![(model.into(), None)],
             engine: EngineOptions::default(),

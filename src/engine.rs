@@ -5,6 +5,7 @@ mod fitted;
 mod gpu;
 pub mod graph_cache;
 mod library;
+pub mod own_data;
 mod placement;
 pub mod verify;
 

@@ -315,6 +315,8 @@ pub struct Metrics {
     pub model_info: IntGaugeVec,
     /// Models loaded or replaced while the server runs, by result; after an error the old one stays.
     pub model_reloads_total: IntCounterVec,
+    /// Versions of models in the repository that are asked for and could not be loaded.
+    pub models_skipped: IntGauge,
     /// Largest difference of any logit between an image alone and the same image in a batch, measured at warm-up.
     pub invariance_max_abs_diff: GaugeVec,
     /// Operators by the execution provider that runs them, as ONNX Runtime names providers; on GPUs only.
@@ -433,6 +435,11 @@ impl Metrics {
                 "Models loaded or replaced while the server runs, by result; after an error the old one stays.",
                 &["model", "result"],
             ),
+            models_skipped: int_gauge(
+                r,
+                "models_skipped",
+                "Versions of models in the repository that are asked for and could not be loaded.",
+            ),
             provider_nodes: int_gauges(
                 r,
                 "provider_nodes",
@@ -503,7 +510,7 @@ impl Metrics {
     }
 
     /// Where the parts of a model run: operators by provider.
-    pub fn placed(&self, model: &str, version: u32, operators: &std::collections::BTreeMap<String, usize>) {
+    pub fn placed(&self, model: &str, version: u64, operators: &std::collections::BTreeMap<String, usize>) {
         for (provider, &count) in operators {
             let labels = [model, &version.to_string(), provider.as_str()];
             self.provider_nodes.with_label_values(&labels).set(count as i64);
@@ -518,7 +525,7 @@ impl Metrics {
     }
 
     /// The metrics of one version of one model, its labels resolved once.
-    pub fn model(&self, name: &str, version: u32, provider: &str) -> ModelMetrics {
+    pub fn model(&self, name: &str, version: u64, provider: &str) -> ModelMetrics {
         let version = version.to_string();
         let model = [name, version.as_str()];
         let with = |last: &'static str| [name, version.as_str(), last];

@@ -3,11 +3,16 @@
 //! Owns the repository layout (`REPOSITORY/NAME/VERSION/{model.onnx,manifest.json}`), the [`Manifest`] and the
 //! [`Preprocessing`] that the manifest carries. Knows neither how a model is folded nor how it is run.
 
+pub mod regular_file;
+mod repository;
+
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use self::repository::{LeftOut, Listing, list};
 
 /// File name of the folded graph inside a version folder.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -42,7 +47,7 @@ pub enum ModelError {
         /// The model's name.
         name: String,
         /// The version asked for.
-        version: u32,
+        version: u64,
         /// Where it was looked for.
         repository: PathBuf,
     },
@@ -261,6 +266,19 @@ pub struct Golden {
 }
 
 impl Manifest {
+    fn read(folder: &Path) -> Result<Self, ModelError> {
+        let path = folder.join(MANIFEST_FILE);
+        let text = regular_file::read(&path, MANIFEST_LIMIT).map_err(io("read", &path))?;
+        let manifest: Self = match serde_json::from_slice(&text) {
+            Ok(manifest) => manifest,
+            Err(e) => return Err(ModelError::BadManifest { path, reason: e.to_string() }),
+        };
+        match manifest.check() {
+            Ok(()) => Ok(manifest),
+            Err(reason) => Err(ModelError::BadManifest { path, reason }),
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         let p = &self.preprocessing;
         if self.format > MANIFEST_FORMAT {
@@ -308,30 +326,26 @@ pub struct ModelDir {
     /// The model's name in the repository.
     pub name: String,
     /// The model's version.
-    pub version: u32,
+    pub version: u64,
     /// What the folder says about itself.
     pub manifest: Manifest,
 }
 
 impl ModelDir {
     /// Opens a model of `repository`: the named one, or the only one; the given version, or the highest.
-    pub fn open(repository: &Path, name: Option<&str>, version: Option<u32>) -> Result<Self, ModelError> {
-        let models = list(repository)?;
-        let available = || match models.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", ") {
-            names if names.is_empty() => "nothing".to_string(),
-            names => names,
-        };
-        let (name, versions) = match name {
-            Some(wanted) => models.iter().find(|(n, _)| n == wanted),
-            None if models.len() > 1 => {
-                return Err(ModelError::Ambiguous { repository: repository.into(), available: available() });
+    pub fn open(repository: &Path, name: Option<&str>, version: Option<u64>) -> Result<Self, ModelError> {
+        let listing = list(repository)?;
+        let found = match name {
+            Some(wanted) => listing.models.get_key_value(wanted),
+            None if listing.models.len() > 1 => {
+                return Err(ModelError::Ambiguous { repository: repository.into(), available: listing.summary() });
             }
-            None => models.first(),
-        }
-        .ok_or_else(|| ModelError::NoModel {
+            None => listing.models.first_key_value(),
+        };
+        let (name, versions) = found.ok_or_else(|| ModelError::NoModel {
             name: name.unwrap_or("any").into(),
             repository: repository.into(),
-            available: available(),
+            available: listing.summary(),
         })?;
         let version = match version {
             Some(v) if versions.contains(&v) => v,
@@ -340,21 +354,31 @@ impl ModelDir {
             }
             None => versions.last().copied().unwrap_or(1),
         };
-        Self::open_path(&repository.join(name).join(version.to_string()))
+        Self::open_version(repository, name, version)
     }
 
-    /// Opens a version folder by its path. Name and version are the last two components.
+    /// Opens one version of one model, under these names wherever links lead.
+    pub fn open_version(repository: &Path, name: &str, version: u64) -> Result<Self, ModelError> {
+        let path = repository.join(name).join(version.to_string());
+        let manifest = Manifest::read(&path)?;
+        Ok(Self { path, name: name.into(), version, manifest })
+    }
+
+    /// Opens a version folder by its path. Name and version are the last two components, of where a link leads if the path
+    /// itself has none.
     pub fn open_path(path: &Path) -> Result<Self, ModelError> {
-        let file = path.join(MANIFEST_FILE);
-        let bad = |reason: String| ModelError::BadManifest { path: file.clone(), reason };
-        let text = fs::read(&file).map_err(io("read", &file))?;
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
-        manifest.check().map_err(bad)?;
-        let whole = fs::canonicalize(path).map_err(io("read", path))?;
-        let part = |p: Option<&Path>| p.and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
-        let version = part(Some(&whole)).and_then(|v| v.parse().ok());
-        let version = version.ok_or_else(|| bad("its folder's name is not a version number".into()))?;
-        let name = part(whole.parent()).ok_or_else(|| bad("its folder has no parent to name the model".into()))?;
+        let manifest = Manifest::read(path)?;
+        let named = |whole: PathBuf| {
+            let part = |p: Option<&Path>| p.and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
+            let version = part(Some(&whole))?.parse().ok()?;
+            Some((part(whole.parent())?, version))
+        };
+        let as_given = std::path::absolute(path).map_err(io("read", path))?;
+        let there = fs::canonicalize(path).map_err(io("read", path))?;
+        let (name, version) = named(as_given).or_else(|| named(there)).ok_or_else(|| ModelError::BadManifest {
+            path: path.join(MANIFEST_FILE),
+            reason: "its folder's name is not a version number, below one that names the model".into(),
+        })?;
         Ok(Self { path: path.into(), name, version, manifest })
     }
 
@@ -363,16 +387,22 @@ impl ModelDir {
         self.path.join(MODEL_FILE)
     }
 
-    /// Reads the graph and refuses one that is not the one the manifest was written for.
+    /// Reads the graph and refuses one that is not the one the manifest was written for. What is far larger than the weights
+    /// that the manifest counts is not even read.
     pub fn read_onnx(&self) -> Result<Vec<u8>, ModelError> {
         let path = self.onnx();
-        let bytes = fs::read(&path).map_err(io("read", &path))?;
+        let bytes = regular_file::read(&path, self.most_bytes()).map_err(io("read", &path))?;
         let found = sha256(&bytes);
         if found != self.manifest.onnx_sha256 {
             let reason = format!("`{MODEL_FILE}` has sha256 {found}, not {}", self.manifest.onnx_sha256);
             return Err(ModelError::BadManifest { path: self.path.join(MANIFEST_FILE), reason });
         }
         Ok(bytes)
+    }
+
+    /// Most bytes of the graph: twice its weights in single precision and 64 MiB, and never more than ONNX allows.
+    fn most_bytes(&self) -> u64 {
+        self.manifest.fold.folded_parameters.saturating_mul(8).saturating_add(64 << 20).min((1 << 31) - 1)
     }
 
     /// Writes `REPOSITORY/NAME/VERSION` whole or not at all: into a temporary folder, synced, then renamed.
@@ -416,34 +446,28 @@ pub struct Target<'a> {
     /// The model's name.
     pub name: &'a str,
     /// The model's version.
-    pub version: u32,
+    pub version: u64,
     /// Replace the version when it exists.
     pub replace: bool,
 }
 
-/// Models of a repository by name, each with its versions in ascending order. Folders without a manifest, and names
-/// starting with a dot, are not models.
-pub fn list(repository: &Path) -> Result<Vec<(String, Vec<u32>)>, ModelError> {
-    if !repository.is_dir() {
-        return Err(ModelError::NoRepository(repository.into()));
-    }
-    let mut models = Vec::new();
-    for name in folder_names(repository)? {
-        if check_name(&name).is_err() || !repository.join(&name).is_dir() {
-            continue;
+/// Most bytes of a manifest.
+const MANIFEST_LIMIT: u64 = 64 << 20;
+
+/// What changes whenever the files of a version do: what they are, how long, and when they were written.
+pub fn fingerprint(repository: &Path, name: &str, version: u64) -> String {
+    let folder = repository.join(name).join(version.to_string());
+    let of = |file: &str| match fs::metadata(folder.join(file)) {
+        Ok(metadata) => {
+            #[cfg(unix)]
+            let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
+            #[cfg(not(unix))]
+            let inode = 0;
+            format!("{inode} {} {:?} {:?}", metadata.len(), metadata.file_type(), metadata.modified().ok())
         }
-        let mut versions: Vec<u32> = folder_names(&repository.join(&name))?
-            .into_iter()
-            .filter(|v| repository.join(&name).join(v).join(MANIFEST_FILE).is_file())
-            .filter_map(|v| v.parse().ok())
-            .collect();
-        versions.sort_unstable();
-        if !versions.is_empty() {
-            models.push((name, versions));
-        }
-    }
-    models.sort();
-    Ok(models)
+        Err(error) => error.kind().to_string(),
+    };
+    format!("{}; {}", of(MANIFEST_FILE), of(MODEL_FILE))
 }
 
 /// SHA-256 of `bytes` in hexadecimal.
@@ -457,12 +481,6 @@ pub fn check_name(name: &str) -> Result<(), ModelError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     let ok = name.len() <= 128 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain);
     if ok { Ok(()) } else { Err(ModelError::BadName(name.into())) }
-}
-
-fn folder_names(folder: &Path) -> Result<Vec<String>, ModelError> {
-    let entries = fs::read_dir(folder).map_err(io("read", folder))?;
-    let names = entries.map(|e| e.map(|e| e.file_name().to_string_lossy().into_owned()));
-    names.collect::<Result<_, _>>().map_err(io("read", folder))
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {

@@ -25,6 +25,8 @@ pub enum Fault {
     Error,
     /// A panic for every batch that holds a marked image.
     Panic,
+    /// A panic for every batch.
+    PanicAlways,
     /// NaN logits for marked images.
     Nan,
     /// Too few logits.
@@ -96,6 +98,7 @@ impl Backend for Puppet {
         match fault {
             Some(Fault::Error) if marked => return Err(BackendError::Run("told to fail, secret detail".into())),
             Some(Fault::Panic) if marked => panic!("told to panic, secret detail"),
+            Some(Fault::PanicAlways) => panic!("told to panic always"),
             Some(Fault::Short) => return Ok(Logits { images: 1, classes: 1, data: vec![0.0] }),
             _ => {}
         }
@@ -136,7 +139,7 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
 }
 
 /// A model whose image tensor is the image's bytes (mean 0, deviation 1/255).
-pub fn model_dir(name: &str, version: u32) -> ModelDir {
+pub fn model_dir(name: &str, version: u64) -> ModelDir {
     let manifest: Manifest = serde_json::from_value(serde_json::json!({
         "format": 1, "producer": "test", "architecture": "puppet", "precision": "fp32", "classes": CLASSES,
         "labels": ["first", "second", "third"],

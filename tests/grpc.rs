@@ -207,6 +207,23 @@ fn errors_have_the_status_of_the_one_table() {
 }
 
 #[test]
+fn a_load_that_would_make_another_model_is_refused() {
+    with(Options { model_control: true, ..local() }, (1, 1, 4), async |h| {
+        let mut client = h.client();
+        for name in ["config", "file:1/model.onnx", "anything"] {
+            let parameters = HashMap::from([(name.into(), pb::ModelRepositoryParameter::default())]);
+            let load = pb::RepositoryModelLoadRequest { model_name: "m".into(), parameters, ..Default::default() };
+            let error = client.repository_model_load(load).await.unwrap_err();
+            assert_eq!(error.code(), Code::InvalidArgument);
+            assert!(error.message().contains(&format!("parameter `{name}` is not taken")), "{error:?}");
+        }
+        let parameters = HashMap::from([("unload_dependents".into(), pb::ModelRepositoryParameter::default())]);
+        let unload = pb::RepositoryModelUnloadRequest { model_name: "m".into(), parameters, ..Default::default() };
+        client.repository_model_unload(unload).await.unwrap();
+    });
+}
+
+#[test]
 fn metadata_beyond_all_proportion_is_refused() {
     with(local(), (1, 1, 2), async |h| {
         let long = |bytes| {

@@ -4,8 +4,8 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ pub struct Server {
     pub grpc: SocketAddr,
     pub admin: SocketAddr,
     folder: tempfile::TempDir,
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
@@ -55,16 +56,28 @@ impl Server {
         let (admin, http) = (address_of("admin port listens"), address_of("HTTP port listens"));
         let grpc = address_of("gRPC port listens");
         // a full pipe would stop the server
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, http, grpc, admin, folder }
+        let log = Arc::<Mutex<Vec<String>>>::default();
+        let heard = log.clone();
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| heard.lock().unwrap().push(line)));
+        Self { child, http, grpc, admin, folder, log }
     }
 
-    fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         ask(self.http, "POST", target, headers, body).unwrap()
     }
 
-    fn get(&self, target: &str) -> Answer {
+    pub fn get(&self, target: &str) -> Answer {
         ask(self.http, "GET", target, &[], &[]).unwrap()
+    }
+
+    /// Lines of the log since the server is ready, such as have `text` in them.
+    pub fn logged(&self, text: &str) -> Vec<String> {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
+    }
+
+    /// Where the server was started; its repository is the folder of this name there.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     pub fn pid(&self) -> u32 {

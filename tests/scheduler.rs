@@ -481,3 +481,36 @@ fn a_model_that_forgot_its_golden_answer_does_not_start() {
     assert!(matches!(begin(7.5, 0.4), Err(StartError::Golden { difference: 0.5, .. })));
     assert!(matches!(begin(f32::NAN, 0.4), Err(StartError::Golden { .. })));
 }
+
+/// A million images of priority 1 can't keep one without a priority from its turn.
+#[test]
+fn a_flood_of_first_priority_leaves_the_others_their_share() {
+    let stage = start(options(1, 1, 200));
+    let busy = stage.occupy();
+    let submit = |id: f32, priority| {
+        let terms = Terms { deadline: Instant::now() + SOON, priority };
+        stage.scheduler.submit(vec![tensor(id)], terms).map(|mut tickets| tickets.remove(0))
+    };
+    let mut tickets: Vec<Ticket> = (0..10).map(|i| submit(1000.0 + i as f32, 0).unwrap()).collect();
+    tickets.push(submit(5000.0, 4_000_000).unwrap());
+    let flood: Vec<Ticket> = std::iter::from_fn(|| submit(1.0, 1).ok()).collect();
+    assert_eq!(flood.len(), 149, "three quarters of the queue, less the one after the default");
+    let refused = submit(1.0, 1);
+    assert!(matches!(refused, Err(InferError::Overloaded { .. })), "{refused:?}");
+    tickets.extend((10..49).map(|i| submit(1000.0 + i as f32, 0).expect("the rest is for these")));
+    assert!(submit(0.0, 0).is_err(), "it is full now");
+    stage.strings.release();
+    for ticket in tickets.into_iter().chain(flood).chain([busy]) {
+        answer(ticket).unwrap();
+    }
+    let order = stage.strings.order.lock().unwrap().clone();
+    let of = |from: i64| {
+        order.iter().enumerate().filter(|(_, id)| **id >= from && **id < 4 * from).map(|(i, _)| i).collect::<Vec<_>>()
+    };
+    let (defaults, last) = (of(1000), of(5000));
+    assert_eq!(defaults.len(), 49);
+    assert!(defaults.windows(2).all(|pair| pair[1] - pair[0] <= 4), "{defaults:?}");
+    assert!(last[0] <= 17, "{last:?}");
+    let ids: Vec<i64> = defaults.iter().map(|&i| order[i]).collect();
+    assert!(ids.is_sorted(), "first come, first served within a class: {ids:?}");
+}

@@ -574,3 +574,55 @@ fn the_program_serves_a_folded_model() {
     let gone = crate::cli::nfold(&["healthcheck", "--admin", &admin.to_string()], folder.path());
     assert_eq!(gone.status.code(), Some(1));
 }
+
+/// What is done is answered; what the deadline cut off says so.
+#[test]
+fn a_deadline_in_the_middle_of_a_request_keeps_what_is_done() {
+    let house = house(local(), options(1, 1, 64));
+    *house.strings.delay.lock().unwrap() = Duration::from_millis(60);
+    let b64 = |bytes: &[u8]| json!({ "b64": base64::engine::general_purpose::STANDARD.encode(bytes) });
+    let images: Vec<_> = (0..20).map(|i| if i == 1 { b64(b"no image") } else { b64(&png(i)) }).collect();
+    let body = json!({ "images": images }).to_string();
+    let headers = [("content-type", "application/json"), ("x-request-timeout-ms", "500")];
+    let answer = house.classify("", &headers, body.as_bytes());
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let results = answer.json()["results"].as_array().unwrap().clone();
+    assert_eq!(results.len(), 20);
+    assert_eq!(results[1]["error"]["code"], "unsupported_media_type");
+    let done = results.iter().filter(|result| result.get("predictions").is_some()).count();
+    let late = results.iter().filter(|result| result["error"]["code"] == "deadline_exceeded").count();
+    assert!(done >= 1 && late >= 5 && done + late == 19, "{done} done, {late} late");
+    assert!(results[0].get("predictions").is_some(), "in the order in which they came");
+    assert!(results[19]["error"]["code"] == "deadline_exceeded");
+    // with nothing done, there is nothing to answer
+    house.strings.hold();
+    let answer = house.classify("", &headers, body.as_bytes());
+    house.strings.release();
+    assert_eq!((answer.status, answer.json()["code"].clone()), (504, json!("deadline_exceeded")));
+    house.end().unwrap();
+}
+
+#[test]
+fn a_model_is_ready_whatever_the_others_do() {
+    let (go, gone) = mpsc::channel();
+    go.send(()).unwrap();
+    let server = Options { hang_limit: Duration::from_millis(50), ..local() };
+    let house = open(server, options(1, 1, 16), &["m", "n"], gone);
+    house.until_ready();
+    let status = |path: &str| ask(house.http, &format!("GET {path}"), &[], b"").status;
+    let models = ["/v2/models/m/ready", "/v2/models/n/versions/1/ready"];
+    assert_eq!(models.map(status), [200, 200]);
+    house.strings.hold();
+    let stream = send(house.http, "POST /v1/classify?model=m", &[], &png(0));
+    eventually("it hangs", || status(models[0]) == 503);
+    assert_eq!((status(models[1]), status("/v2/health/ready")), (200, 503), "the server as a whole is not");
+    let index = ask(house.http, "POST /v2/repository/index", &[], b"").json();
+    assert_eq!((&index[0]["state"], &index[1]["state"]), (&json!("UNAVAILABLE"), &json!("READY")), "{index}");
+    assert!(index[0]["reason"].as_str().unwrap().contains("hangs"), "{index}");
+    let ready = ask(house.http, "POST /v2/repository/index", &[], b"{\"ready\":true}").json();
+    assert_eq!(ready.as_array().unwrap().len(), 1, "{ready}");
+    house.strings.release();
+    assert_eq!(receive(stream).status, 200);
+    eventually("it is back", || models.map(status) == [200, 200]);
+    house.end().unwrap();
+}

@@ -37,6 +37,9 @@ mod providers;
 /// The scheduler under random arrivals.
 mod arrivals;
 
+/// Models that come and go while others serve.
+mod registry;
+
 /// The server over real sockets, with engines that misbehave.
 mod serve;
 

@@ -46,7 +46,7 @@ pub struct ClassifyArgs {
     model: Option<String>,
     /// Version of the model [default: the highest]
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
-    model_version: Option<u32>,
+    model_version: Option<u64>,
     /// Classes to name for each image
     #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K")]
     top_k: usize,

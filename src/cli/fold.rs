@@ -29,7 +29,7 @@ pub struct FoldArgs {
     name: Option<String>,
     /// Version of the model
     #[arg(long, env = "NFOLD_MODEL_VERSION", default_value_t = 1, value_name = "N")]
-    model_version: u32,
+    model_version: u64,
     /// Input size in pixels: `dynamic`, `H` or `HxW` [default: the checkpoint's evaluation size]
     #[arg(long, env = "NFOLD_SIZE", value_parser = parse_size)]
     size: Option<Size>,

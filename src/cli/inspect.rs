@@ -23,7 +23,7 @@ pub struct InspectArgs {
     repository: PathBuf,
     /// Version of the model [default: the highest]
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
-    model_version: Option<u32>,
+    model_version: Option<u64>,
     /// Print as JSON
     #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,

@@ -26,7 +26,11 @@ pub struct ServeArgs {
     repository: PathBuf,
     /// Model to serve, all its versions or one; repeat for several [default: everything in the repository]
     #[arg(long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
-    models: Vec<(String, Option<u32>)>,
+    models: Vec<(String, Option<u64>)>,
+    /// Serve the rest when a model does not start (nfold_models_skipped counts); without it, the start fails, so that no
+    /// rollout passes with a broken model
+    #[arg(long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
+    skip_broken_models: bool,
     /// Address of the HTTP port; port 0 picks a free one
     #[arg(long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000")]
     http: SocketAddr,
@@ -218,6 +222,7 @@ impl ServeArgs {
                     profiles: Vec::new(),
                 },
             },
+            skip_broken: self.skip_broken_models,
             pad_channels: !self.no_channel_padding,
             graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
@@ -332,7 +337,7 @@ fn signals() -> std::io::Result<mpsc::Receiver<Control>> {
 }
 
 /// `NAME` or `NAME:VERSION`.
-fn model(text: &str) -> Result<(String, Option<u32>), String> {
+fn model(text: &str) -> Result<(String, Option<u64>), String> {
     let (name, version) = match text.split_once(':') {
         None => (text, None),
         Some((name, version)) => {

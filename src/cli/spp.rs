@@ -78,7 +78,7 @@ pub struct SppArgs {
     repository: PathBuf,
     /// Version of the models [default: the highest]
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
-    model_version: Option<u32>,
+    model_version: Option<u64>,
     /// Second moment of a block's output or residual branch that counts as exploding
     #[arg(long, env = "NFOLD_EXPLODE", default_value_t = Limits::default().explode, value_name = "LIMIT")]
     explode: f64,

@@ -5,13 +5,15 @@
 //! load doesn't wait for them and all sessions share them. A graph that can't be used is as good as none. Whoever can write
 //! to the folder decides what is computed, and can end the server by cutting a mapped file short: it belongs to the server.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+
+use crate::model::regular_file;
 
 /// Changes with everything that this program does differently when it writes a graph.
 const FORMAT: &str = "nfold-graph/2";
@@ -21,6 +23,8 @@ const MARK: &[u8; 8] = b"nfoldgr2";
 const GRAPH: &str = "graph";
 /// How the name of its weights' file ends.
 const WEIGHTS: &str = "weights";
+/// Most bytes of a graph: its message format ends there.
+const GRAPH_LIMIT: u64 = 1 << 31;
 /// How the name of a folder begins that is being written.
 const DRAFT: &str = "draft-";
 
@@ -57,7 +61,7 @@ impl GraphCache {
 
     /// The graph there, without its weights; none if there is none, and an error if graph or weights aren't whole.
     pub(super) fn read(&self, place: &Path) -> Result<Option<Vec<u8>>, String> {
-        let mut bytes = match std::fs::read(place.join(GRAPH)) {
+        let mut bytes = match regular_file::read(&place.join(GRAPH), GRAPH_LIMIT) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !place.exists() => return Ok(None),
             Err(e) => return Err(e.to_string()),
@@ -140,7 +144,7 @@ fn seal(graph: u32, weights: u32) -> Vec<u8> {
 
 /// CRC-32 of a file, read a little at a time.
 fn checksum(path: &Path) -> std::io::Result<u32> {
-    let (mut file, mut sum) = (File::open(path)?, crc32fast::Hasher::new());
+    let (mut file, mut sum) = (regular_file::open(path)?, crc32fast::Hasher::new());
     let mut buffer = vec![0; 1 << 18];
     loop {
         match file.read(&mut buffer)? {

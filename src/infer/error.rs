@@ -58,6 +58,11 @@ pub enum InferError {
 }
 
 impl InferError {
+    /// Whether it is about one image, rather than about the request that it came with.
+    pub fn is_of_an_image(&self) -> bool {
+        matches!(self, Self::Image(_) | Self::BadTensor(_) | Self::Internal(_))
+    }
+
     /// How it counts.
     pub fn outcome(&self) -> Outcome {
         match self {

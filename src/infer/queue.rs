@@ -122,7 +122,7 @@ impl Pending {
     }
 
     /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
-    fn is_expired(&self, now: Instant, lead: Duration) -> bool {
+    pub(super) fn is_expired(&self, now: Instant, lead: Duration) -> bool {
         self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
 }
@@ -206,7 +206,7 @@ impl<T: Queued> Line<T> {
         self.classes.iter().all(BTreeMap::is_empty)
     }
 
-    fn iter(&self) -> impl Iterator<Item = &Pending> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Pending> {
         self.classes.iter().flat_map(BTreeMap::values).map(Queued::pending)
     }
 
@@ -458,7 +458,8 @@ impl Queue {
             }
             if waits && self.phase == Phase::Open {
                 let oldest = self.ready.iter().map(|pending| pending.arrived).min();
-                if let Some(until) = oldest.map(|oldest| oldest + options.max_queue_delay).filter(|&until| now < until) {
+                if let Some(until) = oldest.map(|oldest| oldest + options.max_queue_delay).filter(|&until| now < until)
+                {
                     return Due::At(until);
                 }
             }

@@ -1,419 +1,415 @@
-//! The live models: what the repository holds, opened, warmed and ready to answer.
+//! All live models: loaded, replaced while they serve, taken out of service, drained.
 //!
-//! Owns the way from encoded images to labelled predictions. Knows neither how a model was folded nor which protocol
-//! asks.
+//! **Who decides what is served.** At the start, on SIGHUP and with `--watch`, the repository: what it holds (of the models
+//! asked for) is served, what has gone from it is not. In between, whoever loads or unloads a model by name: that model stays
+//! as he left it, whatever the repository holds, until its folder changes (a version comes, goes, or has other files) or the
+//! server starts again. A model that was loaded by name is from then on one of those that are asked for, until it is
+//! unloaded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-
 use super::error::InferError;
-use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
-use super::request::{Input, Output, Terms, Timings};
-use super::scheduler::{Health, Scheduler};
-use super::system::Os;
-use super::top_k::{NotFinite, Prediction, check_finite, top_k};
-use crate::engine::graph_cache::GraphCache;
-use crate::engine::verify;
-use crate::engine::{self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider};
-use crate::metrics::statistics::{Answered, Snapshot, Statistics};
-use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
-use crate::model::{self, Manifest, ModelDir, ModelError};
-use crate::pixels::Preprocessor;
-
-/// Which models are served, and how.
-#[derive(Debug, Clone)]
-pub struct RegistryOptions {
-    /// The model repository.
-    pub repository: PathBuf,
-    /// Models to serve, each with one version or all of them; empty: everything the repository holds.
-    pub models: Vec<(String, Option<u32>)>,
-    /// How engines are opened.
-    pub engine: EngineOptions,
-    /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
-    pub graph_cache: Option<GraphCache>,
-    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them, where that
-    /// pays.
-    pub pad_channels: bool,
-    /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
-    pub elastic_threads: usize,
-    /// How images are queued and batched.
-    pub scheduler: SchedulerOptions,
-}
+use super::lane::message;
+pub use super::live_model::{Classified, Engines, LiveModel, LoadError};
+pub use super::source::{RegistryOptions, Source};
+use super::system::{Os, System, Turns};
+use crate::metrics::Metrics;
+use crate::model::{Listing, ModelDir, ModelError};
 
 /// Why the models can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// The repository or a manifest.
+    /// One of them.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The repository.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The manifest's golden answer belongs to another input than this program makes.
-    #[error("the golden input of model `{0}` can't be made by this version of nfold; fold the checkpoint again")]
-    Golden(String),
-    /// A model that does not start.
-    #[error("model `{name}` version {version} does not start: {source}")]
-    Start {
+    /// A fault of this program, or of the runtime.
+    #[error("loading model `{name}` panicked: {reason}")]
+    Panic {
         /// The model.
         name: String,
-        /// Its version.
-        version: u32,
-        /// Why.
-        source: StartError,
+        /// What was said.
+        reason: String,
     },
     /// There is no repository to load from.
     #[error("this server's models don't come from a repository; none can be loaded")]
     NoRepository,
     /// Nothing to serve.
-    #[error("repository `{0}` holds no model; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
-    Empty(PathBuf),
+    #[error(
+        "repository `{repository}` holds no model{left_out}; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {repository}`"
+    )]
+    Empty {
+        /// The repository.
+        repository: PathBuf,
+        /// ` (left out: …)`, or nothing.
+        left_out: String,
+    },
+    /// Models were to be left out that don't start, and nothing is left.
+    #[error("none of {0} models can be served; the log says why of each")]
+    AllBroken(usize),
+    /// Somebody unloaded it by name while it was being loaded.
+    #[error("model `{0}` was unloaded meanwhile")]
+    Unloaded(String),
+    /// The server is stopping.
+    #[error("the server is shutting down")]
+    ShuttingDown,
 }
 
-/// What an image is, and where the time went.
-#[derive(Debug, Clone)]
-pub struct Classified {
-    /// Most probable first.
-    pub predictions: Vec<Prediction>,
-    /// Where the time went.
-    pub timings: Timings,
-}
+type Models = BTreeMap<String, BTreeMap<u64, Arc<LiveModel>>>;
 
-/// One version of one model with its queue and threads, warm.
-#[derive(Debug)]
-pub struct LiveModel {
-    /// Name in the repository.
-    pub name: String,
-    /// Version in the repository.
-    pub version: u32,
-    /// What the model says about itself.
-    pub manifest: Manifest,
-    scheduler: Scheduler,
-    metrics: ModelMetrics,
-    info: ModelInfo,
-}
-
-/// What a model's compute threads run.
-pub struct Engines {
-    /// Opens a worker's engine.
-    pub open: OpenBackend,
-    /// Opens the one that has every core.
-    pub open_wide: Option<OpenBackend>,
-    /// Name of the hardware, for metrics.
-    pub provider: &'static str,
-}
-
-impl LiveModel {
-    /// Opens a model of the repository: the graph's digest is checked, every worker opens its session and warms it.
-    /// Blocks for seconds.
-    pub fn open(dir: &ModelDir, options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
-        let onnx = dir.read_onnx()?;
-        let what = dir.onnx().display().to_string();
-        let engine = engine_of(dir, options);
-        if engine.provider != Provider::Cpu {
-            let p = &dir.manifest.preprocessing;
-            let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
-            let placement = engine::place(&onnx, &what, &engine, &batch).map_err(refused(dir))?;
-            metrics.placed(&dir.name, dir.version, &placement);
-            if !engine.gpu.allow_fallback {
-                engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
-            }
-        }
-        // `read_onnx` has checked the digest
-        let mut identity = dir.manifest.onnx_sha256.clone();
-        let pads = options.pad_channels && engine.provider == Provider::Cpu;
-        if let Some(block) = engine::channel_block().filter(|_| pads) {
-            // by what made it so: another release may lay graphs out in another way
-            identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
-        }
-        // once for all engines, and not at all where the cache has it
-        let graph = Arc::new(LazyLock::new(move || match pads {
-            true => Fitted::for_this_cpu(onnx),
-            false => Fitted::as_it_is(onnx),
-        }));
-        let opener = |engine: EngineOptions| -> OpenBackend {
-            let (graph, what) = (graph.clone(), what.clone());
-            let (cache, identity) = (options.graph_cache.clone(), identity.clone());
-            Box::new(move || {
-                let backend = match &cache {
-                    None => OrtBackend::open_fitted(&graph, &what, &engine)?,
-                    Some(cache) => OrtBackend::open_cached(&|| &graph, &identity, &what, &engine, cache)?,
-                };
-                Ok(Box::new(backend) as Box<dyn Backend>)
-            })
-        };
-        let engines = Engines {
-            open: opener(engine.clone()),
-            // it alone spins: several pools that do so disturb each other
-            open_wide: (options.elastic_threads > engine.intra_threads).then(|| {
-                opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine.clone() })
-            }),
-            provider: engine.provider.name(),
-        };
-        Self::start(dir, engines, &options.scheduler, metrics)
-    }
-
-    /// Starts a model on these engines. Blocks for seconds.
-    pub fn start(
-        dir: &ModelDir,
-        engines: Engines,
-        options: &SchedulerOptions,
-        metrics: &Metrics,
-    ) -> Result<Self, RegistryError> {
-        let (name, version, manifest) = (dir.name.clone(), dir.version, dir.manifest.clone());
-        let Engines { open, open_wide, provider } = engines;
-        let model_metrics = metrics.model(&name, version, provider);
-        let job = Job {
-            what: format!("{name}/{version}"),
-            preprocessor: Preprocessor::new(&manifest.preprocessing),
-            exif_orientation: manifest.preprocessing.exif_orientation,
-            classes: manifest.classes as usize,
-            open,
-            open_wide,
-            golden: golden(dir)?,
-            metrics: model_metrics.clone(),
-            system: Arc::new(Os),
-        };
-        let started = Instant::now();
-        let scheduler = Scheduler::start(job, options.clone()).map_err(|source| RegistryError::Start {
-            name: name.clone(),
-            version,
-            source,
-        })?;
-        let precision = serde_json::to_value(manifest.precision).unwrap_or_default();
-        let info = [
-            name.clone(),
-            version.to_string(),
-            manifest.architecture.clone(),
-            precision.as_str().unwrap_or_default().into(),
-            provider.into(),
-            manifest.onnx_sha256.clone(),
-            manifest.source_sha256.clone(),
-        ];
-        let info = metrics.model_info(info);
-        tracing::info!(
-            model = name,
-            version,
-            architecture = manifest.architecture,
-            provider,
-            workers = options.workers,
-            max_batch = options.max_batch,
-            duration_ms = started.elapsed().as_millis() as u64,
-            "model {name} version {version} is warm"
-        );
-        Ok(Self { name, version, manifest, scheduler, metrics: model_metrics, info })
-    }
-
-    /// The logits of one request's images, in order, each made into what is asked for by `finish`. The one way to an
-    /// answer, whichever protocol asks. All are admitted or none; what is wrong with one image stays with
-    /// that image, what concerns the request (overload, deadline, shutdown) is the outer error.
-    pub async fn infer<T>(
-        &self,
-        inputs: Vec<Input>,
-        terms: impl Into<Terms>,
-        finish: impl Fn(Vec<f32>) -> Result<T, NotFinite>,
-    ) -> Result<Vec<Result<(T, Timings), InferError>>, InferError> {
-        let mut request = Counted {
-            statistics: &self.metrics.statistics,
-            started: Instant::now(),
-            images: 0,
-            times: Answered::default(),
-        };
-        // a client's own numbers may overflow the network (load generators send random bits), and it gets what comes of
-        // them; an image can't
-        let by_hand = !inputs.iter().all(|input| matches!(input, Input::Encoded(_)));
-        let tickets = self.scheduler.submit(inputs, terms)?;
-        let mut answers = Vec::with_capacity(tickets.len());
-        for ticket in tickets {
-            answers.push(match ticket.answer().await {
-                Ok(Output { logits, timings }) => {
-                    let started = Instant::now();
-                    let checked = if by_hand { Ok(()) } else { check_finite(&logits) };
-                    let finished = checked.and_then(|()| finish(logits));
-                    let took = started.elapsed();
-                    self.metrics.phase(Phase::Postprocess, took);
-                    match finished {
-                        Ok(answer) => {
-                            request.answered(&timings, took);
-                            Ok((answer, timings))
-                        }
-                        Err(error) if by_hand => Err(InferError::BadTensor(error.to_string())),
-                        Err(error) => Err(InferError::Internal(error.to_string())),
-                    }
-                }
-                Err(error @ (InferError::Image(_) | InferError::BadTensor(_) | InferError::Internal(_))) => Err(error),
-                Err(error) => {
-                    request.images = 0;
-                    return Err(error);
-                }
-            });
-        }
-        Ok(answers)
-    }
-
-    /// Classifies the encoded images of one request, in order, as [`infer`](Self::infer) does.
-    pub async fn classify(
-        &self,
-        images: Vec<Bytes>,
-        k: usize,
-        deadline: Instant,
-    ) -> Result<Vec<Result<Classified, InferError>>, InferError> {
-        let inputs = images.into_iter().map(Input::Encoded).collect();
-        let answers = self.infer(inputs, deadline, |logits| top_k(&logits, k, &self.manifest.labels)).await?;
-        let classified = |(predictions, timings)| Classified { predictions, timings };
-        Ok(answers.into_iter().map(|answer| answer.map(classified)).collect())
-    }
-
-    /// How images are queued and batched.
-    pub fn options(&self) -> &SchedulerOptions {
-        self.scheduler.options()
-    }
-
-    /// What this model has done so far.
-    pub fn statistics(&self) -> Snapshot {
-        self.metrics.statistics.snapshot()
-    }
-
-    /// Whether the engines work.
-    pub fn health(&self) -> Health {
-        self.scheduler.health()
-    }
-
-    /// The queue, for callers that bring tensors or want logits.
-    pub fn scheduler(&self) -> &Scheduler {
-        &self.scheduler
-    }
-}
-
-/// One request in the statistics, counted when it is dropped: as failed if no image was answered.
-struct Counted<'a> {
-    statistics: &'a Statistics,
-    started: Instant,
-    images: usize,
-    times: Answered,
-}
-
-impl Counted<'_> {
-    fn answered(&mut self, timings: &Timings, output: Duration) {
-        self.images += 1;
-        let times = &mut self.times;
-        times.queue = times.queue.max(timings.queue);
-        times.input = times.input.max(timings.decode + timings.preprocess);
-        times.infer = times.infer.max(timings.inference);
-        times.output += output;
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        let whole = self.started.elapsed();
-        match self.images {
-            0 => self.statistics.failed(whole),
-            images => self.statistics.answered(images, &Answered { whole, ..self.times }),
-        }
-    }
-}
-
-type Models = BTreeMap<String, BTreeMap<u32, Arc<LiveModel>>>;
+/// The versions of a model, each with what changes when its files do.
+type Versions = BTreeMap<u64, String>;
 
 /// The models that are served now.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Registry {
     models: RwLock<Models>,
     /// Where models come from that are loaded later, beside those that serve; none: nowhere.
-    source: Option<RegistryOptions>,
-    /// Held by whoever loads: one at a time.
-    reloading: Mutex<()>,
+    source: Option<Box<dyn Source>>,
+    /// Models that are asked for, each with one version or all of them; empty: everything there is.
+    asked_for: Vec<(String, Option<u64>)>,
+    repository: PathBuf,
+    system: Arc<dyn System>,
+    /// Whose turn it is to load: one at a time.
+    turns: Turns,
+    notes: Mutex<Notes>,
+}
+
+/// What a registry remembers from one look at the repository to the next.
+#[derive(Debug, Default)]
+struct Notes {
+    /// What has been logged and is still so.
+    said: BTreeSet<String>,
+    /// Versions that could not be loaded.
+    failed: BTreeMap<(String, u64), Failed>,
+    /// Models that somebody loaded or unloaded by name, as their folders were then.
+    controlled: BTreeMap<String, Versions>,
+    /// Models that somebody loaded by name and that are not asked for otherwise.
+    loaded: BTreeSet<String>,
+    /// The server is stopping: nothing is added.
+    over: bool,
+}
+
+/// A version that could not be loaded.
+#[derive(Debug)]
+struct Failed {
+    fingerprint: String,
+    /// When it is worth another try although nothing has changed, and the pause after that.
+    next: Instant,
+    pause: Duration,
+    reason: String,
+}
+
+/// Shortest and longest pause between two tries to load a version that has not changed.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
+
+/// Why the repository is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Somebody asked: what could not be loaded is tried again.
+    Asked,
+    /// It is time to: what could not be loaded is tried again when it has changed, else now and then.
+    Again,
+}
+
+/// Who wants a version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Repository,
+    Name,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new(None, Vec::new(), Arc::new(Os))
+    }
 }
 
 impl Registry {
-    /// Opens what the options ask for, or everything. Blocks until all of it is warm.
-    pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
-        let mut source = options.clone();
-        source.scheduler.one_by_one = true;
-        let registry = Self { source: Some(source), ..Self::default() };
-        for (name, version) in select(options)? {
-            let dir = ModelDir::open(&options.repository, Some(&name), Some(version))?;
-            registry.add(LiveModel::open(&dir, options, metrics)?);
+    fn new(source: Option<Box<dyn Source>>, asked_for: Vec<(String, Option<u64>)>, system: Arc<dyn System>) -> Self {
+        Self {
+            models: RwLock::default(),
+            source,
+            asked_for,
+            repository: PathBuf::new(),
+            turns: Turns::new(system.clone()),
+            system,
+            notes: Mutex::default(),
         }
-        Ok(registry)
+    }
+
+    /// No models yet; [`reload`](Self::reload) brings them.
+    pub fn of(source: Box<dyn Source>, system: Arc<dyn System>) -> Self {
+        Self::new(Some(source), Vec::new(), system)
+    }
+
+    /// Opens what the options ask for, or everything. Blocks until all of it is warm. A model that does not start fails all,
+    /// unless broken models are to be skipped.
+    pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
+        let mut later = options.clone();
+        later.scheduler.one_by_one = true;
+        let mut registry = Self::new(Some(Box::new(later)), options.models.clone(), Arc::new(Os));
+        registry.repository = options.repository.clone();
+        let listing = options.list()?;
+        registry.say_what_is_left_out(&listing);
+        let wanted = registry.wanted(&listing, &BTreeSet::new())?;
+        let mut skipped = 0;
+        for (name, version) in &wanted {
+            match registry.load_version(options, name, *version, By::Repository, metrics) {
+                Ok(()) => {}
+                Err(error) if options.skip_broken => {
+                    skipped += 1;
+                    tracing::error!(model = name, version, %error, "skipped, it can't be served: {error}");
+                    registry.note_failure(options, name, *version, &error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        metrics.models_skipped.set(skipped);
+        if skipped as usize == wanted.len() { Err(RegistryError::AllBroken(wanted.len())) } else { Ok(registry) }
     }
 
     /// Adds a warm model, in place of one of the same name and version. Requests that have found the old one still get its
     /// answer; it ends with the last of them.
     pub fn add(&self, model: LiveModel) {
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model));
+        drop(self.insert(model));
     }
 
-    /// Opens the named model's newest version and adds it. Blocks until it is warm.
+    /// The model that was replaced; dropping it may end its threads, which is nothing for under a lock.
+    fn insert(&self, model: LiveModel) -> Option<Arc<LiveModel>> {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model))
+    }
+
+    /// Opens the named model's newest version and adds it, unless it is served as it is there. Blocks until it is warm.
     pub fn load(&self, name: &str, metrics: &Metrics) -> Result<(), RegistryError> {
-        let _one = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let source = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
-        let opened = ModelDir::open(&source.repository, Some(name), None).map_err(RegistryError::from);
-        let opened = opened.and_then(|dir| LiveModel::open(&dir, source, metrics));
-        metrics.reloaded(name, opened.is_ok());
-        self.add(opened?);
-        Ok(())
+        let _turn = self.turns.wait();
+        let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
+        let listing = source.list()?;
+        let Some(version) = listing.models.get(name).and_then(|versions| versions.last().copied()) else {
+            let left_out = listing.left_out.iter().find(|left_out| left_out.path.starts_with(name));
+            let available = left_out.map_or_else(|| listing.summary(), |left_out| format!("left out: {left_out}"));
+            return Err(
+                ModelError::NoModel { name: name.into(), repository: self.repository.clone(), available }.into()
+            );
+        };
+        let loaded = match self.serves(source, name, version) {
+            true => Ok(()),
+            false => {
+                let loaded = self.load_version(source, name, version, By::Name, metrics);
+                metrics.reloaded(name, loaded.is_ok());
+                loaded
+            }
+        };
+        if loaded.is_ok() {
+            let versions = versions(source, &listing, name);
+            let mut notes = self.notes();
+            notes.failed.remove(&(name.to_string(), version));
+            notes.controlled.insert(name.into(), versions);
+            notes.loaded.insert(name.into());
+        }
+        loaded
     }
 
     /// Takes every version of the named model out of service. Requests that have found it still get their answer.
     pub fn unload(&self, name: &str) -> Result<(), InferError> {
         self.find(Some(name), None)?;
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        models.remove(name);
+        let versions = match self.source.as_deref() {
+            Some(source) => source.list().map(|listing| versions(source, &listing, name)).unwrap_or_default(),
+            None => Versions::new(),
+        };
+        let mut notes = self.notes();
+        notes.controlled.insert(name.into(), versions);
+        notes.loaded.remove(name);
+        drop(notes);
+        let gone = self.models.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        drop(gone);
         tracing::info!(model = name, "model unloaded");
         Ok(())
     }
 
     /// Brings what is served in line with the repository: new and changed versions are opened beside the old ones, warmed
-    /// and tested, and only then take their place; what has gone from the repository goes. Whatever fails leaves the old
-    /// model serving. Blocks until all of it is warm.
-    pub fn reload(&self, metrics: &Metrics) -> Result<(), RegistryError> {
-        let _one = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        let source = self.source.as_ref().ok_or(RegistryError::NoRepository)?;
-        let wanted = select(source)?;
+    /// and tested, and only then replace them; what has gone from the repository goes. Whatever fails leaves the old model
+    /// serving. Blocks until all of it is warm.
+    pub fn reload(&self, metrics: &Metrics, look: Look) -> Result<(), RegistryError> {
+        let _turn = self.turns.wait();
+        let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
+        let listing = source.list()?;
+        self.say_what_is_left_out(&listing);
+        let kept = self.controlled(source, &listing);
+        let mut wanted = self.wanted(&listing, &kept)?;
+        let mut skipped = 0;
         for (name, version) in &wanted {
-            let opened = ModelDir::open(&source.repository, Some(name), Some(*version)).map_err(RegistryError::from);
-            let serves =
-                |dir: &ModelDir| self.find(Some(name), Some(*version)).is_ok_and(|m| m.manifest == dir.manifest);
-            if opened.as_ref().is_ok_and(serves) {
+            if self.serves(source, name, *version) {
+                self.notes().failed.remove(&(name.clone(), *version));
                 continue;
             }
-            let opened = opened.and_then(|dir| LiveModel::open(&dir, source, metrics));
-            metrics.reloaded(name, opened.is_ok());
-            match opened {
-                Ok(model) => self.add(model),
+            let unserved = |registry: &Self| i64::from(registry.find(Some(name), Some(*version)).is_err());
+            if look == Look::Again && !self.is_worth_a_try(source, name, *version) {
+                skipped += unserved(self);
+                continue;
+            }
+            let loaded = self.load_version(source, name, *version, By::Repository, metrics);
+            if matches!(loaded, Err(RegistryError::Unloaded(_))) {
+                continue;
+            }
+            metrics.reloaded(name, loaded.is_ok());
+            match loaded {
+                Ok(()) => drop(self.notes().failed.remove(&(name.clone(), *version))),
+                Err(RegistryError::ShuttingDown) => return Ok(()),
                 Err(error) => {
-                    tracing::error!(model = name, version, %error, "not reloaded, what was served stays: {error}")
+                    skipped += unserved(self);
+                    if self.note_failure(source, name, *version, &error) || look == Look::Asked {
+                        tracing::error!(model = name, version, %error, "not loaded, what was served stays: {error}");
+                    }
                 }
             }
         }
-        let gone = |wanted: &[(String, u32)]| -> Vec<Arc<LiveModel>> {
-            let kept = |model: &Arc<LiveModel>| wanted.iter().any(|(n, v)| *n == model.name && *v == model.version);
-            self.all().into_iter().filter(|model| !kept(model)).collect()
+        metrics.models_skipped.set(skipped);
+        let gone = |wanted: &[(String, u64)]| -> Vec<Arc<LiveModel>> {
+            let stays = |model: &Arc<LiveModel>| {
+                kept.contains(&model.name) || wanted.iter().any(|(n, v)| *n == model.name && *v == model.version)
+            };
+            self.all().into_iter().filter(|model| !stays(model)).collect()
         };
         if gone(&wanted).is_empty() {
             return Ok(());
         }
         // a version that is being replaced is away for a moment
-        std::thread::sleep(Duration::from_secs(1));
-        let mut wanted = wanted;
-        wanted.extend(select(source)?);
+        self.system.sleep(Duration::from_secs(1));
+        wanted.extend(self.wanted(&source.list()?, &kept)?);
         for model in gone(&wanted) {
             let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
             if let Some(versions) = models.get_mut(&model.name) {
                 versions.remove(&model.version);
             }
             models.retain(|_, versions| !versions.is_empty());
+            drop(models);
             tracing::info!(model = model.name, version = model.version, "gone from the repository, no longer served");
         }
         Ok(())
     }
 
+    /// Opens a version and adds it. A panic on the way is its failure alone.
+    fn load_version(
+        &self,
+        source: &dyn Source,
+        name: &str,
+        version: u64,
+        by: By,
+        metrics: &Metrics,
+    ) -> Result<(), RegistryError> {
+        if self.notes().over {
+            return Err(RegistryError::ShuttingDown);
+        }
+        let opened = catch_unwind(AssertUnwindSafe(|| source.open(&source.read(name, version)?, metrics)));
+        let model =
+            opened.map_err(|panic| RegistryError::Panic { name: name.into(), reason: message(panic.as_ref()) })??;
+        // under the same lock as `close`, which would not see a model that comes after it, and as `unload`
+        let notes = self.notes();
+        if notes.over {
+            return Err(RegistryError::ShuttingDown);
+        }
+        if by == By::Repository && notes.controlled.contains_key(name) {
+            return Err(RegistryError::Unloaded(name.into()));
+        }
+        let old = self.insert(model);
+        drop(notes);
+        drop(old);
+        Ok(())
+    }
+
+    /// Whether this very version is served, and well.
+    fn serves(&self, source: &dyn Source, name: &str, version: u64) -> bool {
+        let Ok(model) = self.find(Some(name), Some(version)) else { return false };
+        source.read(name, version).is_ok_and(|dir: ModelDir| dir.manifest == model.manifest)
+    }
+
+    fn is_worth_a_try(&self, source: &dyn Source, name: &str, version: u64) -> bool {
+        let notes = self.notes();
+        let Some(failed) = notes.failed.get(&(name.to_string(), version)) else { return true };
+        failed.next <= self.system.now() || failed.fingerprint != source.fingerprint(name, version)
+    }
+
+    /// Remembers why a version could not be loaded; whether that is news.
+    fn note_failure(&self, source: &dyn Source, name: &str, version: u64, error: &RegistryError) -> bool {
+        let (fingerprint, reason) = (source.fingerprint(name, version), error.to_string());
+        let mut notes = self.notes();
+        let before =
+            notes.failed.remove(&(name.to_string(), version)).filter(|before| before.fingerprint == fingerprint);
+        let news = before.as_ref().is_none_or(|before| before.reason != reason);
+        let pause = before.map_or(RETRY_PAUSE.0, |before| (before.pause * 2).min(RETRY_PAUSE.1));
+        let failed = Failed { fingerprint, next: self.system.now() + pause, pause, reason };
+        notes.failed.insert((name.into(), version), failed);
+        news
+    }
+
+    /// Names and versions that are asked for, without those in `kept`.
+    fn wanted(&self, listing: &Listing, kept: &BTreeSet<String>) -> Result<Vec<(String, u64)>, RegistryError> {
+        let loaded = self.notes().loaded.clone();
+        let mut wanted = BTreeSet::new();
+        let all = |name: &String, versions: &[u64]| versions.iter().map(|&v| (name.clone(), v)).collect::<Vec<_>>();
+        for (name, versions) in &listing.models {
+            if self.asked_for.is_empty() || loaded.contains(name) {
+                wanted.extend(all(name, versions));
+            }
+        }
+        for (name, version) in self.asked_for.iter().filter(|(name, _)| !kept.contains(name)) {
+            let versions = listing.models.get(name).ok_or_else(|| ModelError::NoModel {
+                name: name.clone(),
+                repository: self.repository.clone(),
+                available: listing.summary(),
+            })?;
+            match version {
+                None => wanted.extend(all(name, versions)),
+                Some(version) if versions.contains(version) => drop(wanted.insert((name.clone(), *version))),
+                Some(version) => {
+                    let (name, repository) = (name.clone(), self.repository.clone());
+                    return Err(ModelError::NoVersion { name, version: *version, repository }.into());
+                }
+            }
+        }
+        wanted.retain(|(name, _)| !kept.contains(name));
+        if wanted.is_empty() && kept.is_empty() {
+            let left_out = listing.left_out.first().map(|folder| format!(" (left out: {folder})")).unwrap_or_default();
+            return Err(RegistryError::Empty { repository: self.repository.clone(), left_out });
+        }
+        Ok(wanted.into_iter().collect())
+    }
+
+    /// Models that stay as somebody left them who loaded or unloaded them by name: those whose folders are as they were then.
+    fn controlled(&self, source: &dyn Source, listing: &Listing) -> BTreeSet<String> {
+        let mut notes = self.notes();
+        notes.controlled.retain(|name, then| {
+            let kept = *then == versions(source, listing, name);
+            if !kept {
+                tracing::info!(
+                    model = name,
+                    "its folder has changed: the repository decides again what is served of it"
+                );
+            }
+            kept
+        });
+        notes.controlled.keys().cloned().collect()
+    }
+
+    /// Says of each folder that is no model why not: once, and again if it was something else meanwhile.
+    fn say_what_is_left_out(&self, listing: &Listing) {
+        let left_out: BTreeSet<String> = listing.left_out.iter().map(ToString::to_string).collect();
+        let said = std::mem::replace(&mut self.notes().said, left_out.clone());
+        for folder in left_out.difference(&said) {
+            tracing::warn!(folder, "left out of what is served: {folder}");
+        }
+    }
+
     /// The model a request means: the named one, or the only one; the given version, or the highest.
-    pub fn find(&self, name: Option<&str>, version: Option<u32>) -> Result<Arc<LiveModel>, InferError> {
+    pub fn find(&self, name: Option<&str>, version: Option<u64>) -> Result<Arc<LiveModel>, InferError> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let available = || models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         let (name, versions) = match name {
@@ -442,92 +438,37 @@ impl Registry {
     /// Why no request should be sent here, if so: a model without a working engine, or with one that hangs or keeps
     /// failing.
     pub fn fault(&self, hang_limit: Duration) -> Option<String> {
-        const STORM: u32 = 5;
-        let fault = |m: &Arc<LiveModel>| {
-            let Health { engines, failures, longest_run } = m.health();
-            let what = if engines == 0 {
-                "has no working engine".to_string()
-            } else if longest_run.is_some_and(|age| age > hang_limit) {
-                format!("has an engine run that hangs for more than {} s", hang_limit.as_secs_f64())
-            } else if failures >= STORM {
-                format!("failed {failures} engine runs in a row")
-            } else {
-                return None;
-            };
-            Some(format!("model {} version {} {what}", m.name, m.version))
-        };
-        self.all().iter().find_map(fault)
+        self.all().iter().find_map(|model| model.fault(hang_limit))
     }
 
     /// Sets the gauges that are measured when somebody looks.
     pub fn observe(&self) {
-        for model in self.all() {
-            model.scheduler.observe();
-            model.info.set();
-        }
+        self.all().iter().for_each(|model| model.observe());
     }
 
-    /// Takes no new images; what is queued is still answered.
+    /// Takes no new images, and no new models; what is queued is still answered.
     pub fn close(&self) {
-        self.all().iter().for_each(|model| model.scheduler.close());
+        self.notes().over = true;
+        self.all().iter().for_each(|model| model.scheduler().close());
     }
 
     /// Answers everything queued with a refusal.
     pub fn abort(&self) {
-        self.all().iter().for_each(|model| model.scheduler.abort());
+        self.notes().over = true;
+        self.all().iter().for_each(|model| model.scheduler().abort());
     }
 
     /// Waits for all compute threads until `deadline`; returns how many still run. Blocks.
     pub fn join(&self, deadline: Instant) -> usize {
-        self.all().iter().map(|model| model.scheduler.join(deadline)).sum()
+        self.all().iter().map(|model| model.scheduler().join(deadline)).sum()
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A model's engine: what TensorRT keeps is kept by the graph's digest, and built for the batches that can occur.
-fn engine_of(dir: &ModelDir, options: &RegistryOptions) -> EngineOptions {
-    let mut engine = options.engine.clone();
-    let (p, scheduler) = (&dir.manifest.preprocessing, &options.scheduler);
-    let profile = |least, most| Profile { least, most, height: p.height as usize, width: p.width as usize };
-    engine.gpu.profiles = match scheduler.buckets.as_slice() {
-        [] => vec![profile(1, scheduler.max_batch)],
-        buckets => buckets.iter().map(|&bucket| profile(bucket, bucket)).collect(),
-    };
-    engine.gpu.tensorrt_cache = engine.gpu.tensorrt_cache.map(|folder| folder.join(&dir.manifest.onnx_sha256));
-    engine
-}
-
-fn refused(dir: &ModelDir) -> impl Fn(EngineError) -> RegistryError {
-    let (name, version) = (dir.name.clone(), dir.version);
-    move |error| RegistryError::Start { name: name.clone(), version, source: error.into() }
-}
-
-/// Names and versions that the options ask for.
-fn select(options: &RegistryOptions) -> Result<Vec<(String, u32)>, RegistryError> {
-    let held = model::list(&options.repository)?;
-    let all = |(name, versions): &(String, Vec<u32>)| versions.iter().map(|&v| (name.clone(), v)).collect::<Vec<_>>();
-    let mut selected = Vec::new();
-    if options.models.is_empty() {
-        selected.extend(held.iter().flat_map(all));
-    }
-    for (name, version) in &options.models {
-        match (version, held.iter().find(|(n, _)| n == name)) {
-            (None, Some(model)) => selected.extend(all(model)),
-            _ => {
-                let dir = ModelDir::open(&options.repository, Some(name), *version)?;
-                selected.push((dir.name, dir.version));
-            }
-        }
-    }
-    if selected.is_empty() { Err(RegistryError::Empty(options.repository.clone())) } else { Ok(selected) }
-}
-
-/// What the manifest says that the model must answer.
-fn golden(dir: &ModelDir) -> Result<Option<Golden>, RegistryError> {
-    let Some(golden) = &dir.manifest.golden else { return Ok(None) };
-    let p = &dir.manifest.preprocessing;
-    let input = verify::images((p.height as usize, p.width as usize)).next().unwrap_or_default();
-    if verify::digest(&input) != golden.input_sha256 {
-        return Err(RegistryError::Golden(dir.name.clone()));
-    }
-    Ok(Some(Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance }))
+fn versions(source: &dyn Source, listing: &Listing, name: &str) -> Versions {
+    let versions = listing.models.get(name).map(Vec::as_slice).unwrap_or_default();
+    versions.iter().map(|&version| (version, source.fingerprint(name, version))).collect()
 }

@@ -393,7 +393,8 @@ impl State {
                 wakers.push(sleeper.waker.clone());
             }
         }
-        let timed = |sleeper: &Sleeper, at| sleeper.able.runs && (sleeper.woken || sleeper.until.is_some_and(|u| u <= at));
+        let timed =
+            |sleeper: &Sleeper, at| sleeper.able.runs && (sleeper.woken || sleeper.until.is_some_and(|u| u <= at));
         if let Some(at) = batch_at
             && !self.sleepers.iter().any(|sleeper| timed(sleeper, at))
             && let Some(sleeper) = self.sleepers.iter_mut().rev().find(|sleeper| sleeper.able.runs)

@@ -29,7 +29,7 @@ pub trait System: Send + Sync + std::fmt::Debug {
     /// Blocks the calling thread for that long.
     fn sleep(&self, duration: Duration);
 
-    /// Said before a lock is taken: another thread may be first.
+    /// Said before a lock is taken, and where a thread takes its time: others may be first.
     fn step(&self) {}
 }
 

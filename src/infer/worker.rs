@@ -56,9 +56,8 @@ fn work(shared: &Shared, caller: &Caller, mut lane: Option<Lane>) {
             reopen_at: lane.as_ref().and_then(Lane::reopen_at),
         };
         done = match (shared.next(caller, able, done), &mut lane) {
-            (Task::Prepare(entry), _) => {
-                catch_unwind(AssertUnwindSafe(|| prepare(shared, entry))).unwrap_or(Done::Prepared(None, Duration::ZERO))
-            }
+            (Task::Prepare(entry), _) => catch_unwind(AssertUnwindSafe(|| prepare(shared, entry)))
+                .unwrap_or(Done::Prepared(None, Duration::ZERO)),
             (Task::Run { images, alone }, Some(lane)) => {
                 // decoders and engines are guarded where they run; should anything else panic, the thread lives on
                 if catch_unwind(AssertUnwindSafe(|| run(shared, lane, images, alone))).is_err() {
@@ -94,6 +93,8 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
         Input::Raw(raw) => return ready(raw.tensor(&shared.job.preprocessor), pending),
     };
     let job = &shared.job;
+    // decoding takes its time: a simulation lets others go on meanwhile
+    shared.system().step();
     let result = catch_unwind(AssertUnwindSafe(|| {
         let decoder = pixels::Decoder { limits: shared.options.image_limits, jpeg: shared.options.jpeg_decoder };
         let needed = |width, height| job.preprocessor.resized(width, height);
@@ -134,6 +135,13 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
     };
     let mut batch = Batch { images: count, height, width, data };
     let wide = if alone { lane.attempt_wide(shared, &mut batch) } else { None };
+    if wide.is_none() && alone && images.iter().all(|image| image.pending.is_expired(shared.now(), Duration::ZERO)) {
+        // that took too long to try again
+        for image in images {
+            image.pending.answer(Err(InferError::DeadlineExceeded), shared.now());
+        }
+        return;
+    }
     match wide.map_or_else(|| lane.attempt(shared, &mut batch), Ok) {
         Ok(logits) => {
             let took = since(started);
@@ -158,6 +166,10 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
             );
             let len = batch.data.len() / count;
             for (image, data) in images.into_iter().zip(batch.data.chunks(len.max(1))) {
+                if image.pending.is_expired(shared.now(), Duration::ZERO) {
+                    image.pending.answer(Err(InferError::DeadlineExceeded), shared.now());
+                    continue;
+                }
                 if !lane.runs() {
                     lane.reopen(shared);
                 }
@@ -181,4 +193,3 @@ fn answer(shared: &Shared, image: Prepared, run: (Instant, Duration), batch: usi
     let timings = Timings { decode, preprocess, queue, inference, batch };
     pending.answer(row.map(|logits| Output { logits, timings }).map_err(InferError::Internal), shared.now());
 }
-

@@ -25,7 +25,7 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 #[derive(Debug, Clone)]
 pub(super) struct Served {
     pub(super) model: String,
-    pub(super) version: u32,
+    pub(super) version: u64,
     pub(super) images: usize,
     /// Per phase the slowest image.
     pub(super) timings: Timings,

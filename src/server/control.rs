@@ -1,31 +1,101 @@
 //! Loading and unloading of models on a client's word: off unless the operator switches it on.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+
+use tokio::sync::Mutex;
 
 use super::http::App;
 use super::status::{ApiError, Code};
+use crate::infer::registry::{LoadError, RegistryError};
+use crate::model::ModelError;
+
+/// Whether clients may, and whose turn it is.
+#[derive(Debug)]
+pub(super) struct ModelControl {
+    allowed: bool,
+    /// Held while a model loads: those who wait for it keep no thread from others.
+    one: Arc<Mutex<()>>,
+}
+
+impl ModelControl {
+    pub(super) fn new(allowed: bool) -> Self {
+        Self { allowed, one: Arc::default() }
+    }
+
+    fn check(&self) -> Result<(), ApiError> {
+        if self.allowed {
+            return Ok(());
+        }
+        let text = "loading and unloading of models is switched off; start the server with --model-control";
+        Err(ApiError::new(Code::InvalidRequest, text))
+    }
+}
+
+/// What a load may be told. Triton's own would make another model of it (`config`, `file:…`), and are refused.
+pub(super) const LOAD_PARAMETERS: [&str; 0] = [];
+
+/// What an unload may be told: no model depends on another.
+pub(super) const UNLOAD_PARAMETERS: [&str; 1] = ["unload_dependents"];
+
+/// Refuses what can't be done as asked.
+fn known<'a>(parameters: impl IntoIterator<Item = &'a String>, known: &[&str]) -> Result<(), ApiError> {
+    let unknown: BTreeSet<&String> = parameters.into_iter().filter(|name| !known.contains(&name.as_str())).collect();
+    let Some(name) = unknown.first() else { return Ok(()) };
+    let name: String = name.chars().take(100).collect();
+    let text = format!(
+        "parameter `{}` is not taken: a model is served as the repository has it; change it there",
+        name.escape_debug()
+    );
+    Err(ApiError::new(Code::InvalidRequest, text))
+}
 
 /// Opens the named model's newest version and serves it.
-pub(super) async fn load(app: &Arc<App>, name: &str) -> Result<(), ApiError> {
-    allowed(app)?;
-    let (app, name) = (app.clone(), name.to_string());
-    let loaded = tokio::task::spawn_blocking(move || app.registry.load(&name, &app.metrics)).await;
-    let loaded = loaded.map_err(|e| ApiError::internal(format!("loading a model panicked: {e}")))?;
-    loaded.map_err(|e| ApiError::new(Code::InvalidRequest, e.to_string()))
+pub(super) async fn load<'a>(
+    app: &Arc<App>,
+    name: &str,
+    parameters: impl IntoIterator<Item = &'a String>,
+) -> Result<(), ApiError> {
+    app.control.check()?;
+    known(parameters, &LOAD_PARAMETERS)?;
+    let turn = app.control.one.clone().lock_owned().await;
+    let (loading, name) = (app.clone(), name.to_string());
+    let loaded = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        let loaded = loading.registry.load(&name, &loading.metrics);
+        loaded.map_err(|error| refused(&name, error))
+    });
+    loaded.await.map_err(|e| ApiError::internal(format!("loading a model panicked: {e}")))?
 }
 
 /// Takes every version of the named model out of service; what is queued is still answered.
-pub(super) async fn unload(app: &App, name: &str) -> Result<(), ApiError> {
-    allowed(app)?;
-    Ok(app.registry.unload(name)?)
+pub(super) async fn unload<'a>(
+    app: &Arc<App>,
+    name: &str,
+    parameters: impl IntoIterator<Item = &'a String>,
+) -> Result<(), ApiError> {
+    app.control.check()?;
+    known(parameters, &UNLOAD_PARAMETERS)?;
+    let (unloading, name) = (app.clone(), name.to_string());
+    let unloaded = tokio::task::spawn_blocking(move || unloading.registry.unload(&name));
+    Ok(unloaded.await.map_err(|e| ApiError::internal(format!("unloading a model panicked: {e}")))??)
 }
 
-fn allowed(app: &App) -> Result<(), ApiError> {
-    match app.model_control {
-        true => Ok(()),
-        false => Err(ApiError::new(
-            Code::InvalidRequest,
-            "loading and unloading of models is switched off; start the server with --model-control",
-        )),
-    }
+/// What a client reads of a failed load: which model and why, but no path of this machine. The log has all of it.
+fn refused(name: &str, error: RegistryError) -> ApiError {
+    tracing::error!(model = name, %error, "not loaded: {error}");
+    let (code, why) = match &error {
+        RegistryError::Model(ModelError::NoModel { available, .. }) => {
+            (Code::ModelNotFound, format!("it is not in the repository ({available})"))
+        }
+        RegistryError::NoRepository => (Code::InvalidRequest, error.to_string()),
+        RegistryError::ShuttingDown => (Code::ShuttingDown, error.to_string()),
+        RegistryError::Load(LoadError::Model(_)) | RegistryError::Model(_) => {
+            (Code::InvalidRequest, "its folder can't be read as a model; the server's log says why".into())
+        }
+        RegistryError::Panic { .. } => return ApiError::internal(error.to_string()),
+        _ => (Code::InvalidRequest, error.to_string()),
+    };
+    let name: String = name.chars().take(100).collect();
+    ApiError::new(code, format!("model `{}` can't be loaded: {why}", name.escape_debug()))
 }

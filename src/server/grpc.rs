@@ -200,15 +200,19 @@ impl GrpcInferenceService for Service {
         describe::statistics(&self.0, name, Some(version)).map(Response::new).map_err(refuse(&request))
     }
 
-    async fn repository_index(&self, _: Request<pb::RepositoryIndexRequest>) -> Answer<pb::RepositoryIndexResponse> {
-        Ok(Response::new(describe::index(&self.0)))
+    async fn repository_index(
+        &self,
+        request: Request<pb::RepositoryIndexRequest>,
+    ) -> Answer<pb::RepositoryIndexResponse> {
+        Ok(Response::new(describe::index(&self.0, request.get_ref().ready)))
     }
 
     async fn repository_model_load(
         &self,
         request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answer<pb::RepositoryModelLoadResponse> {
-        control::load(&self.0, &request.get_ref().model_name).await.map_err(refuse(&request))?;
+        let pb::RepositoryModelLoadRequest { model_name, parameters, .. } = request.get_ref();
+        control::load(&self.0, model_name, parameters.keys()).await.map_err(refuse(&request))?;
         Ok(Response::new(pb::RepositoryModelLoadResponse {}))
     }
 
@@ -216,7 +220,8 @@ impl GrpcInferenceService for Service {
         &self,
         request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answer<pb::RepositoryModelUnloadResponse> {
-        control::unload(&self.0, &request.get_ref().model_name).await.map_err(refuse(&request))?;
+        let pb::RepositoryModelUnloadRequest { model_name, parameters, .. } = request.get_ref();
+        control::unload(&self.0, model_name, parameters.keys()).await.map_err(refuse(&request))?;
         Ok(Response::new(pb::RepositoryModelUnloadResponse {}))
     }
 }

@@ -25,6 +25,7 @@ use utoipa_axum::routes;
 
 use super::access::{self, Served};
 use super::body_budget::{self, BodyBudget};
+use super::control::ModelControl;
 use super::keys::{self, Keys};
 use super::page;
 use super::readiness::Readiness;
@@ -62,8 +63,8 @@ pub(super) struct App {
     pub(super) cors_origins: Vec<String>,
     /// Where spans of requests go.
     pub(super) traces: Option<Arc<Traces>>,
-    /// Clients may load and unload models.
-    pub(super) model_control: bool,
+    /// Whether clients may load and unload models.
+    pub(super) control: ModelControl,
 }
 
 /// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
@@ -146,7 +147,7 @@ struct ClassifyQuery {
     /// Name in the repository; may be left out when only one model is served.
     model: Option<String>,
     /// Left out: the highest.
-    version: Option<u32>,
+    version: Option<u64>,
     /// Predictions per image; 5 when left out.
     #[param(minimum = 1)]
     top_k: Option<usize>,
@@ -155,7 +156,7 @@ struct ClassifyQuery {
 #[derive(Serialize, ToSchema)]
 struct ClassifyAnswer<'a> {
     model: &'a str,
-    version: u32,
+    version: u64,
     /// In the request's order.
     results: Vec<ImageAnswer>,
 }

@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
 use self::body_budget::BodyBudget;
+use self::control::ModelControl;
 use self::http::App;
 pub use self::keys::KeysError;
 use self::readiness::Readiness;
@@ -284,7 +285,7 @@ impl Server {
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),
-            model_control: options.model_control,
+            control: ModelControl::new(options.model_control),
         });
         let (stop_http, http_stopped) = oneshot::channel();
         let (stop_grpc, grpc_stopped) = oneshot::channel();
@@ -307,7 +308,7 @@ impl Server {
 
         let outcome = tokio::select! {
             () = reloader.until_stop(&mut control) => Ok(()),
-            () = reloader.watch(options.watch) => Ok(()),
+            () = reloader.run(options.watch) => Ok(()),
             fault = watch(&registry, &options) => Err(ServeError::Fault(fault)),
         };
 

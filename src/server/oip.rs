@@ -9,6 +9,7 @@ pub(super) mod describe;
 pub mod framing;
 pub mod inference;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,6 +19,7 @@ use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
 use axum::response::Response;
 use axum::routing::{get, post};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -90,9 +92,8 @@ struct ModelReady {
 /// Which models to list.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 struct IndexRequest {
-    /// Only those that are ready; all that are listed are.
-    #[serde(default, rename = "ready")]
-    _ready: Option<bool>,
+    /// Only those that are ready.
+    ready: Option<bool>,
 }
 
 /// Name, version and extensions of the server.
@@ -197,11 +198,22 @@ async fn index(
 ) -> Result<Json<Vec<pb::repository_index_response::ModelIndex>>, ApiError> {
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     let body = upload::whole(request, deadline).await?;
+    let mut asked = IndexRequest::default();
     if !body.is_empty() {
         let read = serde_json::from_slice::<Option<IndexRequest>>(&body);
-        read.map_err(|e| inference::invalid(format!("the body is not {{\"ready\": true}}: {e}")))?;
+        let read = read.map_err(|e| inference::invalid(format!("the body is not {{\"ready\": true}}: {e}")))?;
+        asked = read.unwrap_or_default();
     }
-    Ok(Json(describe::index(&app).models))
+    Ok(Json(describe::index(&app, asked.ready == Some(true)).models))
+}
+
+/// What a load or an unload is told; a load takes no parameters.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ControlRequest {
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    parameters: BTreeMap<String, IgnoredAny>,
 }
 
 /// The answer of a call that has nothing to tell.
@@ -211,17 +223,33 @@ struct Done {}
 /// Loads or reloads a model's newest version from the repository. Only with `--model-control`.
 #[utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "Open Inference Protocol",
     params(("model" = String, Path, description = "Name in the repository")),
+    request_body(content = Option<ControlRequest>, content_type = "application/json"),
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
-async fn load(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<Done>, ApiError> {
-    super::control::load(&app, &path.model).await?;
+async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
+    let parameters = control_parameters(&app, request).await?;
+    super::control::load(&app, &path.model, parameters.keys()).await?;
     Ok(Json(Done {}))
 }
 
 /// Unloads every version of a model. Only with `--model-control`.
 #[utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "Open Inference Protocol",
     params(("model" = String, Path, description = "Name in the repository")),
+    request_body(content = Option<ControlRequest>, content_type = "application/json"),
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
-async fn unload(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<Done>, ApiError> {
-    super::control::unload(&app, &path.model).await?;
+async fn unload(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
+    let parameters = control_parameters(&app, request).await?;
+    super::control::unload(&app, &path.model, parameters.keys()).await?;
     Ok(Json(Done {}))
+}
+
+/// Parameters of a load or an unload; no body has none.
+async fn control_parameters(app: &App, request: Request) -> Result<BTreeMap<String, IgnoredAny>, ApiError> {
+    let deadline = deadline::http(request.headers(), app.request_timeout)?;
+    let body = upload::whole(request, deadline).await?;
+    if body.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let read = serde_json::from_slice::<Option<ControlRequest>>(&body);
+    let read = read.map_err(|e| inference::invalid(format!("the body is not {{\"parameters\": {{…}}}}: {e}")))?;
+    Ok(read.unwrap_or_default().parameters)
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::infer::registry::Registry;
+use crate::infer::registry::{LiveModel, Registry};
 
 /// One for the process; every port asks it.
 #[derive(Debug)]
@@ -45,11 +45,24 @@ impl Readiness {
 
     /// Ready, or the reason why not.
     pub(super) fn check(&self) -> Result<(), String> {
+        let registry = self.open()?;
+        if registry.all().is_empty() {
+            return Err("no model is loaded; load one with POST /v2/repository/models/NAME/load".into());
+        }
+        registry.fault(self.hang_limit).map_or(Ok(()), Err)
+    }
+
+    /// Whether this one model is ready, whatever the others do, or the reason why not.
+    pub(super) fn check_model(&self, model: &LiveModel) -> Result<(), String> {
+        self.open()?;
+        model.fault(self.hang_limit).map_or(Ok(()), Err)
+    }
+
+    fn open(&self) -> Result<&Registry, String> {
         if self.is_draining() {
             return Err("shutting down".into());
         }
-        let Some(registry) = self.warm.get() else { return Err("models are loading".into()) };
-        registry.fault(self.hang_limit).map_or(Ok(()), Err)
+        self.warm.get().map(Arc::as_ref).ok_or_else(|| "models are loading".into())
     }
 
     /// Sets the gauges that are measured when somebody looks.

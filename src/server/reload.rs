@@ -3,15 +3,15 @@
 //! A file or a model that can't be used leaves the old one in force.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::keys::Keys;
 use super::tls::{Tls, TlsOptions};
 use super::{Control, ServeError};
-use crate::infer::registry::Registry;
+use crate::infer::registry::{Look, Registry};
 use crate::metrics::Metrics;
 
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub(super) struct Reloader {
     metrics: Arc<Metrics>,
     /// Set once the models are warm.
     registry: OnceLock<Arc<Registry>>,
+    secrets_asked: Notify,
+    models_asked: Notify,
 }
 
 impl Reloader {
@@ -35,6 +37,8 @@ impl Reloader {
             keys: keys.map(Keys::open).transpose()?.map(Arc::new),
             metrics,
             registry: OnceLock::new(),
+            secrets_asked: Notify::new(),
+            models_asked: Notify::new(),
         })
     }
 
@@ -43,12 +47,11 @@ impl Reloader {
         let _ = self.registry.set(registry);
     }
 
-    /// A request to stop, or its sender gone. Does meanwhile what else is asked.
+    /// A request to stop, or its sender gone. A request to reload on the way is passed on to [`run`](Self::run).
     pub(super) async fn until_stop(&self, control: &mut mpsc::Receiver<Control>) {
         while let Some(Control::Reload) = control.recv().await {
-            self.secrets();
-            // on its own: a stop must not wait for a model that warms up
-            drop(self.models());
+            self.secrets_asked.notify_one();
+            self.models_asked.notify_one();
         }
     }
 
@@ -60,36 +63,75 @@ impl Reloader {
         }
     }
 
-    /// Looks at the repository every so often, for ever.
-    pub(super) async fn watch(&self, every: Option<Duration>) {
-        let Some(every) = every else { return std::future::pending().await };
-        loop {
-            tokio::time::sleep(every).await;
-            if let Some(reload) = self.models() {
-                let _ = reload.await;
+    /// Reloads what is asked for, and looks at the repository every so often, for ever. One reload at a time, on a thread of
+    /// its own: however often it is asked meanwhile, that makes one more after it. Should one hang, nothing else does.
+    pub(super) async fn run(&self, every: Option<Duration>) {
+        let secrets = async {
+            loop {
+                self.secrets_asked.notified().await;
+                let (tls, keys) = (self.tls.clone(), self.keys.clone());
+                one("certificates and keys", move || secrets(tls.as_deref(), keys.as_deref())).await;
             }
-        }
-    }
-
-    fn secrets(&self) {
-        match self.tls.as_ref().map(|tls| tls.reload()) {
-            Some(Err(error)) => tracing::error!(%error, "the old certificates stay: {error}"),
-            Some(Ok(())) => tracing::info!("certificates read again"),
-            None => {}
-        }
-        match self.keys.as_ref().map(|keys| keys.reload()) {
-            Some(Err(error)) => tracing::error!(%error, "the old API keys stay: {error}"),
-            Some(Ok(keys)) => tracing::info!(keys, "API keys read again"),
-            None => {}
-        }
-    }
-
-    fn models(&self) -> Option<tokio::task::JoinHandle<()>> {
-        let (registry, metrics) = (self.registry.get()?.clone(), self.metrics.clone());
-        Some(tokio::task::spawn_blocking(move || {
-            if let Err(error) = registry.reload(&metrics) {
-                tracing::error!(%error, "the models stay as they are: {error}");
+        };
+        let models = async {
+            let said = Arc::default();
+            loop {
+                let look = tokio::select! {
+                    () = self.models_asked.notified() => Look::Asked,
+                    () = tick(every) => Look::Again,
+                };
+                let Some(registry) = self.registry.get().cloned() else { continue };
+                let (metrics, said) = (self.metrics.clone(), Arc::clone(&said));
+                one("models", move || models(&registry, &metrics, look, &said)).await;
             }
-        }))
+        };
+        tokio::join!(secrets, models);
     }
+}
+
+async fn tick(every: Option<Duration>) {
+    match every {
+        Some(every) => tokio::time::sleep(every).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Runs one reload to its end, and says so if that is long in coming.
+async fn one(what: &str, reload: impl FnOnce() + Send + 'static) {
+    const LONG: Duration = Duration::from_secs(60);
+    let started = Instant::now();
+    let mut reload = tokio::task::spawn_blocking(reload);
+    loop {
+        match tokio::time::timeout(LONG, &mut reload).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => return tracing::error!(%error, "a reload of {what} panicked; what was served stays"),
+            Err(_) => tracing::warn!(
+                duration_ms = started.elapsed().as_millis() as u64,
+                "a reload of {what} is still under way; what was served stays meanwhile"
+            ),
+        }
+    }
+}
+
+fn secrets(tls: Option<&Tls>, keys: Option<&Keys>) {
+    match tls.map(Tls::reload) {
+        Some(Err(error)) => tracing::error!(%error, "the old certificates stay: {error}"),
+        Some(Ok(())) => tracing::info!("certificates read again"),
+        None => {}
+    }
+    match keys.map(Keys::reload) {
+        Some(Err(error)) => tracing::error!(%error, "the old API keys stay: {error}"),
+        Some(Ok(keys)) => tracing::info!(keys, "API keys read again"),
+        None => {}
+    }
+}
+
+/// `said` is the last failure of the whole: the same one again is not news when nobody asked.
+fn models(registry: &Registry, metrics: &Metrics, look: Look, said: &Mutex<Option<String>>) {
+    let failure = registry.reload(metrics, look).err().map(|error| error.to_string());
+    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = failure.as_ref().filter(|&error| look == Look::Asked || said.as_ref() != Some(error)) {
+        tracing::error!(error, "the models stay as they are: {error}");
+    }
+    *said = failure;
 }

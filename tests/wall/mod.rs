@@ -3,8 +3,10 @@
 
 mod connections;
 mod floods;
+mod heart;
 mod logs;
 mod refusals;
+mod repository;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

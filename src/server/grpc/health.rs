@@ -1,4 +1,5 @@
-//! `grpc.health.v1.Health`: what readiness says, for the whole server (``), the inference service, and by model name.
+//! `grpc.health.v1.Health`: what readiness says, for the whole server (``) and the inference service;
+//! by a model's name, what is known of that model.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,15 +26,14 @@ pub(super) fn service(app: Arc<App>) -> HealthServer<Service> {
 pub(super) struct Service(Arc<App>);
 
 impl Service {
-    fn knows(&self, service: &str) -> bool {
-        service.is_empty() || service == INFERENCE || self.0.registry.find(Some(service), None).is_ok()
-    }
-
-    fn status(&self) -> ServingStatus {
-        match self.0.readiness.check() {
-            Ok(()) => ServingStatus::Serving,
-            Err(_) => ServingStatus::NotServing,
-        }
+    /// None if there is no such service, and no model of that name.
+    fn status(&self, service: &str) -> Option<ServingStatus> {
+        let Self(app) = self;
+        let checked = match service {
+            "" | INFERENCE => app.readiness.check(),
+            name => app.readiness.check_model(&*app.registry.find(Some(name), None).ok()?),
+        };
+        Some(if checked.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing })
     }
 }
 
@@ -44,10 +44,9 @@ fn response(status: ServingStatus) -> HealthCheckResponse {
 #[tonic::async_trait]
 impl Health for Service {
     async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
-        match self.knows(&request.get_ref().service) {
-            true => Ok(Response::new(response(self.status()))),
-            false => Err(Status::not_found("there is no such service, and no model of that name")),
-        }
+        let status = self.status(&request.get_ref().service);
+        let status = status.ok_or_else(|| Status::not_found("there is no such service, and no model of that name"))?;
+        Ok(Response::new(response(status)))
     }
 
     type WatchStream = ReceiverStream<Result<HealthCheckResponse, Status>>;
@@ -59,7 +58,7 @@ impl Health for Service {
             let mut last = None;
             loop {
                 let draining = watched.0.readiness.is_draining();
-                let status = if watched.knows(&service) { watched.status() } else { ServingStatus::ServiceUnknown };
+                let status = watched.status(&service).unwrap_or(ServingStatus::ServiceUnknown);
                 if last != Some(status) && sender.send(Ok(response(status))).await.is_err() {
                     break;
                 }

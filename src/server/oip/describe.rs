@@ -34,7 +34,7 @@ pub(in crate::server) fn server() -> pb::ServerMetadataResponse {
 pub(in crate::server) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let version = match version.unwrap_or_default() {
         "" => None,
-        text => Some(text.parse::<u32>().map_err(|_| {
+        text => Some(text.parse::<u64>().map_err(|_| {
             let text = text.escape_debug();
             ApiError::new(Code::ModelNotFound, format!("version `{text}` can't exist: versions are whole numbers"))
         })?),
@@ -163,22 +163,24 @@ fn totals(model: &LiveModel) -> pb::ModelStatistics {
     }
 }
 
-/// What is served. All of it is ready, or the server is not.
-pub(in crate::server) fn index(app: &App) -> pb::RepositoryIndexResponse {
+/// What is served, and which of it can answer; only that, if `ready`.
+pub(in crate::server) fn index(app: &App, ready: bool) -> pb::RepositoryIndexResponse {
     use pb::repository_index_response::ModelIndex;
-    let entry = |model: Arc<LiveModel>| ModelIndex {
-        name: model.name.clone(),
-        version: model.version.to_string(),
-        state: "READY".into(),
-        reason: String::new(),
+    let entry = |model: Arc<LiveModel>| {
+        let (state, reason) = match app.readiness.check_model(&model) {
+            Ok(()) => ("READY", String::new()),
+            Err(reason) => ("UNAVAILABLE", reason),
+        };
+        ModelIndex { name: model.name.clone(), version: model.version.to_string(), state: state.into(), reason }
     };
-    pb::RepositoryIndexResponse { models: app.registry.all().into_iter().map(entry).collect() }
+    let models = app.registry.all().into_iter().map(entry).filter(|model| !ready || model.reason.is_empty());
+    pb::RepositoryIndexResponse { models: models.collect() }
 }
 
-/// A model can answer now, or why it can't.
+/// A model can answer now, or why it can't: what is wrong with others is not its business.
 pub(in crate::server) fn ready(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let model = find(app, name, version)?;
     let code = if app.readiness.is_draining() { Code::ShuttingDown } else { Code::NotReady };
-    app.readiness.check().map_err(|reason| ApiError::new(code, format!("not ready: {reason}")))?;
+    app.readiness.check_model(&model).map_err(|reason| ApiError::new(code, format!("not ready: {reason}")))?;
     Ok(model)
 }

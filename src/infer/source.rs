@@ -1,0 +1,137 @@
+//! Where models come from: the repository, and how what it holds is opened on ONNX Runtime.
+
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+
+use super::job::{OpenBackend, SchedulerOptions};
+use super::live_model::{Engines, LiveModel, LoadError};
+use crate::engine::graph_cache::GraphCache;
+use crate::engine::{
+    self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider, own_data,
+};
+use crate::metrics::Metrics;
+use crate::model::{self, Listing, ModelDir, ModelError};
+
+/// Which models are served, and how.
+#[derive(Debug, Clone)]
+pub struct RegistryOptions {
+    /// The model repository.
+    pub repository: PathBuf,
+    /// Models to serve, each with one version or all of them; empty: everything the repository holds.
+    pub models: Vec<(String, Option<u64>)>,
+    /// How engines are opened.
+    pub engine: EngineOptions,
+    /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
+    pub graph_cache: Option<GraphCache>,
+    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them, where that
+    /// pays.
+    pub pad_channels: bool,
+    /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
+    pub elastic_threads: usize,
+    /// How images are queued and batched.
+    pub scheduler: SchedulerOptions,
+    /// Serve the rest when models don't start.
+    pub skip_broken: bool,
+}
+
+/// Where models come from; a test brings its own.
+pub trait Source: Send + Sync + std::fmt::Debug {
+    /// What there is.
+    fn list(&self) -> Result<Listing, ModelError>;
+
+    /// A version's manifest.
+    fn read(&self, name: &str, version: u64) -> Result<ModelDir, ModelError>;
+
+    /// Changes whenever a version's files do.
+    fn fingerprint(&self, name: &str, version: u64) -> String;
+
+    /// Opens and warms a version. Blocks for seconds.
+    fn open(&self, dir: &ModelDir, metrics: &Metrics) -> Result<LiveModel, LoadError>;
+}
+
+impl Source for RegistryOptions {
+    fn list(&self) -> Result<Listing, ModelError> {
+        model::list(&self.repository)
+    }
+
+    fn read(&self, name: &str, version: u64) -> Result<ModelDir, ModelError> {
+        ModelDir::open_version(&self.repository, name, version)
+    }
+
+    fn fingerprint(&self, name: &str, version: u64) -> String {
+        model::fingerprint(&self.repository, name, version)
+    }
+
+    /// The graph's digest is checked, every worker opens its session and warms it.
+    fn open(&self, dir: &ModelDir, metrics: &Metrics) -> Result<LiveModel, LoadError> {
+        let options = self;
+        let onnx = dir.read_onnx()?;
+        own_data::check(&onnx).map_err(|reason| LoadError::Graph {
+            name: dir.name.clone(),
+            version: dir.version,
+            reason,
+        })?;
+        // clients may read it: no path of this machine
+        let what = format!("{}/{}/{}", dir.name, dir.version, model::MODEL_FILE);
+        let engine = engine_of(dir, options);
+        if engine.provider != Provider::Cpu {
+            let p = &dir.manifest.preprocessing;
+            let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
+            let placement = engine::place(&onnx, &what, &engine, &batch).map_err(refused(dir))?;
+            metrics.placed(&dir.name, dir.version, &placement);
+            if !engine.gpu.allow_fallback {
+                engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
+            }
+        }
+        // `read_onnx` has checked the digest
+        let mut identity = dir.manifest.onnx_sha256.clone();
+        let pads = options.pad_channels && engine.provider == Provider::Cpu;
+        if let Some(block) = engine::channel_block().filter(|_| pads) {
+            // by what made it so: another release may lay graphs out in another way
+            identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
+        }
+        // once for all engines, and not at all where the cache has it
+        let graph = Arc::new(LazyLock::new(move || match pads {
+            true => Fitted::for_this_cpu(onnx),
+            false => Fitted::as_it_is(onnx),
+        }));
+        let opener = |engine: EngineOptions| -> OpenBackend {
+            let (graph, what) = (graph.clone(), what.clone());
+            let (cache, identity) = (options.graph_cache.clone(), identity.clone());
+            Box::new(move || {
+                let backend = match &cache {
+                    None => OrtBackend::open_fitted(&graph, &what, &engine)?,
+                    Some(cache) => OrtBackend::open_cached(&|| &graph, &identity, &what, &engine, cache)?,
+                };
+                Ok(Box::new(backend) as Box<dyn Backend>)
+            })
+        };
+        let engines = Engines {
+            open: opener(engine.clone()),
+            // it alone spins: several pools that do so disturb each other
+            open_wide: (options.elastic_threads > engine.intra_threads).then(|| {
+                opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine.clone() })
+            }),
+            provider: engine.provider.name(),
+        };
+        LiveModel::start(dir, engines, &options.scheduler, metrics)
+    }
+}
+
+/// A model's engine: what TensorRT keeps is kept by the graph's digest, and built for the batches that can occur.
+fn engine_of(dir: &ModelDir, options: &RegistryOptions) -> EngineOptions {
+    let mut engine = options.engine.clone();
+    let (p, scheduler) = (&dir.manifest.preprocessing, &options.scheduler);
+    let profile = |least, most| Profile { least, most, height: p.height as usize, width: p.width as usize };
+    engine.gpu.profiles = match scheduler.buckets.as_slice() {
+        [] => vec![profile(1, scheduler.max_batch)],
+        buckets => buckets.iter().map(|&bucket| profile(bucket, bucket)).collect(),
+    };
+    engine.gpu.tensorrt_cache = engine.gpu.tensorrt_cache.map(|folder| folder.join(&dir.manifest.onnx_sha256));
+    engine
+}
+
+fn refused(dir: &ModelDir) -> impl Fn(EngineError) -> LoadError {
+    let (name, version) = (dir.name.clone(), dir.version);
+    move |error| LoadError::Start { name: name.clone(), version, source: error.into() }
+}
