@@ -121,6 +121,8 @@ pub enum Protocol {
     OipHttp,
     /// The gRPC port.
     Grpc,
+    /// A message of a stream of the gRPC port; the stream itself counts as one of `grpc`.
+    GrpcStream,
     /// Health calls of the HTTP and gRPC ports, apart so that probes don't colour latency.
     Health,
     /// Any other path of the HTTP port.
@@ -129,7 +131,7 @@ pub enum Protocol {
 
 impl Protocol {
     /// Every protocol, in declaration order.
-    pub const ALL: [Self; 5] = [Self::Rest, Self::OipHttp, Self::Grpc, Self::Health, Self::Other];
+    pub const ALL: [Self; 6] = [Self::Rest, Self::OipHttp, Self::Grpc, Self::GrpcStream, Self::Health, Self::Other];
 
     /// Label value.
     pub fn name(self) -> &'static str {
@@ -137,6 +139,7 @@ impl Protocol {
             Self::Rest => "rest",
             Self::OipHttp => "oip_http",
             Self::Grpc => "grpc",
+            Self::GrpcStream => "grpc_stream",
             Self::Health => "health",
             Self::Other => "other",
         }

@@ -8,7 +8,7 @@ use base64::Engine as _;
 use half::f16;
 use nfold::infer::registry::{LiveModel, Registry};
 use nfold::metrics::{Outcome, Protocol};
-use nfold::server::{Options, oip::framing};
+use nfold::server::{Limits, Options, oip::framing};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -518,13 +518,16 @@ fn damage(address: SocketAddr, good: &[u8], count: u64) {
     }
 }
 
+/// Room for any number of values, in the tests below.
+const LIMITS: Limits = Limits { images: 8, values: 1000 };
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     /// Whatever comes, parsing ends with a request or with an error that a client may read.
     #[test]
     fn any_body_is_a_request_or_an_error(length in proptest::option::of(0_usize..400), body in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let error = framing::parse(length, &body.into()).err();
+        let error = framing::parse(length, &body.into(), &LIMITS, &mut |_| Ok(())).err();
         prop_assert!(error.is_none_or(|e| e.code == Outcome::InvalidRequest && !e.message.is_empty()));
     }
 
@@ -536,11 +539,11 @@ proptest! {
         let by_bytes = json!({ "inputs": [{ "name": "input", "datatype": "FP32", "shape": [values.len()],
                                             "parameters": { "binary_data_size": bytes.len() } }] });
         let (length, body) = framed(&by_bytes, &bytes);
-        let parsed = framing::parse(length.parse().ok(), &body.into()).unwrap();
+        let parsed = framing::parse(length.parse().ok(), &body.into(), &LIMITS, &mut |_| Ok(())).unwrap();
         prop_assert_eq!(&parsed.inputs[0].contents, &Contents::Raw(Datatype::Fp32, bytes.into()));
         let by_text = json!({ "inputs": [input("FP32", &[values.len()], json!(values))] });
-        let parsed = framing::parse(None, &by_text.to_string().into_bytes().into()).unwrap();
-        prop_assert_eq!(&parsed.inputs[0].contents, &Contents::Fp32(values));
+        let parsed = framing::parse(None, &by_text.to_string().into_bytes().into(), &LIMITS, &mut |_| Ok(())).unwrap();
+        prop_assert_eq!(&parsed.inputs[0].contents, &Contents::Fp32(le(&values).into()));
     }
 }
 

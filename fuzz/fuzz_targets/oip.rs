@@ -6,22 +6,31 @@
 
 use libfuzzer_sys::fuzz_target;
 use nfold::metrics::Outcome;
+use nfold::server::Limits;
 use nfold::server::oip::framing::parse;
 use nfold::server::oip::inference::Contents;
 
 fuzz_target!(|input: (Option<u16>, &[u8])| {
     let (length, body) = (input.0.map(usize::from), input.1.to_vec());
     let size = body.len();
-    match parse(length, &body.into()) {
-        Err(error) => assert!(error.code == Outcome::InvalidRequest && !error.message.is_empty()),
+    let limits = Limits { images: 8, values: 12 };
+    let mut asked = 0;
+    let mut room = |more| {
+        asked += more;
+        Ok(())
+    };
+    let parsed = parse(length, &body.into(), &limits, &mut room);
+    match parsed {
+        Err(error) => {
+            assert!(error.code == Outcome::InvalidRequest && !error.message.is_empty() && error.message.len() < 5000)
+        }
         Ok(inference) => {
             for tensor in inference.inputs {
                 let held = match tensor.contents {
-                    Contents::Fp32(values) => values.len(),
-                    Contents::Raw(_, bytes) | Contents::Bare(bytes) => bytes.len(),
+                    Contents::Fp32(bytes) | Contents::Raw(_, bytes) | Contents::Bare(bytes) => bytes.len(),
                     Contents::Elements(elements) => elements.iter().map(|e| e.len()).sum(),
                 };
-                assert!(held <= size, "{held} values from {size} bytes");
+                assert!(held <= size + asked, "{held} bytes from {size} and room for {asked}");
             }
         }
     }

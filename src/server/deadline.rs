@@ -23,13 +23,22 @@ pub(super) fn http(headers: &HeaderMap, longest: Duration) -> Result<Instant, Ap
 
 /// From now, by `grpc-timeout` (up to 8 digits and one of `H`, `M`, `S`, `m`, `u`, `n`), at most `longest`.
 pub(super) fn grpc(headers: &HeaderMap, longest: Duration) -> Result<Instant, ApiError> {
+    Ok(Instant::now() + asked(headers)?.map_or(longest, |asked| asked.min(longest)))
+}
+
+/// The end of a whole stream, from now, if the client gives it one.
+pub(super) fn of_stream(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
+    // one beyond the clock's range is none
+    Ok(asked(headers)?.and_then(|asked| Instant::now().checked_add(asked)))
+}
+
+fn asked(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
     let asked = headers.get(GRPC_TIMEOUT).map(|value| {
         value.to_str().ok().and_then(grpc_timeout).ok_or_else(|| {
             ApiError::new(Code::InvalidRequest, "`grpc-timeout` is not up to 8 digits and one of H, M, S, m, u, n")
         })
     });
-    let timeout = asked.transpose()?.map_or(longest, |asked| asked.min(longest));
-    Ok(Instant::now() + timeout)
+    asked.transpose()
 }
 
 fn grpc_timeout(text: &str) -> Option<Duration> {

@@ -1,56 +1,68 @@
 //! The gRPC port: `inference.GRPCInferenceService`, `grpc.health.v1.Health` and reflection.
 //!
-//! Turns messages into what `oip::inference` takes and back (`messages`); the request path and what is told about models
-//! are those of HTTP. Streams end when the server stops, so that they don't hold up its end.
+//! The calls that run a model read the wire themselves (`inference`); the others are the generated services, with messages of
+//! some kilobytes at most. The request path and what is told about models are those of HTTP.
 
+mod frames;
 mod health;
+mod inference;
 mod messages;
+mod wire;
 
 use std::any::Any;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
 
 use axum::Router;
-use axum::http::Request as HttpRequest;
-use axum::response::Response as HttpResponse;
-use tokio::sync::mpsc;
+use axum::body::Body;
+use axum::extract::{Request as HttpRequest, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response as HttpResponse};
+use axum::routing::post;
+use bytes::Bytes;
+use http_body::Frame;
+use http_body_util::BodyExt as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::codec::CompressionEncoding;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code as StatusCode, Request, Response, Status, Streaming};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::frames::{Messages, reframed};
 use super::access::{self, REQUEST_ID};
+use super::bodies::Bodies;
 use super::http::App;
-use super::oip::{describe, inference};
-use super::status::{ApiError, Code};
-use super::{body_budget, control, deadline, head, keys};
+use super::oip::describe;
+use super::status::{ApiError, Code, Failure, cut};
+use super::{control, head, keys};
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
-/// Every service and the layers from the outside in: accounting, panics, keys, size of the head, memory for
-/// bodies.
+/// Most bytes of a message that carries no tensor.
+const SMALL: usize = 64 * 1024;
+
+/// Every service and the layers from the outside in: accounting, panics, keys, size of the head, content type.
 pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
-    let service = GrpcInferenceServiceServer::new(Service(app.clone()))
-        // taken compressed, within the same limit; answers are short, and numbers hardly shrink
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Deflate)
-        .max_decoding_message_size(app.body_limit)
-        .max_encoding_message_size(usize::MAX);
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(pb::DESCRIPTOR)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let failed = |e: tonic_reflection::server::Error| format!("reflection: {e}");
-    let services = tonic::service::Routes::new(service)
+    let services = tonic::service::Routes::new(GrpcInferenceServiceServer::new(Service(app.clone())))
         .add_service(health::service(app.clone()))
         .add_service(reflection().build_v1().map_err(failed)?)
         // what grpcurl and Python's client ask first
         .add_service(reflection().build_v1alpha().map_err(failed)?);
+    let path = |method| format!("/inference.GRPCInferenceService/{method}");
+    let models = Router::new()
+        .route(&path("ModelInfer"), post(inference::infer))
+        .route(&path("ModelStreamInfer"), post(inference::stream))
+        .with_state(app.clone());
     let mut routes = services
         .prepare()
         .into_axum_router()
-        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), small_messages))
+        .merge(models)
+        .layer(axum::middleware::from_fn(grpc_only))
         .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
         routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
@@ -65,26 +77,89 @@ pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
     access::is_grpc(request) && STREAMS.iter().any(|method| request.uri().path().ends_with(method))
 }
 
+/// Refuses what is not gRPC, as its specification wants: with the status of HTTP.
+async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
+    // with none, it is no call of ours, and told so by the services
+    let Some(kind) = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes) else {
+        return next.run(request).await;
+    };
+    let name = kind.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
+    if [&b"application/grpc"[..], b"application/grpc+proto"].iter().any(|known| name.eq_ignore_ascii_case(known)) {
+        return next.run(request).await;
+    }
+    let shown = String::from_utf8_lossy(kind);
+    let text =
+        format!("content type `{}` is not taken on the gRPC port; send application/grpc", cut(&shown).escape_debug());
+    ApiError::new(Code::UnsupportedMediaType, text).into_response()
+}
+
+/// Hands messages without tensors to the generated services: limited, inflated and with their deadlines.
+async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next: Next) -> HttpResponse {
+    let bodies = Bodies { limit: SMALL.min(app.bodies.limit), ..app.bodies.clone() };
+    let first = std::time::Instant::now() + app.request_timeout;
+    let refusal = Arc::new(OnceLock::new());
+    let refused_with = refusal.clone();
+    let plain = Messages::replace(bodies, app.request_timeout, request, |messages| {
+        // a call begins with a message; those of a stream come when they come
+        let messages = futures_util::stream::try_unfold((messages, Some(first)), move |(mut messages, until)| {
+            let refusal = refused_with.clone();
+            async move {
+                let message = async {
+                    let more = messages.arrives(until).await?;
+                    Ok(if more { Some(messages.read(until).await?) } else { None })
+                };
+                let message: Result<_, ApiError> = message.await;
+                let message = message.map_err(|error| refusal.get_or_init(|| error.into_status()).clone())?;
+                Ok::<_, Status>(message.map(|message| (reframed(&message.bytes), (messages, None))))
+            }
+        });
+        Body::from_stream(messages)
+    });
+    let request = match plain {
+        Ok(request) => request,
+        Err(error) => return refused(error),
+    };
+    // the service of reflection ends its stream well, whatever ended its messages
+    let true_end = move |frame: Frame<Bytes>| match (frame.is_trailers(), refusal.get()) {
+        (true, Some(status)) => {
+            let mut trailers = HeaderMap::new();
+            // sanitised text: it is always a header's value
+            let _ = status.add_header(&mut trailers);
+            Frame::trailers(trailers)
+        }
+        _ => frame,
+    };
+    next.run(request).await.map(|body| Body::new(body.map_frame(true_end)))
+}
+
+/// An error of a call that has answered nothing.
+fn refused(error: ApiError) -> HttpResponse {
+    let failure = Failure { code: error.code, detail: error.detail.clone() };
+    let is_unsupported = error.code == Code::UnsupportedMediaType && error.message.contains("grpc-encoding");
+    let status = error.into_status();
+    let mut response: HttpResponse = status.clone().into_http();
+    if is_unsupported {
+        // what gRPC has for it
+        let metadata = status.metadata().clone();
+        response = Status::with_metadata(StatusCode::Unimplemented, status.message(), metadata).into_http();
+        const ACCEPT: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+        response.headers_mut().insert(ACCEPT, HeaderValue::from_static("identity,gzip,deflate"));
+    }
+    response.extensions_mut().insert(failure);
+    response
+}
+
 fn panicked(panic: Box<dyn Any + Send>) -> HttpResponse {
+    refused(panicked_with(&*panic))
+}
+
+fn panicked_with(panic: &(dyn Any + Send)) -> ApiError {
     let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    tracing::error!(detail = text, "a gRPC handler panicked");
-    ApiError::internal(text).into_status().into_http()
+    ApiError::internal(format!("a gRPC handler panicked: {text}"))
 }
 
 struct Service(Arc<App>);
-
-impl Service {
-    /// One inference; what the access log wants to know goes with the answer.
-    async fn infer(&self, request: pb::ModelInferRequest, until: Instant) -> Result<messages::Reply, ApiError> {
-        let arrived = Instant::now();
-        let model = describe::find(&self.0, &request.model_name, Some(&request.model_version))?;
-        let typed = messages::is_typed(&request);
-        let inference = messages::parse(request)?;
-        let answered = inference::run(model, inference, arrived, until).await?;
-        Ok(messages::reply(answered, typed))
-    }
-}
 
 /// An error as a status; what only the log may know goes there.
 fn refuse<T>(request: &Request<T>) -> impl Fn(ApiError) -> Status + use<T> {
@@ -131,59 +206,19 @@ impl GrpcInferenceService for Service {
         Ok(Response::new(describe::model(&self.0, &model)))
     }
 
-    async fn model_infer(&self, request: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
-        let refuse = refuse(&request);
-        let headers = request.metadata().clone().into_headers();
-        let until = deadline::grpc(&headers, self.0.request_timeout).map_err(&refuse)?;
-        let messages::Reply { message, served } = self.infer(request.into_inner(), until).await.map_err(&refuse)?;
-        let mut response = Response::new(message);
-        if let Ok(timing) = served.server_timing().parse() {
-            response.metadata_mut().insert("server-timing", timing);
-        }
-        response.extensions_mut().insert(served);
-        Ok(response)
+    /// Routed to [`inference::infer`].
+    async fn model_infer(&self, _: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
+        Err(ApiError::internal("ModelInfer came to the generated service").into_status())
     }
 
     type ModelStreamInferStream = ReceiverStream<Result<pb::ModelStreamInferResponse, Status>>;
 
+    /// Routed to [`inference::stream`].
     async fn model_stream_infer(
         &self,
-        request: Request<Streaming<pb::ModelInferRequest>>,
+        _: Request<Streaming<pb::ModelInferRequest>>,
     ) -> Answer<Self::ModelStreamInferStream> {
-        let refuse = refuse(&request);
-        let (mut requests, service) = (request.into_inner(), Self(self.0.clone()));
-        // one answer waits at most: a client that does not read is not computed for
-        let (answers, stream) = mpsc::channel(1);
-        tokio::spawn(async move {
-            loop {
-                let next = tokio::select! {
-                    biased;
-                    () = answers.closed() => break,
-                    next = requests.message() => next,
-                    () = service.0.readiness.drained() => break,
-                };
-                let Ok(Some(request)) = next else { break };
-                let until = Instant::now() + service.0.request_timeout;
-                let answer = tokio::select! {
-                    () = answers.closed() => break,
-                    answer = service.infer(request, until) => answer,
-                };
-                let answer = match answer {
-                    Ok(reply) => pb::ModelStreamInferResponse {
-                        error_message: String::new(),
-                        infer_response: Some(reply.message),
-                    },
-                    Err(error) => pb::ModelStreamInferResponse {
-                        error_message: refuse(error).message().to_string(),
-                        infer_response: None,
-                    },
-                };
-                if answers.send(Ok(answer)).await.is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Err(ApiError::internal("ModelStreamInfer came to the generated service").into_status())
     }
 
     async fn model_config(&self, request: Request<pb::ModelConfigRequest>) -> Answer<pb::ModelConfigResponse> {

@@ -7,8 +7,9 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{DefaultBodyLimit, Query, Request, State};
+use axum::extract::{Query, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -18,22 +19,25 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::predicate::SizeAbove;
 use tower_http::compression::{CompressionLayer, CompressionLevel};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
-use tower_http::decompression::RequestDecompressionLayer;
 use utoipa::{IntoParams, OpenApi as _, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::access::{self, Served};
-use super::body_budget::{self, BodyBudget};
+use super::bodies::Bodies;
+use super::bodies::budget::ChargedBody;
+use super::bodies::coding::Coding;
+use super::bodies::threads::INLINE;
+use super::bodies::upload::{self, Upload};
 use super::control::ModelControl;
 use super::keys::{self, Keys};
 use super::page;
 use super::readiness::Readiness;
 use super::status::{ApiError, Code, ErrorBody};
 use super::traces::Traces;
-use super::{deadline, head, oip, openapi, upload};
+use super::{deadline, head, oip, openapi};
 use crate::infer::error::InferError;
-use crate::infer::registry::Registry;
+use crate::infer::registry::{LiveModel, Registry};
 use crate::infer::top_k::Prediction;
 use crate::metrics::Metrics;
 
@@ -53,10 +57,10 @@ pub(super) struct App {
     pub(super) metrics: Arc<Metrics>,
     /// Longest a request may take; a client can ask for less.
     pub(super) request_timeout: Duration,
-    /// Most bytes of a body, decompressed.
-    pub(super) body_limit: usize,
-    /// Memory for all bodies.
-    pub(super) body_budget: BodyBudget,
+    /// Longest an answer may wait without its client taking any of it.
+    pub(super) write_timeout: Duration,
+    /// What bodies are held to.
+    pub(super) bodies: Bodies,
     /// Who may ask; none: everybody.
     pub(super) keys: Option<Arc<Keys>>,
     /// Origins whose pages may ask; `*`: all.
@@ -68,7 +72,7 @@ pub(super) struct App {
 }
 
 /// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
-/// compression, memory for bodies, body limit.
+/// content coding, compression of answers. Bodies are read by handlers, through `bodies`.
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .routes(routes!(classify))
@@ -82,10 +86,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(async || {
             ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")
         })
-        .layer(DefaultBodyLimit::max(app.body_limit))
-        .layer(axum::middleware::from_fn_with_state(app.body_budget.clone(), body_budget::hold))
         .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
-        .layer(RequestDecompressionLayer::new())
         .layer(axum::middleware::from_fn(known_encoding))
         .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
@@ -120,19 +121,15 @@ fn cors(origins: &[String]) -> CorsLayer {
 }
 
 /// Refuses bodies that nobody here can decompress.
-async fn known_encoding(mut request: Request, next: Next) -> Response {
-    if request.headers().get(header::CONTENT_ENCODING).is_some_and(HeaderValue::is_empty) {
-        // says nothing, and the layer that decompresses would refuse it without a body
-        request.headers_mut().remove(header::CONTENT_ENCODING);
+async fn known_encoding(request: Request, next: Next) -> Response {
+    match Coding::of_body(request.headers()) {
+        Ok(_) => next.run(request).await,
+        Err(error) => {
+            let mut response = error.into_response();
+            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate"));
+            response
+        }
     }
-    let encoding = request.headers().get(header::CONTENT_ENCODING);
-    if encoding.is_none_or(|e| [&b"gzip"[..], b"deflate", b"identity"].contains(&e.as_bytes())) {
-        return next.run(request).await;
-    }
-    let text = "the body's content-encoding is not taken; send it plain, as gzip or as deflate";
-    let mut response = ApiError::new(Code::UnsupportedMediaType, text).into_response();
-    response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate"));
-    response
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
@@ -143,6 +140,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
 
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
 struct ClassifyQuery {
     /// Name in the repository; may be left out when only one model is served.
     model: Option<String>,
@@ -203,15 +201,23 @@ async fn classify(
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     // before the body: a wrong name should not cost an upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
-    let upload = upload::read(request, deadline).await?;
-    let k = upload.top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
+    let limit = model.scheduler().queue_limit();
+    // what it takes is held until it is answered
+    let Upload { images: uploaded, top_k, charge: _charge } =
+        upload::read(&app.bodies, request, limit, deadline).await?;
+    let k = top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
     if k == 0 {
         return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));
     }
-    let images = upload.images.len();
+    let images = uploaded.len();
+    let size = answer_size(&model, images, k);
+    let mut charge = app.bodies.budget.charge();
+    if size > INLINE {
+        charge.answer(size)?;
+    }
     let broken: Vec<Option<InferError>> =
-        upload.images.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
-    let whole = upload.images.into_iter().flatten().collect();
+        uploaded.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
+    let whole = uploaded.into_iter().flatten().collect();
     let mut answers = model.classify(whole, k, deadline).await?.into_iter();
     let mut served = Served::new(&model, images);
     let mut results = Vec::with_capacity(images);
@@ -234,12 +240,24 @@ async fn classify(
             }
         });
     }
-    let mut response = Json(ClassifyAnswer { model: &model.name, version: model.version, results }).into_response();
+    let written = app.bodies.threads.run(size, deadline, move || {
+        let answer = ClassifyAnswer { model: &model.name, version: model.version, results };
+        serde_json::to_vec(&answer).map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
+    });
+    let body = Body::new(ChargedBody::new(written.await?.into(), charge));
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
     if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
         response.headers_mut().insert(SERVER_TIMING, value);
     }
     response.extensions_mut().insert(served);
     Ok(response)
+}
+
+/// Bytes of an answer, at most, about: a prediction has its label and some 80 more.
+fn answer_size(model: &LiveModel, images: usize, k: usize) -> usize {
+    let k = k.min(model.manifest.classes as usize);
+    let label = model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
+    images * k * (label + 80)
 }
 
 /// Both body styles that clients look for.

@@ -7,7 +7,7 @@
 mod accept;
 mod access;
 mod admin;
-mod body_budget;
+mod bodies;
 mod control;
 mod deadline;
 mod descriptors;
@@ -24,7 +24,6 @@ pub mod status;
 mod tls;
 #[cfg_attr(not(feature = "otel"), path = "no_traces.rs")]
 mod traces;
-mod upload;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -35,7 +34,8 @@ use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
-use self::body_budget::BodyBudget;
+use self::bodies::Bodies;
+pub use self::bodies::Limits;
 use self::control::ModelControl;
 use self::http::App;
 pub use self::keys::KeysError;
@@ -280,8 +280,8 @@ impl Server {
             readiness: readiness.clone(),
             metrics: metrics.clone(),
             request_timeout: options.request_timeout,
-            body_limit: options.body_limit,
-            body_budget: BodyBudget::new(options.body_memory, options.body_limit, &metrics),
+            write_timeout: options.write_timeout,
+            bodies: Bodies::new(options.body_limit, options.body_memory, &metrics),
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),
@@ -324,6 +324,7 @@ impl Server {
             if outcome.is_ok() {
                 tokio::time::sleep(options.drain_hold).await;
             }
+            readiness.close();
             drop((stop_http, stop_grpc));
             let (http, grpc) = tokio::join!(http, grpc);
             let open =

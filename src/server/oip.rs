@@ -14,25 +14,21 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
 use axum::response::Response;
 use axum::routing::{get, post};
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::bodies::intake::{Held, whole};
+use super::bodies::json;
 use super::deadline;
 use super::http::App;
 use super::status::{ApiError, Code, ErrorBody};
-use super::upload;
 use crate::pb::open_inference as pb;
-
-/// JSON above this many bytes is parsed on a blocking thread: a tensor as text takes milliseconds.
-const PARSE_INLINE: usize = 64 * 1024;
 
 /// Every route under `/v2` but health. What names a version is documented; the same without one means the highest.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
@@ -90,7 +86,8 @@ struct ModelReady {
 }
 
 /// Which models to list.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
 struct IndexRequest {
     /// Only those that are ready.
     ready: Option<bool>,
@@ -164,7 +161,7 @@ async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelSta
         ("inference-header-content-length" = Option<u64>, Header, description = "Bytes of the body that are JSON"),
         ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
     request_body(content(
-        (framing::InferRequest<'_> = "application/json"), (Vec<u8> = "application/octet-stream"))),
+        (framing::InferRequest = "application/json"), (Vec<u8> = "application/octet-stream"))),
     responses(
     (status = 200, content(
         (framing::InferResponse<'_> = "application/json"), (Vec<u8> = "application/octet-stream"))),
@@ -175,17 +172,15 @@ async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -
     // before the body: a wrong name should not cost an upload
     let model = describe::find(&app, &path.model, path.version.as_deref())?;
     let length = framing::json_length(request.headers())?;
-    let body = upload::whole(request, deadline).await?;
-    let inference = parse(length, body).await?;
-    framing::respond(inference::run(model, inference, arrived, deadline).await?)
-}
-
-async fn parse(length: Option<usize>, body: Bytes) -> Result<inference::Inference, ApiError> {
-    if length.unwrap_or(body.len()) <= PARSE_INLINE {
-        return framing::parse(length, &body);
-    }
-    let parsed = tokio::task::spawn_blocking(move || framing::parse(length, &body)).await;
-    parsed.unwrap_or_else(|e| Err(ApiError::internal(format!("parsing an inference request panicked: {e}"))))
+    let Held { bytes, mut charge } = whole(&app.bodies, request, deadline).await?;
+    let limits = inference::limits(&model);
+    let parsed = app.bodies.threads.run(length.unwrap_or(bytes.len()), deadline, move || {
+        let inference = framing::parse(length, &bytes, &limits, &mut |more| charge.grow(more))?;
+        Ok((inference, charge))
+    });
+    let (inference, _charge) = parsed.await?;
+    let answered = inference::run(&app.bodies, model, inference, arrived, deadline).await?;
+    app.bodies.threads.run(answered.size, deadline, move || framing::respond(answered)).await
 }
 
 /// What the repository serves.
@@ -197,23 +192,41 @@ async fn index(
     request: Request,
 ) -> Result<Json<Vec<pb::repository_index_response::ModelIndex>>, ApiError> {
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    let body = upload::whole(request, deadline).await?;
-    let mut asked = IndexRequest::default();
-    if !body.is_empty() {
-        let read = serde_json::from_slice::<Option<IndexRequest>>(&body);
-        let read = read.map_err(|e| inference::invalid(format!("the body is not {{\"ready\": true}}: {e}")))?;
-        asked = read.unwrap_or_default();
-    }
-    Ok(Json(describe::index(&app, asked.ready == Some(true)).models))
+    let asked = small(&app, request, deadline, |body| {
+        let other = |e| inference::invalid(format!("the body is not {{\"ready\": true}}: {e}"));
+        let mut ready = None;
+        for (name, value) in json::document(body).map_err(other)? {
+            if name == "ready" {
+                ready = json::short::<bool>("ready", value).map_err(other)?;
+            }
+        }
+        Ok(ready)
+    });
+    Ok(Json(describe::index(&app, asked.await?.flatten() == Some(true)).models))
+}
+
+/// What `read` makes of a body that may be left out, or be `null`.
+async fn small<T: Send + 'static>(
+    app: &App,
+    request: Request,
+    deadline: Instant,
+    read: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
+) -> Result<Option<T>, ApiError> {
+    let Held { bytes, charge } = whole(&app.bodies, request, deadline).await?;
+    let parsed = app.bodies.threads.run(bytes.len(), deadline, move || {
+        let _until_read = charge;
+        let body = bytes.trim_ascii();
+        if body.is_empty() || body == b"null" { Ok(None) } else { read(body).map(Some) }
+    });
+    parsed.await
 }
 
 /// What a load or an unload is told; a load takes no parameters.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
 struct ControlRequest {
-    #[serde(default)]
     #[schema(value_type = Object)]
-    parameters: BTreeMap<String, IgnoredAny>,
+    parameters: BTreeMap<String, serde_json::Value>,
 }
 
 /// The answer of a call that has nothing to tell.
@@ -227,7 +240,7 @@ struct Done {}
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
 async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
     let parameters = control_parameters(&app, request).await?;
-    super::control::load(&app, &path.model, parameters.keys()).await?;
+    super::control::load(&app, &path.model, &parameters).await?;
     Ok(Json(Done {}))
 }
 
@@ -238,18 +251,25 @@ async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) ->
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
 async fn unload(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
     let parameters = control_parameters(&app, request).await?;
-    super::control::unload(&app, &path.model, parameters.keys()).await?;
+    super::control::unload(&app, &path.model, &parameters).await?;
     Ok(Json(Done {}))
 }
 
-/// Parameters of a load or an unload; no body has none.
-async fn control_parameters(app: &App, request: Request) -> Result<BTreeMap<String, IgnoredAny>, ApiError> {
+/// Names of the parameters of a load or an unload; no body has none.
+async fn control_parameters(app: &App, request: Request) -> Result<Vec<String>, ApiError> {
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    let body = upload::whole(request, deadline).await?;
-    if body.is_empty() {
-        return Ok(BTreeMap::new());
-    }
-    let read = serde_json::from_slice::<Option<ControlRequest>>(&body);
-    let read = read.map_err(|e| inference::invalid(format!("the body is not {{\"parameters\": {{…}}}}: {e}")))?;
-    Ok(read.unwrap_or_default().parameters)
+    let named = small(app, request, deadline, |body| {
+        let other = |e| inference::invalid(format!("the body is not {{\"parameters\": {{…}}}}: {e}"));
+        let mut names = Vec::new();
+        for (name, value) in json::document(body).map_err(other)? {
+            if name != "parameters" {
+                let unknown = format!("unknown field `{}`", name.escape_debug());
+                return Err(other(serde::de::Error::custom(unknown)));
+            }
+            let members = json::object(value.get().as_bytes()).map_err(other)?;
+            names.extend(members.into_iter().map(|(name, _)| name));
+        }
+        Ok(names)
+    });
+    Ok(named.await?.unwrap_or_default())
 }

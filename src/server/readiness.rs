@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use crate::infer::registry::{LiveModel, Registry};
 
 /// One for the process; every port asks it.
@@ -12,13 +14,15 @@ pub(super) struct Readiness {
     /// Set once, when every model is warm and every port listens. Nothing unsets it.
     warm: OnceLock<Arc<Registry>>,
     draining: AtomicBool,
+    /// Set once the hold is over.
+    closing: watch::Sender<bool>,
     hang_limit: Duration,
 }
 
 impl Readiness {
     /// Not ready. An engine run longer than `hang_limit` counts as hung.
     pub(super) fn new(hang_limit: Duration) -> Self {
-        Self { warm: OnceLock::new(), draining: AtomicBool::new(false), hang_limit }
+        Self { warm: OnceLock::new(), draining: AtomicBool::new(false), closing: watch::Sender::new(false), hang_limit }
     }
 
     /// Every model is warm and every port listens.
@@ -36,11 +40,20 @@ impl Readiness {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns once the server is stopping.
-    pub(super) async fn drained(&self) {
-        while !self.is_draining() {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+    /// The hold is over: what has come is answered, and nothing new is taken.
+    pub(super) fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// True once the hold is over.
+    pub(super) fn is_closing(&self) -> bool {
+        *self.closing.borrow()
+    }
+
+    /// Returns once the hold is over.
+    pub(super) async fn closed(&self) {
+        // an error would mean that the sender, which is here, is gone
+        let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
     }
 
     /// Ready, or the reason why not.

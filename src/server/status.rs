@@ -2,6 +2,7 @@
 //!
 //! Text of a fault on our side is fixed; its detail goes to the log, once, with the request's id.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -21,7 +22,8 @@ impl Code {
         match self {
             Self::Ok => (StatusCode::OK, 0),
             Self::InvalidRequest | Self::InvalidImage => (StatusCode::BAD_REQUEST, 3),
-            Self::ImageTooLarge | Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 3),
+            Self::ImageTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 3),
+            Self::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, 11),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, 3),
             Self::ModelNotFound | Self::NotFound => (StatusCode::NOT_FOUND, 5),
             Self::Unauthenticated => (StatusCode::UNAUTHORIZED, 16),
@@ -61,10 +63,32 @@ pub struct ApiError {
     pub detail: Option<String>,
 }
 
+/// Most characters of anything that a client sent and an answer repeats.
+const ECHO: usize = 200;
+
+/// Most characters of an error's text.
+const MESSAGE: usize = 1000;
+
+/// What an answer repeats of a client's text: its beginning, where it is long.
+pub(super) fn cut(text: &str) -> Cow<'_, str> {
+    shortened(text, ECHO)
+}
+
+fn shortened(text: &str, most: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(most) {
+        None => Cow::Borrowed(text),
+        Some((end, _)) => Cow::Owned(format!("{}…", &text[..end])),
+    }
+}
+
 impl ApiError {
     /// An error whose text the client may see.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after: None, detail: None }
+        let mut message = message.into();
+        if let Cow::Owned(short) = shortened(&message, MESSAGE) {
+            message = short;
+        }
+        Self { code, message, retry_after: None, detail: None }
     }
 
     /// A fault on our side: `detail` is for the log, the client gets a fixed text.
@@ -84,7 +108,7 @@ impl From<InferError> for ApiError {
             InferError::ShuttingDown | InferError::NotReady => Some(Duration::from_secs(1)),
             _ => None,
         };
-        Self { code: error.outcome(), message: error.to_string(), retry_after, detail: None }
+        Self { retry_after, ..Self::new(error.outcome(), error.to_string()) }
     }
 }
 
@@ -170,7 +194,7 @@ mod tests {
                 ("invalid_request", 400, 3),
                 ("invalid_image", 400, 3),
                 ("image_too_large", 413, 3),
-                ("body_too_large", 413, 3),
+                ("body_too_large", 413, 11),
                 ("unsupported_media_type", 415, 3),
                 ("model_not_found", 404, 5),
                 ("not_found", 404, 5),

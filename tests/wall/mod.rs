@@ -1,12 +1,15 @@
 //! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
 //! what it costs others (latency of health on every port), and how it ends.
 
+mod calls;
 mod connections;
 mod floods;
 mod heart;
 mod logs;
+mod memory;
 mod refusals;
 mod repository;
+mod streams;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

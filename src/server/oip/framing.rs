@@ -2,17 +2,17 @@
 //!
 //! Owns the framing of the binary-tensor extension in both directions. Knows no model.
 
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse as _, Response};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::super::status::ApiError;
+use super::super::bodies::budget::ChargedBody;
+use super::super::bodies::{Limits, base64, json};
+use super::super::status::{ApiError, cut};
 use super::datatype::Datatype;
 use super::inference::{
     Answered, Contents, INPUT, Inference, InputTensor, OutputData, Parameters, Wanted, invalid, refuse_shared_memory,
@@ -27,25 +27,32 @@ pub(in crate::server) const HEADER_LENGTH: HeaderName = HeaderName::from_static(
 /// Arrays in arrays, at most: a tensor of images needs four.
 const MAX_DEPTH: usize = 16;
 
+/// Inputs of a request, and outputs, at most. There is one of each, and the refusal of a second one is the model's.
+pub(in crate::server) const MAX_TENSORS: usize = 8;
+
+/// Dimensions of a tensor, at most.
+pub(in crate::server) const MAX_DIMENSIONS: usize = 16;
+
 /// A request for an inference.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(in crate::server) struct InferRequest<'a> {
-    /// Echoed in the answer.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
+pub(in crate::server) struct InferRequest {
+    /// Echoed in the answer; cut if it is longer than 200 characters.
     id: Option<String>,
-    /// `timeout` in microseconds, `priority` (lower numbers first), `binary_data_output`.
+    /// `timeout` in microseconds, `priority` (lower numbers first), `binary_data_output`. Single values only.
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     parameters: Option<Parameters>,
     /// One tensor, `input`.
-    #[serde(borrow)]
-    #[schema(min_items = 1, max_items = 1, value_type = Vec<InferInput>)]
-    inputs: Vec<InferInput<'a>>,
+    #[schema(min_items = 1, max_items = 1)]
+    inputs: Vec<InferInput>,
     /// Outputs wanted; left out: all of them.
     outputs: Option<Vec<InferRequestedOutput>>,
 }
 
 /// A tensor: FP32 or FP16 `[N,3,H,W]` normalised, UINT8 `[N,H,W,3]` pixels, or BYTES `[N]` encoded images.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(in crate::server) struct InferInput<'a> {
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
+pub(in crate::server) struct InferInput {
     /// `input`.
     name: String,
     /// The number of images first.
@@ -56,13 +63,12 @@ pub(in crate::server) struct InferInput<'a> {
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     parameters: Option<Parameters>,
     /// Elements in row-major order, flat or nested; those of BYTES in base64. Left out when they follow as bytes.
-    #[serde(borrow)]
-    #[schema(value_type = Option<Vec<serde_json::Value>>)]
-    data: Option<&'a RawValue>,
+    data: Option<Vec<serde_json::Value>>,
 }
 
 /// An output that is wanted.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
 pub(in crate::server) struct InferRequestedOutput {
     /// `logits`.
     name: String,
@@ -116,8 +122,12 @@ pub(in crate::server) fn json_length(headers: &HeaderMap) -> Result<Option<usize
     length.map(Some).ok_or_else(|| invalid("header `inference-header-content-length` is not a whole number"))
 }
 
-/// A request's body. `json_length`: how many of its bytes are JSON, where the request says so.
-pub fn parse(json_length: Option<usize>, body: &Bytes) -> Result<Inference, ApiError> {
+/// Asked for room before bytes become other bytes.
+pub type Room<'a> = &'a mut dyn FnMut(usize) -> Result<(), ApiError>;
+
+/// A request's body. `json_length`: how many of its bytes are JSON, where the request says so. Nothing is kept that `limits`
+/// or `room` refuse.
+pub fn parse(json_length: Option<usize>, body: &Bytes, limits: &Limits, room: Room<'_>) -> Result<Inference, ApiError> {
     if json_length == Some(0) {
         let bare = InputTensor { name: INPUT.into(), shape: vec![1], contents: Contents::Bare(body.clone()) };
         return Ok(Inference { inputs: vec![bare], binary_output: true, ..Inference::default() });
@@ -126,27 +136,85 @@ pub fn parse(json_length: Option<usize>, body: &Bytes) -> Result<Inference, ApiE
     let json = body.get(..length).ok_or_else(|| {
         invalid(format!("`inference-header-content-length` is {length}, the body has only {} bytes", body.len()))
     })?;
-    let request: InferRequest<'_> = serde_json::from_slice(json)
-        .map_err(|e| invalid(format!("the body is no inference request of the protocol: {e}")))?;
+    let other = |e: serde_json::Error| invalid(format!("the body is no inference request of the protocol: {e}"));
+    let (mut inputs, mut outputs) = (None, Vec::new());
+    let (mut inference, mut parameters) = (Inference::default(), Parameters::new());
+    for (name, value) in json::document(json).map_err(other)? {
+        match name.as_str() {
+            "id" => inference.id = json::text("id", value).map_err(other)?,
+            "parameters" => parameters = json::scalars("parameters", value).map_err(other)?,
+            "inputs" => inputs = Some(few("inputs", value).map_err(other)?),
+            "outputs" if value.get() != "null" => outputs = few("outputs", value).map_err(other)?,
+            _ => {}
+        }
+    }
+    let inputs = inputs.ok_or_else(|| other(serde_json::Error::missing_field("inputs")))?;
     let mut binary = body.slice(length..);
-    let mut inference = Inference { id: request.id, ..Inference::default() };
-    for input in request.inputs {
-        inference.inputs.push(input.tensor(&mut binary)?);
+    for input in inputs {
+        let input = Input::read(input).map_err(other)?;
+        inference.inputs.push(input.tensor(&mut binary, limits, room)?);
     }
     if !binary.is_empty() {
         return Err(invalid(format!("{} bytes after the last tensor belong to no input", binary.len())));
     }
-    for output in request.outputs.unwrap_or_default() {
-        inference.outputs.push(Wanted::new(output.name, &output.parameters.unwrap_or_default())?);
+    for output in outputs {
+        let (mut name, mut parameters) = (None, Parameters::new());
+        for (member, value) in json::object(output.get().as_bytes()).map_err(other)? {
+            match member.as_str() {
+                "name" => name = json::text("name", value).map_err(other)?,
+                "parameters" => parameters = json::scalars("parameters", value).map_err(other)?,
+                _ => {}
+            }
+        }
+        let name = name.ok_or_else(|| other(serde_json::Error::missing_field("name")))?;
+        inference.outputs.push(Wanted::new(name, &parameters)?);
     }
-    inference.with_parameters(&request.parameters.unwrap_or_default())
+    inference.with_parameters(&parameters)
 }
 
-impl InferInput<'_> {
+/// The elements of an array of tensors.
+fn few<'a>(name: &str, json: &'a RawValue) -> Result<Vec<&'a RawValue>, serde_json::Error> {
+    let many = |count| format!("{count} {name}, at most {MAX_TENSORS} are read");
+    json::array(json, MAX_TENSORS)?.map_err(|count| serde_json::Error::custom(many(count)))
+}
+
+/// A tensor as it stands in the JSON.
+struct Input<'a> {
+    name: String,
+    shape: Vec<i64>,
+    datatype: String,
+    parameters: Parameters,
+    data: Option<&'a RawValue>,
+}
+
+impl<'a> Input<'a> {
+    fn read(json: &'a RawValue) -> Result<Self, serde_json::Error> {
+        let (mut name, mut shape, mut datatype) = (None, None, None);
+        let (mut parameters, mut data) = (Parameters::new(), None);
+        for (member, value) in json::object(json.get().as_bytes())? {
+            match member.as_str() {
+                "name" => name = json::text("name", value)?,
+                "shape" => shape = json::short::<Vec<i64>>("shape", value)?,
+                "datatype" => datatype = json::text("datatype", value)?,
+                "parameters" => parameters = json::scalars("parameters", value)?,
+                "data" => data = Some(value).filter(|value| value.get() != "null"),
+                _ => {}
+            }
+        }
+        let missing = serde_json::Error::missing_field;
+        let shape = shape.ok_or_else(|| missing("shape"))?;
+        if shape.len() > MAX_DIMENSIONS {
+            let text = format!("a shape of {} dimensions, at most {MAX_DIMENSIONS} are read", shape.len());
+            return Err(serde_json::Error::custom(text));
+        }
+        let name = name.ok_or_else(|| missing("name"))?;
+        let datatype = datatype.ok_or_else(|| missing("datatype"))?;
+        Ok(Self { name, shape, datatype, parameters, data })
+    }
+
     /// Takes its bytes off the front of `binary` if it says that they are there.
-    fn tensor(self, binary: &mut Bytes) -> Result<InputTensor, ApiError> {
+    fn tensor(self, binary: &mut Bytes, limits: &Limits, room: Room<'_>) -> Result<InputTensor, ApiError> {
         let Self { name, shape, datatype, parameters, data } = self;
-        let parameters = parameters.unwrap_or_default();
         let shown = name.escape_debug().to_string();
         refuse_shared_memory(&parameters, &name)?;
         let known = Datatype::parse(&datatype)
@@ -166,23 +234,51 @@ impl InferInput<'_> {
             (None, Some(data)) => {
                 let most = shape.iter().try_fold(1_usize, |n, &side| n.checked_mul(usize::try_from(side).ok()?));
                 let most = most.ok_or_else(|| invalid(format!("input `{shown}` can't have shape {shape:?}")))?;
-                elements(known, data, most)
-                    .map_err(|e| invalid(format!("`data` of input `{shown}` is not {datatype}: {e}")))?
+                let per_image = if known == Datatype::Bytes { 1 } else { limits.values };
+                if most > limits.images.saturating_mul(per_image) {
+                    // no model takes that shape, and says so: nothing of it need be read
+                    Contents::Raw(known, Bytes::new())
+                } else {
+                    room(most_bytes(known, data, most))?;
+                    elements(known, data, most).map_err(|e| {
+                        invalid(format!("`data` of input `{shown}` is not {datatype}: {}", cut(&e.to_string())))
+                    })?
+                }
             }
         };
         Ok(InputTensor { name, shape, contents })
     }
 }
 
+/// Bytes that the elements of `data` may need at most, of which there may be `most`.
+fn most_bytes(datatype: Datatype, data: &RawValue, most: usize) -> usize {
+    // an element is a digit and a comma at least
+    let elements = most.min(data.get().len() / 2 + 1);
+    match datatype {
+        Datatype::Fp32 => 4 * elements,
+        Datatype::Uint8 => elements,
+        Datatype::Bytes => base64::most(data.get().len()),
+        _ => 0,
+    }
+}
+
 /// Elements in JSON, `most` of them at most.
 fn elements(datatype: Datatype, data: &RawValue, most: usize) -> Result<Contents, serde_json::Error> {
     match datatype {
-        Datatype::Fp32 => Ok(Contents::Fp32(flat(data, most)?)),
-        Datatype::Uint8 => Ok(Contents::Raw(datatype, flat::<u8>(data, most)?.into())),
+        Datatype::Fp32 => {
+            let mut bytes = Vec::new();
+            flat::<f32>(data, most, &mut |value| bytes.extend(value.to_le_bytes()))?;
+            Ok(Contents::Fp32(bytes.into()))
+        }
+        Datatype::Uint8 => {
+            let mut bytes = Vec::new();
+            flat::<u8>(data, most, &mut |value| bytes.push(value))?;
+            Ok(Contents::Raw(datatype, bytes.into()))
+        }
         Datatype::Bytes => {
-            let texts: Vec<String> = flat(data, most)?;
-            let decode = |text: String| STANDARD.decode(text).map(Bytes::from).map_err(serde_json::Error::custom);
-            Ok(Contents::Elements(texts.into_iter().map(decode).collect::<Result<_, _>>()?))
+            let mut elements = Vec::new();
+            texts(data, 0, most, &mut elements)?;
+            Ok(Contents::Elements(elements))
         }
         Datatype::Fp16 | Datatype::Bf16 => Err(serde_json::Error::custom("it has no JSON form; send it as bytes")),
         // refused with a better text once the model is known
@@ -190,25 +286,42 @@ fn elements(datatype: Datatype, data: &RawValue, most: usize) -> Result<Contents
     }
 }
 
-fn flat<T: Element>(data: &RawValue, most: usize) -> Result<Vec<T>, serde_json::Error> {
-    let mut out = Vec::new();
+/// Byte strings in base64, `most` of them at most, in arrays of `depth` and more.
+fn texts(data: &RawValue, depth: usize, most: usize, out: &mut Vec<Bytes>) -> Result<(), serde_json::Error> {
+    let too_many = || serde_json::Error::custom(format!("more than the {most} elements of the shape"));
+    match json::quoted(data) {
+        Some(_) if depth == 0 => Err(serde_json::Error::custom("an array is due")),
+        Some(_) if out.len() >= most => Err(too_many()),
+        Some(text) => {
+            let bytes = base64::decode(text);
+            let bytes = bytes.map_err(|e| serde_json::Error::custom(format!("an element's base64 is not valid: {e}")));
+            out.push(bytes?.into());
+            Ok(())
+        }
+        None if depth == MAX_DEPTH => Err(serde_json::Error::custom("nested too deep")),
+        None => {
+            let elements = json::array(data, most)?.map_err(|_| too_many())?;
+            elements.into_iter().try_for_each(|element| texts(element, depth + 1, most, out))
+        }
+    }
+}
+
+fn flat<T: Element>(data: &RawValue, most: usize, keep: &mut dyn FnMut(T)) -> Result<(), serde_json::Error> {
+    if !data.get().starts_with('[') {
+        return Err(serde_json::Error::custom("an array is due"));
+    }
     let mut json = serde_json::Deserializer::from_str(data.get());
-    List { out: &mut out, most, depth: 0 }.deserialize(&mut json)?;
-    Ok(out)
+    List { keep, left: &mut Left { most, left: most }, depth: 0 }.deserialize(&mut json)
 }
 
 /// What a JSON array may hold.
 trait Element: Sized {
-    fn number(value: f64) -> Option<Self>;
-    fn text(value: &str) -> Option<Self>;
+    fn number(_: f64) -> Option<Self>;
 }
 
 impl Element for f32 {
     fn number(value: f64) -> Option<Self> {
         Some(value as f32)
-    }
-    fn text(_: &str) -> Option<Self> {
-        None
     }
 }
 
@@ -216,37 +329,29 @@ impl Element for u8 {
     fn number(value: f64) -> Option<Self> {
         (value.fract() == 0.0 && (0.0..=255.0).contains(&value)).then_some(value as u8)
     }
-    fn text(_: &str) -> Option<Self> {
-        None
-    }
 }
 
-impl Element for String {
-    fn number(_: f64) -> Option<Self> {
-        None
-    }
-    fn text(value: &str) -> Option<Self> {
-        Some(value.to_string())
-    }
-}
-
-/// An array of elements or of arrays, or (inside one) an element: what there is goes to `out`.
-struct List<'a, T> {
-    out: &'a mut Vec<T>,
+/// How many elements may still come, of how many.
+struct Left {
     most: usize,
+    left: usize,
+}
+
+/// An array of elements or of arrays, or (inside one) an element: what there is goes to `keep`.
+struct List<'a, T> {
+    keep: &'a mut dyn FnMut(T),
+    left: &'a mut Left,
     depth: usize,
 }
 
 impl<T: Element> List<'_, T> {
-    fn push<E: serde::de::Error>(self, element: Option<T>, what: &str) -> Result<(), E> {
+    /// Room for an element, before it is made.
+    fn room<E: serde::de::Error>(&mut self) -> Result<(), E> {
         if self.depth == 0 {
             return Err(E::custom("an array is due"));
         }
-        let element = element.ok_or_else(|| E::custom(format!("{what} can't be an element")))?;
-        if self.out.len() >= self.most {
-            return Err(E::custom(format!("more than the {} elements of the shape", self.most)));
-        }
-        self.out.push(element);
+        let Left { most, left } = self.left;
+        *left = left.checked_sub(1).ok_or_else(|| E::custom(format!("more than the {most} elements of the shape")))?;
         Ok(())
     }
 }
@@ -269,12 +374,15 @@ impl<'de, T: Element> Visitor<'de> for List<'_, T> {
         if self.depth == MAX_DEPTH {
             return Err(A::Error::custom("nested too deep"));
         }
-        while seq.next_element_seed(List { out: self.out, most: self.most, depth: self.depth + 1 })?.is_some() {}
+        while seq.next_element_seed(List { keep: self.keep, left: self.left, depth: self.depth + 1 })?.is_some() {}
         Ok(())
     }
 
-    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<(), E> {
-        self.push(T::number(value), &value.to_string())
+    fn visit_f64<E: serde::de::Error>(mut self, value: f64) -> Result<(), E> {
+        self.room()?;
+        let element = T::number(value).ok_or_else(|| E::custom(format!("{value} can't be an element")))?;
+        (self.keep)(element);
+        Ok(())
     }
 
     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
@@ -285,14 +393,15 @@ impl<'de, T: Element> Visitor<'de> for List<'_, T> {
         self.visit_f64(value as f64)
     }
 
-    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
-        self.push(T::text(value), "a string")
+    fn visit_str<E: serde::de::Error>(mut self, _: &str) -> Result<(), E> {
+        self.room()?;
+        Err(E::custom("a string can't be an element"))
     }
 }
 
 /// The answer: JSON, and after it the outputs that are wanted as bytes.
 pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiError> {
-    let Answered { model, id, outputs, served } = answered;
+    let Answered { model, id, outputs, served, charge, .. } = answered;
     let mut binary = Vec::new();
     let mut shown = Vec::with_capacity(outputs.len());
     for output in &outputs {
@@ -322,6 +431,7 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let kind = if binary.is_empty() { "application/json" } else { "application/octet-stream" };
     let is_binary = !binary.is_empty();
     binary.iter().for_each(|bytes| body.extend_from_slice(bytes));
+    let body = Body::new(ChargedBody::new(body.into(), charge));
     let mut response = ([(header::CONTENT_TYPE, kind)], body).into_response();
     if is_binary {
         response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(length));

@@ -10,7 +10,10 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use super::super::access::Served;
-use super::super::status::{ApiError, Code};
+use super::super::bodies::budget::Charge;
+use super::super::bodies::threads::INLINE;
+use super::super::bodies::{Bodies, Limits};
+use super::super::status::{ApiError, Code, cut};
 use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
@@ -57,8 +60,8 @@ pub struct InputTensor {
 /// A tensor's elements.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Contents {
-    /// FP32 values.
-    Fp32(Vec<f32>),
+    /// FP32 values in little-endian bytes, which came as numbers.
+    Fp32(Bytes),
     /// Elements in little-endian bytes; those of BYTES each with its length (4 bytes) before it.
     Raw(Datatype, Bytes),
     /// Elements of BYTES.
@@ -85,6 +88,9 @@ pub(in crate::server) struct Answered {
     pub(in crate::server) id: Option<String>,
     pub(in crate::server) outputs: Vec<OutputTensor>,
     pub(in crate::server) served: Served,
+    /// Bytes that it takes at most, about, in any form; more than a little is charged.
+    pub(in crate::server) size: usize,
+    pub(in crate::server) charge: Charge,
 }
 
 /// A tensor for a client.
@@ -143,7 +149,9 @@ pub(in crate::server) fn whole(parameters: &Parameters, name: &str) -> Result<Op
         Value::String(text) => text.parse().ok(),
         _ => None,
     };
-    number.map(Some).ok_or_else(|| invalid(format!("parameter `{name}` is not a whole number: {value}")))
+    number
+        .map(Some)
+        .ok_or_else(|| invalid(format!("parameter `{name}` is not a whole number: {}", cut(&value.to_string()))))
 }
 
 /// A switch among parameters.
@@ -151,7 +159,9 @@ pub(in crate::server) fn flag(parameters: &Parameters, name: &str) -> Result<Opt
     match parameters.get(name) {
         None => Ok(None),
         Some(Value::Bool(on)) => Ok(Some(*on)),
-        Some(other) => Err(invalid(format!("parameter `{name}` is neither true nor false: {other}"))),
+        Some(other) => {
+            Err(invalid(format!("parameter `{name}` is neither true nor false: {}", cut(&other.to_string()))))
+        }
     }
 }
 
@@ -186,8 +196,16 @@ impl Wanted {
     }
 }
 
+/// What a request to `model` may hold.
+pub(in crate::server) fn limits(model: &LiveModel) -> Limits {
+    let preprocessing = &model.manifest.preprocessing;
+    let values = 3 * preprocessing.height as usize * preprocessing.width as usize;
+    Limits { images: model.scheduler().queue_limit(), values }
+}
+
 /// Runs an inference on `model`; `deadline` counts unless the request wants its answer sooner than that, from `arrived`.
 pub(in crate::server) async fn run(
+    bodies: &Bodies,
     model: Arc<LiveModel>,
     inference: Inference,
     arrived: Instant,
@@ -198,6 +216,11 @@ pub(in crate::server) async fn run(
     let wanted = check_outputs(outputs)?;
     let images = images(&model, inputs)?;
     let count = images.len();
+    let size = size(&model, &wanted, count);
+    let mut charge = bodies.budget.charge();
+    if size > INLINE {
+        charge.answer(size)?;
+    }
     let mut served = Served::new(&model, count);
     let most = wanted.iter().filter_map(|w| w.classes).max();
     let labels = &model.manifest.labels;
@@ -211,27 +234,45 @@ pub(in crate::server) async fn run(
         served.took(&timings);
         rows.push(row);
     }
-    let make = |Wanted { classes, binary, .. }: Wanted| {
-        let (width, data) = match classes {
-            None => {
-                (model.manifest.classes as usize, OutputData::Logits(rows.iter().flat_map(|r| r.0.clone()).collect()))
-            }
-            Some(k) => {
-                let k = k.min(model.manifest.classes as usize);
-                let class = |logits: &[f32], index: usize, label: &str| match labels.is_empty() {
-                    true => format!("{:.6}:{index}", logits[index]),
-                    false => format!("{:.6}:{index}:{label}", logits[index]),
-                };
-                let row = |(logits, top): &(Vec<f32>, Vec<Prediction>)| -> Vec<String> {
-                    top.iter().take(k).map(|p| class(logits, p.index, &p.label)).collect()
-                };
-                (k, OutputData::Classes(rows.iter().flat_map(row).collect()))
-            }
-        };
-        OutputTensor { name: OUTPUT, shape: [count, width], data, binary: binary.unwrap_or(binary_output) }
+    let made = model.clone();
+    let outputs = bodies.threads.run(size, deadline, move || {
+        Ok(wanted.into_iter().map(|wanted| output(&made, wanted, &rows, binary_output)).collect())
+    });
+    Ok(Answered { outputs: outputs.await?, model, id, served, size, charge })
+}
+
+/// A row of an answer: an image's logits, and its most probable classes where those are wanted.
+type Row = (Vec<f32>, Vec<Prediction>);
+
+fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) -> OutputTensor {
+    let (labels, all) = (&model.manifest.labels, model.manifest.classes as usize);
+    let (width, data) = match wanted.classes {
+        None => (all, OutputData::Logits(rows.iter().flat_map(|(logits, _)| logits.iter().copied()).collect())),
+        Some(k) => {
+            let k = k.min(all);
+            let class = |logits: &[f32], index: usize, label: &str| match labels.is_empty() {
+                true => format!("{:.6}:{index}", logits[index]),
+                false => format!("{:.6}:{index}:{label}", logits[index]),
+            };
+            let row = |(logits, top): &Row| -> Vec<String> {
+                top.iter().take(k).map(|p| class(logits, p.index, &p.label)).collect()
+            };
+            (k, OutputData::Classes(rows.iter().flat_map(row).collect()))
+        }
     };
-    let outputs = wanted.into_iter().map(make).collect();
-    Ok(Answered { model: model.clone(), id, outputs, served })
+    let binary = wanted.binary.unwrap_or(binary_output);
+    OutputTensor { name: OUTPUT, shape: [rows.len(), width], data, binary }
+}
+
+/// Bytes of an answer, at most, about: as text a number takes up to 16 bytes, a class its label and some 60 more.
+fn size(model: &LiveModel, wanted: &[Wanted], images: usize) -> usize {
+    let classes = model.manifest.classes as usize;
+    let label = || model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
+    let row = |wanted: &Wanted| match wanted.classes {
+        None => classes * 16,
+        Some(k) => k.min(classes) * (label() + 64),
+    };
+    images * wanted.iter().map(row).sum::<usize>()
 }
 
 /// An image's error, with the image's place where there are several.
@@ -271,8 +312,8 @@ fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>,
         Contents::Bare(bytes) => Ok(vec![Input::Encoded(bytes)]),
         Contents::Fp32(values) => {
             let count = planes("FP32")?;
-            sized(values.len(), count * len, "values")?;
-            Ok(values.chunks_exact(len).map(|image| Input::Tensor(image.to_vec())).collect())
+            sized(values.len() / 4, count * len, "values")?;
+            Ok(split(values, count, 4 * len)?.map(|b| Input::Raw(RawTensor::Fp32(b))).collect())
         }
         Contents::Raw(Datatype::Fp32, bytes) => {
             let count = planes("FP32")?;

@@ -1,0 +1,110 @@
+//! A body, or a message, on its way in: bytes are limited, charged and inflated as they come.
+
+use std::time::Instant;
+
+use axum::body::HttpBody as _;
+use axum::extract::Request;
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+
+use super::super::status::{ApiError, Code};
+use super::Bodies;
+use super::budget::Charge;
+use super::coding::Coding;
+use super::inflate::Inflater;
+use super::threads::too_late;
+
+/// Compressed bytes that are gathered before they are inflated.
+const GATHER: usize = 256 * 1024;
+
+/// A whole body, and what it is charged with as long as it is held.
+#[derive(Debug)]
+pub(in crate::server) struct Held {
+    pub(in crate::server) bytes: Bytes,
+    pub(in crate::server) charge: Charge,
+}
+
+/// The refusal of what is above the limit.
+pub(in crate::server) fn too_large() -> ApiError {
+    ApiError::new(Code::BodyTooLarge, "the body is larger than this server takes (--body-limit)")
+}
+
+/// Bytes on their way in.
+pub(in crate::server) struct Intake<'a> {
+    bodies: &'a Bodies,
+    deadline: Instant,
+    /// What has come: plain bytes, or compressed ones that are not inflated yet.
+    gathered: Vec<u8>,
+    charge: Charge,
+    /// None: plain, or with the bytes that are being inflated.
+    inflater: Option<Inflater>,
+}
+
+impl<'a> Intake<'a> {
+    /// Nothing yet.
+    pub(in crate::server) fn new(bodies: &'a Bodies, coding: Coding, deadline: Instant) -> Self {
+        let charge = || bodies.budget.charge();
+        let inflater = match coding {
+            Coding::Identity => None,
+            Coding::Gzip => Some(Inflater::gzip(bodies.limit, charge())),
+            Coding::Deflate => Some(Inflater::zlib(bodies.limit, charge())),
+        };
+        Self { bodies, deadline, gathered: Vec::new(), charge: charge(), inflater }
+    }
+
+    /// Takes the next bytes.
+    pub(in crate::server) async fn push(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
+        if bytes.len() > self.bodies.limit.saturating_sub(self.gathered.len()) {
+            return Err(too_large());
+        }
+        self.charge.grow(bytes.len())?;
+        self.gathered.extend_from_slice(bytes);
+        if self.inflater.is_some() && self.gathered.len() >= GATHER { self.inflate().await } else { Ok(()) }
+    }
+
+    async fn inflate(&mut self) -> Result<(), ApiError> {
+        let Some(mut inflater) = self.inflater.take() else { return Ok(()) };
+        let gathered = std::mem::take(&mut self.gathered);
+        let work = move || inflater.push(&gathered).map(|()| inflater);
+        // a few compressed bytes may become many
+        self.inflater = Some(self.bodies.threads.run(usize::MAX, self.deadline, work).await?);
+        self.charge.shrink(usize::MAX);
+        Ok(())
+    }
+
+    /// Everything.
+    pub(in crate::server) async fn finish(mut self) -> Result<Held, ApiError> {
+        if !self.gathered.is_empty() {
+            self.inflate().await?;
+        }
+        match self.inflater {
+            Some(inflater) => {
+                let (bytes, charge) = inflater.finish()?;
+                Ok(Held { bytes: bytes.into(), charge })
+            }
+            None => Ok(Held { bytes: self.gathered.into(), charge: self.charge }),
+        }
+    }
+}
+
+/// A request's whole body, inflated, until `deadline` at the latest.
+pub(in crate::server) async fn whole(bodies: &Bodies, request: Request, deadline: Instant) -> Result<Held, ApiError> {
+    let coding = Coding::of_body(request.headers())?;
+    let mut body = request.into_body();
+    let mut intake = Intake::new(bodies, coding, deadline);
+    // what can't fit is refused before it is sent
+    let least = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if least > bodies.limit {
+        return Err(too_large());
+    }
+    intake.charge.has_room(least)?;
+    loop {
+        let frame = tokio::time::timeout_at(deadline.into(), body.frame()).await;
+        let Some(frame) = frame.map_err(|_| too_late())? else { break };
+        let frame = frame.map_err(|e| ApiError::new(Code::InvalidRequest, format!("the body can't be read: {e}")))?;
+        if let Some(bytes) = frame.data_ref() {
+            intake.push(bytes).await?;
+        }
+    }
+    intake.finish().await
+}

@@ -1,0 +1,268 @@
+//! JSON from clients, read level by level: how many members and elements there are is checked before any of them is kept, and
+//! what is short by its nature (names, shapes, parameters) is refused when it is long.
+//!
+//! A level's values stay text ([`RawValue`]) until it is known what they must be: errors of the library that would repeat a
+//! value of megabytes can't come up.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Error, Value};
+
+use super::super::status::cut;
+
+/// Most bytes of a value that is short by its nature.
+const SHORT: usize = 4096;
+
+/// Most members of an object that a protocol has a name for.
+pub(in crate::server) const MEMBERS: usize = 64;
+
+/// A member of an object: its name, cut if it is long, and its value as it stands in the text.
+pub(in crate::server) type Member<'a> = (String, &'a RawValue);
+
+/// Arrays and objects in each other, at most, in a whole body.
+const DEPTH: usize = 64;
+
+/// The members of the object that a whole body is, [`MEMBERS`] at most, nothing in it nested deeper than [`DEPTH`].
+pub(in crate::server) fn document(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
+    // whoever skips a value remembers each level that is open
+    if is_deeper_than(json, DEPTH) {
+        return Err(Error::custom(format!("nested deeper than {DEPTH} levels")));
+    }
+    object(json)
+}
+
+/// Whether more than `most` arrays and objects are open somewhere. Of text that is no JSON either answer will do.
+fn is_deeper_than(mut json: &[u8], most: usize) -> bool {
+    let mut depth = 0_usize;
+    while let Some((&byte, rest)) = json.split_first() {
+        json = rest;
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'"' => {
+                // a string without an end is an error that the parser tells
+                while let Some(at) = memchr::memchr2(b'"', b'\\', json) {
+                    let escape = json[at] == b'\\';
+                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
+                    if !escape {
+                        break;
+                    }
+                }
+            }
+            _ => {}
+        }
+        if depth > most {
+            return true;
+        }
+    }
+    false
+}
+
+/// The members of the object that `json` is, [`MEMBERS`] at most.
+pub(in crate::server) fn object(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
+    begins_with(json, b'{', "an object is due")?;
+    let mut json = serde_json::Deserializer::from_slice(json);
+    let members = Object.deserialize(&mut json)?;
+    json.end()?;
+    Ok(members)
+}
+
+/// The elements of the array that `json` is; of more than `most` only how many there are.
+pub(in crate::server) fn array(json: &RawValue, most: usize) -> Result<Result<Vec<&RawValue>, usize>, Error> {
+    begins_with(json.get().as_bytes(), b'[', "an array is due")?;
+    Array { most }.deserialize(&mut serde_json::Deserializer::from_str(json.get()))
+}
+
+/// A value that is short by its nature. `null` is no value.
+pub(in crate::server) fn short<'a, T: Deserialize<'a>>(name: &str, json: &'a RawValue) -> Result<Option<T>, Error> {
+    let text = json.get();
+    if text.len() > SHORT {
+        return Err(Error::custom(format!("`{name}` is {} bytes long, at most {SHORT} are taken", text.len())));
+    }
+    let wrong = |e: Error| Error::custom(format!("`{name}`: {}", cut(&e.to_string())));
+    serde_json::from_str(text).map_err(wrong)
+}
+
+/// A text, cut if it is long. `null` is no text.
+pub(in crate::server) fn text(name: &str, json: &RawValue) -> Result<Option<String>, Error> {
+    match json.get() {
+        "null" => Ok(None),
+        text if text.starts_with('"') => Ok(Some(serde_json::from_str::<Cut>(text)?.0)),
+        _ => Err(Error::custom(format!("`{name}` is no string"))),
+    }
+}
+
+/// What is between the quotes of a string, escapes and all; none if it is no string.
+pub(in crate::server) fn quoted(json: &RawValue) -> Option<&str> {
+    json.get().strip_prefix('"')?.strip_suffix('"')
+}
+
+/// Named single values, [`MEMBERS`] at most.
+pub(in crate::server) fn scalars(
+    name: &str,
+    json: &RawValue,
+) -> Result<std::collections::BTreeMap<String, Value>, Error> {
+    if json.get() == "null" {
+        return Ok(Default::default());
+    }
+    let members = object(json.get().as_bytes()).map_err(|e| Error::custom(format!("`{name}`: {e}")))?;
+    let mut scalars = std::collections::BTreeMap::new();
+    for (member, value) in members {
+        if value.get().starts_with(['{', '[']) {
+            return Err(Error::custom(format!("`{name}`: `{member}` is not a single value")));
+        }
+        let value = short(&member, value)?.unwrap_or(Value::Null);
+        scalars.insert(member, value);
+    }
+    Ok(scalars)
+}
+
+fn begins_with(json: &[u8], first: u8, due: &str) -> Result<(), Error> {
+    let white = |byte: &&u8| !matches!(byte, b' ' | b'\t' | b'\r' | b'\n');
+    match json.iter().find(white) {
+        Some(&byte) if byte == first => Ok(()),
+        _ => Err(Error::custom(due)),
+    }
+}
+
+/// A text of any length, of which the beginning is kept.
+struct Cut(String);
+
+impl<'de> Deserialize<'de> for Cut {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Beginning;
+        impl Visitor<'_> for Beginning {
+            type Value = Cut;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Cut, E> {
+                Ok(Cut(cut(text).into_owned()))
+            }
+        }
+        deserializer.deserialize_str(Beginning)
+    }
+}
+
+struct Object;
+
+impl<'de> DeserializeSeed<'de> for Object {
+    type Value = Vec<Member<'de>>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Object {
+    type Value = Vec<Member<'de>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members: Vec<Member<'de>> = Vec::new();
+        while let Some(Cut(name)) = map.next_key()? {
+            if members.iter().any(|(other, _)| *other == name) {
+                return Err(A::Error::custom(format!("`{name}` is there twice")));
+            }
+            if members.len() == MEMBERS {
+                return Err(A::Error::custom(format!("an object of more than {MEMBERS} members")));
+            }
+            members.push((name, map.next_value()?));
+        }
+        Ok(members)
+    }
+}
+
+struct Array {
+    most: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for Array {
+    type Value = Result<Vec<&'de RawValue>, usize>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Array {
+    type Value = Result<Vec<&'de RawValue>, usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut elements = Vec::new();
+        while elements.len() < self.most {
+            match seq.next_element()? {
+                Some(element) => elements.push(element),
+                None => return Ok(Ok(elements)),
+            }
+        }
+        let mut count = elements.len();
+        while seq.next_element::<IgnoredAny>()?.is_some() {
+            count += 1;
+        }
+        Ok(if count > self.most { Err(count) } else { Ok(elements) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> &RawValue {
+        serde_json::from_str(text).expect("JSON")
+    }
+
+    #[test]
+    fn levels_are_read_one_at_a_time() {
+        let members = object(b" {\"a\": [1, {\"b\": 2}], \"\\u0063\": null} ").expect("object");
+        let shown: Vec<_> = members.iter().map(|(name, value)| (name.as_str(), value.get())).collect();
+        assert_eq!(shown, [("a", "[1, {\"b\": 2}]"), ("c", "null")]);
+        let elements = array(members[0].1, 2).expect("array").expect("few");
+        assert_eq!(elements.iter().map(|e| e.get()).collect::<Vec<_>>(), ["1", "{\"b\": 2}"]);
+        assert_eq!(array(members[0].1, 1).expect("array").map(|e| e.len()), Err(2));
+        let nested = |depth: usize| format!("{{\"a\":{}\"[\\\"[[\"{}}}", "[".repeat(depth), "]".repeat(depth));
+        assert!(document(nested(DEPTH - 1).as_bytes()).is_ok() && document(nested(DEPTH).as_bytes()).is_err());
+        for bad in ["", "[]", "\"text\"", "{", "{\"a\"}", "{\"a\":1} 2", "{\"a\":1,\"a\":2}", "{\"a\":\"\u{1}\"}"] {
+            assert!(object(bad.as_bytes()).is_err(), "{bad}");
+        }
+        assert!(object(b"{\"a\":\"\xff\"}").is_err() && object(&[b'['; 100_000]).is_err());
+        let deep = format!("{{\"a\":{}", "[".repeat(1_000_000));
+        assert!(object(deep.as_bytes()).is_err());
+        assert!(array(raw("{}"), 1).is_err() && array(raw("\"text\""), 1).is_err());
+    }
+
+    #[test]
+    fn many_and_long_things_are_refused_in_few_words() {
+        let many: Vec<_> = (0..=MEMBERS).map(|i| format!("\"{i}\":0")).collect();
+        let long = "\u{7f}".repeat(1_000_000);
+        let longs = format!("\"{long}\"");
+        let errors = [
+            object(format!("{{{}}}", many.join(",")).as_bytes()).err(),
+            object(format!("{{\"{long}\":1,\"{long}\":2}}").as_bytes()).err(),
+            short::<i64>("n", raw(&longs)).err(),
+            short::<i64>("n", raw(&format!("\"{}\"", &long[..4000]))).err(),
+            short::<Vec<i64>>("n", raw(&format!("[{}0]", "0,".repeat(1_000_000)))).err(),
+            scalars("p", raw(&format!("{{\"a\":{longs}}}"))).err(),
+            scalars("p", raw("{\"a\":[1]}")).err(),
+            scalars("p", raw("{\"a\":{}}")).err(),
+            text("t", raw("1")).err(),
+        ];
+        for error in errors {
+            let error = error.expect("refused").to_string();
+            assert!(error.len() < 2000, "{} bytes: {error}", error.len());
+        }
+        let kept = text("t", raw(&longs)).expect("text").expect("some");
+        assert!(kept.chars().count() < 300, "{}", kept.len());
+        assert_eq!(text("t", raw("null")).expect("null"), None);
+        let scalars = scalars("p", raw("{\"a\":1,\"b\":true,\"c\":\"x\",\"d\":null}")).expect("scalars");
+        assert_eq!(serde_json::to_string(&scalars).expect("JSON"), "{\"a\":1,\"b\":true,\"c\":\"x\",\"d\":null}");
+    }
+}

@@ -1,0 +1,153 @@
+//! A call's messages as they come in: gRPC's framing, each message limited, charged and inflated on its own.
+//!
+//! What a message takes is given back when whoever has it drops it, so that a long stream holds no more than a short one.
+
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::Request;
+use bytes::{Buf as _, Bytes};
+use http_body_util::BodyExt as _;
+
+use super::super::bodies::Bodies;
+use super::super::bodies::coding::{Coding, GRPC_ENCODING};
+use super::super::bodies::intake::{Held, Intake, too_large};
+use super::super::bodies::threads::too_late;
+use super::super::status::{ApiError, Code};
+
+/// Bytes before each message: whether it is compressed, and its length.
+pub(super) const HEAD: usize = 5;
+
+/// The messages of one call.
+pub(super) struct Messages {
+    bodies: Bodies,
+    /// Longest that a message may take from its first byte to its last.
+    timeout: Duration,
+    coding: Coding,
+    body: Body,
+    /// What has come and belongs to no message yet: a frame of HTTP/2 at most.
+    rest: Bytes,
+}
+
+impl Messages {
+    /// Those of `request`, each of at most `bodies.limit` bytes.
+    pub(super) fn new(bodies: Bodies, timeout: Duration, request: Request) -> Result<Self, ApiError> {
+        let coding = Coding::of_messages(request.headers())?;
+        Ok(Self { bodies, timeout, coding, body: request.into_body(), rest: Bytes::new() })
+    }
+
+    /// Takes the body out of `request`, whose messages then are plain.
+    pub(super) fn replace(
+        bodies: Bodies,
+        timeout: Duration,
+        request: Request,
+        with: impl FnOnce(Self) -> Body,
+    ) -> Result<Request, ApiError> {
+        let coding = Coding::of_messages(request.headers())?;
+        let (mut head, body) = request.into_parts();
+        head.headers.remove(GRPC_ENCODING);
+        head.headers.remove(axum::http::header::CONTENT_LENGTH);
+        let messages = Self { bodies, timeout, coding, body, rest: Bytes::new() };
+        Ok(Request::from_parts(head, with(messages)))
+    }
+
+    /// Waits for the first byte of a message, until `until` at the latest; `false` when there is none to come. Nothing is
+    /// lost if this is dropped while it waits.
+    pub(super) async fn arrives(&mut self, until: Option<Instant>) -> Result<bool, ApiError> {
+        while self.rest.is_empty() {
+            let frame = self.body.frame();
+            let frame = match until {
+                Some(until) => tokio::time::timeout_at(until.into(), frame).await.map_err(|_| too_late())?,
+                None => frame.await,
+            };
+            match frame {
+                None => return Ok(false),
+                Some(Err(error)) => {
+                    return Err(ApiError::new(Code::InvalidRequest, format!("the call can't be read: {error}")));
+                }
+                Some(Ok(frame)) => self.rest = frame.into_data().unwrap_or_default(),
+            }
+        }
+        Ok(true)
+    }
+
+    /// The message that begins now, whole and inflated, until `until` at the latest.
+    pub(super) async fn read(&mut self, until: Option<Instant>) -> Result<Held, ApiError> {
+        let latest = Instant::now() + self.timeout;
+        let until = until.map_or(latest, |until| until.min(latest));
+        let mut head = [0; HEAD];
+        let mut filled = 0;
+        while filled < HEAD {
+            self.more(until).await?;
+            let length = self.rest.len().min(HEAD - filled);
+            self.rest.copy_to_slice(&mut head[filled..filled + length]);
+            filled += length;
+        }
+        let [flag, length @ ..] = head;
+        let length = u32::from_be_bytes(length) as usize;
+        let coding = match (flag, self.coding) {
+            (0, _) => Coding::Identity,
+            (1, Coding::Identity) => {
+                let text = "a message is flagged as compressed, but the call has no `grpc-encoding`";
+                return Err(ApiError::new(Code::InvalidRequest, text));
+            }
+            (1, coding) => coding,
+            (flag, _) => {
+                let text = format!("a message begins with {flag}; 0 (plain) or 1 (compressed) is due");
+                return Err(ApiError::new(Code::InvalidRequest, text));
+            }
+        };
+        if length > self.bodies.limit {
+            return Err(too_large());
+        }
+        let bodies = self.bodies.clone();
+        let mut intake = Intake::new(&bodies, coding, until);
+        let mut left = length;
+        while left > 0 {
+            self.more(until).await?;
+            let piece = self.rest.split_to(left.min(self.rest.len()));
+            left -= piece.len();
+            intake.push(&piece).await?;
+        }
+        intake.finish().await
+    }
+
+    /// Waits for at least one byte more of a message.
+    async fn more(&mut self, until: Instant) -> Result<(), ApiError> {
+        if self.arrives(Some(until)).await? {
+            return Ok(());
+        }
+        Err(ApiError::new(Code::InvalidRequest, "the call ends within a message"))
+    }
+
+    /// The one message of a call, until `until` at the latest.
+    pub(super) async fn only(&mut self, until: Instant) -> Result<Held, ApiError> {
+        let due = |found| ApiError::new(Code::InvalidRequest, format!("the call holds {found}; one is due"));
+        if !self.arrives(Some(until)).await? {
+            return Err(due("no message"));
+        }
+        let message = self.read(Some(until)).await?;
+        if self.arrives(Some(until)).await? { Err(due("more than one message")) } else { Ok(message) }
+    }
+}
+
+/// A message with its head, plain.
+pub(super) fn framed(message: &impl prost::Message) -> Bytes {
+    let length = message.encoded_len();
+    let mut frame = Vec::with_capacity(HEAD + length);
+    frame.push(0);
+    // answers are bounded far below 4 GiB: they are charged before they are made
+    frame.extend((length as u32).to_be_bytes());
+    // a vector grows: there is always room
+    let _ = message.encode(&mut frame);
+    frame.into()
+}
+
+/// The same of bytes.
+pub(super) fn reframed(message: &[u8]) -> Bytes {
+    let mut frame = Vec::with_capacity(HEAD + message.len());
+    frame.push(0);
+    frame.extend((message.len() as u32).to_be_bytes());
+    frame.extend_from_slice(message);
+    frame.into()
+}

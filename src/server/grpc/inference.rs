@@ -1,0 +1,251 @@
+//! The two calls that run a model, one message or a stream of them. Both read the wire themselves (`frames`, `wire`), so that
+//! a message is limited, charged and read off the I/O threads before anything is made of it.
+
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::super::access::{REQUEST_ID, millis};
+use super::super::bodies::budget::ChargedBody;
+use super::super::bodies::intake::Held;
+use super::super::deadline;
+use super::super::http::App;
+use super::super::oip::{describe, inference};
+use super::super::status::{ApiError, Code};
+use super::frames::{Messages, framed};
+use super::messages::{Reply, reply};
+use super::wire::{self, Unread};
+use super::{panicked_with, refused};
+use crate::infer::error::InferError;
+use crate::metrics::Protocol;
+use crate::pb::open_inference as pb;
+
+const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+const STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// Messages that came before the hold ended are still answered for so long.
+const LAST_MESSAGES: Duration = Duration::from_secs(1);
+
+/// One inference.
+pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Response {
+    let answered = async {
+        let until = deadline::grpc(request.headers(), app.request_timeout)?;
+        let mut messages = Messages::new(app.bodies.clone(), app.request_timeout, request)?;
+        let message = messages.only(until).await?;
+        serve(&app, message, until, false).await.map_err(|unread| unread.error)
+    };
+    let Reply { frame, served, charge } = match answered.await {
+        Ok(reply) => reply,
+        Err(error) => return refused(error),
+    };
+    let trailers = HeaderMap::from_iter([(STATUS, HeaderValue::from_static("0"))]);
+    let body = Full::new(frame).with_trailers(std::future::ready(Some(Ok(trailers))));
+    let mut response = Response::new(Body::new(ChargedBody::new(Body::new(body), charge)));
+    response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
+    if let Ok(timing) = HeaderValue::from_str(&served.server_timing()) {
+        response.headers_mut().insert("server-timing", timing);
+    }
+    response.extensions_mut().insert(served);
+    response
+}
+
+/// One message from its bytes to its answer.
+async fn serve(app: &App, message: Held, until: Instant, streamed: bool) -> Result<Reply, Unread> {
+    let arrived = Instant::now();
+    let Held { bytes, mut charge } = message;
+    let wire::Envelope { model, version, inputs } = wire::envelope(&bytes)?;
+    let model = describe::find(app, &model, Some(&version))?;
+    let limits = inference::limits(&model);
+    // raw contents are slices, however long; values in the descriptions are read one by one
+    let read = app.bodies.threads.run(inputs, until, move || {
+        let read = wire::read(&bytes, &limits, &mut |more| charge.grow(more));
+        Ok(read.map(|read| (read, charge)))
+    });
+    // the message is charged until it is answered
+    let ((inference, typed), _charge) = read.await??;
+    let answered = inference::run(&app.bodies, model, inference, arrived, until).await?;
+    Ok(app.bodies.threads.run(answered.size, until, move || Ok(reply(answered, typed, streamed))).await?)
+}
+
+/// A stream of inferences: answers in the messages' order, one for each.
+pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Response {
+    if app.readiness.is_closing() {
+        return refused(InferError::ShuttingDown.into());
+    }
+    let id = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default().to_string();
+    let opened = || {
+        let until = deadline::of_stream(request.headers())?;
+        Ok((until, Messages::new(app.bodies.clone(), app.request_timeout, request)?))
+    };
+    let (until, messages) = match opened() {
+        Ok(opened) => opened,
+        Err(error) => return refused(error),
+    };
+    // one answer waits at most: a client that does not read is not computed for
+    let (answers, frames) = mpsc::channel(1);
+    let stream = Stream { app, id, until, messages, answers, count: 0 };
+    tokio::spawn(stream.run());
+    let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(frames))));
+    response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
+    response
+}
+
+/// A stream under way.
+struct Stream {
+    app: Arc<App>,
+    /// The call's.
+    id: String,
+    /// The client's deadline for the whole stream.
+    until: Option<Instant>,
+    messages: Messages,
+    answers: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
+    /// Messages so far.
+    count: u64,
+}
+
+/// How a stream ends.
+enum End {
+    /// With this status; none: OK.
+    Status(Option<ApiError>),
+    /// The client is gone, or takes no answers.
+    Left,
+}
+
+impl Stream {
+    async fn run(mut self) {
+        let end = AssertUnwindSafe(self.answer_all()).catch_unwind().await;
+        let end = end.unwrap_or_else(|panic| End::Status(Some(panicked_with(&*panic))));
+        let Self { app, id, count, answers, .. } = self;
+        let outcome = match end {
+            End::Left => Code::Cancelled,
+            End::Status(error) => {
+                let code = error.as_ref().map_or(Code::Ok, |error| error.code);
+                let mut trailers = HeaderMap::from_iter([(STATUS, HeaderValue::from_static("0"))]);
+                if let Some(error) = error {
+                    if let Some(detail) = &error.detail {
+                        tracing::error!(request_id = id, detail, "stream {id} met an internal error");
+                    }
+                    // sanitised text: it is always a header's value
+                    let _ = error.into_status().add_header(&mut trailers);
+                }
+                send(&app, &answers, Frame::trailers(trailers)).await;
+                code
+            }
+        };
+        tracing::info!(
+            request_id = id,
+            messages = count,
+            outcome = outcome.name(),
+            "stream {id} ended: {}",
+            outcome.name()
+        );
+    }
+
+    async fn answer_all(&mut self) -> End {
+        let mut closed = None;
+        loop {
+            let readiness = self.app.readiness.clone();
+            if readiness.is_closing() {
+                let since: &mut Instant = closed.get_or_insert_with(Instant::now);
+                if since.elapsed() > LAST_MESSAGES {
+                    return End::Status(Some(InferError::ShuttingDown.into()));
+                }
+            }
+            if self.until.is_some_and(|until| until <= Instant::now()) {
+                return End::Status(Some(InferError::DeadlineExceeded.into()));
+            }
+            let arrived = tokio::select! {
+                biased;
+                () = self.answers.closed() => return End::Left,
+                // before the stop: what has come is answered
+                arrived = self.messages.arrives(self.until) => arrived,
+                () = readiness.closed() => return End::Status(Some(InferError::ShuttingDown.into())),
+            };
+            match arrived {
+                Ok(true) => {}
+                Ok(false) => return End::Status(None),
+                Err(error) => return End::Status(Some(error)),
+            }
+            self.count += 1;
+            if let Some(end) = self.answer_one().await {
+                return end;
+            }
+        }
+    }
+
+    /// The message that begins now; what ends the stream, if it does.
+    async fn answer_one(&mut self) -> Option<End> {
+        let app = self.app.clone();
+        // counted when it is dropped, as cancelled, if the client leaves
+        let guard = app.metrics.request(Protocol::GrpcStream);
+        let until = self.until;
+        let answered = async {
+            let message = self.messages.read(until).await.map_err(|error| Unread { error, malformed: true })?;
+            let latest = Instant::now() + app.request_timeout;
+            serve(&app, message, until.map_or(latest, |until| until.min(latest)), true).await
+        };
+        let answered = tokio::select! {
+            biased;
+            () = self.answers.closed() => return Some(End::Left),
+            answered = AssertUnwindSafe(answered).catch_unwind() => answered,
+        };
+        let answered = answered.unwrap_or_else(|panic| Err(Unread { error: panicked_with(&*panic), malformed: true }));
+        let outcome = answered.as_ref().map_or_else(|unread| unread.error.code, |_| Code::Ok);
+        let duration_ms = millis(guard.finish(outcome));
+        let (request_id, message, outcome) = (&self.id, self.count, outcome.name());
+        match &answered {
+            Ok(Reply { served, .. }) => tracing::info!(
+                request_id,
+                message,
+                outcome,
+                duration_ms,
+                model = served.model,
+                version = served.version,
+                images = served.images,
+                "message {message} of stream {request_id} {outcome}"
+            ),
+            Err(_) => {
+                tracing::info!(
+                    request_id,
+                    message,
+                    outcome,
+                    duration_ms,
+                    "message {message} of stream {request_id} {outcome}"
+                );
+            }
+        }
+        let (frame, _charge) = match answered {
+            Ok(Reply { frame, charge, .. }) => (frame, Some(charge)),
+            Err(Unread { error, malformed: true }) => return Some(End::Status(Some(error))),
+            Err(Unread { error, .. }) => {
+                if let Some(detail) = &error.detail {
+                    tracing::error!(
+                        request_id,
+                        detail,
+                        "message {message} of stream {request_id} met an internal error"
+                    );
+                }
+                (framed(&pb::ModelStreamInferResponse { error_message: error.message, infer_response: None }), None)
+            }
+        };
+        // an answer is charged until the one before it is taken
+        if send(&app, &self.answers, Frame::data(frame)).await { None } else { Some(End::Left) }
+    }
+}
+
+/// Whether it is on its way: `false` once the client is gone, or has taken nothing for as long as an answer may wait.
+async fn send(app: &App, answers: &mpsc::Sender<Result<Frame<Bytes>, Infallible>>, frame: Frame<Bytes>) -> bool {
+    tokio::time::timeout(app.write_timeout, answers.send(Ok(frame))).await.is_ok_and(|sent| sent.is_ok())
+}
