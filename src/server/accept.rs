@@ -1,11 +1,12 @@
 //! Accepting connections: how many, TLS or not, how long a client may take to send a head or a body and to take an
 //! answer, and how they end.
 //!
-//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `activity` what is under way on it,
-//! `remains` the bodies of its requests, `crowd` all of a port's connections.
+//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `frames` those that ask for nothing,
+//! `activity` what is under way on it, `remains` the bodies of its requests, `crowd` all of a port's connections.
 
 mod activity;
 mod crowd;
+mod frames;
 mod remains;
 mod wire;
 

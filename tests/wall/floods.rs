@@ -67,6 +67,11 @@ fn floods_of_frames_cost_others_nothing() {
         }
     }
     println!("{}", costs.join("\n"));
+    for port in ["http", "grpc", "admin"] {
+        let cut =
+            metric(server.admin, &format!("nfold_ended_connections_total{{port=\"{port}\",reason=\"protocol\"}}"));
+        assert!(cut >= 8, "{port}: {cut}");
+    }
     // nor does it fill the log
     assert_eq!(metric(server.admin, "nfold_dropped_log_lines_total"), 0);
     server.signal("-TERM");

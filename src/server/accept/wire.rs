@@ -13,6 +13,7 @@ use tokio::time::{Instant, Sleep};
 use tokio_rustls::server::TlsStream;
 
 use super::activity::{self, Activity, Ending};
+use super::frames::Frames;
 
 /// How long what a client still sends is read and thrown away after its last answer.
 const LINGER: Duration = Duration::from_secs(1);
@@ -41,6 +42,7 @@ pub(super) struct Wire<S: Socket> {
     stream: S,
     activity: Arc<Activity>,
     limit: Duration,
+    frames: Frames,
     /// While bytes are under way that the client has not taken.
     taking: Option<Taking>,
     /// Whether anything was written yet.
@@ -62,7 +64,8 @@ struct Taking {
 impl<S: Socket> Wire<S> {
     /// A client that takes nothing for `limit`, or less than the least rate, is cut off.
     pub(super) fn new(stream: S, activity: Arc<Activity>, limit: Duration) -> Self {
-        Self { stream, activity, limit, taking: None, begun: false, ended: false, linger: None }
+        let frames = Frames::new(std::time::Instant::now());
+        Self { stream, activity, limit, frames, taking: None, begun: false, ended: false, linger: None }
     }
 
     /// Looks at the first bytes that go out; over HTTP/2 they are no status line.
@@ -84,6 +87,7 @@ impl<S: Socket> Wire<S> {
             let taking = self.taking();
             taking.progress = Instant::now();
             taking.taken += written as u64;
+            self.frames.sent(written);
         }
         self.timed(cx, attempt)
     }
@@ -128,6 +132,10 @@ impl<S: Socket> AsyncRead for Wire<S> {
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
             self.activity.moved();
+            if self.frames.flood(&buffer.filled()[before..], std::time::Instant::now()) {
+                self.activity.end_for(Ending::Protocol);
+                return Poll::Ready(Err(io::Error::other("the client floods the server with frames")));
+            }
         } else if room {
             self.ended = true;
         }
