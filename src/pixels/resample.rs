@@ -6,6 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod fixed_point;
 mod kernels;
 
 use std::ops::Range;

@@ -5,7 +5,6 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
@@ -13,55 +12,13 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::http::App;
+use super::app::App;
+use super::doors::protocol;
+use super::served::{Line, Served, millis};
 use super::status::{self, Failure};
-use crate::infer::registry::LiveModel;
-use crate::infer::request::Timings;
 use crate::metrics::{Outcome, Protocol};
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
-#[derive(Debug, Clone)]
-pub(super) struct Served {
-    pub(super) model: String,
-    pub(super) version: u64,
-    pub(super) images: usize,
-    /// Per phase the slowest image.
-    pub(super) timings: Timings,
-    /// For the log only.
-    pub(super) faults: Vec<String>,
-}
-
-impl Served {
-    /// `images` of a request reached `model`.
-    pub(super) fn new(model: &LiveModel, images: usize) -> Self {
-        let (model, version) = (model.name.clone(), model.version);
-        Self { model, version, images, timings: Timings::default(), faults: Vec::new() }
-    }
-
-    /// One image took that long: images of one request go through the house side by side.
-    pub(super) fn took(&mut self, b: &Timings) {
-        let a = &mut self.timings;
-        a.decode = a.decode.max(b.decode);
-        a.preprocess = a.preprocess.max(b.preprocess);
-        a.queue = a.queue.max(b.queue);
-        a.inference = a.inference.max(b.inference);
-        a.batch = a.batch.max(b.batch);
-    }
-
-    /// Value of the header `server-timing`: milliseconds, as its specification wants them.
-    pub(super) fn server_timing(&self) -> String {
-        let Timings { decode, preprocess, queue, inference, .. } = self.timings;
-        format!(
-            "decode;dur={}, preprocess;dur={}, queue;dur={}, inference;dur={}",
-            millis(decode),
-            millis(preprocess),
-            millis(queue),
-            millis(inference)
-        )
-    }
-}
 
 /// The outermost layer.
 pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
@@ -123,18 +80,6 @@ fn cut(path: &str) -> &str {
     path.get(..PATH).unwrap_or(path)
 }
 
-/// What every access log line says.
-pub(super) struct Line<'a> {
-    pub(super) request_id: &'a str,
-    /// Of the caller's trace, if it has one.
-    trace_id: Option<&'a str>,
-    pub(super) method: &'a str,
-    pub(super) path: &'a str,
-    pub(super) protocol: Protocol,
-    pub(super) outcome: Outcome,
-    duration_ms: f64,
-}
-
 fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
     let Line { request_id, trace_id, method, path, protocol, outcome, duration_ms } = *line;
     let (status, outcome) = (response.status().as_u16(), outcome.name());
@@ -182,41 +127,6 @@ fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
             )
         }
     }
-}
-
-fn protocol(path: &str) -> Protocol {
-    const HEALTH: [&str; 4] = [
-        "/v2/health/",
-        "/grpc.health.v1.Health/",
-        "/inference.GRPCInferenceService/ServerLive",
-        "/inference.GRPCInferenceService/ServerReady",
-    ];
-    if HEALTH.iter().any(|health| path.starts_with(health)) {
-        Protocol::Health
-    } else if path.starts_with("/v1/") {
-        Protocol::Rest
-    } else if path == "/v2" || path.starts_with("/v2/") {
-        Protocol::OipHttp
-    } else if path.starts_with("/inference.GRPCInferenceService/") {
-        Protocol::Grpc
-    } else {
-        Protocol::Other
-    }
-}
-
-/// Whether it is a gRPC request.
-pub(super) fn is_grpc<B>(request: &axum::http::Request<B>) -> bool {
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
-}
-
-/// Whether a path only asks how the server is.
-pub(super) fn is_health(path: &str) -> bool {
-    protocol(path) == Protocol::Health
-}
-
-pub(super) fn millis(duration: Duration) -> f64 {
-    duration.as_micros() as f64 / 1000.0
 }
 
 /// The trace that a request belongs to: the second field of `traceparent` (W3C Trace Context, section 3.2), 32 hexadecimal

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use self::budget::BodyBudget;
 use self::threads::ParseThreads;
+use super::status::{ApiError, Code};
 use crate::metrics::Metrics;
 
 /// What every body is held to.
@@ -46,4 +47,9 @@ pub struct Limits {
     pub images: usize,
     /// Numbers of one image's tensor.
     pub values: usize,
+}
+
+/// The refusal of what is above the limit.
+pub(in crate::server) fn too_large() -> ApiError {
+    ApiError::new(Code::BodyTooLarge, "the body is larger than this server takes (--body-limit)")
 }

@@ -5,22 +5,24 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use super::http::App;
 use super::status::{ApiError, Code};
-use crate::infer::registry::{LoadError, RegistryError};
+use crate::infer::registry::{LoadError, Registry, RegistryError};
+use crate::metrics::Metrics;
 use crate::model::ModelError;
 
 /// Whether clients may, and whose turn it is.
 #[derive(Debug)]
 pub(super) struct ModelControl {
     allowed: bool,
+    registry: Arc<Registry>,
+    metrics: Arc<Metrics>,
     /// Held while a model loads: those who wait for it keep no thread from others.
     one: Arc<Mutex<()>>,
 }
 
 impl ModelControl {
-    pub(super) fn new(allowed: bool) -> Self {
-        Self { allowed, one: Arc::default() }
+    pub(super) fn new(allowed: bool, registry: Arc<Registry>, metrics: Arc<Metrics>) -> Self {
+        Self { allowed, registry, metrics, one: Arc::default() }
     }
 
     fn check(&self) -> Result<(), ApiError> {
@@ -29,6 +31,36 @@ impl ModelControl {
         }
         let text = "loading and unloading of models is switched off; start the server with --model-control";
         Err(ApiError::new(Code::InvalidRequest, text))
+    }
+
+    /// Opens the named model's newest version and serves it.
+    pub(super) async fn load<'a>(
+        &self,
+        name: &str,
+        parameters: impl IntoIterator<Item = &'a String>,
+    ) -> Result<(), ApiError> {
+        self.check()?;
+        known(parameters, &LOAD_PARAMETERS)?;
+        let turn = self.one.clone().lock_owned().await;
+        let (registry, metrics, name) = (self.registry.clone(), self.metrics.clone(), name.to_string());
+        let loaded = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            registry.load(&name, &metrics).map_err(|error| refused(&name, error))
+        });
+        loaded.await.map_err(|e| ApiError::internal(format!("loading a model panicked: {e}")))?
+    }
+
+    /// Takes every version of the named model out of service; what is queued is still answered.
+    pub(super) async fn unload<'a>(
+        &self,
+        name: &str,
+        parameters: impl IntoIterator<Item = &'a String>,
+    ) -> Result<(), ApiError> {
+        self.check()?;
+        known(parameters, &UNLOAD_PARAMETERS)?;
+        let (registry, name) = (self.registry.clone(), name.to_string());
+        let unloaded = tokio::task::spawn_blocking(move || registry.unload(&name));
+        Ok(unloaded.await.map_err(|e| ApiError::internal(format!("unloading a model panicked: {e}")))??)
     }
 }
 
@@ -48,37 +80,6 @@ fn known<'a>(parameters: impl IntoIterator<Item = &'a String>, known: &[&str]) -
         name.escape_debug()
     );
     Err(ApiError::new(Code::InvalidRequest, text))
-}
-
-/// Opens the named model's newest version and serves it.
-pub(super) async fn load<'a>(
-    app: &Arc<App>,
-    name: &str,
-    parameters: impl IntoIterator<Item = &'a String>,
-) -> Result<(), ApiError> {
-    app.control.check()?;
-    known(parameters, &LOAD_PARAMETERS)?;
-    let turn = app.control.one.clone().lock_owned().await;
-    let (loading, name) = (app.clone(), name.to_string());
-    let loaded = tokio::task::spawn_blocking(move || {
-        let _turn = turn;
-        let loaded = loading.registry.load(&name, &loading.metrics);
-        loaded.map_err(|error| refused(&name, error))
-    });
-    loaded.await.map_err(|e| ApiError::internal(format!("loading a model panicked: {e}")))?
-}
-
-/// Takes every version of the named model out of service; what is queued is still answered.
-pub(super) async fn unload<'a>(
-    app: &Arc<App>,
-    name: &str,
-    parameters: impl IntoIterator<Item = &'a String>,
-) -> Result<(), ApiError> {
-    app.control.check()?;
-    known(parameters, &UNLOAD_PARAMETERS)?;
-    let (unloading, name) = (app.clone(), name.to_string());
-    let unloaded = tokio::task::spawn_blocking(move || unloading.registry.unload(&name));
-    Ok(unloaded.await.map_err(|e| ApiError::internal(format!("unloading a model panicked: {e}")))??)
 }
 
 /// What a client reads of a failed load: which model and why, but no path of this machine. The log has all of it.

@@ -28,11 +28,12 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use self::frames::{Messages, reframed};
 use super::access::{self, REQUEST_ID};
+use super::app::App;
 use super::bodies::Bodies;
-use super::http::App;
+use super::doors;
 use super::oip::describe;
 use super::status::{ApiError, Code, Failure, cut};
-use super::{control, head, keys};
+use super::{head, keys};
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
@@ -74,7 +75,7 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
 /// Whether a call's client sends messages when it likes; the others send one, at once.
 pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
     const STREAMS: [&str; 2] = ["/ModelStreamInfer", "/ServerReflectionInfo"];
-    access::is_grpc(request) && STREAMS.iter().any(|method| request.uri().path().ends_with(method))
+    doors::is_grpc(request) && STREAMS.iter().any(|method| request.uri().path().ends_with(method))
 }
 
 /// Refuses what is not gRPC, as its specification wants: with the status of HTTP.
@@ -247,7 +248,7 @@ impl GrpcInferenceService for Service {
         request: Request<pb::RepositoryModelLoadRequest>,
     ) -> Answer<pb::RepositoryModelLoadResponse> {
         let pb::RepositoryModelLoadRequest { model_name, parameters, .. } = request.get_ref();
-        control::load(&self.0, model_name, parameters.keys()).await.map_err(refuse(&request))?;
+        self.0.control.load(model_name, parameters.keys()).await.map_err(refuse(&request))?;
         Ok(Response::new(pb::RepositoryModelLoadResponse {}))
     }
 
@@ -256,7 +257,7 @@ impl GrpcInferenceService for Service {
         request: Request<pb::RepositoryModelUnloadRequest>,
     ) -> Answer<pb::RepositoryModelUnloadResponse> {
         let pb::RepositoryModelUnloadRequest { model_name, parameters, .. } = request.get_ref();
-        control::unload(&self.0, model_name, parameters.keys()).await.map_err(refuse(&request))?;
+        self.0.control.unload(model_name, parameters.keys()).await.map_err(refuse(&request))?;
         Ok(Response::new(pb::RepositoryModelUnloadResponse {}))
     }
 }

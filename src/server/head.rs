@@ -10,7 +10,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
 use super::accept::HEAD_LIMIT;
-use super::access;
+use super::doors;
 use super::status::{ApiError, Code};
 
 /// Most bytes of a request's path and query.
@@ -22,7 +22,7 @@ pub(super) async fn check(request: Request, next: Next) -> Response {
         None => return next.run(request).await,
         Some(error) => error,
     };
-    if access::is_grpc(&request) { error.into_status().into_http() } else { error.into_response() }
+    if doors::is_grpc(&request) { error.into_status().into_http() } else { error.into_response() }
 }
 
 /// Why a request is refused.

@@ -13,11 +13,8 @@ use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
-use super::access;
+use super::doors;
 use super::status::{ApiError, Code};
-
-/// Paths that say how to ask, to people who may have no key yet.
-const PAGES: [&str; 3] = ["/", "/docs", "/openapi.json"];
 
 /// What can be wrong with a key file.
 #[derive(Debug, thiserror::Error)]
@@ -104,15 +101,13 @@ fn read(path: &PathBuf) -> Result<Digests, KeysError> {
 /// The layer.
 pub(super) async fn check(State(keys): State<Arc<Keys>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let open = access::is_health(path)
-        || PAGES.contains(&path)
-        || ["/docs/", "/page/"].iter().any(|folder| path.starts_with(folder));
+    let open = doors::is_health(path) || doors::is_page(path);
     if open || keys.admits(request.headers()) {
         return next.run(request).await;
     }
     let text = "an API key is needed: send the header `authorization: Bearer KEY`";
     let error = ApiError::new(Code::Unauthenticated, text);
-    if access::is_grpc(&request) {
+    if doors::is_grpc(&request) {
         return error.into_status().into_http();
     }
     let mut response = error.into_response();

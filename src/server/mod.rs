@@ -7,10 +7,13 @@
 mod accept;
 mod access;
 mod admin;
+mod app;
 mod bodies;
+mod classify;
 mod control;
 mod deadline;
 mod descriptors;
+mod doors;
 mod grpc;
 mod head;
 mod http;
@@ -20,6 +23,7 @@ mod openapi;
 mod page;
 mod readiness;
 mod reload;
+mod served;
 pub mod status;
 mod tls;
 #[cfg_attr(not(feature = "otel"), path = "no_traces.rs")]
@@ -34,10 +38,10 @@ use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, oneshot};
 
 use self::admin::Admin;
+use self::app::App;
 use self::bodies::Bodies;
 pub use self::bodies::Limits;
 use self::control::ModelControl;
-use self::http::App;
 pub use self::keys::KeysError;
 use self::readiness::Readiness;
 use self::reload::Reloader;
@@ -285,7 +289,7 @@ impl Server {
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),
-            control: ModelControl::new(options.model_control),
+            control: ModelControl::new(options.model_control, registry.clone(), metrics.clone()),
         });
         let (stop_http, http_stopped) = oneshot::channel();
         let (stop_grpc, grpc_stopped) = oneshot::channel();

@@ -2,7 +2,7 @@
 
 use axum::http::HeaderMap;
 
-use super::access::{Line, Served};
+use super::served::{Line, Served};
 
 #[derive(Debug)]
 pub(super) enum Traces {}

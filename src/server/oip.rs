@@ -23,10 +23,10 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::app::App;
 use super::bodies::intake::{Held, whole};
 use super::bodies::json;
 use super::deadline;
-use super::http::App;
 use super::status::{ApiError, Code, ErrorBody};
 use crate::pb::open_inference as pb;
 
@@ -240,7 +240,7 @@ struct Done {}
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
 async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
     let parameters = control_parameters(&app, request).await?;
-    super::control::load(&app, &path.model, &parameters).await?;
+    app.control.load(&path.model, &parameters).await?;
     Ok(Json(Done {}))
 }
 
@@ -251,7 +251,7 @@ async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) ->
     responses((status = 200, body = Done), (status = "default", body = ErrorBody)))]
 async fn unload(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Json<Done>, ApiError> {
     let parameters = control_parameters(&app, request).await?;
-    super::control::unload(&app, &path.model, &parameters).await?;
+    app.control.unload(&path.model, &parameters).await?;
     Ok(Json(Done {}))
 }
 

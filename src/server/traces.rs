@@ -15,7 +15,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 
-use super::access::{Line, Served, millis};
+use super::served::{Line, Served, millis};
 use crate::metrics::{Outcome, Protocol};
 
 /// The way to the collector. Spans wait in a bounded queue; what does not fit is dropped, never waited for.

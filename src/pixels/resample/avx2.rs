@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use fearless_simd::prelude::*;
 use fearless_simd::{Avx2, kernel, u8x16, u8x32};
 
-use super::kernels::{HALF, Pair, SPLIT_BITS, sample};
+use super::fixed_point::{HALF, Pair, SPLIT_BITS, sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
 /// Rows that the horizontal kernel takes side by side, one a 32-bit lane.

@@ -1,57 +1,25 @@
 //! The multiply-add loops of resampling, in vector instructions of whatever width the processor has.
 //!
-//! Owns how samples lie in lanes and how 22-bit coefficients are multiplied exactly with 16-bit instructions. Must not know
-//! where coefficients come from.
+//! Owns how samples lie in lanes. Must not know where coefficients come from.
 
 use fearless_simd::prelude::*;
 use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u16x8, u32x8};
 
 #[cfg(target_arch = "x86_64")]
 use super::avx2;
+use super::fixed_point::{HALF, Pair, SPLIT_BITS, sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
-/// Half a unit in the last place: the sums start here, so that the shift rounds.
-pub(super) const HALF: i32 = 1 << (PRECISION_BITS - 1);
 /// Columns that one step of laying rows side by side takes.
 const STEP: usize = 4;
 /// Bytes that such a step loads, of which it uses `RGB * STEP`.
 const BYTES: usize = 16;
-/// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
-pub(super) const SPLIT_BITS: u32 = 12;
 /// Rows that the horizontal kernel takes side by side.
 const ROWS: usize = 8;
 /// Samples of one pair of columns in these rows, of one channel.
 const LANES: usize = 2 * ROWS;
 /// Samples of one row that the vertical kernel keeps in registers.
 const BLOCK: usize = 32;
-
-/// A fixed-point sum as a sample.
-#[inline(always)]
-pub(super) fn sample(sum: i32) -> u8 {
-    (sum >> PRECISION_BITS).clamp(0, 255) as u8
-}
-
-/// The coefficients of two neighbouring positions, each in an upper and a lower part of 16 bits with sign:
-/// `coefficient = upper << SPLIT_BITS + lower`. One 32-bit lane holds the same part of both, the first one below.
-#[derive(Clone, Copy)]
-pub(super) struct Pair {
-    pub(super) upper: i32,
-    pub(super) lower: i32,
-}
-
-impl Pair {
-    pub(super) fn new(first: i32, second: i32) -> Self {
-        let join = |first: i32, second: i32| (first & 0xFFFF) | (second << 16);
-        let lower = |weight: i32| weight & ((1 << SPLIT_BITS) - 1);
-        Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
-    }
-
-    /// Whether both coefficients are zero.
-    #[inline]
-    pub(super) fn is_zero(self) -> bool {
-        self.upper == 0 && self.lower == 0
-    }
-}
 
 /// The sums of one vector of outputs. Products of 8-bit samples and 24-bit coefficients don't fit the instruction that
 /// multiplies and adds pairs of 16 bits; with the coefficients in two parts they do.

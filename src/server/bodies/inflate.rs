@@ -7,7 +7,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 
 use super::super::status::{ApiError, Code};
 use super::budget::Charge;
-use super::intake::too_large;
+use super::too_large;
 
 /// Members of one gzip body, at most: each costs a fresh decoder, even if it is empty.
 const MEMBERS: usize = 4096;

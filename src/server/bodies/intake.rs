@@ -8,11 +8,11 @@ use bytes::Bytes;
 use http_body_util::BodyExt as _;
 
 use super::super::status::{ApiError, Code};
-use super::Bodies;
 use super::budget::Charge;
 use super::coding::Coding;
 use super::inflate::Inflater;
 use super::threads::too_late;
+use super::{Bodies, too_large};
 
 /// Compressed bytes that are gathered before they are inflated.
 const GATHER: usize = 256 * 1024;
@@ -22,11 +22,6 @@ const GATHER: usize = 256 * 1024;
 pub(in crate::server) struct Held {
     pub(in crate::server) bytes: Bytes,
     pub(in crate::server) charge: Charge,
-}
-
-/// The refusal of what is above the limit.
-pub(in crate::server) fn too_large() -> ApiError {
-    ApiError::new(Code::BodyTooLarge, "the body is larger than this server takes (--body-limit)")
 }
 
 /// Bytes on their way in.

@@ -11,8 +11,9 @@ use http_body_util::BodyExt as _;
 
 use super::super::bodies::Bodies;
 use super::super::bodies::coding::{Coding, GRPC_ENCODING};
-use super::super::bodies::intake::{Held, Intake, too_large};
+use super::super::bodies::intake::{Held, Intake};
 use super::super::bodies::threads::too_late;
+use super::super::bodies::too_large;
 use super::super::status::{ApiError, Code};
 
 /// Bytes before each message: whether it is compressed, and its length.

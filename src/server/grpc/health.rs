@@ -11,7 +11,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
-use super::super::http::App;
+use super::super::app::App;
 
 /// How often a watched status is looked at.
 const WATCH: Duration = Duration::from_millis(250);

@@ -17,12 +17,13 @@ use http_body_util::{BodyExt as _, Full, StreamBody};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::super::access::{REQUEST_ID, millis};
+use super::super::access::REQUEST_ID;
+use super::super::app::App;
 use super::super::bodies::budget::ChargedBody;
 use super::super::bodies::intake::Held;
 use super::super::deadline;
-use super::super::http::App;
 use super::super::oip::{describe, inference};
+use super::super::served::{SERVER_TIMING, millis};
 use super::super::status::{ApiError, Code};
 use super::frames::{Messages, framed};
 use super::messages::{Reply, reply};
@@ -55,7 +56,7 @@ pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Resp
     let mut response = Response::new(Body::new(ChargedBody::new(Body::new(body), charge)));
     response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
     if let Ok(timing) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert("server-timing", timing);
+        response.headers_mut().insert(SERVER_TIMING, timing);
     }
     response.extensions_mut().insert(served);
     response

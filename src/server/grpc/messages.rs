@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 
-use super::super::access::Served;
 use super::super::bodies::budget::Charge;
 use super::super::oip::inference::{Answered, OutputData};
+use super::super::served::Served;
 use super::frames::framed;
 use crate::pb::open_inference as pb;
 use pb::model_infer_response::InferOutputTensor;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::super::http::App;
+use super::super::app::App;
 use super::super::status::{ApiError, Code};
 use super::datatype::Datatype;
 use super::inference::{INPUT, OUTPUT};

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 
 use super::super::bodies::budget::ChargedBody;
 use super::super::bodies::{Limits, base64, json};
+use super::super::served::SERVER_TIMING;
 use super::super::status::{ApiError, cut};
 use super::datatype::Datatype;
 use super::inference::{
@@ -437,7 +438,7 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
         response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(length));
     }
     if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert("server-timing", value);
+        response.headers_mut().insert(SERVER_TIMING, value);
     }
     response.extensions_mut().insert(served);
     Ok(response)

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::super::access::Served;
 use super::super::bodies::budget::Charge;
 use super::super::bodies::threads::INLINE;
 use super::super::bodies::{Bodies, Limits};
+use super::super::served::Served;
 use super::super::status::{ApiError, Code, cut};
 use super::datatype::Datatype;
 use crate::infer::error::InferError;

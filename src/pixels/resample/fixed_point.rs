@@ -1,0 +1,36 @@
+//! Pillow's fixed-point arithmetic: how a 22-bit coefficient is multiplied exactly with 16-bit instructions, and how a sum
+//! becomes a sample. Knows no processor.
+
+use super::PRECISION_BITS;
+
+/// Half a unit in the last place: the sums start here, so that the shift rounds.
+pub(super) const HALF: i32 = 1 << (PRECISION_BITS - 1);
+/// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
+pub(super) const SPLIT_BITS: u32 = 12;
+/// A fixed-point sum as a sample.
+#[inline(always)]
+pub(super) fn sample(sum: i32) -> u8 {
+    (sum >> PRECISION_BITS).clamp(0, 255) as u8
+}
+
+/// The coefficients of two neighbouring positions, each in an upper and a lower part of 16 bits with sign:
+/// `coefficient = upper << SPLIT_BITS + lower`. One 32-bit lane holds the same part of both, the first one below.
+#[derive(Clone, Copy)]
+pub(super) struct Pair {
+    pub(super) upper: i32,
+    pub(super) lower: i32,
+}
+
+impl Pair {
+    pub(super) fn new(first: i32, second: i32) -> Self {
+        let join = |first: i32, second: i32| (first & 0xFFFF) | (second << 16);
+        let lower = |weight: i32| weight & ((1 << SPLIT_BITS) - 1);
+        Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
+    }
+
+    /// Whether both coefficients are zero.
+    #[inline]
+    pub(super) fn is_zero(self) -> bool {
+        self.upper == 0 && self.lower == 0
+    }
+}

@@ -1,0 +1,154 @@
+//! `POST /v1/classify`: images in, classes out. Errors go through `status`, bodies through `bodies::upload`.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse as _, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::app::App;
+use super::bodies::budget::ChargedBody;
+use super::bodies::threads::INLINE;
+use super::bodies::upload::{self, Upload};
+use super::deadline;
+use super::served::{SERVER_TIMING, Served};
+use super::status::{ApiError, Code, ErrorBody};
+use crate::infer::error::InferError;
+use crate::infer::registry::LiveModel;
+use crate::infer::top_k::Prediction;
+
+/// Predictions per image when the request names no number.
+const DEFAULT_TOP_K: usize = 5;
+
+/// The route and its description.
+pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(classify))
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct ClassifyQuery {
+    /// Name in the repository; may be left out when only one model is served.
+    model: Option<String>,
+    /// Left out: the highest.
+    version: Option<u64>,
+    /// Predictions per image; 5 when left out.
+    #[param(minimum = 1)]
+    top_k: Option<usize>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct ClassifyAnswer<'a> {
+    model: &'a str,
+    version: u64,
+    /// In the request's order.
+    results: Vec<ImageAnswer>,
+}
+
+/// An image's answer, or, among several images, why it has none.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum ImageAnswer {
+    Predictions(Vec<PredictionBody>),
+    Error { code: &'static str, message: String },
+}
+
+/// A class and its probability.
+#[derive(Serialize, ToSchema)]
+struct PredictionBody {
+    /// Position in the logits.
+    index: usize,
+    /// Its name; its index in digits where the model has no labels.
+    label: String,
+    /// Softmax probability in 0..=1.
+    score: f64,
+}
+
+impl From<Prediction> for PredictionBody {
+    fn from(Prediction { index, label, score }: Prediction) -> Self {
+        Self { index, label, score }
+    }
+}
+
+/// Classifies one image or several.
+#[utoipa::path(post, path = "/v1/classify", tag = "Classification",
+    params(ClassifyQuery,
+        ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
+    request_body(content(
+        (upload::JsonBody = "application/json"), (Vec<u8> = "application/octet-stream"), (Vec<u8> = "image/jpeg"),
+        (Vec<u8> = "image/png"), (upload::Form = "multipart/form-data"))),
+    responses((status = 200, body = ClassifyAnswer<'_>), (status = "default", body = ErrorBody)))]
+async fn classify(
+    State(app): State<Arc<App>>,
+    query: Result<Query<ClassifyQuery>, QueryRejection>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
+    let deadline = deadline::http(request.headers(), app.request_timeout)?;
+    // before the body: a wrong name should not cost an upload
+    let model = app.registry.find(query.model.as_deref(), query.version)?;
+    let limit = model.scheduler().queue_limit();
+    // what it takes is held until it is answered
+    let Upload { images: uploaded, top_k, charge: _charge } =
+        upload::read(&app.bodies, request, limit, deadline).await?;
+    let k = top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
+    if k == 0 {
+        return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));
+    }
+    let images = uploaded.len();
+    let size = answer_size(&model, images, k);
+    let mut charge = app.bodies.budget.charge();
+    if size > INLINE {
+        charge.answer(size)?;
+    }
+    let broken: Vec<Option<InferError>> =
+        uploaded.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
+    let whole = uploaded.into_iter().flatten().collect();
+    let mut answers = model.classify(whole, k, deadline).await?.into_iter();
+    let mut served = Served::new(&model, images);
+    let mut results = Vec::with_capacity(images);
+    for broken in broken {
+        let answer = match broken {
+            Some(error) => Err(error),
+            None => answers.next().unwrap_or_else(|| Err(InferError::Internal("an image has no answer".into()))),
+        };
+        results.push(match answer {
+            Ok(classified) => {
+                served.took(&classified.timings);
+                ImageAnswer::Predictions(classified.predictions.into_iter().map(PredictionBody::from).collect())
+            }
+            // a request of one image has no neighbours to save
+            Err(error) if images == 1 => return Err(error.into()),
+            Err(error) => {
+                let ApiError { code, message, detail, .. } = error.into();
+                served.faults.extend(detail);
+                ImageAnswer::Error { code: code.name(), message }
+            }
+        });
+    }
+    let written = app.bodies.threads.run(size, deadline, move || {
+        let answer = ClassifyAnswer { model: &model.name, version: model.version, results };
+        serde_json::to_vec(&answer).map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
+    });
+    let body = Body::new(ChargedBody::new(written.await?.into(), charge));
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
+    if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
+        response.headers_mut().insert(SERVER_TIMING, value);
+    }
+    response.extensions_mut().insert(served);
+    Ok(response)
+}
+
+/// Bytes of an answer, at most, about: a prediction has its label and some 80 more.
+fn answer_size(model: &LiveModel, images: usize, k: usize) -> usize {
+    let k = k.min(model.manifest.classes as usize);
+    let label = model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
+    images * k * (label + 80)
+}

@@ -1,0 +1,70 @@
+//! What is known of a request once it is answered: for the log, the metrics, the traces and the header `server-timing`.
+
+use std::time::Duration;
+
+use axum::http::HeaderName;
+
+use crate::infer::registry::LiveModel;
+use crate::infer::request::Timings;
+use crate::metrics::{Outcome, Protocol};
+
+pub(super) const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    pub(super) model: String,
+    pub(super) version: u64,
+    pub(super) images: usize,
+    /// Per phase the slowest image.
+    pub(super) timings: Timings,
+    /// For the log only.
+    pub(super) faults: Vec<String>,
+}
+
+impl Served {
+    /// `images` of a request reached `model`.
+    pub(super) fn new(model: &LiveModel, images: usize) -> Self {
+        let (model, version) = (model.name.clone(), model.version);
+        Self { model, version, images, timings: Timings::default(), faults: Vec::new() }
+    }
+
+    /// One image took that long: images of one request are worked on side by side.
+    pub(super) fn took(&mut self, b: &Timings) {
+        let a = &mut self.timings;
+        a.decode = a.decode.max(b.decode);
+        a.preprocess = a.preprocess.max(b.preprocess);
+        a.queue = a.queue.max(b.queue);
+        a.inference = a.inference.max(b.inference);
+        a.batch = a.batch.max(b.batch);
+    }
+
+    /// Value of the header `server-timing`: milliseconds, as its specification wants them.
+    pub(super) fn server_timing(&self) -> String {
+        let Timings { decode, preprocess, queue, inference, .. } = self.timings;
+        format!(
+            "decode;dur={}, preprocess;dur={}, queue;dur={}, inference;dur={}",
+            millis(decode),
+            millis(preprocess),
+            millis(queue),
+            millis(inference)
+        )
+    }
+}
+
+/// What every access log line says.
+pub(super) struct Line<'a> {
+    pub(super) request_id: &'a str,
+    /// Of the caller's trace, if it has one.
+    pub(super) trace_id: Option<&'a str>,
+    pub(super) method: &'a str,
+    pub(super) path: &'a str,
+    pub(super) protocol: Protocol,
+    pub(super) outcome: Outcome,
+    pub(super) duration_ms: f64,
+}
+
+/// Milliseconds, to the microsecond.
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
