@@ -142,6 +142,24 @@ fn what_has_not_changed_is_not_tried_again_at_every_look() {
     assert_eq!((newest(&registry), metrics.models_skipped.get()), (2, 0));
 }
 
+/// A rollout that takes the old version away together with bringing a broken one.
+#[test]
+fn a_version_stays_until_there_is_one_in_its_stead() {
+    let (shelf, registry, metrics) = registry();
+    let put = |version, opens| {
+        let mut versions = shelf.versions.lock().unwrap();
+        versions.clear();
+        versions.insert(version, (opens, "a"));
+    };
+    put(2, Opens::PanicBefore);
+    registry.reload(&metrics, Look::Asked).unwrap();
+    registry.reload(&metrics, Look::Again).unwrap();
+    assert_eq!(newest(&registry), 1);
+    put(3, Opens::Well);
+    registry.reload(&metrics, Look::Asked).unwrap();
+    assert_eq!(registry.all().iter().map(|model| model.version).collect::<Vec<_>>(), [3]);
+}
+
 #[test]
 fn who_loads_or_unloads_by_name_decides_until_the_folder_changes() {
     let (shelf, registry, metrics) = registry();

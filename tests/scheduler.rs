@@ -404,6 +404,36 @@ fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
     assert_eq!(all_images(&stage.metrics, "m"), stage.ended(Outcome::Ok));
 }
 
+/// The engine with all cores is fast because nobody else is there: what it costs must not be taken for what a crowd costs.
+#[test]
+fn an_idle_machine_does_not_spoil_the_estimate() {
+    let (stage, wide) = elastic(options(1, 1, 100));
+    *stage.strings.delay.lock().unwrap() = Duration::from_millis(40);
+    wide.hold();
+    let first = stage.submit(0.0).unwrap();
+    eventually("the wide engine has it", || wide.runs() == 1);
+    let mut crowd: Vec<Ticket> = (1..30).map(|i| stage.submit(i as f32).unwrap()).collect();
+    wide.release();
+    crowd.insert(0, first);
+    crowd.into_iter().for_each(|ticket| drop(answer(ticket).unwrap()));
+    // now it is idle for a while, and answers at once
+    for i in 0..50 {
+        answer(stage.submit(i as f32).unwrap()).unwrap();
+    }
+    let before = wide.runs();
+    assert!(before > 40, "{before}");
+    wide.hold();
+    let first = stage.submit(0.0).unwrap();
+    eventually("the wide engine has it", || wide.runs() == before + 1);
+    let crowd: Vec<Ticket> = (1..20).map(|i| stage.submit(i as f32).unwrap()).collect();
+    let hopeless = stage.submit_until(5.0, Instant::now() + Duration::from_millis(300));
+    assert!(matches!(hopeless, Err(InferError::Overloaded { .. })), "twenty before it take 40 ms each: {hopeless:?}");
+    wide.release();
+    for ticket in crowd.into_iter().chain([first]) {
+        answer(ticket).unwrap();
+    }
+}
+
 #[test]
 fn what_the_wide_engine_fails_at_a_core_answers() {
     for fault in [Fault::Error, Fault::Panic, Fault::Short] {

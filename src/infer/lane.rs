@@ -73,7 +73,7 @@ impl Lane {
     /// One engine run, padded to a bucket; the error says what to log.
     pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
         let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
-        let (count, result) = measured(shared, self.number, engine.as_mut(), batch);
+        let (count, result) = measured(shared, self.number, Cores::Own, engine.as_mut(), batch);
         if count == RunResult::Panic {
             self.lose(shared);
         }
@@ -84,7 +84,7 @@ impl Lane {
     /// engine can still answer.
     pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch) -> Option<Logits> {
         let mut wide = shared.wide.try_lock().ok()?;
-        let (count, result) = measured(shared, self.number, wide.as_mut()?.as_mut(), batch);
+        let (count, result) = measured(shared, self.number, Cores::All, wide.as_mut()?.as_mut(), batch);
         if count == RunResult::Panic {
             let broken = wide.take();
             let reopened = catch_unwind(AssertUnwindSafe(|| {
@@ -124,10 +124,20 @@ impl Lane {
     }
 }
 
+/// What an engine has to itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cores {
+    /// The worker's share.
+    Own,
+    /// All of an idle machine.
+    All,
+}
+
 /// One run of any engine, padded to a bucket, measured and counted; the error says what to log.
 fn measured(
     shared: &Shared,
     worker: usize,
+    cores: Cores,
     engine: &mut dyn Backend,
     batch: &mut Batch,
 ) -> (RunResult, Result<Logits, String>) {
@@ -161,7 +171,9 @@ fn measured(
     metrics.batch_size.observe(images as f64);
     metrics.padding.inc_by((padded - images) as u64);
     metrics.run(count);
-    shared.ran(worker, images, took, result.is_ok());
+    // how fast a machine is that has nothing else to do says nothing of a busy one
+    let cost = (cores == Cores::Own).then(|| took / images.max(1) as u32);
+    shared.ran(worker, result.is_ok(), cost);
     (count, result)
 }
 

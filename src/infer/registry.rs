@@ -235,8 +235,8 @@ impl Registry {
     }
 
     /// Brings what is served in line with the repository: new and changed versions are opened beside the old ones, warmed
-    /// and tested, and only then replace them; what has gone from the repository goes. Whatever fails leaves the old model
-    /// serving. Blocks until all of it is warm.
+    /// and tested, and only then replace them; what has gone from the repository goes, unless nothing that is there instead
+    /// can serve. Whatever fails leaves the old model serving. Blocks until all of it is warm.
     pub fn reload(&self, metrics: &Metrics, look: Look) -> Result<(), RegistryError> {
         let _turn = self.turns.wait();
         let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
@@ -274,7 +274,10 @@ impl Registry {
         metrics.models_skipped.set(skipped);
         let gone = |wanted: &[(String, u64)]| -> Vec<Arc<LiveModel>> {
             let stays = |model: &Arc<LiveModel>| {
-                kept.contains(&model.name) || wanted.iter().any(|(n, v)| *n == model.name && *v == model.version)
+                let others: Vec<u64> = wanted.iter().filter(|(n, _)| *n == model.name).map(|(_, v)| *v).collect();
+                // of what is there of it, nothing may be able to serve
+                let replaced = others.iter().any(|&version| self.find(Some(&model.name), Some(version)).is_ok());
+                kept.contains(&model.name) || others.contains(&model.version) || (!others.is_empty() && !replaced)
             };
             self.all().into_iter().filter(|model| !stays(model)).collect()
         };

@@ -244,14 +244,15 @@ impl Shared {
         self.lock().queue.running[worker] = Some(now);
     }
 
-    /// An engine run of `images` ended well or badly after `took`. Said before the images are answered: the next one of the
-    /// same caller should find the machine idle. Nothing to wake for: the worker comes back for its next task.
-    pub(super) fn ran(&self, worker: usize, images: usize, took: Duration, ok: bool) {
+    /// An engine run ended well or badly, and cost so much an image, if that says anything of the next. Said before the images
+    /// are answered: the next one of the same caller should find the machine idle. Nothing to wake for: the worker comes
+    /// back for its next task.
+    pub(super) fn ran(&self, worker: usize, ok: bool, cost: Option<Duration>) {
         let mut state = self.lock();
         let queue = &mut state.queue;
         queue.running[worker] = None;
         if ok {
-            queue.run_cost = smooth(queue.run_cost, took / images.max(1) as u32);
+            queue.run_cost = cost.map_or(queue.run_cost, |cost| smooth(queue.run_cost, cost));
             queue.failures = 0;
         } else {
             queue.failures = queue.failures.saturating_add(1);
