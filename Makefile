@@ -4,6 +4,8 @@
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make test-otel         spans at a collector (cargo feature otel)
+#   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
+#   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
 #   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make test-turbojpeg    lints and tests of JPEG by libjpeg-turbo; needs cmake and nasm (apt-get install cmake nasm)
 #   make check-manifests   deploy/ against the Kubernetes schemas
@@ -19,7 +21,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test test-turbojpeg serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test simulate mutants test-turbojpeg serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -47,6 +49,12 @@ rehearsal: ort
 # the cargo feature `otel`, which the other tests leave out
 test-otel: ort
 	cargo test --locked --features otel --test tests -- traces::
+
+simulate:
+	NFOLD_SCHEDULES=100000 cargo test --locked --lib -- --nocapture simulation::every
+
+mutants:
+	tests/simulation/mutants/run
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::

@@ -14,6 +14,9 @@ pub mod registry;
 pub mod request;
 pub mod scheduler;
 mod shared;
+#[cfg(test)]
+#[path = "../../tests/simulation/mod.rs"]
+mod simulation;
 mod source;
 pub mod system;
 pub mod top_k;

@@ -110,6 +110,16 @@ impl Scheduler {
         left
     }
 
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.shared.held()
+    }
+
+    #[cfg(test)]
+    pub(super) fn idle_beside_work(&self) -> Option<String> {
+        self.shared.idle_beside_work()
+    }
+
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
