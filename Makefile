@@ -7,7 +7,8 @@
 #   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
 #   make soak              overload for three minutes, mixed load for ten, watching memory
-#   make test-turbojpeg    lints and tests of JPEG by libjpeg-turbo; needs cmake and nasm (apt-get install cmake nasm)
+#   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
+#   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
 #   make check-manifests   deploy/ against the Kubernetes schemas
 #   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
@@ -21,7 +22,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test simulate mutants test-turbojpeg serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -34,9 +35,23 @@ test: ort target/python/onnx
 	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
 	$(PYTHON) tests/clients/run.py $(DEMO)
 
-test-turbojpeg:
-	cargo clippy --locked --all-targets --features turbojpeg -- -D warnings
-	cargo test --locked --features turbojpeg --test tests -- preprocess:: turbojpeg::
+compare-pillow: target/pillow/installed
+	cargo build --quiet --locked --example pixels
+	PYTHONPATH=target/pillow $(PYTHON) tests/data/preprocess/compare_pillow.py
+
+bench-pixels: target/bench-pixels/installed
+	cargo build --quiet --release --locked --example pixels
+	PYTHONPATH=target/bench-pixels $(PYTHON) benches/pixels.py
+
+target/bench-pixels/installed:
+	rm -rf target/bench-pixels
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/bench-pixels pillow==13.0.0 numpy opencv-python-headless torch torchvision
+	touch $@
+
+target/pillow/installed:
+	rm -rf target/pillow
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/pillow pillow==13.0.0 numpy
+	touch $@
 
 serve: ort
 	cargo build --release --locked

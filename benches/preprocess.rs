@@ -2,16 +2,13 @@
 //!
 //! `cargo bench --bench preprocess [ROUNDS]` prints the median of each and their ratio. The opponent resizes only what
 //! the crop keeps (its crop box), with its best instruction set and buffers reused; it is not bit-equal to Pillow.
-//!
-//! With `--features turbojpeg` the JPEG decoders follow, on one photograph enlarged (4:2:0, quality 90).
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images};
 use nfold::model::{CropMode, Interpolation, Preprocessing};
-use nfold::pixels::RgbImage;
-use nfold::pixels::{Preprocessor, resize};
+use nfold::pixels::{Picture, Preprocessor, RgbImage, resize};
 
 const SIZE: u32 = 256;
 const SHORT: u32 = 284;
@@ -23,6 +20,7 @@ fn main() {
     );
     for (width, height) in [(500, 375), (1920, 1080), (4000, 3000), (375, 500), (60, 40), (300, 900)] {
         let image = photograph(width, height);
+        let picture = Picture::from(image.clone());
         // a crop as large as the image makes `apply` resize and normalise; its share of the resize is measured alone
         let whole = Preprocessing {
             height: SIZE,
@@ -47,9 +45,9 @@ fn main() {
         let mut opponent = Resizer::new();
 
         let (mut ours, mut theirs, mut table) = (Vec::new(), Vec::new(), Vec::new());
-        let square = resize(&image, SIZE, SIZE, Interpolation::Bicubic);
+        let square = Picture::from(resize(&picture, SIZE, SIZE, Interpolation::Bicubic));
         for _ in 0..rounds {
-            ours.push(time(|| preprocessor.apply(black_box(&image), black_box(&mut tensor))));
+            ours.push(time(|| preprocessor.apply(black_box(&picture), black_box(&mut tensor))));
             theirs.push(time(|| {
                 opponent.resize(black_box(&source), black_box(&mut target), &options).expect("sizes fit")
             }));
@@ -67,57 +65,6 @@ fn main() {
             ours.as_secs_f64() / theirs.as_secs_f64(),
             table.as_secs_f64() * 1e3,
         );
-    }
-    #[cfg(feature = "turbojpeg")]
-    jpeg::compare(rounds);
-}
-
-/// The decoders of JPEG, at full size and scaled.
-#[cfg(feature = "turbojpeg")]
-mod jpeg {
-    use std::hint::black_box;
-
-    use nfold::model::Interpolation;
-    use nfold::pixels::resize;
-    use nfold::pixels::{Decoder, ImageLimits, JpegDecoder, RgbImage, decode};
-    use turbojpeg::{Image, PixelFormat, Subsamp, compress};
-
-    use super::{SHORT, median, time};
-
-    pub fn compare(rounds: usize) {
-        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/cat.jpg");
-        let cat = std::fs::read(file).expect("the photograph is in tests/data");
-        let cat = decode(&cat, &ImageLimits::default(), false).expect("it is a JPEG");
-        println!(
-            "\nJPEG        image/ms  turbojpeg/ms  ratio  turbojpeg-fast/ms  ratio   (fast: for short side {SHORT})"
-        );
-        for (width, height) in [(500, 375), (1920, 1080), (4000, 3000)] {
-            let bytes = encode(&resize(&cat, width, height, Interpolation::Bicubic));
-            let by = |jpeg| Decoder { limits: ImageLimits::default(), jpeg };
-            let decoders = [by(JpegDecoder::Image), by(JpegDecoder::TurboJpeg), by(JpegDecoder::TurboJpegFast)];
-            let needed = |w: u32, h: u32| [w * SHORT / w.min(h), h * SHORT / w.min(h)];
-            let mut times = [const { Vec::new() }; 3];
-            for _ in 0..rounds {
-                for (decoder, times) in decoders.iter().zip(&mut times) {
-                    times.push(time(|| {
-                        black_box(decoder.decode(black_box(&bytes), false, needed)).expect("it decodes");
-                    }));
-                }
-            }
-            let [image, exact, fast] = times.map(|times| median(times).as_secs_f64() * 1e3);
-            println!(
-                "{:<11} {image:8.2} {exact:13.2} {:6.2} {fast:18.2} {:6.2}",
-                format!("{width}x{height}"),
-                exact / image,
-                fast / image
-            );
-        }
-    }
-
-    fn encode(image: &RgbImage) -> Vec<u8> {
-        let (width, height) = (image.width as usize, image.height as usize);
-        let image = Image { pixels: &image.data[..], width, pitch: 3 * width, height, format: PixelFormat::RGB };
-        compress(image, 90, Subsamp::Sub2x2).expect("it encodes").to_vec()
     }
 }
 

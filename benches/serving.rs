@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use image::codecs::jpeg::JpegEncoder;
-use image::imageops::{FilterType, resize};
+use libjpeg_turbo_rs::{PixelFormat, Subsampling, compress};
 use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
@@ -20,9 +19,8 @@ use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
 use nfold::infer::job::{Invariance, SchedulerOptions};
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::top_k::top_k;
-use nfold::model::ModelDir;
-use nfold::pixels::Preprocessor;
-use nfold::pixels::{ImageLimits, JpegDecoder, decode};
+use nfold::model::{Interpolation, ModelDir};
+use nfold::pixels::{DecodeMemory, Decoder, Preprocessor, resize};
 use nfold::server::{self, Control, Options, Server};
 
 const WINDOW: Duration = Duration::from_secs(2);
@@ -69,10 +67,10 @@ fn main() -> Result<()> {
 }
 
 fn photograph() -> Result<Vec<u8>> {
-    let cat = image::load_from_memory(include_bytes!("../tests/data/cat.jpg"))?.to_rgb8();
-    let mut bytes = Vec::new();
-    resize(&cat, 500, 375, FilterType::CatmullRom).write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 90))?;
-    Ok(bytes)
+    let cat = include_bytes!("../tests/data/cat.jpg");
+    let cat = Decoder::default().decode(cat, false, |width, height| [width, height])?;
+    let photograph = resize(&cat, 500, 375, Interpolation::Bicubic);
+    Ok(compress(&photograph.data, 500, 375, PixelFormat::Rgb, 90, Subsampling::S420)?)
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -97,7 +95,7 @@ impl Bare<'_> {
     /// Answers one image and tells how long each of [`PHASES`] took.
     fn one(&self, preprocessor: &Preprocessor, session: &mut OrtBackend) -> Result<[Duration; 4]> {
         let started = Instant::now();
-        let image = decode(self.photograph, &ImageLimits::default(), false)?;
+        let image = Decoder::default().decode(self.photograph, false, |width, height| [width, height])?;
         let decoded = Instant::now();
         let mut batch = Batch::zeros(1, preprocessor.height(), preprocessor.width());
         preprocessor.apply(&image, batch.image_mut(0));
@@ -191,8 +189,8 @@ impl House {
                 max_queue_delay: Duration::ZERO,
                 queue_limit: 256,
                 max_queue_wait: Duration::from_secs(1),
-                image_limits: ImageLimits::default(),
-                jpeg_decoder: JpegDecoder::default(),
+                decoder: Decoder::default(),
+                decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
                 buckets: Vec::new(),
                 invariance: Invariance::Report,
                 one_by_one: false,

@@ -306,6 +306,8 @@ pub struct Metrics {
     pub inflight_requests: IntGauge,
     /// Bytes of the bodies of requests being answered.
     pub body_bytes: IntGauge,
+    /// Bytes claimed for images being decoded.
+    pub decode_memory_bytes: IntGauge,
     /// Client connections open on the HTTP and gRPC ports.
     pub connections: IntGauge,
     /// Connections that the server ended before their clients wanted to, by port and reason.
@@ -407,6 +409,7 @@ impl Metrics {
             ),
             inflight_requests: int_gauge(r, "inflight_requests", "Requests being answered."),
             body_bytes: int_gauge(r, "body_bytes", "Bytes of the bodies of requests being answered."),
+            decode_memory_bytes: int_gauge(r, "decode_memory_bytes", "Bytes claimed for images being decoded."),
             connections: int_gauge(r, "connections", "Client connections open on the HTTP and gRPC ports."),
             ended_connections_total: counters(
                 r,

@@ -302,16 +302,3 @@ fn fold_records_whether_images_are_turned_upright() {
     assert_eq!(upright(&[]), false);
     assert_eq!(upright(&["--exif-orientation"]), true);
 }
-
-#[cfg(not(feature = "turbojpeg"))]
-#[test]
-fn a_decoder_that_is_not_built_in_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    for command in ["classify", "serve"] {
-        let image = project("tests/data/cat.jpg");
-        let mut args = vec![command, "--jpeg-decoder", "turbojpeg-fast"];
-        args.extend((command == "classify").then_some(image.as_str()));
-        let output = nfold(&args, folder.path());
-        refused(&output, "build it with `cargo build --release --features turbojpeg`");
-    }
-}

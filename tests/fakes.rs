@@ -10,7 +10,7 @@ use nfold::infer::job::{Invariance, OpenBackend, SchedulerOptions};
 use nfold::infer::registry::Engines;
 use nfold::metrics::{Metrics, Outcome};
 use nfold::model::{Manifest, ModelDir};
-use nfold::pixels::{ImageLimits, JpegDecoder};
+use nfold::pixels::{DecodeMemory, Decoder};
 
 /// Height and width of the fake network's input.
 pub const SIDE: usize = 2;
@@ -130,8 +130,8 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         max_queue_delay: Duration::ZERO,
         queue_limit,
         max_queue_wait: Duration::from_secs(60),
-        image_limits: ImageLimits::default(),
-        jpeg_decoder: JpegDecoder::default(),
+        decoder: Decoder::default(),
+        decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
         buckets: Vec::new(),
         invariance: Invariance::Report,
         one_by_one: false,

@@ -53,7 +53,7 @@ const CONFINED: [(&str, &[&str]); 10] = [
     ("axum::", &["server/"]),
     ("tonic::", &["server/", "bench/load/grpc.rs"]),
     ("image::codecs", &["pixels/"]),
-    ("turbojpeg::", &["pixels/libjpeg.rs"]),
+    ("libjpeg_turbo_rs::", &["pixels/"]),
     ("StatusCode::BAD_REQUEST", &["server/status.rs"]),
     ("StatusCode::INTERNAL_SERVER_ERROR", &["server/status.rs"]),
 ];

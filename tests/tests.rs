@@ -77,9 +77,11 @@ mod traces;
 /// Memory under mixed load.
 mod soak;
 
-/// JPEG by libjpeg-turbo against Pillow; hostile JPEG.
-#[cfg(feature = "turbojpeg")]
-mod turbojpeg;
+/// Small files of many pixels, in every format.
+mod bombs;
+
+/// JPEG against Pillow; hostile JPEG.
+mod jpeg;
 
 /// The web page in a real browser.
 mod page;

@@ -7,7 +7,7 @@ use std::io::{self, BufWriter, Read as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use anyhow::{anyhow, bail};
@@ -17,12 +17,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tempfile::NamedTempFile;
 
-use super::jpeg_decoder::JpegDecoderArg;
+use super::images::ImageArgs;
 use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use crate::infer::top_k::{Prediction, top_k};
 use crate::model::ModelDir;
-use crate::pixels::Preprocessor;
-use crate::pixels::{Decoder, ImageLimits};
+use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 
 /// More images than this are answered as JSON lines, with a progress bar.
 const MANY: usize = 20;
@@ -53,10 +52,8 @@ pub struct ClassifyArgs {
     /// Worker threads [default: one per core]
     #[arg(long, env = "NFOLD_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// Decoder of JPEG: `image`, or in builds with the feature `turbojpeg`: `turbojpeg` for Pillow's pixels to the bit,
-    /// `turbojpeg-fast` to decode large images at 1/2, 1/4 or 1/8
-    #[arg(long, value_enum, env = "NFOLD_JPEG_DECODER", default_value = "image", value_name = "DECODER")]
-    jpeg_decoder: JpegDecoderArg,
+    #[command(flatten)]
+    limits: ImageArgs,
     /// Of the images, in order, take every Nth from the Ith on (I/N, counted from 0): shares for N processes
     #[arg(long, env = "NFOLD_SHARD", value_name = "I/N", value_parser = shard)]
     shard: Option<Shard>,
@@ -94,7 +91,7 @@ type Answer = Result<Vec<Prediction>, (&'static str, String)>;
 
 /// Runs `nfold classify`. Exit code 1 when any image could not be classified.
 pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
-    let decoder = Decoder { limits: ImageLimits::default(), jpeg: args.jpeg_decoder.resolve()? };
+    let (decoder, memory) = args.limits.resolve();
     let mut images = gather(args)?;
     if let Some(Shard { index, count }) = args.shard {
         images = images.into_iter().skip(index).step_by(count).collect();
@@ -121,7 +118,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     let json = args.json || many || args.output.is_some();
     let mut printer = Printer { model: &model, json, failed: 0, out };
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
-    classify(&images, backends, &model, decoder, args.top_k, |i, answer| {
+    classify(&images, backends, &model, (decoder, &memory), args.top_k, |i, answer| {
         progress.inc(1);
         printer.print(&images[i], answer)
     })?;
@@ -151,7 +148,7 @@ fn classify(
     images: &[PathBuf],
     backends: Vec<OrtBackend>,
     model: &ModelDir,
-    decoder: Decoder,
+    decoder: (Decoder, &Arc<DecodeMemory>),
     k: usize,
     mut answered: impl FnMut(usize, Answer) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
@@ -190,16 +187,20 @@ fn one(
     backend: &mut dyn Backend,
     model: &ModelDir,
     preprocessor: &Preprocessor,
-    decoder: Decoder,
+    (decoder, memory): (Decoder, &Arc<DecodeMemory>),
     k: usize,
 ) -> Answer {
     let manifest = &model.manifest;
     let bytes = read(path, decoder.limits.max_bytes).map_err(|e| ("unreadable", format!("can't read it: {e}")))?;
     let upright = manifest.preprocessing.exif_orientation;
-    let image = decoder.decode(&bytes, upright, |width, height| preprocessor.resized(width, height));
-    let image = image.map_err(|e| (e.reason(), e.to_string()))?;
+    let refused = |e: ImageError| (e.reason(), e.to_string());
+    let image = decoder.open(&bytes, upright).map_err(refused)?;
+    let need = image.need();
+    let share = memory.claim(need.bytes + preprocessor.scratch(need.width, need.height)).wait();
+    let image = image.decode(|width, height| preprocessor.resized(width, height)).map_err(refused)?;
     let mut batch = Batch::zeros(1, preprocessor.height(), preprocessor.width());
     preprocessor.apply(&image, batch.image_mut(0));
+    drop((image, share));
     let logits = backend.run(&batch).map_err(|e| ("engine", e.to_string()))?;
     top_k(logits.row(0), k, &manifest.labels).map_err(|e| ("engine", e.to_string()))
 }

@@ -9,13 +9,12 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
-use super::jpeg_decoder::JpegDecoderArg;
+use super::images::ImageArgs;
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::logging::{self, LogFormat};
-use crate::pixels::ImageLimits;
 use crate::server::{self, Control, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
@@ -99,19 +98,8 @@ pub struct ServeArgs {
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
     #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
-    /// Most bytes of an encoded image
-    #[arg(long, value_name = "BYTES", env = "NFOLD_MAX_IMAGE_BYTES", default_value_t = ImageLimits::default().max_bytes as u64, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
-    max_image_bytes: u64,
-    /// Most pixels of an image's width, and of its height
-    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_SIDE", default_value_t = ImageLimits::default().max_side, value_parser = clap::value_parser!(u32).range(1..))]
-    max_image_side: u32,
-    /// Most pixels of an image
-    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..))]
-    max_image_pixels: u64,
-    /// Decoder of JPEG: `image`, or in builds with the feature `turbojpeg`: `turbojpeg` for Pillow's pixels to the bit,
-    /// `turbojpeg-fast` to decode large images at 1/2, 1/4 or 1/8
-    #[arg(long, value_enum, env = "NFOLD_JPEG_DECODER", default_value = "image", value_name = "DECODER")]
-    jpeg_decoder: JpegDecoderArg,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Most bytes of a request body, decompressed
     #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
@@ -205,6 +193,7 @@ impl ServeArgs {
             ProviderArg::TensorRt => Provider::TensorRt,
         };
         let on_cpu = provider == Provider::Cpu;
+        let (decoder, decode_memory) = self.images.resolve();
         let intra_threads = usize::from(self.intra_threads);
         let fitting = if on_cpu { (cores / intra_threads).max(1) } else { 1 };
         let registry = RegistryOptions {
@@ -233,18 +222,8 @@ impl ServeArgs {
                 max_queue_delay: self.max_queue_delay,
                 queue_limit: self.queue_limit as usize,
                 max_queue_wait: self.max_queue_wait,
-                image_limits: ImageLimits {
-                    max_bytes: usize::try_from(self.max_image_bytes).unwrap_or(usize::MAX),
-                    max_side: self.max_image_side,
-                    max_pixels: self.max_image_pixels,
-                    // four bytes a pixel, as the defaults have it
-                    max_decoded_bytes: self
-                        .max_image_pixels
-                        .saturating_mul(4)
-                        .max(ImageLimits::default().max_decoded_bytes),
-                    ..ImageLimits::default()
-                },
-                jpeg_decoder: self.jpeg_decoder.resolve()?,
+                decoder,
+                decode_memory,
                 buckets: self.batch_buckets.iter().map(|&b| b.into()).collect(),
                 invariance: match self.invariance {
                     InvarianceArg::Require => Invariance::Require,

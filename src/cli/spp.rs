@@ -18,8 +18,7 @@ use crate::engine::Batch;
 use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
 use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing};
 use crate::nets::activation::{ACTIVATIONS, Activation};
-use crate::pixels::Preprocessor;
-use crate::pixels::{ImageLimits, decode};
+use crate::pixels::{Decoder, Preprocessor};
 use crate::spp::health::{self, Limits, Problem};
 use crate::spp::resnet_v2::{ResNetV2, VARIANTS};
 use crate::spp::taps::{BlockFacts, Exposed};
@@ -291,14 +290,14 @@ fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result
     }
     let count = count.min(files.len());
     let preprocessor = Preprocessor::new(p);
-    let limits = ImageLimits::default();
+    let decoder = Decoder::default();
     let mut batches = Vec::new();
     for first in (0..count).step_by(BATCH) {
         let mut batch = Batch::zeros(BATCH.min(count - first), preprocessor.height(), preprocessor.width());
         for i in 0..batch.images {
             let path = &files[(first + i) * files.len() / count];
             let bytes = fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
-            let image = decode(&bytes, &limits, p.exif_orientation);
+            let image = decoder.decode(&bytes, p.exif_orientation, |width, height| [width, height]);
             let image = image.map_err(|e| anyhow!("`{}`: {e}", path.display()))?;
             preprocessor.apply(&image, batch.image_mut(i));
         }

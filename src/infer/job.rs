@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::system::System;
 use crate::engine::{Backend, EngineError};
 use crate::metrics::ModelMetrics;
-use crate::pixels::{ImageLimits, JpegDecoder, Preprocessor};
+use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
 
 /// Opens a fresh engine for a compute thread: at the start, and again after a panic in the old one.
 pub type OpenBackend = Box<dyn Fn() -> Result<Box<dyn Backend>, EngineError> + Send + Sync>;
@@ -29,10 +29,10 @@ pub struct SchedulerOptions {
     /// An image that would wait longer, by the measured costs of those before it, is refused at once: under overload a
     /// queue that is full of late answers serves nobody. Two images per worker are always taken.
     pub max_queue_wait: Duration,
-    /// What an encoded image may cost at most.
-    pub image_limits: ImageLimits,
-    /// Who decodes JPEG.
-    pub jpeg_decoder: JpegDecoder,
+    /// What an encoded image may cost at most, and how it is decoded.
+    pub decoder: Decoder,
+    /// Memory for images that are being decoded, shared with every other scheduler of the process.
+    pub decode_memory: Arc<DecodeMemory>,
     /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
     /// the batch, or that are built for some shapes only. The largest limits `max_batch`.
     pub buckets: Vec<usize>,

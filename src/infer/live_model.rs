@@ -240,6 +240,11 @@ impl LiveModel {
         Some(format!("model {} version {} {what}", self.name, self.version))
     }
 
+    /// Bytes claimed by all images of the process that are being decoded.
+    pub fn decode_memory(&self) -> u64 {
+        self.scheduler.options().decode_memory.used()
+    }
+
     /// Sets the gauges that are measured when somebody looks.
     pub fn observe(&self) {
         self.scheduler.observe();

@@ -15,6 +15,7 @@ use super::error::InferError;
 use super::job::SchedulerOptions;
 use super::request::{Class, Input, Output};
 use crate::metrics::{ModelMetrics, Outcome};
+use crate::pixels::{Claim, Share};
 
 /// Images admitted and not yet answered, at most `limit`.
 #[derive(Debug)]
@@ -138,7 +139,27 @@ impl Drop for Pending {
 pub(super) struct Entry {
     pub(super) input: Input,
     pub(super) pending: Pending,
+    pub(super) memory: Memory,
 }
+
+/// Whether an image has the memory that it is decoded in.
+#[derive(Debug)]
+pub(super) enum Memory {
+    /// Nobody has looked at its header yet.
+    Unasked,
+    /// It has.
+    Held(Share),
+}
+
+/// An image for which there was no memory to decode it in.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) entry: Entry,
+    pub(super) claim: Claim,
+}
+
+/// How often idle threads look whether there is memory for a parked image: it comes back from threads of any model.
+const MEMORY_PAUSE: Duration = Duration::from_millis(5);
 
 /// An image waiting for an engine.
 #[derive(Debug)]
@@ -309,6 +330,8 @@ pub(super) struct Demand {
     pub(super) batches: usize,
     /// If none now, then at that moment.
     pub(super) batch_at: Option<Instant>,
+    /// When to look whether parked images have memory.
+    pub(super) memory_at: Option<Instant>,
     /// So many images could be decoded.
     pub(super) images: usize,
     /// Everybody is to end.
@@ -319,6 +342,8 @@ pub(super) struct Demand {
 pub(super) struct Queue {
     pub(super) phase: Phase,
     pub(super) raw: Line<Entry>,
+    /// Images that wait for memory to be decoded in; large ones get it in the order in which they asked.
+    pub(super) parked: Vec<Parked>,
     /// Images that a thread is decoding right now.
     pub(super) decoding: usize,
     pub(super) ready: Line<Prepared>,
@@ -340,6 +365,7 @@ impl Queue {
         Self {
             phase: Phase::Open,
             raw: Line::new(),
+            parked: Vec::new(),
             decoding: 0,
             ready: Line::new(),
             given_up: Vec::new(),
@@ -364,11 +390,12 @@ impl Queue {
 
     /// When the longest-waiting image came.
     pub(super) fn oldest(&self) -> Option<Instant> {
-        self.raw.iter().chain(self.ready.iter()).map(|pending| pending.arrived).min()
+        let parked = self.parked.iter().map(|parked| &parked.entry.pending);
+        self.raw.iter().chain(parked).chain(self.ready.iter()).map(|pending| pending.arrived).min()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0
+        self.raw.is_empty() && self.parked.is_empty() && self.ready.is_empty() && self.decoding == 0
     }
 
     /// What a thread does next. Sleep is the answer only when nothing that is waiting could be done by it: an image that is
@@ -397,12 +424,15 @@ impl Queue {
             if able.reopen_at.is_some_and(|at| at <= now) {
                 return Step::Do(Task::Reopen);
             }
-            if able.prepares
-                && self.room_ahead(options) > 0
-                && let Some(entry) = self.take_raw(now, options)
-            {
-                self.decoding += 1;
-                return Step::Do(Task::Prepare(entry));
+            if able.prepares && self.room_ahead(options) > 0 {
+                if let Some(entry) = self.take_parked(now).or_else(|| self.take_raw(now, options)) {
+                    self.decoding += 1;
+                    return Step::Do(Task::Prepare(entry));
+                }
+                if !self.parked.is_empty() {
+                    let look = now + MEMORY_PAUSE;
+                    wake = Some(wake.map_or(look, |at| at.min(look)));
+                }
             }
             if self.phase == Phase::Closing {
                 // without an engine nobody else may ever look
@@ -420,14 +450,16 @@ impl Queue {
     /// What those could do who sleep.
     pub(super) fn demand(&self, now: Instant, options: &SchedulerOptions) -> Demand {
         let over = self.phase == Phase::Aborted || (self.phase == Phase::Closing && self.is_empty());
-        let images = self.raw.len().min(self.room_ahead(options));
+        let room = self.room_ahead(options);
+        let images = self.raw.len().min(room);
+        let memory_at = (room > 0 && !self.parked.is_empty()).then(|| now + MEMORY_PAUSE);
         let (batches, batch_at) = match self.due(now, options) {
             _ if self.ready.is_empty() => (0, None),
             Due::AfterDecoding => (0, None),
             Due::At(time) => (0, Some(time)),
             Due::Now { share } => (self.ready.len().div_ceil(share), None),
         };
-        Demand { batches, batch_at, images, over }
+        Demand { batches, batch_at, memory_at, images, over }
     }
 
     /// How many more images may be decoded before engines have run some: decoders stop when the engines are well fed, as a
@@ -437,6 +469,21 @@ impl Queue {
             0 => usize::MAX,
             _ => (2 * options.workers * options.max_batch).saturating_sub(self.ready.len() + self.decoding),
         }
+    }
+
+    /// The first parked image for which there is memory now.
+    fn take_parked(&mut self, now: Instant) -> Option<Entry> {
+        let mut at = 0;
+        while let Some(parked) = self.parked.get_mut(at) {
+            if parked.entry.pending.is_expired(now, Duration::ZERO) {
+                self.given_up.push(self.parked.remove(at).entry.pending);
+            } else if let Some(share) = parked.claim.try_take() {
+                return Some(Entry { memory: Memory::Held(share), ..self.parked.remove(at).entry });
+            } else {
+                at += 1;
+            }
+        }
+        None
     }
 
     /// The next live image to decode.
@@ -503,12 +550,15 @@ impl Queue {
     pub(super) fn evict(&mut self, now: Instant) {
         self.evicted = now;
         self.raw.evict(now, &mut self.given_up);
+        let expired = self.parked.extract_if(.., |parked| parked.entry.pending.is_expired(now, Duration::ZERO));
+        self.given_up.extend(expired.map(|parked| parked.entry.pending));
         self.ready.evict(now, &mut self.given_up);
     }
 
     /// Gives up all that waits.
     pub(super) fn give_up_all(&mut self) {
         self.given_up.extend(self.raw.drain());
+        self.given_up.extend(self.parked.drain(..).map(|parked| parked.entry.pending));
         self.given_up.extend(self.ready.drain());
     }
 
@@ -557,7 +607,7 @@ mod tests {
     use super::*;
     use crate::infer::job::Invariance;
     use crate::metrics::Metrics;
-    use crate::pixels::ImageLimits;
+    use crate::pixels::{DecodeMemory, Decoder};
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -579,8 +629,8 @@ mod tests {
                 max_queue_delay,
                 queue_limit: 8,
                 max_queue_wait: 1000 * MS,
-                image_limits: ImageLimits::default(),
-                jpeg_decoder: Default::default(),
+                decoder: Decoder::default(),
+                decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
                 buckets: Vec::new(),
                 invariance: Invariance::Off,
                 one_by_one: false,
@@ -618,7 +668,7 @@ mod tests {
 
         fn encoded(&mut self, arrived: u32, deadline: u32, priority: u32) {
             let pending = self.pending(arrived, deadline, priority);
-            self.queue.raw.push(Entry { input: Input::Tensor(vec![]), pending });
+            self.queue.raw.push(Entry { input: Input::Tensor(vec![]), pending, memory: Memory::Unasked });
         }
 
         /// Answers what was given up.

@@ -445,8 +445,12 @@ impl Registry {
     }
 
     /// Sets the gauges that are measured when somebody looks.
-    pub fn observe(&self) {
-        self.all().iter().for_each(|model| model.observe());
+    pub fn observe(&self, metrics: &Metrics) {
+        let models = self.all();
+        models.iter().for_each(|model| model.observe());
+        // all models share it
+        let claimed = models.iter().map(|model| model.decode_memory()).max().unwrap_or(0);
+        metrics.decode_memory_bytes.set(i64::try_from(claimed).unwrap_or(i64::MAX));
     }
 
     /// Takes no new images, and no new models; what is queued is still answered.

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::error::InferError;
 use super::job::{Invariance, Job, SchedulerOptions, StartError};
-use super::queue::{Able, Demand, Entry, Pending, Phase, Prepared, Queue, Slots, Step, Task, smooth};
+use super::queue::{Able, Demand, Entry, Memory, Parked, Pending, Phase, Prepared, Queue, Slots, Step, Task, smooth};
 use super::request::{Class, DEFAULT_PRIORITY, Input, Terms, Ticket};
 use super::system::System;
 use crate::engine::Backend;
@@ -50,6 +50,8 @@ pub(super) enum Done {
     Nothing,
     /// An image to be run, or none if it is answered already; and what decoding and resizing took, unless there was none.
     Prepared(Option<Prepared>, Duration),
+    /// An image for which there is no memory to decode it in.
+    Parked(Parked),
 }
 
 pub(super) struct Shared {
@@ -193,7 +195,7 @@ impl Shared {
             let rank = (priority, state.queue.sequence);
             state.queue.sequence += 1;
             let pending = Pending { reply: Some(reply), slot: Some(slot), class, rank, arrived: now, deadline };
-            state.queue.raw.push(Entry { input, pending });
+            state.queue.raw.push(Entry { input, pending, memory: Memory::Unasked });
             tickets.push(Ticket { reply: receiver, deadline });
         }
         self.release(state, now);
@@ -206,13 +208,20 @@ impl Shared {
         if let Some(worker) = able.worker {
             state.queue.running[worker] = None;
         }
-        if let Done::Prepared(prepared, took) = done {
-            state.queue.decoding -= 1;
-            if took > Duration::ZERO {
-                state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
+        match done {
+            Done::Nothing => {}
+            Done::Prepared(prepared, took) => {
+                state.queue.decoding -= 1;
+                if took > Duration::ZERO {
+                    state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
+                }
+                if let Some(prepared) = prepared {
+                    state.queue.ready.push(prepared);
+                }
             }
-            if let Some(prepared) = prepared {
-                state.queue.ready.push(prepared);
+            Done::Parked(parked) => {
+                state.queue.decoding -= 1;
+                state.queue.parked.push(parked);
             }
         }
         loop {
@@ -374,7 +383,7 @@ fn give_up(images: Vec<Pending>, reason: &InferError, now: Instant) {
 impl State {
     /// Marks sleepers for what there is to do, the last to fall asleep first, and returns how to wake them.
     fn wake(&mut self, demand: Demand) -> Vec<Waker> {
-        let Demand { mut batches, batch_at, mut images, over } = demand;
+        let Demand { mut batches, batch_at, memory_at, mut images, over } = demand;
         let mut serves = |able: &Able| {
             let wanted = [(able.runs, &mut batches), (able.prepares, &mut images)];
             wanted.into_iter().any(|(able, wanted)| {
@@ -401,6 +410,15 @@ impl State {
             && let Some(sleeper) = self.sleepers.iter_mut().rev().find(|sleeper| sleeper.able.runs)
         {
             // nobody's timer is set for it
+            sleeper.woken = true;
+            wakers.push(sleeper.waker.clone());
+        }
+        let looks =
+            |sleeper: &Sleeper, at| sleeper.able.prepares && (sleeper.woken || sleeper.until.is_some_and(|u| u <= at));
+        if let Some(at) = memory_at
+            && !self.sleepers.iter().any(|sleeper| looks(sleeper, at))
+            && let Some(sleeper) = self.sleepers.iter_mut().rev().find(|sleeper| sleeper.able.prepares)
+        {
             sleeper.woken = true;
             wakers.push(sleeper.waker.clone());
         }

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use super::error::InferError;
 use super::lane::{Lane, message};
-use super::queue::{Able, Entry, Prepared, Task};
+use super::queue::{Able, Entry, Memory, Parked, Prepared, Task};
 use super::request::{Input, Output, Timings};
 use super::shared::{Caller, Done, Shared};
 use crate::engine::Batch;
 use crate::metrics::Phase;
-use crate::pixels;
+use crate::pixels::{Claim, ImageError};
 
 /// What a thread is for.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +80,7 @@ fn work(shared: &Shared, caller: &Caller, mut lane: Option<Lane>) {
 }
 
 fn prepare(shared: &Shared, entry: Entry) -> Done {
-    let Entry { input, pending } = entry;
+    let Entry { input, pending, memory } = entry;
     let started = shared.now();
     let since = |started| shared.now().saturating_duration_since(started);
     let ready = |tensor, pending| {
@@ -96,25 +96,39 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
     // decoding takes its time: a simulation lets others go on meanwhile
     shared.system().step();
     let result = catch_unwind(AssertUnwindSafe(|| {
-        let decoder = pixels::Decoder { limits: shared.options.image_limits, jpeg: shared.options.jpeg_decoder };
-        let needed = |width, height| job.preprocessor.resized(width, height);
-        let decoded = decoder.decode(&bytes, job.exif_orientation, needed);
+        let image = shared.options.decoder.open(&bytes, job.exif_orientation)?;
+        let share = match memory {
+            Memory::Held(share) => share,
+            Memory::Unasked => {
+                let need = image.need();
+                let scratch = job.preprocessor.scratch(need.width, need.height);
+                let mut claim = shared.options.decode_memory.claim(need.bytes + scratch);
+                match claim.try_take() {
+                    Some(share) => share,
+                    None => return Err(Unprepared::Waits(claim)),
+                }
+            }
+        };
+        let decoded = image.decode(|width, height| job.preprocessor.resized(width, height));
         let decode = since(started);
         shared.metrics().phase(Phase::Decode, decode);
         let mut tensor = vec![0.0; job.preprocessor.tensor_len()];
         job.preprocessor.apply(&decoded?, &mut tensor);
+        drop(share);
         let preprocess = since(started).saturating_sub(decode);
         shared.metrics().phase(Phase::Preprocess, preprocess);
         Ok((tensor, decode, preprocess))
     }));
-    drop(bytes);
     let took = since(started);
     let error = match result {
         Ok(Ok((tensor, decode, preprocess))) => {
             return Done::Prepared(Some(Prepared { tensor, decode, preprocess, pending }), took);
         }
-        Ok(Err(error)) => {
-            let error: pixels::ImageError = error;
+        Ok(Err(Unprepared::Waits(claim))) => {
+            let entry = Entry { input: Input::Encoded(bytes), pending, memory: Memory::Unasked };
+            return Done::Parked(Parked { entry, claim });
+        }
+        Ok(Err(Unprepared::Refused(error))) => {
             shared.metrics().decode_reject(error.reason());
             error.into()
         }
@@ -122,6 +136,19 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
     };
     pending.answer(Err(error), shared.now());
     Done::Prepared(None, took)
+}
+
+/// Why an image is no tensor yet.
+enum Unprepared {
+    Refused(ImageError),
+    /// There is no memory to decode it in at the moment.
+    Waits(Claim),
+}
+
+impl From<ImageError> for Unprepared {
+    fn from(error: ImageError) -> Self {
+        Self::Refused(error)
+    }
 }
 
 fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool) {

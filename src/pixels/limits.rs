@@ -2,6 +2,9 @@
 //!
 //! Owns the limits and the errors of this room. Must not know a format.
 
+use std::error::Error;
+use std::io;
+
 /// What an image may cost before it is refused. Everything is checked before pixels are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageLimits {
@@ -11,22 +14,15 @@ pub struct ImageLimits {
     pub max_side: u32,
     /// Largest width × height, in pixels. Default 64 million.
     pub max_pixels: u64,
-    /// Largest memory for decoded samples, before they become RGB8, and for a decoder's own buffers, in bytes each.
-    /// Default 256 MiB.
+    /// Most bytes that decoding may take, all buffers together. Default 224 MiB, what [`DecodeMemory`] leaves one image.
+    ///
+    /// [`DecodeMemory`]: super::DecodeMemory
     pub max_decoded_bytes: u64,
-    /// Largest memory for what comes before the pixels (text, colour profiles), in bytes. Default 8 MiB.
-    pub max_metadata_bytes: u64,
 }
 
 impl Default for ImageLimits {
     fn default() -> Self {
-        Self {
-            max_bytes: 20 << 20,
-            max_side: 16384,
-            max_pixels: 64_000_000,
-            max_decoded_bytes: 256 << 20,
-            max_metadata_bytes: 8 << 20,
-        }
+        Self { max_bytes: 20 << 20, max_side: 16384, max_pixels: 64_000_000, max_decoded_bytes: 224 << 20 }
     }
 }
 
@@ -48,7 +44,7 @@ pub enum ImageError {
     #[error("image is empty (0 bytes); send the encoded file as it is on disk")]
     Empty,
     /// Not one of the formats that are read, or a kind of it that no decoder here knows.
-    #[error("{detail}; send a JPEG, PNG, WebP, GIF, BMP or TIFF")]
+    #[error("{detail}; send it as JPEG, PNG or WebP")]
     Unsupported {
         /// What was found instead.
         detail: String,
@@ -73,8 +69,16 @@ pub enum ImageError {
 
 impl ImageError {
     /// Every value of [`reason`](Self::reason).
-    pub const REASONS: [&'static str; 7] =
-        ["empty", "bad_format", "too_large", "too_many_pixels", "too_much_memory", "truncated", "corrupt"];
+    pub const REASONS: [&'static str; 8] = [
+        "empty",
+        "bad_format",
+        "too_large",
+        "too_many_pixels",
+        "too_much_memory",
+        "too_many_scans",
+        "truncated",
+        "corrupt",
+    ];
 
     /// The error as a metric label: one of [`REASONS`](Self::REASONS).
     pub fn reason(&self) -> &'static str {
@@ -91,11 +95,20 @@ impl ImageLimits {
         over("too_large", "bytes", bytes as u64, self.max_bytes as u64)
     }
 
-    pub(super) fn check_header(&self, (width, height): (u32, u32), decoded: u64) -> Result<(), ImageError> {
+    /// By the header alone.
+    pub(super) fn check_size(&self, width: u32, height: u32) -> Result<(), ImageError> {
+        if width == 0 || height == 0 {
+            let detail = format!("it is {width} pixels wide and {height} high");
+            return Err(ImageError::Invalid { reason: "corrupt", detail });
+        }
         over("too_large", "pixels wide", width.into(), self.max_side.into())?;
         over("too_large", "pixels high", height.into(), self.max_side.into())?;
-        over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)?;
-        over("too_much_memory", "bytes when decoded", decoded, self.max_decoded_bytes)
+        over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)
+    }
+
+    /// What decoding takes, by the header alone.
+    pub(super) fn check_need(&self, bytes: u64) -> Result<(), ImageError> {
+        over("too_much_memory", "bytes to be decoded in", bytes, self.max_decoded_bytes)
     }
 }
 
@@ -105,4 +118,29 @@ pub(super) fn over(reason: &'static str, what: &str, actual: u64, limit: u64) ->
         return Ok(());
     }
     Err(ImageError::TooLarge { reason, detail: format!("it has {actual} {what}, the limit is {limit}") })
+}
+
+/// What an image's header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    /// Pixels a row, before any turning.
+    pub width: u32,
+    /// Rows, before any turning.
+    pub height: u32,
+    /// Bytes that decoding takes at its peak, the decoded image included.
+    pub bytes: u64,
+    /// Whether `bytes` hold the image as RGB already.
+    pub(super) rgb: bool,
+}
+
+/// Whether a decoder's error comes from reading past the last byte.
+pub(super) fn ends_early(error: &(dyn Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::UnexpectedEof) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }

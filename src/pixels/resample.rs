@@ -11,7 +11,8 @@ mod kernels;
 
 use std::ops::Range;
 
-use super::limits::RgbImage;
+use super::formats::components::Scratch;
+use super::picture::Picture;
 use crate::model::Interpolation;
 
 /// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.
@@ -19,9 +20,12 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 /// Bytes of one RGB pixel.
 pub(super) const RGB: usize = 3;
 
+/// Most bytes of RGB that are made of an image's rows at a time: they stay in the second-level cache.
+const BAND: usize = 192 << 10;
+
 /// The window (columns, rows) of `image` resized to `target` (width, height), as packed RGB rows.
 pub(super) fn resample(
-    image: &RgbImage,
+    image: &Picture,
     target: [usize; 2],
     window: [Range<usize>; 2],
     filter: Interpolation,
@@ -31,27 +35,106 @@ pub(super) fn resample(
     if columns.is_empty() || rows.is_empty() || size.contains(&0) {
         return vec![0; RGB * columns.len() * rows.len()];
     }
-    let source = View { data: &image.data, stride: RGB * size[0], left: 0, len: RGB * size[0], top: 0, rows: size[1] };
     if filter == Interpolation::Nearest {
-        return nearest(source, size, target, columns, rows);
+        return nearest(image, size, target, columns, rows);
     }
     let horizontal = (size[0] != target[0]).then(|| Taps::new(filter, size[0], target[0], columns.clone()));
     let vertical = (size[1] != target[1]).then(|| Taps::new(filter, size[1], target[1], rows.clone()));
     // what each pass needs of its input; a pass that is not needed copies
     let needed_columns = horizontal.as_ref().map_or(columns, Taps::span);
     let needed_rows = vertical.as_ref().map_or(rows, Taps::span);
-    let source = source.cut(needed_columns.clone(), needed_rows.clone());
+    let mut source = Source::new(image, needed_columns.clone());
     // Pillow since 13: the vertical pass goes first where it shrinks the image by more than twice what the other does
     let shrink = [0, 1].map(|axis| size[axis] as i64 - target[axis] as i64);
     let vertical_first = shrink[1] > 0 && shrink[1] > 2 * shrink[0];
-    let horizontally = |view: View<'_>, taps: &Taps| kernels::run_horizontal(view, taps, needed_columns.start);
-    let vertically = |view: View<'_>, taps: &Taps| kernels::run_vertical(view, taps, needed_rows.start);
-    match (&horizontal, &vertical) {
-        (None, None) => source.to_vec(),
-        (Some(h), None) => horizontally(source, h),
-        (None, Some(v)) => vertically(source, v),
-        (Some(h), Some(v)) if vertical_first => horizontally(View::packed(&vertically(source, v), source.len), h),
-        (Some(h), Some(v)) => vertically(View::packed(&horizontally(source, h), RGB * h.len()), v),
+    let across = horizontal.map(|taps| kernels::Horizontal::new(&taps, needed_columns.start));
+    match (&across, &vertical) {
+        (None, None) => source.view(needed_rows).to_vec(),
+        (Some(h), None) => source.resampled(needed_rows, h),
+        (None, Some(v)) => source.reduced(v),
+        (Some(h), Some(v)) if vertical_first => {
+            let reduced = source.reduced(v);
+            h.run(View::packed(&reduced, source.line()))
+        }
+        (Some(h), Some(v)) => {
+            let line = RGB * h.outputs();
+            let narrow = source.resampled(needed_rows.clone(), h);
+            kernels::run_vertical(View::packed(&narrow, line), v, needed_rows.start)
+        }
+    }
+}
+
+/// The columns of an image that are needed, a band of rows at a time.
+struct Source<'a> {
+    image: &'a Picture,
+    columns: Range<usize>,
+    /// Where an image that isn't RGB becomes so.
+    band: Vec<u8>,
+    scratch: Scratch,
+}
+
+impl<'a> Source<'a> {
+    fn new(image: &'a Picture, columns: Range<usize>) -> Self {
+        Source { image, columns, band: Vec::new(), scratch: Scratch::default() }
+    }
+
+    /// Bytes of a row.
+    fn line(&self) -> usize {
+        RGB * self.columns.len()
+    }
+
+    fn view(&mut self, rows: Range<usize>) -> View<'_> {
+        let line = self.line();
+        if let Some(data) = self.image.rgb() {
+            let stride = RGB * self.image.width as usize;
+            return View { data, stride, left: RGB * self.columns.start, len: line, top: rows.start, rows: rows.len() };
+        }
+        self.band.resize(line * rows.len(), 0);
+        for (out, y) in self.band.chunks_exact_mut(line).zip(rows) {
+            self.image.row(y, self.columns.clone(), &mut self.scratch, out);
+        }
+        View::packed(&self.band, line)
+    }
+
+    /// Rows that are made at a time.
+    fn band_rows(&self) -> usize {
+        match self.image.rgb() {
+            Some(_) => usize::MAX,
+            None => (BAND / self.line().max(1)).next_multiple_of(kernels::ROWS),
+        }
+    }
+
+    /// `rows` after the horizontal pass.
+    fn resampled(&mut self, rows: Range<usize>, across: &kernels::Horizontal) -> Vec<u8> {
+        let mut out = Vec::with_capacity(RGB * across.outputs() * rows.len());
+        let (mut from, most) = (rows.start, self.band_rows());
+        while from < rows.end {
+            let to = from.saturating_add(most).min(rows.end);
+            out.extend_from_slice(&across.run(self.view(from..to)));
+            from = to;
+        }
+        out
+    }
+
+    /// What the vertical pass makes of the image.
+    fn reduced(&mut self, down: &Taps) -> Vec<u8> {
+        let most = self.band_rows();
+        if most == usize::MAX {
+            let span = down.span();
+            return kernels::run_vertical(self.view(span.clone()), down, span.start);
+        }
+        let mut out = Vec::with_capacity(self.line() * down.len());
+        let mut from = 0;
+        while from < down.len() {
+            // as many outputs as one band feeds, and one at least
+            let first = down.bounds[from].0;
+            let fed = down.bounds[from..].iter().take_while(|(start, count)| start + count <= first + most).count();
+            let part = down.part(from..from + fed.max(1));
+            let span = part.span();
+            out.extend_from_slice(&kernels::run_vertical(self.view(span.clone()), &part, span.start));
+            from += part.len();
+        }
+        out
     }
 }
 
@@ -71,10 +154,6 @@ impl<'a> View<'a> {
         View { data, stride: len, left: 0, len, top: 0, rows: data.len() / len }
     }
 
-    fn cut(self, columns: Range<usize>, rows: Range<usize>) -> Self {
-        View { left: RGB * columns.start, len: RGB * columns.len(), top: rows.start, rows: rows.len(), ..self }
-    }
-
     #[inline(always)]
     fn row(self, y: usize) -> &'a [u8] {
         &self.data[(self.top + y) * self.stride + self.left..][..self.len]
@@ -89,7 +168,7 @@ impl<'a> View<'a> {
 
 /// Pillow's nearest neighbour: positions by repeated addition, as its affine transform walks.
 fn nearest(
-    source: View<'_>,
+    image: &Picture,
     size: [usize; 2],
     target: [usize; 2],
     columns: Range<usize>,
@@ -108,15 +187,17 @@ fn nearest(
         found
     };
     if size == target {
-        return source.cut(columns, rows).to_vec();
+        return Source::new(image, columns).view(rows).to_vec();
     }
     let columns = positions(0, columns);
+    let mut source = Source::new(image, 0..size[0]);
     let mut out = Vec::with_capacity(RGB * columns.len() * rows.len());
     for y in positions(1, rows) {
+        let row = y.map(|y| source.view(y..y + 1));
         for x in &columns {
             // an accumulated rounding error may step past the border: Pillow leaves black there
-            match (x, y) {
-                (Some(x), Some(y)) => out.extend_from_slice(&source.row(y)[RGB * x..][..RGB]),
+            match (x, row) {
+                (Some(x), Some(row)) => out.extend_from_slice(&row.row(0)[RGB * x..][..RGB]),
                 _ => out.extend_from_slice(&[0; RGB]),
             }
         }
@@ -163,6 +244,12 @@ impl Taps {
 
     fn len(&self) -> usize {
         self.bounds.len()
+    }
+
+    /// Those of some of the output positions.
+    fn part(&self, range: Range<usize>) -> Taps {
+        let weights = self.weights[range.start * self.stride..range.end * self.stride].to_vec();
+        Taps { bounds: self.bounds[range].to_vec(), weights, stride: self.stride }
     }
 
     /// The input positions that any output position uses.

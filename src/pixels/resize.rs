@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use super::limits::RgbImage;
+use super::picture::Picture;
 use super::resample::{RGB, resample};
 use crate::model::{CropMode, Interpolation, Preprocessing};
 
@@ -76,12 +77,21 @@ impl Preprocessor {
         self.placement(width, height).target.map(|side| u32::try_from(side).unwrap_or(u32::MAX))
     }
 
+    /// Bytes that [`apply`](Self::apply) takes beside an image of `width` × `height` pixels and the tensor: the image
+    /// between the two passes of resizing, and what comes out of them.
+    pub fn scratch(&self, width: u32, height: u32) -> u64 {
+        let [across, down] = self.placement(width, height).target;
+        let (columns, rows) = (across.min(self.width), down.min(self.height));
+        let between = (columns * height as usize).max(rows * width as usize);
+        (RGB * (between + 2 * self.width * self.height)) as u64
+    }
+
     /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: channels first (R, G, B),
     /// row-major, each value `(sample / 255 − mean) / std` in single precision.
     ///
     /// # Panics
     /// When `out` is not [`tensor_len`](Self::tensor_len) long: the caller's mistake, never the image's.
-    pub fn apply(&self, image: &RgbImage, out: &mut [f32]) {
+    pub fn apply(&self, image: &Picture, out: &mut [f32]) {
         assert_eq!(out.len(), self.tensor_len(), "the output must hold one image's tensor");
         let place = self.placement(image.width, image.height);
         let columns = overlap(place.offset[0], self.width, place.target[0]);
@@ -158,7 +168,7 @@ fn overlap(offset: i64, len: usize, size: usize) -> Range<usize> {
 }
 
 /// `image` resized to `width` × `height`: equal to Pillow 13's `Image.resize` on the same RGB pixels.
-pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Interpolation) -> RgbImage {
+pub fn resize(image: &Picture, width: u32, height: u32, filter: Interpolation) -> RgbImage {
     let (w, h) = (width as usize, height as usize);
     RgbImage { width, height, data: resample(image, [w, h], [0..w, 0..h], filter) }
 }

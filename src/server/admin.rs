@@ -87,6 +87,6 @@ async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
 async fn scrape(State(shared): State<Arc<Shared>>) -> ([(HeaderName, &'static str); 1], String) {
     let ready = shared.readiness.check().is_ok();
     shared.metrics.ready.set(i64::from(ready));
-    shared.readiness.observe();
+    shared.readiness.observe(&shared.metrics);
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], shared.metrics.encode())
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::infer::registry::{LiveModel, Registry};
+use crate::metrics::Metrics;
 
 /// One for the process; every port asks it.
 #[derive(Debug)]
@@ -79,9 +80,9 @@ impl Readiness {
     }
 
     /// Sets the gauges that are measured when somebody looks.
-    pub(super) fn observe(&self) {
+    pub(super) fn observe(&self, metrics: &Metrics) {
         if let Some(registry) = self.warm.get() {
-            registry.observe();
+            registry.observe(metrics);
         }
     }
 }

@@ -5,6 +5,7 @@ mod calls;
 mod connections;
 mod floods;
 mod heart;
+mod images;
 mod logs;
 mod memory;
 mod refusals;

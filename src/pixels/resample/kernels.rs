@@ -15,7 +15,7 @@ const STEP: usize = 4;
 /// Bytes that such a step loads, of which it uses `RGB * STEP`.
 const BYTES: usize = 16;
 /// Rows that the horizontal kernel takes side by side.
-const ROWS: usize = 8;
+pub(super) const ROWS: usize = 8;
 /// Samples of one pair of columns in these rows, of one channel.
 const LANES: usize = 2 * ROWS;
 /// Samples of one row that the vertical kernel keeps in registers.
@@ -50,41 +50,64 @@ impl<S: Simd> Sums<S> {
     }
 }
 
-/// Resamples every row of `view`, whose first column is column `origin` of the positions in `taps`.
-pub(super) fn run_horizontal(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
-    horizontal_on(Level::new(), view, taps, origin)
+/// The horizontal pass, ready for any number of rows.
+pub(super) struct Horizontal {
+    /// At which pair of columns each output starts.
+    starts: Vec<usize>,
+    /// Equally many coefficients for each.
+    pairs: Vec<Pair>,
+    level: Level,
 }
 
-fn horizontal_on(level: Level, view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
-    // runs start at even columns and are equally long: coefficients of zero before and after make up for it
-    let lead = |first: usize| (first - origin) % 2;
-    let longest = taps.bounds.iter().map(|(first, count)| lead(*first) + count).max().unwrap_or(0);
-    let run = longest.div_ceil(2).max(1);
-    let mut starts = Vec::with_capacity(taps.len());
-    let mut pairs = vec![Pair::new(0, 0); taps.len() * run];
-    let mut padded = vec![0; 2 * run];
-    let lines = taps.weights.chunks_exact(taps.stride).zip(pairs.chunks_exact_mut(run));
-    for ((first, count), (weights, pairs)) in taps.bounds.iter().zip(lines) {
-        starts.push((first - origin) / 2);
-        padded.fill(0);
-        padded[lead(*first)..][..*count].copy_from_slice(&weights[..*count]);
-        for (pair, weights) in pairs.iter_mut().zip(padded.chunks_exact(2)) {
-            *pair = Pair::new(weights[0], weights[1]);
+impl Horizontal {
+    /// For rows whose first column is column `origin` of the positions in `taps`.
+    pub(super) fn new(taps: &Taps, origin: usize) -> Self {
+        Self::on(Level::new(), taps, origin)
+    }
+
+    fn on(level: Level, taps: &Taps, origin: usize) -> Self {
+        // runs start at even columns and are equally long: coefficients of zero before and after make up for it
+        let lead = |first: usize| (first - origin) % 2;
+        let longest = taps.bounds.iter().map(|(first, count)| lead(*first) + count).max().unwrap_or(0);
+        let run = longest.div_ceil(2).max(1);
+        let mut starts = Vec::with_capacity(taps.len());
+        let mut pairs = vec![Pair::new(0, 0); taps.len() * run];
+        let mut padded = vec![0; 2 * run];
+        let lines = taps.weights.chunks_exact(taps.stride).zip(pairs.chunks_exact_mut(run));
+        for ((first, count), (weights, pairs)) in taps.bounds.iter().zip(lines) {
+            starts.push((first - origin) / 2);
+            padded.fill(0);
+            padded[lead(*first)..][..*count].copy_from_slice(&weights[..*count]);
+            for (pair, weights) in pairs.iter_mut().zip(padded.chunks_exact(2)) {
+                *pair = Pair::new(weights[0], weights[1]);
+            }
         }
+        Horizontal { starts, pairs, level }
     }
-    let mut out = vec![0; RGB * taps.len() * view.rows];
-    #[cfg(target_arch = "x86_64")]
-    if let Some(avx2) = level.as_avx2() {
-        avx2::horizontal(avx2, view, &starts, &pairs, &mut out);
-        return out;
+
+    /// Pixels of an output row.
+    pub(super) fn outputs(&self) -> usize {
+        self.starts.len()
     }
-    // whole steps of columns, and room for a run that starts at the last one
-    let mut columns = vec![0; ((view.len / RGB).next_multiple_of(STEP) / 2 + run) * RGB * LANES];
-    dispatch!(level, simd => simd.vectorize(
-        #[inline(always)]
-        || horizontal(simd, view, &starts, &pairs, &mut columns, &mut out),
-    ));
-    out
+
+    /// Resamples every row of `view`.
+    pub(super) fn run(&self, view: View<'_>) -> Vec<u8> {
+        let Self { starts, pairs, level } = self;
+        let mut out = vec![0; RGB * starts.len() * view.rows];
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx2) = level.as_avx2() {
+            avx2::horizontal(avx2, view, starts, pairs, &mut out);
+            return out;
+        }
+        // whole steps of columns, and room for a run that starts at the last one
+        let run = pairs.len() / starts.len();
+        let mut columns = vec![0; ((view.len / RGB).next_multiple_of(STEP) / 2 + run) * RGB * LANES];
+        dispatch!(*level, simd => simd.vectorize(
+            #[inline(always)]
+            || horizontal(simd, view, starts, pairs, &mut columns, &mut out),
+        ));
+        out
+    }
 }
 
 /// The horizontal kernel: `starts` says at which pair of columns each output starts, `pairs` has equally many
@@ -272,8 +295,8 @@ mod tests {
                 for others in [1, 3, 8, 21] {
                     let data: Vec<u8> = (0..RGB * from * others).map(|_| byte()).collect();
                     let view = View::packed(&data, RGB * from);
-                    let here = run_horizontal(view, &taps, 0);
-                    assert_eq!(here, horizontal_on(older, view, &taps, 0), "{from} to {to}, {others} rows");
+                    let here = Horizontal::new(&taps, 0).run(view);
+                    assert_eq!(here, Horizontal::on(older, &taps, 0).run(view), "{from} to {to}, {others} rows");
                     let view = View::packed(&data, RGB * others);
                     let here = run_vertical(view, &taps, 0);
                     assert_eq!(here, vertical_on(older, view, &taps, 0), "{from} to {to}, {others} columns");

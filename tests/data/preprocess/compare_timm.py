@@ -4,7 +4,7 @@
 
 Encodes 200 CIFAR-10 test photographs (as PNG and as JPEG) and the photographs of scikit-image and scikit-learn at
 several sizes and encodings, runs `cargo test … write_tensors` on them (NFOLD_CARGO replaces the `cargo test` part), and
-prints the differences of the tensors in levels of 255. NFOLD_JPEG_DECODER chooses the decoder. Top-1 agreement:
+prints the differences of the tensors in levels of 255. NFOLD_JPEG_SCALE=fast scales JPEGs. Top-1 agreement:
 compare_top1.py.
 """
 import collections

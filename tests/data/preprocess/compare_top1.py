@@ -1,6 +1,6 @@
 """How often nfold names the class that Pillow + timm name, on real photographs, decoding included.
 
-    python tests/data/preprocess/compare_top1.py CIFAR_ZIP NFOLD [--jpeg-decoder DECODER]
+    python tests/data/preprocess/compare_top1.py CIFAR_ZIP NFOLD [--jpeg-scale exact|fast]
 
 NFOLD is the program. Folds models/nf_regnet_cifar10, classifies the files of compare_timm.py with it, and asks timm with
 its own transform about the same files. Prints agreements by kind and encoding, and the closest of the disagreements.
@@ -26,7 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archive")
     parser.add_argument("nfold")
-    parser.add_argument("--jpeg-decoder", default="image")
+    parser.add_argument("--jpeg-scale", default="exact")
     args = parser.parse_args()
     checkpoint = ROOT / "models" / "nf_regnet_cifar10"
     model, transform, _ = load_model(checkpoint)
@@ -42,7 +42,7 @@ def main():
         repository = folder / "repository"
         subprocess.run([args.nfold, "fold", checkpoint, "--repository", repository], check=True, stdout=subprocess.DEVNULL)
         command = [args.nfold, "classify", "--json", "--top-k", "1", "--repository", repository]
-        command += ["--jpeg-decoder", args.jpeg_decoder] if args.jpeg_decoder != "image" else []
+        command += ["--jpeg-scale", args.jpeg_scale]
         lines = subprocess.run([*command, *(path for _, _, path in files)], check=True, stdout=subprocess.PIPE, text=True)
         ours = [json.loads(line)["predictions"][0]["index"] for line in lines.stdout.splitlines()]
         assert len(ours) == len(files)

@@ -1,0 +1,126 @@
+//! A decoded image in the form in which its decoder left it; rows of RGB are made of it as they are needed.
+//!
+//! So an image lies in memory once, and often in less than three bytes a pixel. Must not know formats, nor what becomes
+//! of the rows.
+
+use std::ops::Range;
+
+use image::DynamicImage;
+use image::metadata::Orientation;
+
+use super::formats::components::{Components, Scratch};
+use super::limits::RgbImage;
+
+/// A decoded image.
+#[derive(Debug)]
+pub struct Picture {
+    /// Pixels a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    pub(super) samples: Samples,
+}
+
+/// Where the pixels are.
+#[derive(Debug)]
+pub(super) enum Samples {
+    /// Three bytes a pixel, nothing between rows.
+    Rgb(Vec<u8>),
+    /// `step` bytes a pixel, those of red, green and blue at `from`; nothing between rows.
+    Strided { data: Vec<u8>, step: usize, from: [usize; 3] },
+    /// `bits` bits a pixel, the first in the highest, that name a colour; rows begin at whole bytes.
+    Indexed { data: Vec<u8>, bits: u32, colors: Box<[[u8; 3]; 256]> },
+    /// Planes of a JPEG.
+    Components(Components),
+}
+
+impl Picture {
+    /// Its RGB bytes, if it has them.
+    pub(super) fn rgb(&self) -> Option<&[u8]> {
+        match &self.samples {
+            Samples::Rgb(data) => Some(data),
+            _ => None,
+        }
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> u64 {
+        match &self.samples {
+            Samples::Rgb(data) | Samples::Strided { data, .. } | Samples::Indexed { data, .. } => data.len() as u64,
+            Samples::Components(components) => components.bytes(),
+        }
+    }
+
+    /// Pixels of `columns` of row `y`, three bytes each, in `out`.
+    pub(super) fn row(&self, y: usize, columns: Range<usize>, scratch: &mut Scratch, out: &mut [u8]) {
+        let width = self.width as usize;
+        match &self.samples {
+            Samples::Rgb(data) => {
+                out.copy_from_slice(&data[3 * (y * width + columns.start)..][..3 * columns.len()]);
+            }
+            Samples::Strided { data, step, from } => {
+                let pixels = data[step * (y * width + columns.start)..][..step * columns.len()].chunks_exact(*step);
+                for (out, pixel) in out.chunks_exact_mut(3).zip(pixels) {
+                    out.copy_from_slice(&from.map(|at| pixel[at]));
+                }
+            }
+            Samples::Indexed { data, bits, colors } => {
+                let bits = *bits as usize;
+                let line = &data[y * (width * bits).div_ceil(8)..];
+                let mask = ((1u32 << bits) - 1) as u8;
+                for (out, x) in out.chunks_exact_mut(3).zip(columns) {
+                    let at = x * bits;
+                    let index = (line[at / 8] >> (8 - bits - at % 8)) & mask;
+                    out.copy_from_slice(&colors[usize::from(index)]);
+                }
+            }
+            Samples::Components(components) => components.row(y, columns, scratch, out),
+        }
+    }
+
+    /// All of it as RGB.
+    pub fn into_rgb(self) -> RgbImage {
+        let (width, height) = (self.width, self.height);
+        if let Samples::Rgb(data) = self.samples {
+            return RgbImage { width, height, data };
+        }
+        let mut data = vec![0; width as usize * height as usize * 3];
+        let mut scratch = Scratch::default();
+        for (y, line) in data.chunks_exact_mut(3 * width as usize).enumerate() {
+            self.row(y, 0..width as usize, &mut scratch, line);
+        }
+        RgbImage { width, height, data }
+    }
+
+    /// Turned and mirrored.
+    pub(super) fn upright(self, orientation: Orientation) -> Self {
+        if orientation == Orientation::NoTransforms {
+            return self;
+        }
+        let RgbImage { width, height, data } = self.into_rgb();
+        let mut turned = DynamicImage::ImageRgb8(image::RgbImage::from_raw(width, height, data).unwrap_or_default());
+        turned.apply_orientation(orientation);
+        Self { width: turned.width(), height: turned.height(), samples: Samples::Rgb(turned.into_bytes()) }
+    }
+}
+
+impl From<RgbImage> for Picture {
+    fn from(image: RgbImage) -> Self {
+        Self { width: image.width, height: image.height, samples: Samples::Rgb(image.data) }
+    }
+}
+
+/// Pixels of 1, 2, 4 or 8 bits that name a colour each.
+pub(super) fn indexed(data: Vec<u8>, bits: u32, colors: Box<[[u8; 3]; 256]>) -> Samples {
+    Samples::Indexed { data, bits, colors }
+}
+
+/// Shades of grey, from black to white in the number of steps that `bits` count.
+pub(super) fn ramp(bits: u32) -> Box<[[u8; 3]; 256]> {
+    let most = (1usize << bits) - 1;
+    let mut colors = Box::new([[0; 3]; 256]);
+    for (i, color) in colors.iter_mut().enumerate().take(most + 1) {
+        *color = [(i * 255 / most) as u8; 3];
+    }
+    colors
+}
