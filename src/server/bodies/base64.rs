@@ -59,16 +59,18 @@ impl Plain<'_> {
         if byte != b'\\' {
             return Some(byte);
         }
-        let (&escape, rest) = self.text.split_first()?;
+        // what is no base64, for an escape that is cut short; JSON's parser lets none through
+        let Some((&escape, rest)) = self.text.split_first() else { return Some(b'?') };
         self.text = rest;
         Some(match escape {
             b'n' | b'r' | b't' | b'f' => b' ',
             b'u' => {
-                let (digits, rest) = self.text.split_at_checked(4)?;
+                let (digits, rest) = self.text.split_at(self.text.len().min(4));
                 self.text = rest;
-                let digits = std::str::from_utf8(digits).ok()?;
+                let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.len() == 4);
+                let character = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
                 // what is not ASCII is no base64 either way
-                u32::from_str_radix(digits, 16).ok().and_then(|c| u8::try_from(c).ok()).unwrap_or(b'?')
+                character.and_then(|c| u8::try_from(c).ok()).unwrap_or(b'?')
             }
             // `\/`, `\"`, `\\`
             other => other,
