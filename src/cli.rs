@@ -1,10 +1,13 @@
 //! The command line: what the user typed → typed options → one call into the rooms below. Errors are printed here,
 //! once, as one line; machine output goes to stdout, everything else to stderr.
 
+mod addresses;
 mod bench;
 mod classify;
 mod completions;
 mod docs;
+mod environment;
+mod examples;
 mod fold;
 mod gamma;
 mod healthcheck;
@@ -12,19 +15,24 @@ mod images;
 mod init;
 mod inspect;
 mod man;
+mod printable;
 mod serve;
+mod signals;
 mod spp;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use anyhow::anyhow;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+use self::printable::{printable, say};
+use self::signals::Signals;
 use crate::logging;
 
 /// Fold Normalizer-Free image classifiers into plain convolutions, and serve them.
 #[derive(Debug, Parser)]
-#[command(name = "nfold", version, propagate_version = true)]
+#[command(name = "nfold", version, propagate_version = true, after_help = examples::PROGRAM)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -33,36 +41,93 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Fold a timm checkpoint into a plain ONNX graph and put it into a model repository
+    #[command(after_help = examples::FOLD)]
     Fold(fold::FoldArgs),
     /// Classify image files with a folded model, without a server
+    #[command(after_help = examples::CLASSIFY)]
     Classify(classify::ClassifyArgs),
     /// Serve a model repository over HTTP and gRPC
+    #[command(after_help = examples::SERVE)]
     Serve(Box<serve::ServeArgs>),
     /// Exit 0 when a server is ready: for containers without a shell
+    #[command(after_help = examples::HEALTHCHECK)]
     Healthcheck(healthcheck::HealthcheckArgs),
     /// Say what a folded model or a checkpoint is
+    #[command(after_help = examples::INSPECT)]
     Inspect(inspect::InspectArgs),
     /// Measure latency against BN-folded networks
     Bench(bench::BenchArgs),
     /// Write a freshly initialised checkpoint in timm's layout
+    #[command(after_help = examples::init())]
     Init(init::InitArgs),
     /// γ of an activation: closed form, quadrature, simulation and timm's constant
+    #[command(after_help = examples::GAMMA)]
     Gamma(gamma::GammaArgs),
     /// Show the scale of hidden activations, block by block: signal propagation plots
+    #[command(after_help = examples::SPP)]
     Spp(spp::SppArgs),
     /// Print a shell's completion script
+    #[command(after_help = examples::COMPLETIONS)]
     Completions(completions::CompletionsArgs),
     /// Write manual pages
+    #[command(after_help = examples::MAN)]
     Man(man::ManArgs),
     /// Print the configuration reference as Markdown
     #[command(hide = true)]
     Docs,
 }
 
-/// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage.
+/// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage,
+/// 128 plus its number where a signal ended it.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let outcome = match cli.command {
+    let signals = Signals::catch();
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    let serving = matches!(cli.command, Command::Serve(_));
+    let watched = signals.and_then(|signals| signals.act(serving));
+    let outcome = match watched {
+        Err(e) => Err(anyhow!("can't listen for signals: {e}")),
+        Ok(()) => run(cli.command),
+    };
+    // what is printed last may be refused too, by a full disk for one
+    let outcome = outcome.and_then(|code| Ok(io::stdout().flush().map(|()| code)?));
+    let code = match outcome {
+        Ok(code) => code,
+        // whoever reads our output has had enough, as `head` does
+        Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            logging::last_line(&printable(&format!("error: {e}")));
+            ExitCode::FAILURE
+        }
+    };
+    if serving {
+        // threads of the server may still be inside the engine
+        signals::end(if code == ExitCode::SUCCESS { 0 } else { 1 });
+    }
+    code
+}
+
+/// What the user typed, with what the environment sets; help, the version or what is wrong with it is printed.
+fn parse() -> Result<Cli, ExitCode> {
+    let program = environment::without_empty(Cli::command());
+    let parsed = program.clone().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|error| {
+        // that nobody reads it is no failure
+        let _ = error.print();
+        let typed: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+        if let Some(blame) = environment::blame(&error, &program, &typed) {
+            say(format_args!("note: {blame}"));
+        }
+        ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
         Command::Serve(args) => serve::run(*args),
@@ -75,20 +140,6 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => completions::run(&args, Cli::command()),
         Command::Man(args) => man::run(&args, Cli::command()),
         Command::Docs => docs::run(Cli::command()),
-    };
-    match outcome {
-        Ok(code) => {
-            logging::flush();
-            code
-        }
-        // whoever reads our output has had enough, as `head` does
-        Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
-            ExitCode::SUCCESS
-        }
-        Err(e) => {
-            logging::last_line(&format!("error: {e}"));
-            ExitCode::FAILURE
-        }
     }
 }
 

@@ -22,13 +22,15 @@ use self::graph_cache::GraphCache;
 pub use self::library::LIBRARY_VARIABLE;
 use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};
+use crate::files::DraftFolder;
 
 /// What can go wrong before a graph runs.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// No library was found in any of the usual places.
     #[error(
-        "ONNX Runtime was not found (looked at: {looked}); fetch it with `make ort`, or set {LIBRARY_VARIABLE} to libonnxruntime"
+        "ONNX Runtime was not found (looked at: {looked}); {}, or set {LIBRARY_VARIABLE} to another libonnxruntime",
+        library::how_to_get()
     )]
     NoLibrary {
         /// Every place looked at, comma-separated.
@@ -36,7 +38,8 @@ pub enum EngineError {
     },
     /// A library was found but could not be used.
     #[error(
-        "ONNX Runtime at `{path}` can't be used: {reason}; fetch 1.28.0 with `make ort`, or set {LIBRARY_VARIABLE} to 1.25 or newer"
+        "ONNX Runtime at `{path}` can't be used: {reason}; {}, or set {LIBRARY_VARIABLE} to another of 1.25 or newer",
+        library::how_to_get()
     )]
     BadLibrary {
         /// The library.
@@ -68,7 +71,7 @@ pub enum EngineError {
     },
     /// The requested execution provider is not to be had.
     #[error(
-        "execution provider `{provider}` is not available: {reason}; use --provider cpu, or fetch the GPU library with `make ort-gpu` and build with `--features gpu`"
+        "execution provider `{provider}` is not available: {reason}; use --provider cpu, or a build with `--features gpu` and ONNX Runtime's GPU library ({LIBRARY_VARIABLE})"
     )]
     NoProvider {
         /// The provider asked for.
@@ -377,7 +380,7 @@ impl MapBackend {
 /// Runs the graph once and says which provider ran which part of it. For this the graph is opened anew: profiling is slow.
 pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
     let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
-    let folder = tempfile::tempdir().map_err(|e| bad(format!("no temporary folder for its profile: {e}")))?;
+    let folder = DraftFolder::scratch().map_err(|e| bad(format!("no temporary folder for its profile: {e}")))?;
     let builder = OrtBackend::builder(what, options, GraphOptimizationLevel::All)?;
     let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(e.to_string()))?;
     let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;

@@ -29,7 +29,7 @@ const DOUBLE: i32 = 11;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum GraphError {
     /// A weight is too large for the number format.
-    #[error("`{name}` folds to {value:e}, which {precision:?} can't hold; try --precision fp32")]
+    #[error("`{name}` folds to {value:e}, which {precision} can't hold; try --precision fp32")]
     Overflow {
         /// The tensor.
         name: String,

@@ -3,6 +3,7 @@
 //!
 //! # Layout, in reading order
 //! * [`model`]: what both halves agree on: the model repository, the manifest, preprocessing, labels.
+//! * [`files`]: whole-or-nothing writing, for every file that the program writes.
 //! * [`nets`]: what a network is: configurations, block plans, activations and their γ. Pure data and maths.
 //! * [`checkpoint`]: reads untrusted `config.json` + `model.safetensors` into validated tensors, and writes fresh ones.
 //! * [`graph`]: writes convolution graphs as ONNX.
@@ -18,10 +19,11 @@
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
 //! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `engine`, `pixels` → `relayout` →
-//! `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`);
+//! `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`, `files`);
 //! `tests/layers.rs` holds the house to that.
 #![forbid(unsafe_code)]
 
+pub mod files;
 pub mod model;
 pub mod nets;
 

@@ -3,16 +3,20 @@
 //! Owns the repository layout (`REPOSITORY/NAME/VERSION/{model.onnx,manifest.json}`), the [`Manifest`] and the
 //! [`Preprocessing`] that the manifest carries. Knows neither how a model is folded nor how it is run.
 
+pub mod golden;
+mod preprocessing;
 pub mod regular_file;
 mod repository;
 
-use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::golden::Golden;
+pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
+use crate::files::{self, DraftFolder};
 
 /// File name of the folded graph inside a version folder.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -87,58 +91,6 @@ pub enum ModelError {
     },
 }
 
-/// How the spatial size of an image becomes the network's input size (timm `crop_mode`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CropMode {
-    /// Shortest side to `floor(size / crop_pct)`, aspect kept, centre crop: image is lost at the borders.
-    Center,
-    /// Each side to its `floor(size / crop_pct)`, aspect not kept, centre crop.
-    Squash,
-    /// Longest side to `floor(size / crop_pct)`, aspect kept, centre crop or padding with the mean colour.
-    Border,
-}
-
-/// Resampling filter of the resize (timm `interpolation`), as Pillow defines it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Interpolation {
-    /// Nearest neighbour, no antialiasing.
-    Nearest,
-    /// Box filter (area average when shrinking).
-    Box,
-    /// Triangle filter, antialiased.
-    Bilinear,
-    /// Keys cubic with a = -0.5, antialiased.
-    Bicubic,
-    /// Windowed sinc with three lobes, antialiased.
-    Lanczos,
-}
-
-/// Everything between a decoded RGB image and the network's input tensor, as timm resolves it from `pretrained_cfg`
-/// (`resolve_data_config` + `create_transform(is_training=False)`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Preprocessing {
-    /// Height of the network's input, in pixels.
-    pub height: u32,
-    /// Width of the network's input, in pixels.
-    pub width: u32,
-    /// Share of the resized side that the crop keeps, in (0, 1] (timm allows more than 1 in no published config).
-    pub crop_pct: f64,
-    /// How the image is brought to the input's aspect ratio.
-    pub crop_mode: CropMode,
-    /// Resampling filter.
-    pub interpolation: Interpolation,
-    /// Per-channel mean (R, G, B) on the 0..1 scale.
-    pub mean: [f64; 3],
-    /// Per-channel standard deviation (R, G, B) on the 0..1 scale.
-    pub std: [f64; 3],
-    /// Turn the image upright by its EXIF orientation first. Off by default, as in timm.
-    #[serde(default)]
-    pub exif_orientation: bool,
-}
-
 /// Number format of a folded model's weights and arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -147,6 +99,15 @@ pub enum Precision {
     Fp32,
     /// 16-bit floating point weights and arithmetic; input and logits stay 32-bit.
     Fp16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+        })
+    }
 }
 
 /// How a squeeze-and-excitation gate multiplies its feature map in the graph.
@@ -254,17 +215,6 @@ pub struct Manifest {
     pub golden: Option<Golden>,
 }
 
-/// One input and its logits.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Golden {
-    /// SHA-256 of the input `[3, height, width]`, float32 little-endian: a fixed pseudo-random image.
-    pub input_sha256: String,
-    /// Its logits, `[classes]`.
-    pub logits: Vec<f32>,
-    /// Largest difference of a logit that is taken for the same answer.
-    pub tolerance: f64,
-}
-
 impl Manifest {
     fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join(MANIFEST_FILE);
@@ -294,25 +244,6 @@ impl Manifest {
         let differs = |graph: Option<u32>, size: u32| graph.is_some_and(|g| g != size);
         if differs(self.graph_height, p.height) || differs(self.graph_width, p.width) {
             return Err("the graph's size differs from the preprocessing's".into());
-        }
-        Ok(())
-    }
-}
-
-impl Preprocessing {
-    /// Refuses values that no image could be prepared with: sides of 0 or above 4096 pixels, a crop share outside
-    /// (0, 1], a standard deviation that is not positive, or anything not finite.
-    pub fn check(&self) -> Result<(), String> {
-        for (name, side) in [("height", self.height), ("width", self.width)] {
-            if !(1..=4096).contains(&side) {
-                return Err(format!("{name} {side} is outside 1..=4096"));
-            }
-        }
-        if !(self.crop_pct > 0.0 && self.crop_pct <= 1.0) {
-            return Err(format!("crop_pct {} is outside (0, 1]", self.crop_pct));
-        }
-        if !self.mean.iter().all(|m| m.is_finite()) || !self.std.iter().all(|s| s.is_finite() && *s > 0.0) {
-            return Err(format!("mean {:?} and std {:?} must be finite, std positive", self.mean, self.std));
         }
         Ok(())
     }
@@ -405,7 +336,8 @@ impl ModelDir {
         self.manifest.fold.folded_parameters.saturating_mul(8).saturating_add(64 << 20).min((1 << 31) - 1)
     }
 
-    /// Writes `REPOSITORY/NAME/VERSION` whole or not at all: into a temporary folder, synced, then renamed.
+    /// Writes `REPOSITORY/NAME/VERSION` whole or not at all: as a draft, synced, then renamed. A version that is replaced is
+    /// there until the new one is.
     ///
     /// An existing version is left alone ([`ModelError::Exists`]) unless `replace`.
     pub fn publish(at: &Target<'_>, onnx: &[u8], manifest: &Manifest) -> Result<Self, ModelError> {
@@ -413,27 +345,24 @@ impl ModelDir {
         check_name(name)?;
         let parent = repository.join(name);
         let target = parent.join(version.to_string());
+        files::recover(&parent);
         if target.exists() && !replace {
             return Err(ModelError::Exists(target));
         }
+        let json = serde_json::to_vec_pretty(manifest).map_err(|e| e.to_string());
+        let json = json.and_then(|json| match serde_json::from_slice::<Manifest>(&json) {
+            // what can't be read back must not be there
+            Ok(read) => read.check().map(|()| json),
+            Err(e) => Err(e.to_string()),
+        });
+        let json = json.map_err(|reason| ModelError::BadManifest { path: target.join(MANIFEST_FILE), reason })?;
         fs::create_dir_all(repository).map_err(io("create", repository))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".nfold-")
-            .permissions(open_to_all())
-            .tempdir_in(repository)
-            .map_err(io("create a folder in", repository))?;
-        let fresh = staging.path().join("new");
-        fs::create_dir(&fresh).map_err(io("create", &fresh))?;
-        let json = serde_json::to_vec_pretty(manifest)
-            .map_err(|e| ModelError::BadManifest { path: fresh.join(MANIFEST_FILE), reason: e.to_string() })?;
-        write_synced(&fresh.join(MODEL_FILE), onnx)?;
-        write_synced(&fresh.join(MANIFEST_FILE), &json)?;
-        fs::create_dir_all(&parent).map_err(io("create", &parent))?;
-        if target.exists() {
-            fs::rename(&target, staging.path().join("old")).map_err(io("replace", &target))?;
+        let draft = DraftFolder::create_in(repository).map_err(io("create a folder in", repository))?;
+        for (name, bytes) in [(MODEL_FILE, onnx), (MANIFEST_FILE, &json)] {
+            draft.write(name, bytes).map_err(io("write", &target.join(name)))?;
         }
-        fs::rename(&fresh, &target).map_err(io("create", &target))?;
-        fs::File::open(&parent).and_then(|d| d.sync_all()).map_err(io("sync", &parent))?;
+        fs::create_dir_all(&parent).map_err(io("create", &parent))?;
+        draft.publish(&target, replace).map_err(io(if replace { "replace" } else { "create" }, &target))?;
         Self::open_path(&target)
     }
 }
@@ -481,22 +410,6 @@ pub fn check_name(name: &str) -> Result<(), ModelError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     let ok = name.len() <= 128 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain);
     if ok { Ok(()) } else { Err(ModelError::BadName(name.into())) }
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    let write = || {
-        let mut file = fs::File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(io("write", path))
-}
-
-/// Temporary folders are private by default; a repository is read by a server under another user.
-#[cfg(unix)]
-fn open_to_all() -> fs::Permissions {
-    use std::os::unix::fs::PermissionsExt as _;
-    fs::Permissions::from_mode(0o755)
 }
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {

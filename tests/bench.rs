@@ -69,6 +69,29 @@ fn graphs_are_timed_against_each_other() {
     assert!(page.contains("<svg") && page.contains("resnet18@160") && !page.contains("<script"));
 }
 
+/// A model of the repository goes by its name, and a sentence says which network is faster.
+#[test]
+fn models_of_the_repository_are_timed_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let goldens = goldens_folder();
+    let small = goldens.join("nf_regnet_small");
+    let fold = ["fold", small.to_str().unwrap(), "--name", "mine", "--size", "64"];
+    assert!(nfold(folder.path(), &fold).status.success());
+    let wide = format!("{}@256", goldens.join("resnet18_small").display());
+    let quick = ["--rounds", "5", "--turn", "5ms", "--warmup", "0s", "--report", "out"];
+    let done = nfold(folder.path(), &[&["bench", "engine", "mine", &wide], &quick[..]].concat());
+    let said = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let sentence = said.lines().find(|line| line.contains(" is the fastest, ")).unwrap_or_else(|| panic!("{said}"));
+    assert!(
+        sentence.starts_with("batch 1, threads ") && sentence.contains("nf_regnet_b0@64 is the fastest"),
+        "{sentence}"
+    );
+    assert!(sentence.ends_with(" times as fast as resnet18@256"), "{sentence}");
+    let page = std::fs::read_to_string(folder.path().join("out/index.html")).unwrap();
+    assert!(page.contains(":") && page.contains(" UTC<") && !page.contains("since 1970"), "a date");
+}
+
 /// What can't be timed is refused by name.
 #[test]
 fn what_cannot_be_timed_is_named() {

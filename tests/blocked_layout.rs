@@ -53,7 +53,7 @@ fn census(graph: &Fitted) -> BTreeMap<String, usize> {
 #[test]
 fn laid_out_graphs_are_those_that_the_runtime_makes() {
     let Some(block) = engine::channel_block() else {
-        println!("SKIPPED: without AVX-512 nothing is laid out");
+        crate::cli::skip("without AVX-512 nothing is laid out");
         return;
     };
     let (mut same, mut fewer, mut stay) = (0, BTreeSet::new(), BTreeSet::new());
@@ -90,7 +90,7 @@ fn laid_out_graphs_are_those_that_the_runtime_makes() {
 #[test]
 fn half_precision_runs_in_blocks() {
     let Some(block) = engine::channel_block() else {
-        println!("SKIPPED: without AVX-512 nothing is padded");
+        crate::cli::skip("without AVX-512 nothing is padded");
         return;
     };
     let onnx = folded("nf_regnet_small", FoldOptions { precision: Precision::Fp16, ..FoldOptions::default() });

@@ -276,7 +276,7 @@ proptest! {
 fn contradictory_configurations_are_refused() {
     type Change = fn(&mut Value);
     let cases: [(&str, Change); 7] = [
-        ("supported are: nf_regnet_b0", |c| c["architecture"] = json!("vit_base_patch16")),
+        ("the nearest that are: ", |c| c["architecture"] = json!("vit_base_patch16")),
         ("`depth`", |c| c["model_args"]["depth"] = json!(3)),
         ("3 label_names for 10 classes", |c| c["label_names"] = json!(["a", "b", "c"])),
         ("num_classes is 11", |c| c["num_classes"] = json!(11)),

@@ -17,6 +17,12 @@ pub fn nfold(args: &[&str], folder: &Path) -> Output {
     command.args(args).current_dir(folder).output().unwrap()
 }
 
+/// Says why a test does not test, past the test harness, which keeps the output of tests that pass. `make test` lists it.
+pub fn skip(why: &str) {
+    // in one piece: other tests write too
+    std::io::stderr().write_all(format!("SKIP: {why}\n").as_bytes()).unwrap();
+}
+
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -76,7 +82,16 @@ fn folds_reports_and_inspects() {
     assert_eq!(entries(&here.join("repository/nf_seresnet_small")), ["1", "3"]);
 
     let inspected = nfold(&["inspect", "nf_seresnet_small"], here);
-    assert!(text(&inspected.stdout).contains("version 3") && text(&inspected.stdout).contains("Fp16"));
+    assert!(text(&inspected.stdout).contains("version 3") && text(&inspected.stdout).contains("fp16"));
+    for path in [
+        "repository/nf_seresnet_small/3",
+        "repository/nf_seresnet_small/3/",
+        "repository/nf_seresnet_small",
+        "repository/nf_seresnet_small/3/model.onnx",
+    ] {
+        let again = nfold(&["inspect", path], here);
+        assert_eq!(text(&again.stdout), text(&inspected.stdout), "{path}");
+    }
     let inspected = nfold(&["inspect", "repository/nf_seresnet_small/1", "--json"], here);
     let inspected: Value = serde_json::from_slice(&inspected.stdout).unwrap();
     assert_eq!(inspected["manifest"]["preprocessing"]["height"], 96);
@@ -103,7 +118,10 @@ fn fold_refuses_and_leaves_nothing() {
     let here = folder.path();
     refused(&nfold(&["fold", "nowhere"], here), "nowhere");
     refused(&nfold(&["fold", &golden("nf_regnet_small"), "--name", "../up"], here), "can't be a model name");
-    refused(&nfold(&["fold", &golden("nf_regnet_small"), "--size", "100000"], here), "height 100000");
+    refused(
+        &nfold(&["fold", &golden("nf_regnet_small"), "--size", "100000"], here),
+        "height 100000 is outside 1..=4096",
+    );
     fs::write(here.join("file"), "").unwrap();
     refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "file"], here), "`file`");
     refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "/proc/nowhere"], here), "/proc/nowhere");
@@ -131,7 +149,7 @@ fn fold_refuses_and_leaves_nothing() {
 fn init_refuses_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
-    refused(&nfold(&["init", "resnet51", "--out", "x"], here), "supported are: nf_regnet_b0");
+    refused(&nfold(&["init", "resnet51", "--out", "x"], here), "the nearest that are: resnet50, ");
     refused(&nfold(&["init", "resnet18", "--out", "x", "--model-args", r#"{"depth":1}"#], here), "`depth`");
     assert!(entries(here).is_empty());
     let made = nfold(
@@ -301,4 +319,211 @@ fn fold_records_whether_images_are_turned_upright() {
     };
     assert_eq!(upright(&[]), false);
     assert_eq!(upright(&["--exif-orientation"]), true);
+}
+
+/// Labels, names and paths are anybody's: a terminal shows them, and nothing else.
+#[test]
+fn control_characters_stay_out_of_terminals() {
+    let copy = crate::checkpoint::Copy::of("nf_regnet_small");
+    let labels: Vec<String> =
+        (0..10).map(|i| format!("\u{1b}[2J\u{1b}]0;evil\u{7}\r\nerror: \u{9b}\u{202e}{i}")).collect();
+    copy.config(|c| {
+        c["label_names"] = labels.clone().into();
+        c["architecture"] =
+            format!("{}.\u{1b}[31mred\n", c["architecture"].as_str().unwrap().split('.').next().unwrap()).into();
+    });
+    let checkpoint = copy.path("").display().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let is_plain = |bytes: &[u8]| text(bytes).chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}'));
+    let folded = nfold(&["fold", &checkpoint, "--name", "red", "--size", "64"], here);
+    assert!(folded.status.success() && is_plain(&folded.stderr), "{}", text(&folded.stderr));
+    let photo = "\u{1b}[31m.jpg";
+    fs::copy(project("tests/data/cat.jpg"), here.join(photo)).unwrap();
+    fs::write(here.join("\u{1b}c.png"), "no image").unwrap();
+    for args in [
+        &["inspect", "red"][..],
+        &["inspect", &checkpoint],
+        &["classify", photo, "\u{1b}c.png"],
+        &["classify", "\u{1b}[2J"],
+    ] {
+        let output = nfold(args, here);
+        assert!(is_plain(&output.stdout) && is_plain(&output.stderr), "{args:?}: {output:?}");
+        assert!(text(&[output.stdout, output.stderr].concat()).contains("\\u{1b}"), "{args:?}");
+    }
+    // a program gets what is there
+    let output = nfold(&["classify", photo, "--json", "-k", "1"], here);
+    let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let label = line["predictions"][0]["label"].as_str().unwrap();
+    assert!(labels.iter().any(|l| l == label) && line["image"] == photo, "{line}");
+}
+
+/// A folder as Macs, Windows and network drives make it.
+#[cfg(target_os = "linux")]
+#[test]
+fn side_files_are_left_out_and_what_cannot_be_read_is_named() {
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::symlink;
+    let folder = with_demo();
+    let here = folder.path();
+    let cat = project("tests/data/cat.jpg");
+    let photos = here.join("photos");
+    for side in [".thumbnails", "@eaDir/a.jpg", "__MACOSX", "album"] {
+        fs::create_dir_all(photos.join(side)).unwrap();
+    }
+    let strange = std::ffi::OsStr::from_bytes(b"caf\xe9.jpg");
+    for name in ["a.jpg", "b.jfif", ".thumbnails/a.jpg", "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "album/c.JPEG"] {
+        fs::copy(&cat, photos.join(name)).unwrap();
+    }
+    fs::copy(&cat, photos.join(strange)).unwrap();
+    fs::write(photos.join("._a.jpg"), "Mac OS X").unwrap();
+    fs::write(photos.join("__MACOSX/._a.jpg"), "Mac OS X").unwrap();
+    fs::write(photos.join("list.txt"), "").unwrap();
+    symlink("/nowhere", photos.join("gone.jpg")).unwrap();
+    symlink("loop.jpg", photos.join("loop.jpg")).unwrap();
+    symlink(".", photos.join("again")).unwrap();
+    assert!(Command::new("mkfifo").arg(photos.join("pipe.jpg")).status().unwrap().success());
+
+    let output = nfold(&["classify", "--recursive", "photos", "--json", "-k", "1"], here);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("note: left out 4 hidden names and system folders (.") && stderr.contains("--hidden"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("1 link to a folder (again)") && stderr.contains("(list.txt)"), "{stderr}");
+    assert!(stderr.lines().last().unwrap().starts_with("error: 3 of 7 images could not be classified"), "{stderr}");
+    let lines: Vec<Value> = text(&output.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let good: Vec<_> = lines.iter().filter(|l| l["predictions"].is_array()).collect();
+    assert_eq!(
+        good.iter().map(|l| l["image"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["photos/a.jpg", "photos/album/c.JPEG", "photos/b.jfif", "photos/caf\u{fffd}.jpg"]
+    );
+    // the bytes of a name that is no text find its file again
+    use base64::Engine as _;
+    let name = base64::prelude::BASE64_STANDARD.decode(good[3]["image_b64"].as_str().unwrap()).unwrap();
+    assert!(here.join(std::ffi::OsStr::from_bytes(&name)).is_file());
+    assert!(good[0].get("image_b64").is_none());
+    for (name, why) in [("gone.jpg", "No such file"), ("loop.jpg", "symbolic links"), ("pipe.jpg", "no file")] {
+        let line = lines.iter().find(|l| l["image"] == format!("photos/{name}")).unwrap();
+        assert!(line["error"]["message"].as_str().unwrap().contains(why), "{line}");
+    }
+    let all = nfold(&["classify", "--recursive", "photos", "--hidden", "--format", "csv", "-k", "1"], here);
+    let csv = all.stdout;
+    assert!(csv.starts_with(b"image,model,version,rank,index,label,score,error\n"), "{}", text(&csv));
+    assert!(csv.windows(9).any(|w| w == b"/caf\xe9.jpg"), "a name stays as it is");
+    assert!(
+        text(&csv).contains("SYNOPHOTO") && text(&csv).contains("photos/._a.jpg,nf_regnet_cifar10,1,,,,,"),
+        "{}",
+        text(&csv)
+    );
+    // as in a shell, a table shows the bytes that are no text
+    let table = nfold(&["classify", "--recursive", "photos", "--format", "table"], here);
+    assert!(text(&table.stdout).contains("photos/caf\\xe9.jpg\n"), "{}", text(&table.stdout));
+}
+
+/// What a program or a person reads, by the flag or by the file's name.
+#[test]
+fn answers_have_three_formats() {
+    let folder = with_demo();
+    let here = folder.path();
+    let cat = project("tests/data/cat.jpg");
+    for (file, start) in [("a.csv", "image,model,"), ("a.jsonl", "{\""), ("a.txt", &cat), ("a.other", "{\"")] {
+        let output = nfold(&["classify", &cat, "--output", file], here);
+        assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+        assert!(fs::read_to_string(here.join(file)).unwrap().starts_with(start), "{file}");
+    }
+    // the flag wins over the name
+    assert!(nfold(&["classify", &cat, "--output", "b.csv", "--format", "jsonl"], here).status.success());
+    assert!(fs::read_to_string(here.join("b.csv")).unwrap().starts_with('{'));
+    refused(&nfold(&["classify", &cat, "--json", "--format", "csv"], here), "contradicts");
+    let zero = nfold(&["classify", &cat, "--top-k", "0"], here);
+    assert!(zero.status.code() == Some(2) && text(&zero.stderr).contains("--top-k"), "{}", text(&zero.stderr));
+    let two = nfold(&["classify", &cat, &cat], here);
+    assert!(text(&two.stderr).starts_with("classified 2 images in "), "{}", text(&two.stderr));
+    // a device is written to, not replaced
+    assert!(nfold(&["classify", &cat, "--output", "/dev/null"], here).status.success());
+    assert!(!Path::new("/dev/null").is_file());
+}
+
+/// One logit is a binary classifier's.
+#[test]
+fn one_output_is_a_sigmoids() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let width = r#"{"width_factor": 0.25}"#;
+    assert!(
+        nfold(&["init", "nf_regnet_b0", "--out", "one", "--num-classes", "1", "--model-args", width], here)
+            .status
+            .success()
+    );
+    let folded = nfold(&["fold", "one", "--size", "64", "--json"], here);
+    assert!(text(&folded.stderr).contains("warning: the network has one output"), "{}", text(&folded.stderr));
+    let answer = nfold(&["classify", &project("tests/data/cat.jpg"), "--json"], here);
+    let answer: Value = serde_json::from_slice(&answer.stdout).unwrap();
+    let score = answer["predictions"][0]["score"].as_f64().unwrap();
+    assert!(score > 0.0 && score < 1.0, "{answer}");
+}
+
+/// Empty counts as not set, and what is wrong is called by the name of its variable.
+#[test]
+fn variables_may_be_empty_and_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = |name: &str, value: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+        command.args(["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        text(&command.env(name, value).current_dir(folder.path()).output().unwrap().stderr)
+    };
+    for name in [
+        "WATCH",
+        "MODEL",
+        "TLS_CERT",
+        "API_KEY_FILE",
+        "BATCH_BUCKETS",
+        "CORS_ORIGIN",
+        "QUEUE_LIMIT",
+        "DRAIN_HOLD",
+        "LOG_FORMAT",
+        "LOG",
+        "MODEL_CONTROL",
+        "PROVIDER",
+    ] {
+        // so far, that there is no repository here
+        let said = serve(&format!("NFOLD_{name}"), "");
+        assert!(said.contains("model repository `repository` does not exist"), "{name}: {said}");
+    }
+    // Kubernetes sets this for a Service called nfold
+    assert!(serve("NFOLD_PORT", "tcp://10.0.0.1:8000").contains("does not exist"));
+    for (name, value) in
+        [("NFOLD_WATCH", "soon"), ("NFOLD_QUEUE_LIMIT", "-1"), ("NFOLD_PORT", "70000"), ("NFOLD_TLS_CERT", "cert.pem")]
+    {
+        let said = serve(name, value);
+        assert!(said.contains("error: ") && said.contains(&format!("environment: {name}")), "{said}");
+    }
+    let typed = nfold(&["serve", "--watch", "soon"], folder.path());
+    assert!(!text(&typed.stderr).contains("environment"), "{}", text(&typed.stderr));
+}
+
+/// Beyond a clone of the project there is nothing to make.
+#[test]
+fn messages_fit_where_the_program_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let installed = here.join("nfold");
+    fs::copy(env!("CARGO_BIN_EXE_nfold"), &installed).unwrap();
+    let fold = |program: &Path| {
+        let mut command = Command::new(program);
+        text(
+            &command
+                .args(["fold", &golden("nf_regnet_small")])
+                .env("ORT_DYLIB_PATH", "nowhere.so")
+                .current_dir(here)
+                .output()
+                .unwrap()
+                .stderr,
+        )
+    };
+    let (there, clone) = (fold(&installed), fold(Path::new(env!("CARGO_BIN_EXE_nfold"))));
+    assert!(there.contains("pip install onnxruntime") && !there.contains("make ort"), "{there}");
+    assert!(clone.contains("make ort"), "{clone}");
 }

@@ -205,7 +205,7 @@ fn architectures_are_timms() {
 #[cfg(target_arch = "x86_64")]
 fn optimized_graphs_stay_in_the_blocked_layout() {
     if !is_x86_feature_detected!("avx2") {
-        println!("SKIPPED: this processor has no blocked layout");
+        crate::cli::skip("this processor has no blocked layout");
         return;
     }
     let block = engine::channel_block();

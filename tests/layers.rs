@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 19] = [
+const ROOMS: [(&str, &[&str]); 20] = [
     ("main", &["cli"]),
     (
         "cli",
         &[
             "bench",
+            "files",
             "fold",
             "server",
             "spp",
@@ -26,17 +27,18 @@ const ROOMS: [(&str, &[&str]); 19] = [
         ],
     ),
     ("fold", &["checkpoint", "graph", "nets", "model", "pb"]),
-    ("bench", &["infer", "engine", "chart", "model", "pb"]),
+    ("bench", &["infer", "engine", "chart", "files", "model", "pb"]),
     ("server", &["infer", "pixels", "model", "metrics", "pb"]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics"]),
-    ("engine", &["relayout", "model"]),
+    ("engine", &["relayout", "model", "files"]),
     ("relayout", &["graph", "nets", "model", "pb"]),
     ("pixels", &["model"]),
-    ("checkpoint", &["nets", "model"]),
+    ("checkpoint", &["files", "nets", "model"]),
     ("graph", &["nets", "model", "pb"]),
     ("nets", &[]),
-    ("model", &[]),
+    ("model", &["files"]),
+    ("files", &[]),
     ("metrics", &["logging"]),
     ("logging", &[]),
     ("chart", &[]),

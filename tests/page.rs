@@ -3,7 +3,7 @@
 //! Without a browser the test says SKIP on stderr and passes; `make tools` installs one on Debian. With the variable
 //! SCREENSHOTS set to a folder, pictures of the page are left there.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,9 +26,7 @@ impl Browser {
     fn open() -> Option<Self> {
         let window = Self::open_any();
         if window.is_none() {
-            // past the test harness, which keeps the output of tests that pass
-            let said = b"SKIP: no chromium with chromedriver here, so the page was not tested (make tools)\n";
-            std::io::stderr().write_all(said).unwrap();
+            crate::cli::skip("no chromium with chromedriver here, so the page was not tested (make tools)");
         }
         window
     }
@@ -350,7 +348,7 @@ fn the_chooser_lists_what_is_served() {
 #[test]
 fn a_person_with_a_key() {
     let Some(browser) = Browser::open() else {
-        std::io::stderr().write_all(b"SKIP: no chromium with chromedriver here (make tools)\n").unwrap();
+        crate::cli::skip("no chromium with chromedriver here (make tools)");
         return;
     };
     let folder = tempfile::tempdir().unwrap();

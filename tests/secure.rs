@@ -221,6 +221,17 @@ fn files_that_are_no_certificates_or_keys_are_told_before_anything_runs() {
         let error = Server::bind(Options { tls: Some(tls), ..local() }).unwrap_err();
         assert!(matches!(error, ServeError::Tls(_)) && error.to_string().contains(flag), "{error}");
     }
+    // a password can't be asked for
+    for encrypted in [
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIBvTBXBgk=\n-----END ENCRYPTED PRIVATE KEY-----\n",
+        "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nAAAA\n-----END RSA PRIVATE KEY-----\n",
+    ] {
+        let key = folder.path().join("encrypted.pem");
+        std::fs::write(&key, encrypted).unwrap();
+        let tls = TlsOptions { cert: cert.clone(), key, client_ca: None };
+        let error = Server::bind(Options { tls: Some(tls), ..local() }).unwrap_err().to_string();
+        assert!(error.contains("is encrypted") && error.contains("openssl pkey"), "{error}");
+    }
     let error = Server::bind(Options { api_key_file: Some(missing), ..local() }).unwrap_err();
     assert!(error.to_string().contains("--api-key-file"), "{error}");
 }

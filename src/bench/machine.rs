@@ -38,6 +38,13 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// When it was measured, as a date: `2026-11-26 14:05 UTC`.
+    pub fn date(&self) -> String {
+        let at = i64::try_from(self.unix_time).ok().and_then(|s| time::OffsetDateTime::from_unix_timestamp(s).ok());
+        let written = |at: time::OffsetDateTime| format!("{} {:02}:{:02} UTC", at.date(), at.hour(), at.minute());
+        at.map_or_else(|| format!("{} s after 1970", self.unix_time), written)
+    }
+
     /// Looks at this machine now. `onnxruntime` is its build line.
     pub fn look(onnxruntime: Option<String>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();

@@ -213,7 +213,7 @@ fn machine(out: &mut String, m: &Machine, stolen: Option<f64>) {
     if let Some(share) = stolen {
         entry("stolen time", format!("{:.2} % of the processors' time went to other guests", 100.0 * share));
     }
-    entry("time", format!("{} s since 1970 UTC", m.unix_time));
+    entry("time", m.date());
     entry("command", m.command.join(" "));
     out.push_str("</dl>");
 }

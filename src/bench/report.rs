@@ -1,7 +1,6 @@
 //! Writes what was measured: JSON (whole), CSV (one line a row), and the page. Files appear whole or not at all.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +12,7 @@ use serde::de::DeserializeOwned;
 use super::load::answer::Outcome;
 use super::load::record::Recorder;
 use super::{BenchError, engine, load, page};
+use crate::files;
 
 /// File name of the engine's report, without extension.
 pub const ENGINE: &str = "engine";
@@ -105,20 +105,11 @@ pub fn write_json(folder: &Path, name: &str, report: &impl Serialize) -> Result<
     write(folder, &format!("{name}.json"), (text + "\n").as_bytes())
 }
 
-/// Writes a file of the folder, which is made where missing: to a temporary name first.
+/// Writes a file of the folder, which is made where missing; whole or not at all.
 pub fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> {
     let path = folder.join(name);
-    let failed = |source| BenchError::Write { path: path.clone(), source };
-    fs::create_dir_all(folder).map_err(failed)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed)?;
-    }
-    file.persist(&path).map_err(|e| failed(e.error))?;
-    Ok(())
+    let written = fs::create_dir_all(folder).and_then(|()| files::write(&path, bytes));
+    written.map_err(|source| BenchError::Write { path, source })
 }
 
 /// One line a row; empty fields where a figure is not known.

@@ -12,6 +12,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
 use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE};
+use crate::files::DraftFolder;
 use crate::nets::{self, Init, NetError, Network, TensorSpec};
 
 /// What to initialise.
@@ -49,23 +50,19 @@ fn write(folder: &Path, options: &InitOptions, adjust: impl Fn(&mut TensorSpec))
     let write = |source| CheckpointError::Write { path: folder.into(), source };
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(write)?;
-    let staging = tempfile::Builder::new().prefix(".nfold-").tempdir_in(parent).map_err(write)?;
-    let fresh = staging.path().join("new");
-    fs::create_dir(&fresh).map_err(write)?;
+    let draft = DraftFolder::create_in(parent).map_err(write)?;
     let config = config(options, &network)?;
     let text = serde_json::to_string_pretty(&config).map_err(|e| write(e.into()))?;
-    fs::write(fresh.join(CONFIG_FILE), text + "\n").map_err(write)?;
-    fs::write(fresh.join(WEIGHTS_FILE), weights(&network, options.seed, adjust)?).map_err(write)?;
-    fs::rename(&fresh, folder).map_err(write)?;
+    draft.write(CONFIG_FILE, (text + "\n").as_bytes()).map_err(write)?;
+    draft.write(WEIGHTS_FILE, &weights(&network, options.seed, adjust)?).map_err(write)?;
+    draft.publish(folder, false).map_err(write)?;
     Ok(network)
 }
 
 fn config(options: &InitOptions, network: &Network) -> Result<Value, NetError> {
     let name = nets::base_name(&options.architecture);
-    let evaluation = nets::evaluation(name).ok_or_else(|| NetError::UnknownArchitecture {
-        name: name.into(),
-        supported: nets::architectures().join(", "),
-    })?;
+    let evaluation = nets::evaluation(name)
+        .ok_or_else(|| NetError::UnknownArchitecture { name: name.into(), nearest: nets::nearest(name) })?;
     let square = |side: u32| json!([3, side, side]);
     let mut pretrained = json!({
         "input_size": square(evaluation.input),

@@ -12,6 +12,8 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::examples;
+use super::printable::say;
 use super::serve::duration;
 use crate::bench::engine::{self, Plan, Report};
 use crate::bench::report;
@@ -26,8 +28,10 @@ pub struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
     /// Time graphs in process, interleaved, against each other
+    #[command(after_help = examples::BENCH_ENGINE)]
     Engine(EngineArgs),
     /// Load a server, closed or open loop, and past saturation
+    #[command(after_help = examples::BENCH_LOAD)]
     Load(load::LoadArgs),
 }
 
@@ -50,10 +54,13 @@ const DEFAULT: [&str; 11] = [
 /// Arguments of `nfold bench engine`.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
-    /// Architectures (initialised here, nothing is downloaded), checkpoint folders or folded version folders:
+    /// Architectures (initialised here, nothing is downloaded), models of the repository, checkpoint or version folders:
     /// MODEL[@H|@HxW][:folded|:unpadded|:unfolded|:fp16|:broadcast] [default: eleven networks]
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
+    /// Model repository that names are looked up in
+    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    repository: PathBuf,
     /// ONNX file to time as well, one float32 input [N, 3, H, W]; repeat for several
     #[arg(long, env = "NFOLD_ONNX", value_name = "FILE[@H|@HxW]", value_delimiter = ',')]
     onnx: Vec<String>,
@@ -107,8 +114,8 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     };
     let mut contenders = Vec::with_capacity(named.len() + args.onnx.len());
     for text in named {
-        eprintln!("preparing {text}");
-        contenders.push(contenders::model(text, args.seed)?);
+        say(format_args!("preparing {text}"));
+        contenders.push(contenders::model(text, &args.repository, args.seed)?);
     }
     for text in &args.onnx {
         contenders.push(contenders::file(text)?);
@@ -144,9 +151,34 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(folder) = &args.report {
         report::write_engine(folder, &report)?;
-        eprintln!("wrote {}", folder.join(report::PAGE).display());
+        say(format_args!("wrote {}", folder.join(report::PAGE).display()));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// For each batch size and number of threads: which network is the fastest, and by how much.
+fn verdicts(report: &Report) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for &threads in &report.plan.threads {
+        for &batch in &report.plan.batches {
+            let mut rows: Vec<_> = report.rows.iter().filter(|r| (r.threads, r.batch) == (threads, batch)).collect();
+            rows.sort_by(|a, b| a.latency_ms.median.total_cmp(&b.latency_ms.median));
+            let [first, second, ..] = rows.as_slice() else { continue };
+            let times = second.latency_ms.median / first.latency_ms.median;
+            let against = report.plan.reference.as_deref().filter(|r| *r != first.label && *r != second.label);
+            let reference = match (against, &first.speed) {
+                (Some(name), Some(s)) => {
+                    format!(", and {:.2} times as fast as {name} (95 %: {:.2} to {:.2})", s.value, s.low, s.high)
+                }
+                _ => String::new(),
+            };
+            let (a, b) = (&first.label, &second.label);
+            sentences.push(format!(
+                "batch {batch}, threads {threads}: {a} is the fastest, {times:.2} times as fast as {b}{reference}"
+            ));
+        }
+    }
+    sentences
 }
 
 /// The report as a terminal shows it.
@@ -182,6 +214,16 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
                 )?;
             }
         }
+    }
+    for sentence in verdicts(report) {
+        writeln!(out, "{sentence}")?;
+    }
+    if report.rows.iter().filter_map(|r| r.peak_share).any(|share| share > 1.0) {
+        writeln!(
+            out,
+            "note: more than 100 % of peak is implausible: the processor's speed changed, or others used it, while the peak was \
+             measured; measure again on an idle machine"
+        )?;
     }
     if let Some(share) = report.stolen_share.filter(|s| *s > 0.01) {
         writeln!(out, "note: {:.1} % of processor time went to other guests of this machine", 100.0 * share)?;

@@ -1,32 +1,35 @@
 //! `nfold classify`: image files → classes, without a server. One worker per core, each with its own session; answers
 //! come out in the order of the files.
 
+mod answers;
+pub mod search;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, BufWriter, Read as _, Write};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
-use tempfile::NamedTempFile;
 
+use self::answers::{Answer, Format, Out, Printer};
+use self::search::{Found, Search};
 use super::images::ImageArgs;
+use super::printable::{self, say};
 use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
-use crate::infer::top_k::{Prediction, top_k};
+use crate::infer::top_k::top_k;
 use crate::model::ModelDir;
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 
 /// More images than this are answered as JSON lines, with a progress bar.
 const MANY: usize = 20;
-/// What a folder is searched for: extensions of the formats that can be decoded.
-const EXTENSIONS: [&str; 9] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe"];
 
 /// Arguments of `nfold classify`.
 #[derive(Debug, Args)]
@@ -37,6 +40,10 @@ pub struct ClassifyArgs {
     /// Search folders for images, in order of their names
     #[arg(long, short, env = "NFOLD_RECURSIVE", value_parser = FalseyValueParser::new())]
     recursive: bool,
+    /// With --recursive, also take names that begin with a dot, and folders that systems keep beside photographs, such as
+    /// @eaDir
+    #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
+    hidden: bool,
     /// Model repository
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
@@ -47,23 +54,26 @@ pub struct ClassifyArgs {
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
     model_version: Option<u64>,
     /// Classes to name for each image
-    #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K")]
-    top_k: usize,
+    #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    top_k: u32,
     /// Worker threads [default: one per core]
-    #[arg(long, env = "NFOLD_THREADS", value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     #[command(flatten)]
     limits: ImageArgs,
     /// Of the images, in order, take every Nth from the Ith on (I/N, counted from 0): shares for N processes
     #[arg(long, env = "NFOLD_SHARD", value_name = "I/N", value_parser = shard)]
     shard: Option<Shard>,
-    /// Write the answers to this file, as JSON lines; it appears when it is complete
+    /// How answers look [default: what --output ends in, else a table for up to 20 images and JSON lines for more]
+    #[arg(long, value_enum, env = "NFOLD_FORMAT")]
+    format: Option<Format>,
+    /// Write the answers to this file, as JSON lines or what its name ends in (.csv, .txt); it appears when it is complete
     #[arg(long, env = "NFOLD_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
     /// Exit 0 although some images could not be classified; the answers say which
     #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
     skip_broken: bool,
-    /// Print one JSON object a line on stdout
+    /// Short for --format jsonl
     #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
@@ -86,11 +96,11 @@ fn shard(text: &str) -> Result<Shard, String> {
     }
 }
 
-/// What became of one image: its predictions, or why there are none (a stable reason and a message).
-type Answer = Result<Vec<Prediction>, (&'static str, String)>;
-
 /// Runs `nfold classify`. Exit code 1 when any image could not be classified.
 pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
+    if args.json && args.format.is_some_and(|format| format != Format::Jsonl) {
+        bail!("--json means --format jsonl and contradicts the --format given; give one of them");
+    }
     let (decoder, memory) = args.limits.resolve();
     let mut images = gather(args)?;
     if let Some(Shard { index, count }) = args.shard {
@@ -99,53 +109,41 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
     let graph = Fitted::for_this_cpu(model.read_onnx()?);
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let workers = args.threads.unwrap_or(cores).clamp(1, images.len().max(1));
+    let threads = args.threads.map_or(cores, usize::from);
+    let workers = threads.clamp(1, images.len().max(1));
     // one image may have all the cores; several are faster with a core each
-    let intra_threads = if workers == 1 { args.threads.unwrap_or(cores).max(1) } else { 1 };
+    let intra_threads = if workers == 1 { threads } else { 1 };
     let options = EngineOptions { intra_threads, ..EngineOptions::default() };
     let what = model.onnx().display().to_string();
     let backends: Vec<_> =
         (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
 
     let many = images.len() > MANY;
-    let (out, written): (Box<dyn Write>, _) = match &args.output {
-        None => (Box::new(io::stdout().lock()), None),
-        Some(path) => {
-            let file = temporary(path)?;
-            (Box::new(BufWriter::new(file.reopen()?)), Some((file, path)))
-        }
+    let format = match &args.output {
+        _ if args.format.is_some() || args.json => args.format.unwrap_or(Format::Jsonl),
+        Some(path) => Format::of(path).unwrap_or(Format::Jsonl),
+        None if many => Format::Jsonl,
+        None => Format::Table,
     };
-    let json = args.json || many || args.output.is_some();
-    let mut printer = Printer { model: &model, json, failed: 0, out };
+    let mut printer = Printer::new(&model, format, Out::open(args.output.as_deref())?)?;
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
-    classify(&images, backends, &model, (decoder, &memory), args.top_k, |i, answer| {
+    let started = Instant::now();
+    classify(&images, backends, &model, (decoder, &memory), args.top_k as usize, |i, answer| {
         progress.inc(1);
-        printer.print(&images[i], answer)
+        // the bar and the answers may share a terminal
+        progress.suspend(|| printer.print(&images[i].path, answer))
     })?;
     progress.finish_and_clear();
-    printer.out.flush()?;
-    if let Some((file, path)) = written {
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|e| anyhow!("can't write `{}`: {}", path.display(), e.error))?;
-    }
-    Ok(if printer.failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// A file beside `path`, to be renamed to it.
-fn temporary(path: &Path) -> anyhow::Result<NamedTempFile> {
-    let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // as readable as any other file: whoever collects the answers may be another user
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-    let file = builder.prefix(".classify-").tempfile_in(folder);
-    file.map_err(|e| anyhow!("can't write into `{}`: {e}; check --output", folder.display()))
+    summary(images.len(), &printer, format, args, started.elapsed());
+    let failed = printer.failed;
+    printer.finish()?;
+    Ok(if failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Classifies on one thread per backend and hands over the answers in the order of `images`. Stops early when
 /// `answered` fails.
 fn classify(
-    images: &[PathBuf],
+    images: &[Found],
     backends: Vec<OrtBackend>,
     model: &ModelDir,
     decoder: (Decoder, &Arc<DecodeMemory>),
@@ -162,7 +160,10 @@ fn classify(
                 while let Some((i, image)) =
                     Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, images.get(i)?)))
                 {
-                    let answer = one(image, &mut backend, model, preprocessor, decoder, k);
+                    let answer = match &image.refused {
+                        Some(reason) => Err(("unreadable", reason.clone())),
+                        None => one(&image.path, &mut backend, model, preprocessor, decoder, k),
+                    };
                     if sender.send((i, answer)).is_err() {
                         return;
                     }
@@ -222,49 +223,35 @@ fn is_stdin(path: &Path) -> bool {
 }
 
 /// Files named, and files found in folders named.
-fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<PathBuf>> {
-    let mut images = Vec::new();
+fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
+    let mut search = Search::new(args.hidden);
     for path in &args.images {
-        if is_stdin(path) || path.is_file() {
-            images.push(path.clone());
-        } else if path.is_dir() && args.recursive {
-            let before = images.len();
-            search(path, &mut images).map_err(|e| anyhow!("can't search `{}`: {e}", path.display()))?;
-            if images.len() == before {
-                let known = EXTENSIONS.join(", ");
-                bail!(
-                    "folder `{}` holds no image file (looked for: {known}); name the files themselves",
-                    path.display()
-                );
+        let shown = printable::path(path);
+        match fs::metadata(path) {
+            _ if is_stdin(path) => search.found.push(Found::image(path.clone())),
+            Ok(there) if there.is_dir() && !args.recursive => {
+                bail!("`{shown}` is a folder; add --recursive to classify the images in it");
             }
-        } else if path.is_dir() {
-            bail!("`{}` is a folder; add --recursive to classify the images in it", path.display());
-        } else if let Err(e) = fs::metadata(path) {
-            bail!("can't read `{}`: {e}; check the path", path.display());
-        } else {
-            // a pipe or device: read like a file
-            images.push(path.clone());
+            Ok(there) if there.is_dir() => {
+                let before = search.found.len();
+                search.folder(path).map_err(|e| anyhow!("can't search `{shown}`: {e}"))?;
+                if search.found.len() == before {
+                    let left = search.left_out().map(|left| format!("; {left}")).unwrap_or_default();
+                    let known = search::known();
+                    bail!(
+                        "folder `{shown}` holds no image file (looked for: {known}); name the files themselves{left}"
+                    );
+                }
+            }
+            // a pipe or device is read like a file
+            Ok(_) => search.found.push(Found::image(path.clone())),
+            Err(e) => bail!("can't read `{shown}`: {e}; check the path"),
         }
     }
-    Ok(images)
-}
-
-/// Every image file under `folder`, in order of the names; links to folders are not followed.
-pub fn search(folder: &Path, images: &mut Vec<PathBuf>) -> io::Result<()> {
-    let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
-    entries.sort();
-    for path in entries {
-        // links are not followed into folders: they may lead back
-        if path.is_dir() && !path.is_symlink() {
-            search(&path, images)?;
-        } else if path.is_file() {
-            let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-            if extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str())) {
-                images.push(path);
-            }
-        }
+    if let Some(left) = search.left_out() {
+        say(format_args!("note: {left}"));
     }
-    Ok(())
+    Ok(search.found)
 }
 
 fn bar(images: usize) -> ProgressBar {
@@ -272,47 +259,27 @@ fn bar(images: usize) -> ProgressBar {
     ProgressBar::new(images as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Answers as a person, or a program, would like to read them.
-struct Printer<'a, W> {
-    model: &'a ModelDir,
-    json: bool,
-    failed: usize,
-    out: W,
-}
-
-impl<W: Write> Printer<'_, W> {
-    fn print(&mut self, path: &Path, answer: Answer) -> anyhow::Result<()> {
-        let path = path.display().to_string();
-        self.failed += usize::from(answer.is_err());
-        match (self.json, answer) {
-            (true, Ok(predictions)) => {
-                let (model, version) = (&self.model.name, self.model.version);
-                let line = json!({ "image": path, "model": model, "version": version, "predictions": predictions });
-                writeln!(self.out, "{line}")?;
-            }
-            (true, Err((reason, message))) => {
-                let line = json!({ "image": path, "error": { "reason": reason, "message": message } });
-                writeln!(self.out, "{line}")?;
-            }
-            (false, Ok(predictions)) => {
-                writeln!(self.out, "{path}")?;
-                let width = predictions.iter().map(|p| p.label.chars().count()).max().unwrap_or(0);
-                for p in &predictions {
-                    let line = format!("  {:<width$}  {:5.1} %  {}", p.label, 100.0 * p.score, blocks(p.score));
-                    writeln!(self.out, "{}", line.trim_end())?;
-                }
-            }
-            (false, Err((_, message))) => eprintln!("error: `{path}`: {message}"),
+/// What happened in all, on stderr: one image needs no summary, a failure always has its line.
+fn summary(images: usize, printer: &Printer<'_>, format: Format, args: &ClassifyArgs, took: Duration) {
+    let (failed, seconds) = (printer.failed, took.as_secs_f64());
+    let speed = images as f64 / seconds.max(1e-3);
+    match failed {
+        0 if images == 1 => {}
+        0 => say(format_args!("classified {images} images in {seconds:.1} s ({speed:.1} images/s)")),
+        // the table's line is there already
+        _ if images == 1 && format == Format::Table => {}
+        _ if images == 1 => say(format_args!("error: {}", printer.last_error)),
+        _ if args.skip_broken => say(format_args!(
+            "classified {} of {images} images in {seconds:.1} s ({speed:.1} images/s); {failed} could not be",
+            images - failed
+        )),
+        _ => {
+            let why = if format == Format::Table { "the lines above say why" } else { "their answers say why" };
+            say(format_args!(
+                "error: {failed} of {images} images could not be classified; {why} (--skip-broken exits with 0 all the same)"
+            ));
         }
-        Ok(())
     }
-}
-
-/// A bar of up to 30 characters, in eighths.
-fn blocks(share: f64) -> String {
-    let eighths = (share * 240.0).round() as usize;
-    let partial = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
-    "█".repeat(eighths / 8) + partial[eighths % 8]
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ fn reference(program: &Command) -> String {
     let mut text = String::from(
         "# Configuration reference\n\n\
          Made by `make docs` from the program itself; a test keeps it fresh. A flag on the command line wins over its\n\
-         environment variable, which wins over the default. Durations are a number and a unit: `500ms`, `10s`, `2m`.\n\
-         Switches (flags without a value) are on by variable unless it is empty, `0`, `false`, `no`, `off`, `n` or `f`.\n",
+         environment variable, which wins over the default; a variable that is empty is as good as none. Durations are a number and a unit: `500ms`, `10s`, `2m`.\n\
+         Switches (flags without a value) are on by variable unless it is `0`, `false`, `no`, `off`, `n` or `f`.\n",
     );
     let mut commands = vec![];
     collect(program, &mut commands);
@@ -62,28 +62,40 @@ fn section(text: &mut String, path: &str, command: &Command) {
         let name = word.get_value_names().and_then(|n| n.first()).map_or(word.get_id().as_str(), |n| n.as_str());
         let _ = writeln!(text, "* `{name}`: {}", help(word).0);
     }
-    if !flags.is_empty() {
+    let mut headings: Vec<Option<&str>> = Vec::new();
+    for flag in &flags {
+        if !headings.contains(&flag.get_help_heading()) {
+            headings.push(flag.get_help_heading());
+        }
+    }
+    for heading in headings {
+        if let Some(heading) = heading {
+            let _ = writeln!(text, "\n### {heading}");
+        }
         text.push_str("\n| flag | variable | default | what it sets |\n|---|---|---|---|\n");
+        flags.iter().filter(|flag| flag.get_help_heading() == heading).for_each(|flag| row(text, flag));
     }
-    for flag in flags {
-        let (meaning, said) = help(flag);
-        let values: Vec<_> = flag.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
-        let default = match (values.is_empty(), said) {
-            _ if !flag.get_action().takes_values() => String::new(),
-            (false, _) => format!("`{}`", values.join(",")),
-            (true, Some(said)) => said,
-            (true, None) if flag.is_required_set() => "required".into(),
-            (true, None) => String::new(),
-        };
-        let value = match flag.get_value_names() {
-            Some(names) if flag.get_action().takes_values() => format!(" {}", names.join(" ")),
-            _ => String::new(),
-        };
-        let variable = flag.get_env().map(|v| format!("`{}`", v.to_string_lossy())).unwrap_or_default();
-        let long = flag.get_long().unwrap_or_default();
-        let row = [format!("`--{long}{value}`"), variable, default, meaning].map(|cell| cell.replace('|', "\\|"));
-        let _ = writeln!(text, "| {} |", row.join(" | "));
-    }
+}
+
+/// A flag as a row of its table.
+fn row(text: &mut String, flag: &Arg) {
+    let (meaning, said) = help(flag);
+    let values: Vec<_> = flag.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
+    let default = match (values.is_empty(), said) {
+        _ if !flag.get_action().takes_values() => String::new(),
+        (false, _) => format!("`{}`", values.join(",")),
+        (true, Some(said)) => said,
+        (true, None) if flag.is_required_set() => "required".into(),
+        (true, None) => String::new(),
+    };
+    let value = match flag.get_value_names() {
+        Some(names) if flag.get_action().takes_values() => format!(" {}", names.join(" ")),
+        _ => String::new(),
+    };
+    let variable = flag.get_env().map(|v| format!("`{}`", v.to_string_lossy())).unwrap_or_default();
+    let long = flag.get_long().unwrap_or_default();
+    let row = [format!("`--{long}{value}`"), variable, default, meaning].map(|cell| cell.replace('|', "\\|"));
+    let _ = writeln!(text, "| {} |", row.join(" | "));
 }
 
 /// What an argument means with its choices, and the default where only words can say it.

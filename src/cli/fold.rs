@@ -5,16 +5,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::bail;
 use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::printable::say;
 use crate::checkpoint::Checkpoint;
 use crate::engine::verify;
-use crate::engine::{EngineOptions, OrtBackend};
+use crate::engine::{EngineError, EngineOptions, OrtBackend};
+use crate::fold::verified::{self, Question};
 use crate::fold::{self, FoldOptions, Folded, Size};
-use crate::model::{self, Gate, Golden, Manifest, ModelDir, ModelError, Precision, Target, Verification};
+use crate::model::{self, Gate, Manifest, ModelDir, ModelError, Precision, Target};
 
 /// Arguments of `nfold fold`.
 #[derive(Debug, Args)]
@@ -95,10 +96,13 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;
     let mut folded = fold::fold(&checkpoint, &options)?;
-    let (verification, golden) = verify(&checkpoint, &folded, &options)?;
-    folded.manifest.fold.verification = Some(verification);
-    folded.manifest.golden = Some(golden);
+    verify(&checkpoint, &mut folded, &options)?;
 
+    if folded.manifest.classes == 1 {
+        say(format_args!(
+            "warning: the network has one output; `classify` and `serve` answer its sigmoid as the score, /v2 the logit itself"
+        ));
+    }
     let target = Target { repository: &args.repository, name, version: args.model_version, replace: args.replace };
     let (written, state) = match ModelDir::publish(&target, &folded.onnx, &folded.manifest) {
         Ok(written) => (written, "wrote"),
@@ -112,9 +116,9 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         let report = json!({ "model": written.name, "version": written.version, "path": written.path, "manifest": written.manifest });
         writeln!(io::stdout(), "{report:#}")?;
     } else {
-        eprint!("{}", super::inspect::describe(&written.manifest));
+        super::inspect::describe(&written.manifest).lines().for_each(|line| say(format_args!("{line}")));
         let (path, megabytes) = (written.path.display(), folded.onnx.len() as f64 / 1e6);
-        eprintln!("{state} {path} ({megabytes:.1} MB) after {:.1} s", started.elapsed().as_secs_f64());
+        say(format_args!("{state} {path} ({megabytes:.1} MB) after {:.1} s", started.elapsed().as_secs_f64()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -127,43 +131,14 @@ fn same(a: &Manifest, b: &Manifest) -> bool {
     a == *b
 }
 
-/// Runs the graph against its counterpart (folded against unfolded) on random images. The counterpart is in single
-/// precision with weight arithmetic in double: ONNX Runtime has no double-precision convolution.
-fn verify(checkpoint: &Checkpoint, folded: &Folded, options: &FoldOptions) -> anyhow::Result<(Verification, Golden)> {
+/// Folded against unfolded, through ONNX Runtime with all cores.
+fn verify(checkpoint: &Checkpoint, folded: &mut Folded, options: &FoldOptions) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let engine = EngineOptions { intra_threads: threads, ..EngineOptions::default() };
-    let manifest = &folded.manifest;
-    let images = if manifest.fold.gmacs < 5.0 { 4 } else { 1 };
-    let size = (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize);
-    // one session after the other: a large network's weights need not be in memory four times
-    let answers = |onnx: &[u8], what: &str| -> anyhow::Result<Vec<f32>> {
-        Ok(verify::answers(&mut OrtBackend::open(onnx, what, &engine)?, images, size)?)
+    let answers = |q: Question<'_>| {
+        let mut backend = OrtBackend::open(q.onnx, q.what, &engine)?;
+        verify::answers(&mut backend, q.images, q.size)
+            .map_err(|e| EngineError::BadModel { model: q.what.into(), reason: e.to_string() })
     };
-    let counterpart =
-        FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
-    let reference = answers(&fold::fold(checkpoint, &counterpart)?.onnx, "the counterpart for verification")?;
-    let mut logits = answers(&folded.onnx, "the folded graph")?;
-    let found = verify::compare(&reference, &logits);
-    let tolerance = match options.precision {
-        Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
-        Precision::Fp16 => 2e-2 * found.logit_span + 1e-3,
-    };
-    if found.max_abs_diff.is_nan() || found.max_abs_diff > tolerance {
-        bail!(
-            "the folded graph's logits differ by {:.3e} from the unfolded graph's (tolerance {tolerance:.3e}, span {:.3e}); \
-             nothing was written; try --precision fp32, and report this checkpoint if it is",
-            found.max_abs_diff,
-            found.logit_span
-        );
-    }
-    logits.truncate(manifest.classes as usize);
-    let input = verify::images(size).next().unwrap_or_default();
-    let golden = Golden { input_sha256: verify::digest(&input), logits, tolerance };
-    let verification = Verification {
-        images: images as u32,
-        max_abs_diff: found.max_abs_diff,
-        logit_span: found.logit_span,
-        tolerance,
-    };
-    Ok((verification, golden))
+    Ok(verified::verify(checkpoint, folded, options, answers)?)
 }

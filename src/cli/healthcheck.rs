@@ -1,13 +1,14 @@
 //! `nfold healthcheck`: is the server here ready?
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::TcpStream;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{anyhow, bail};
 use clap::Args;
 
+use super::addresses::connect;
 use super::serve::positive;
 
 /// Exit code 0 when the server is ready: for containers without a shell.
@@ -24,13 +25,8 @@ pub struct HealthcheckArgs {
 /// Asks `/readyz` once.
 pub fn run(args: &HealthcheckArgs) -> anyhow::Result<ExitCode> {
     let HealthcheckArgs { admin, timeout } = args;
-    let mut addresses = admin.to_socket_addrs().map_err(|e| anyhow!("`{admin}` is no address: {e}; give HOST:PORT"))?;
-    let address = addresses.next().with_context(|| format!("`{admin}` resolves to no address"))?;
-    // NFOLD_ADMIN is usually the address to listen on, and a wildcard can't be connected to everywhere
-    let address = match address.ip().is_unspecified() {
-        true => SocketAddr::from(([127, 0, 0, 1], address.port())),
-        false => address,
-    };
+    // NFOLD_ADMIN is usually the address to listen on
+    let address = connect(admin).map_err(|e| anyhow!("`{admin}` is no address: {e}"))?;
     let ask = || {
         let mut stream = TcpStream::connect_timeout(&address, *timeout)?;
         stream.set_read_timeout(Some(*timeout))?;

@@ -10,21 +10,28 @@ use crate::pixels::{DecodeMemory, Decoder, ImageLimits, Scale};
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     /// Most bytes of an encoded image
-    #[arg(long, value_name = "BYTES", env = "NFOLD_MAX_IMAGE_BYTES", default_value_t = ImageLimits::default().max_bytes as u64, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_MAX_IMAGE_BYTES", default_value_t = ImageLimits::default().max_bytes as u64, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     max_image_bytes: u64,
     /// Most pixels of an image's width, and of its height
-    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_SIDE", default_value_t = ImageLimits::default().max_side, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = "Limits", long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_SIDE", default_value_t = ImageLimits::default().max_side, value_parser = clap::value_parser!(u32).range(1..))]
     max_image_side: u32,
     /// Most pixels of an image
-    #[arg(long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(help_heading = "Limits", long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     max_image_pixels: u64,
     /// Most bytes that all images being decoded may take together; an image that needs more than seven eighths of it is
     /// refused, others wait for each other
-    #[arg(long, value_name = "BYTES", env = "NFOLD_DECODE_MEMORY", default_value_t = DecodeMemory::DEFAULT, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_DECODE_MEMORY", default_value_t = DecodeMemory::DEFAULT, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     decode_memory: u64,
     /// How JPEGs are decoded: `exact` to Pillow's pixels, `fast` at 1/2, 1/4 or 1/8 where an image is that much larger than
     /// it will be resized to, to the pixels of Pillow's `draft`
-    #[arg(long, value_enum, env = "NFOLD_JPEG_SCALE", default_value = "exact", value_name = "SCALE")]
+    #[arg(
+        help_heading = "Limits",
+        long,
+        value_enum,
+        env = "NFOLD_JPEG_SCALE",
+        default_value = "exact",
+        value_name = "SCALE"
+    )]
     jpeg_scale: ScaleArg,
 }
 

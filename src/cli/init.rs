@@ -7,6 +7,7 @@ use anyhow::bail;
 use clap::Args;
 use serde_json::{Map, Value};
 
+use super::printable::say;
 use crate::checkpoint::init::{InitOptions, init};
 
 /// Arguments of `nfold init`.
@@ -43,6 +44,6 @@ pub fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     let options = InitOptions { architecture: args.architecture.clone(), seed: args.seed, model_args };
     let network = init(&args.out, &options)?;
     let millions = network.parameters() as f64 / 1e6;
-    eprintln!("wrote {} ({}, {millions:.2} M parameters, untrained)", args.out.display(), args.architecture);
+    say(format_args!("wrote {} ({}, {millions:.2} M parameters, untrained)", args.out.display(), args.architecture));
     Ok(ExitCode::SUCCESS)
 }

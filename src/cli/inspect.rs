@@ -1,5 +1,6 @@
 //! `nfold inspect`: what a folded model or a checkpoint is.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -9,14 +10,15 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::json;
 
+use super::printable::printable;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::fold::{FoldOptions, fold};
-use crate::model::{MANIFEST_FILE, Manifest, ModelDir};
+use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir};
 
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A model's name in the repository, a version folder, or a checkpoint folder
+    /// A model's name in the repository, a path that `fold` printed, or a checkpoint folder
     model: PathBuf,
     /// Model repository that names are looked up in
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
@@ -45,18 +47,29 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         writeln!(out, "{:#}", json!({ "kind": kind, "name": name, "manifest": manifest }))?;
     } else {
-        write!(out, "{kind} {name}\n{}", describe(&manifest))?;
-        writeln!(out, "source sha256  {}", manifest.source_sha256)?;
+        write!(out, "{kind} {}\n{}", printable(&name), describe(&manifest))?;
+        writeln!(out, "source sha256  {}", printable(&manifest.source_sha256))?;
         if kind == "model" {
-            writeln!(out, "onnx sha256    {}", manifest.onnx_sha256)?;
+            writeln!(out, "onnx sha256    {}", printable(&manifest.onnx_sha256))?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
-    if path.join(MANIFEST_FILE).is_file() {
-        return Ok(ModelDir::open_path(path)?);
+    // a version folder, a file in it, or a model's folder
+    let named = path.file_name().is_some_and(|name| name == MANIFEST_FILE || name == MODEL_FILE);
+    let folder =
+        if named { path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")) } else { path };
+    if folder.join(MANIFEST_FILE).is_file() {
+        return Ok(ModelDir::open_path(folder)?);
+    }
+    if path.is_dir()
+        && let (Some(repository), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str))
+        && let repository = if repository.as_os_str().is_empty() { Path::new(".") } else { repository }
+        && let Ok(model) = ModelDir::open(repository, Some(name), args.model_version)
+    {
+        return Ok(model);
     }
     Ok(ModelDir::open(&args.repository, Some(&path.to_string_lossy()), args.model_version)?)
 }
@@ -65,18 +78,22 @@ fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
 pub fn describe(m: &Manifest) -> String {
     let (f, p) = (&m.fold, &m.preprocessing);
     let mut out = String::new();
+    // names come from a file that anybody may have written
     let mut line = |key: &str, value: String| {
-        let _ = writeln!(out, "{key:<14} {value}");
+        let _ = writeln!(out, "{key:<14} {}", printable(&value));
     };
     line("architecture", m.architecture.clone());
     let dynamic = if m.graph_height.is_none() { " (dynamic)" } else { "" };
     line("input", format!("3x{}x{}{dynamic}, {} classes", p.height, p.width, m.classes));
+    if !m.labels.is_empty() {
+        line("labels", labels(&m.labels));
+    }
     line(
         "parameters",
-        format!("{:.2} M, {:.2} M folded, {:?}", mega(f.parameters), mega(f.folded_parameters), m.precision),
+        format!("{:.2} M, {:.2} M folded, {}", mega(f.parameters), mega(f.folded_parameters), m.precision),
     );
     line("work", format!("{:.3} GMACs an image", f.gmacs));
-    let crop = format!("{:?} crop {} of {:?} resize", p.crop_mode, p.crop_pct, p.interpolation).to_lowercase();
+    let crop = format!("{} crop {} of {} resize", p.crop_mode, p.crop_pct, p.interpolation);
     line("preprocessing", format!("{crop}, mean {:?}, std {:?}", p.mean, p.std));
     match f.gamma {
         Some(gamma) => line("activation", format!("{}, γ {gamma}", f.activation)),
@@ -103,10 +120,22 @@ pub fn describe(m: &Manifest) -> String {
         let _ = writeln!(
             out,
             "{:<14} {:>8.4} {:>8.5} {:>10.4} {attn:>10} {skip:>10}{note}",
-            b.block, b.alpha, b.beta, b.expected_variance
+            printable(&b.block),
+            b.alpha,
+            b.beta,
+            b.expected_variance
         );
     }
     out
+}
+
+/// The first and the last of many names.
+fn labels(labels: &[String]) -> String {
+    const SHOWN: usize = 10;
+    match labels.split_last() {
+        Some((last, others)) if labels.len() > SHOWN + 1 => format!("{}, … {last}", others[..SHOWN].join(", ")),
+        _ => labels.join(", "),
+    }
 }
 
 fn mega(n: u64) -> f64 {

@@ -1,13 +1,15 @@
 //! `nfold man`: manual pages, made from the command line itself.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::{Args, Command};
 use clap_mangen::Man;
+
+use super::printable::say;
+use crate::files;
 
 /// Arguments of `nfold man`.
 #[derive(Debug, Args)]
@@ -24,21 +26,16 @@ pub fn run(args: &ManArgs, program: Command) -> anyhow::Result<ExitCode> {
     let mut program = program.disable_help_subcommand(true);
     program.build();
     let count = write(&program, &args.folder).map_err(failed)?;
-    eprintln!("wrote {count} manual pages to {}", args.folder.display());
+    say(format_args!("wrote {count} manual pages to {}", args.folder.display()));
     Ok(ExitCode::SUCCESS)
 }
 
 /// The page of a command and those of its subcommands; how many.
 fn write(command: &Command, folder: &Path) -> std::io::Result<usize> {
     let name = command.get_display_name().unwrap_or_else(|| command.get_name());
-    let mut page = tempfile::NamedTempFile::new_in(folder)?;
     let mut text = Vec::new();
     Man::new(command.clone()).render(&mut text)?;
-    page.write_all(&text)?;
-    // temporary files are private, manuals are for everybody
-    #[cfg(unix)]
-    page.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-    page.persist(folder.join(format!("{name}.1"))).map_err(|e| e.error)?;
+    files::write(&folder.join(format!("{name}.1")), &text)?;
     let mut count = 1;
     for subcommand in command.get_subcommands().filter(|c| !c.is_hide_set()) {
         count += write(subcommand, folder)?;

@@ -9,156 +9,167 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
+use super::addresses;
 use super::images::ImageArgs;
+use super::signals::Signals;
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::logging::{self, LogFormat};
-use crate::server::{self, Control, Options, Server, TlsOptions};
+use crate::server::{self, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}
-    #[arg(long, value_name = "DIR", env = "NFOLD_REPOSITORY", default_value = "repository")]
+    #[arg(help_heading = "Models", long, value_name = "DIR", env = "NFOLD_REPOSITORY", default_value = "repository")]
     repository: PathBuf,
     /// Model to serve, all its versions or one; repeat for several [default: everything in the repository]
-    #[arg(long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
+    #[arg(help_heading = "Models", long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
     models: Vec<(String, Option<u64>)>,
     /// Serve the rest when a model does not start (nfold_models_skipped counts); without it, the start fails, so that no
     /// rollout passes with a broken model
-    #[arg(long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(help_heading = "Models", long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
     skip_broken_models: bool,
-    /// Address of the HTTP port; port 0 picks a free one
-    #[arg(long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000")]
+    /// Address of the HTTP port, such as 127.0.0.1:8000, localhost:8000 or :8000; port 0 picks a free one
+    #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000", value_parser = addresses::listen)]
     http: SocketAddr,
+    /// Number of the HTTP port, in place of the one in --http
+    #[arg(help_heading = "Addresses", long, value_name = "N", env = "NFOLD_PORT")]
+    port: Option<u16>,
     /// Address of the gRPC port
-    #[arg(long, value_name = "ADDR", env = "NFOLD_GRPC", default_value = "0.0.0.0:8001")]
+    #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_GRPC", default_value = "0.0.0.0:8001", value_parser = addresses::listen)]
     grpc: SocketAddr,
     /// Address of the admin port: /livez, /readyz, /metrics
-    #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "0.0.0.0:8002")]
+    #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "0.0.0.0:8002", value_parser = addresses::listen)]
     admin: SocketAddr,
     /// Hardware that runs the graphs
-    #[arg(long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
+    #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
     provider: ProviderArg,
     /// Number of the GPU
-    #[arg(long, value_name = "N", env = "NFOLD_DEVICE", default_value_t = 0)]
+    #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_DEVICE", default_value_t = 0)]
     device: u16,
     /// Take a model of which a part runs elsewhere than on the provider asked for (nfold_provider_nodes counts)
-    #[arg(long, env = "NFOLD_ALLOW_FALLBACK", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(help_heading = "Engines", long, env = "NFOLD_ALLOW_FALLBACK", value_parser = clap::builder::FalseyValueParser::new())]
     allow_fallback: bool,
     /// Let TensorRT compute in half precision; CUDA does with models folded so (nfold fold --precision fp16)
-    #[arg(long, env = "NFOLD_TENSORRT_FP16", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(help_heading = "Engines", long, env = "NFOLD_TENSORRT_FP16", value_parser = clap::builder::FalseyValueParser::new())]
     tensorrt_fp16: bool,
     /// Folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
-    #[arg(long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
+    #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
     tensorrt_cache: Option<PathBuf>,
     /// Threads with an engine each, per model; each with a copy of the weights (one for all with AVX-512 or --graph-cache) [default: the cores; 1 on a GPU]
-    #[arg(long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Threads inside one engine run
-    #[arg(long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     intra_threads: u16,
     /// Threads of one further engine that takes an image when nothing else is under way: an idle
     /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
-    #[arg(long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
     /// Run graphs with the channels they were folded with; else, with AVX-512, they are padded to the 16 that its kernels
     /// take at a time, and laid out for them
-    #[arg(long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(help_heading = "Engines", long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
     no_channel_padding: bool,
     /// Folder for graphs as ONNX Runtime rewrites them for this machine: later starts load those. Made if
     /// missing; only the server should be able to write there [default: none]
-    #[arg(long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
+    #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
     graph_cache: Option<PathBuf>,
     /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
-    #[arg(long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     decoders: Option<u16>,
     /// Most images in one engine run
-    #[arg(long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
     max_batch_size: u16,
     /// Sizes that batches are padded to, such as 1,4,8: for engines whose answer depends on the batch (CUDA, TensorRT)
-    #[arg(long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(help_heading = "Queue", long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch_buckets: Vec<u16>,
     /// Whether an image's answer may depend on its batch, as a test of every batch size at the start finds: `require` refuses
     /// to serve then, `report` logs and publishes the difference, `off` skips the test
-    #[arg(long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
+    #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
     invariance: InvarianceArg,
     /// How long an image may wait for company although an engine is free; batches form under load without it
-    #[arg(long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
+    #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
     max_queue_delay: Duration,
     /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After
-    #[arg(long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue_limit: u32,
     /// Longest that an image may have to wait for those before it, by the measured speed; beyond, it is refused as above.
     /// Two images per worker are always taken
-    #[arg(long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_WAIT", default_value = "1s", value_parser = positive)]
+    #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_WAIT", default_value = "1s", value_parser = positive)]
     max_queue_wait: Duration,
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
-    #[arg(long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
+    #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
     #[command(flatten)]
     images: ImageArgs,
     /// Most bytes of a request body, decompressed
-    #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
     /// Most bytes of all request bodies in memory at once, on both ports; more are refused with 429
-    #[arg(long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_memory: u64,
     /// Client connections open at once, on each port; for more, the one ends that has done nothing for the longest
-    #[arg(long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(help_heading = "Limits", long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     connections: u32,
     /// Longest a client may take from its connection to its first whole request head; also ends idle connections, and bodies
     /// that come at less than 1 KiB a second
-    #[arg(long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
+    #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
     head_timeout: Duration,
     /// Longest an answer may wait without its client taking any of it, or less than 1 KiB a second; then its connection
     /// ends
-    #[arg(long, value_name = "TIME", env = "NFOLD_WRITE_TIMEOUT", default_value = "30s", value_parser = positive)]
+    #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_WRITE_TIMEOUT", default_value = "30s", value_parser = positive)]
     write_timeout: Duration,
     /// Certificate of the HTTP and gRPC ports, PEM; read again on SIGHUP
-    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_CERT", requires = "tls_key")]
+    #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
     /// Private key of the certificate, PEM
-    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_KEY", requires = "tls_cert")]
+    #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
     /// Authorities of client certificates, PEM; clients without one are refused
-    #[arg(long, value_name = "FILE", env = "NFOLD_TLS_CLIENT_CA", requires = "tls_cert")]
+    #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_TLS_CLIENT_CA", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
     /// File of API keys, one a line; requests need `authorization: Bearer KEY`. Read again on SIGHUP
-    #[arg(long, value_name = "FILE", env = "NFOLD_API_KEY_FILE")]
+    #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_API_KEY_FILE")]
     api_key_file: Option<PathBuf>,
     /// Origin whose pages may call this server (CORS), such as https://example.org, or `*`; repeat for several
-    #[arg(long = "cors-origin", value_name = "ORIGIN", env = "NFOLD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
+    #[arg(help_heading = "Security", long = "cors-origin", value_name = "ORIGIN", env = "NFOLD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     cors_origins: Vec<String>,
     /// OpenTelemetry collector (OTLP over gRPC) that a span of each request is sent to, such as http://localhost:4317; needs a
     /// build with `--features otel`
-    #[arg(long, value_name = "URL", env = "NFOLD_OTLP_ENDPOINT")]
+    #[arg(help_heading = "Logs", long, value_name = "URL", env = "NFOLD_OTLP_ENDPOINT")]
     otlp_endpoint: Option<String>,
     /// Let clients load and unload models of the repository
-    #[arg(long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(help_heading = "Models", long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
     model_control: bool,
     /// Look at the repository this often for new, changed and gone models [default: only on SIGHUP]
-    #[arg(long, value_name = "TIME", env = "NFOLD_WATCH", value_parser = positive)]
+    #[arg(help_heading = "Models", long, value_name = "TIME", env = "NFOLD_WATCH", value_parser = positive)]
     watch: Option<Duration>,
     /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
-    #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
+    #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
     drain_hold: Duration,
     /// After that: how long requests in flight may take to finish
-    #[arg(long, value_name = "TIME", env = "NFOLD_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration)]
+    #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration)]
     drain_timeout: Duration,
     /// An engine run longer than this is taken as hung, and the server as not ready
-    #[arg(long, value_name = "TIME", env = "NFOLD_HANG_LIMIT", default_value = "30s", value_parser = positive)]
+    #[arg(help_heading = "Engines", long, value_name = "TIME", env = "NFOLD_HANG_LIMIT", default_value = "30s", value_parser = positive)]
     hang_limit: Duration,
     /// Engines out of order for longer than this end the server with exit code 1
-    #[arg(long, value_name = "TIME", env = "NFOLD_FAULT_LIMIT", default_value = "60s", value_parser = positive)]
+    #[arg(help_heading = "Engines", long, value_name = "TIME", env = "NFOLD_FAULT_LIMIT", default_value = "60s", value_parser = positive)]
     fault_limit: Duration,
     /// How log lines look; they go to stderr, and are dropped and counted where nobody reads them
-    #[arg(long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
+    #[arg(help_heading = "Logs", long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
     log_format: LogFormatArg,
     /// What is logged, as RUST_LOG takes it
-    #[arg(long, value_name = "FILTER", env = "NFOLD_LOG", default_value = "info,ort=warn,h2=error")]
+    #[arg(
+        help_heading = "Logs",
+        long,
+        value_name = "FILTER",
+        env = "NFOLD_LOG",
+        default_value = "info,ort=warn,h2=error"
+    )]
     log: String,
 }
 
@@ -185,7 +196,10 @@ enum LogFormatArg {
 
 impl ServeArgs {
     /// Typed options: what is left open depends on the provider and on the machine's cores.
-    fn resolve(self) -> anyhow::Result<(Options, RegistryOptions)> {
+    fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions)> {
+        if let Some(port) = self.port {
+            self.http.set_port(port);
+        }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let provider = match self.provider {
             ProviderArg::Cpu => Provider::Cpu,
@@ -263,7 +277,8 @@ impl ServeArgs {
     }
 }
 
-/// Serves until SIGTERM or SIGINT; a second one stops at once.
+/// Serves until SIGTERM or SIGINT; a second one stops at once. Threads that load models, or hang in an engine, may still run
+/// when it returns: the process is to be [ended](super::signals::end), not left.
 pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let format = match args.log_format {
         LogFormatArg::Text => LogFormat::Text,
@@ -277,42 +292,14 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let (options, registry) = args.resolve()?;
     let runtime = server::runtime().map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
     let served = runtime.block_on(async {
-        let control = signals().map_err(|e| anyhow!("can't listen for signals: {e}"))?;
+        let (sender, control) = mpsc::channel(2);
         let server = Server::bind(options)?;
-        server.run(move |metrics| Registry::open(&registry, metrics), control).await?;
-        Ok(ExitCode::SUCCESS)
+        Signals::tell(sender);
+        server.run(move |metrics| Registry::open(&registry, metrics), control).await
     });
     // a model that is still loading, or a hung engine, must not hold up the exit
     runtime.shutdown_background();
-    served
-}
-
-/// SIGTERM (Kubernetes, systemd) and SIGINT (Ctrl-C) as requests to stop, SIGHUP as one to read files again.
-fn signals() -> std::io::Result<mpsc::Receiver<Control>> {
-    let (sender, receiver) = mpsc::channel(2);
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let mut hangup = signal(SignalKind::hangup())?;
-        tokio::spawn(async move {
-            loop {
-                let asked = tokio::select! {
-                    _ = terminate.recv() => Control::Stop,
-                    _ = interrupt.recv() => Control::Stop,
-                    _ = hangup.recv() => Control::Reload,
-                };
-                if sender.send(asked).await.is_err() {
-                    break;
-                }
-            }
-        });
-    }
-    #[cfg(not(unix))]
-    tokio::spawn(
-        async move { while tokio::signal::ctrl_c().await.is_ok() && sender.send(Control::Stop).await.is_ok() {} },
-    );
-    Ok(receiver)
+    Ok(served.map(|()| ExitCode::SUCCESS)?)
 }
 
 /// `NAME` or `NAME:VERSION`.

@@ -12,9 +12,11 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::classify;
+use super::classify::search::{Found, Search};
+use super::printable::say;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
 use crate::engine::Batch;
+use crate::files::{self, DraftFolder};
 use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
 use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing};
 use crate::nets::activation::{ACTIVATIONS, Activation};
@@ -189,13 +191,7 @@ fn tell(findings: &Findings, args: &SppArgs) -> anyhow::Result<()> {
 
 /// Whole or not at all.
 fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let written = fs::write(&partial, text).and_then(|()| fs::rename(&partial, path));
-    written.map_err(|e| {
-        let _ = fs::remove_file(&partial);
-        anyhow!("can't write `{}`: {e}; check the folder", path.display())
-    })
+    files::write(path, text.as_bytes()).map_err(|e| anyhow!("can't write `{}`: {e}; check the folder", path.display()))
 }
 
 /// A checkpoint's graphs, the first of them the reference that the others are held to.
@@ -283,10 +279,21 @@ fn noise(seed: u64, (height, width): (usize, usize), count: usize) -> Vec<Batch>
 
 /// The first `count` images of a folder, evenly spread over the names in order.
 fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result<Vec<Batch>> {
+    let mut search = Search::new(false);
+    search.folder(folder).map_err(|e| anyhow!("can't search `{}`: {e}", folder.display()))?;
+    let left_out = search.left_out();
     let mut files = Vec::new();
-    classify::search(folder, &mut files).map_err(|e| anyhow!("can't search `{}`: {e}", folder.display()))?;
+    for Found { path, refused } in search.found {
+        match refused {
+            None => files.push(path),
+            Some(reason) => say(format_args!("warning: `{}` is left out: {reason}", path.display())),
+        }
+    }
     if files.is_empty() {
         bail!("folder `{}` holds no image file; name another with --images", folder.display());
+    }
+    if let Some(left) = left_out {
+        say(format_args!("note: {left}"));
     }
     let count = count.min(files.len());
     let preprocessor = Preprocessor::new(p);
@@ -359,7 +366,7 @@ fn fresh_checkpoint(name: &str, spec: &str, s: &Settings, args: &SppArgs) -> any
     set("alpha", s.alpha.map(Value::from));
     set("width_factor", s.width.map(Value::from));
     let options = init::InitOptions { architecture: name.into(), seed: args.seed, model_args };
-    let folder = tempfile::tempdir().map_err(|e| anyhow!("can't make a temporary folder: {e}; set TMPDIR"))?;
+    let folder = DraftFolder::scratch().map_err(|e| anyhow!("can't make a temporary folder: {e}; set TMPDIR"))?;
     let path = folder.path().join("checkpoint");
     init::init_active(&path, &options).map_err(|e| {
         let own = VARIANTS.map(|v| v.name()).join(", ");

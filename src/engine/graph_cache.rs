@@ -9,9 +9,11 @@ use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use tempfile::TempDir;
+
+use crate::files::{self, DraftFolder};
 
 use crate::model::regular_file;
 
@@ -25,8 +27,10 @@ const GRAPH: &str = "graph";
 const WEIGHTS: &str = "weights";
 /// Most bytes of a graph: its message format ends there.
 const GRAPH_LIMIT: u64 = 1 << 31;
-/// How the name of a folder begins that is being written.
-const DRAFT: &str = "draft-";
+/// How the names of drafts began in nfold 0.1, and how much longer they are: nobody swept them.
+const OLD_DRAFT: (&str, usize) = ("draft-", 6);
+/// Age past which such a draft is taken for left behind.
+const OLD: Duration = Duration::from_secs(3600);
 
 /// A folder of rewritten graphs. Clones share it.
 #[derive(Debug, Clone)]
@@ -37,9 +41,12 @@ pub struct GraphCache {
 }
 
 impl GraphCache {
-    /// Graphs in `folder`, which is made with the first of them.
+    /// Graphs in `folder`, which is made with the first of them. What killed processes left half written there is removed.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into(), one: Arc::default() }
+        let folder = folder.into();
+        files::sweep(&folder);
+        sweep_old(&folder);
+        Self { folder, one: Arc::default() }
     }
 
     /// Waits until nobody else looks for a graph or makes one.
@@ -81,7 +88,7 @@ impl GraphCache {
     /// A folder beside the others for ONNX Runtime to write to; gone unless it is kept.
     pub(super) fn draft(&self) -> std::io::Result<Draft> {
         std::fs::create_dir_all(&self.folder)?;
-        tempfile::Builder::new().prefix(DRAFT).tempdir_in(&self.folder).map(Draft)
+        DraftFolder::create_in(&self.folder).map(Draft)
     }
 
     /// Removes the graph there.
@@ -106,16 +113,13 @@ impl GraphCache {
             // a folder can't be renamed onto a full one
             Err(_) => self.discard(place)?,
         }
-        std::fs::rename(draft.0.path(), place)?;
-        // it has another name: nothing is left to remove
-        let _ = draft.0.keep();
-        Ok(())
+        draft.0.publish(place, false)
     }
 }
 
 /// A graph being written.
 #[derive(Debug)]
-pub(super) struct Draft(TempDir);
+pub(super) struct Draft(DraftFolder);
 
 impl Draft {
     /// Where the graph goes.
@@ -127,7 +131,21 @@ impl Draft {
     /// what keeps one from another's weights, should a folder change between two looks.
     pub(super) fn weights(&self) -> String {
         let name = self.0.path().file_name().unwrap_or_default().to_string_lossy();
-        format!("{}.{WEIGHTS}", name.trim_start_matches(DRAFT))
+        format!("{}.{WEIGHTS}", name.rsplit('-').next().unwrap_or_default())
+    }
+}
+
+/// Removes what nfold 0.1 left half written.
+fn sweep_old(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let rest = name.to_str().and_then(|name| name.strip_prefix(OLD_DRAFT.0)).unwrap_or_default();
+        let made = rest.len() == OLD_DRAFT.1 && rest.bytes().all(|b| b.is_ascii_alphanumeric());
+        let modified = entry.metadata().ok().filter(std::fs::Metadata::is_dir).and_then(|m| m.modified().ok());
+        if made && modified.is_some_and(|at| at.elapsed().is_ok_and(|age| age > OLD)) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 

@@ -68,6 +68,21 @@ fn find_library() -> Result<PathBuf, EngineFault> {
     }
 }
 
+/// How to get the library: a clone of the project fetches it, anybody else has its wheel.
+pub(super) fn how_to_get() -> String {
+    const FETCH: &str = "deploy/onnxruntime/fetch";
+    let executable = std::env::current_exe().unwrap_or_default();
+    let mut roots = std::iter::once(Path::new(".")).chain(executable.ancestors().skip(1));
+    match roots.find(|root| root.join(FETCH).is_file() && root.join("Makefile").is_file()) {
+        Some(root) if root == Path::new(".") => "fetch 1.28.0 with `make ort`".into(),
+        Some(root) => format!("fetch 1.28.0 with `make ort` in `{}`", root.display()),
+        None => format!(
+            "get 1.28.0 with `pip install onnxruntime==1.28.0` and set {LIBRARY_VARIABLE} to the wheel's \
+             onnxruntime/capi/libonnxruntime.so.1.28.0"
+        ),
+    }
+}
+
 /// A relative path would be looked up beside the executable first.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.into())

@@ -1,26 +1,7 @@
-//! Compares two graphs on the same random images: what a fold is held to before anything is written.
-
-use rand::SeedableRng as _;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution as _, StandardNormal};
-use sha2::{Digest as _, Sha256};
+//! Asks a graph what the model's contract asks it ([`crate::model::golden`]).
 
 use super::{Backend, BackendError, Batch};
-
-/// How far two graphs are apart.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Difference {
-    /// Largest absolute difference of any logit; infinite when a logit of either graph is not finite.
-    pub max_abs_diff: f64,
-    /// Largest minus smallest logit of the reference.
-    pub logit_span: f64,
-}
-
-/// Unit Gaussian images of (height, width), `[3, height, width]` each: always the same ones.
-pub fn images(size: (usize, usize)) -> impl Iterator<Item = Vec<f32>> {
-    let mut rng = ChaCha8Rng::seed_from_u64(0);
-    std::iter::repeat_with(move || (0..3 * size.0 * size.1).map(|_| StandardNormal.sample(&mut rng)).collect())
-}
+pub use crate::model::golden::{Difference, compare, digest, images};
 
 /// A graph's logits on the first `count` [`images`], run one by one.
 pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
@@ -29,37 +10,4 @@ pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> R
         logits.extend(graph.run(&Batch { images: 1, height: size.0, width: size.1, data })?.data);
     }
     Ok(logits)
-}
-
-/// SHA-256 of an image as little-endian bytes, in hexadecimal.
-pub fn digest(image: &[f32]) -> String {
-    let mut hash = Sha256::new();
-    image.iter().for_each(|value| hash.update(value.to_le_bytes()));
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Compares the [`answers`] of two graphs.
-pub fn compare(reference: &[f32], candidate: &[f32]) -> Difference {
-    let mut max_abs_diff = if reference.len() == candidate.len() { 0.0 } else { f64::INFINITY };
-    let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
-    for (&a, &b) in reference.iter().zip(candidate) {
-        let (a, b) = (f64::from(a), f64::from(b));
-        let difference = (a - b).abs();
-        max_abs_diff = f64::max(max_abs_diff, if difference.is_nan() { f64::INFINITY } else { difference });
-        (low, high) = (low.min(a), high.max(a));
-    }
-    Difference { max_abs_diff, logit_span: high - low }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn differences_show() {
-        let found = compare(&[1.0, -2.0], &[1.5, -2.0]);
-        assert_eq!((found.max_abs_diff, found.logit_span), (0.5, 3.0));
-        assert_eq!(compare(&[1.0, f32::NAN], &[1.0, f32::NAN]).max_abs_diff, f64::INFINITY);
-        assert_eq!(compare(&[1.0], &[]).max_abs_diff, f64::INFINITY);
-    }
 }

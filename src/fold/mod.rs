@@ -1,11 +1,12 @@
 //! Checkpoint → ONNX. Synchronous and offline: knows neither tokio nor ONNX Runtime.
 //!
 //! The story is [`fold`]: plan and tensors come from the checkpoint; `blocks` walks the plan and puts every scalar
-//! where it belongs, with `nets::scaled_ws` and `batch_norm` for the weights; [`graph`](crate::graph) writes the bytes. All arithmetic is in
-//! double precision, rounded once.
+//! where it belongs, with `nets::scaled_ws` and `batch_norm` for the weights; [`graph`](crate::graph) writes the bytes;
+//! [`verified`] compares them with the unfolded graph. All arithmetic is in double precision, rounded once.
 
 mod batch_norm;
 mod blocks;
+pub mod verified;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::graph::{Emission, GraphBuilder, GraphError};

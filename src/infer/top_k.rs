@@ -9,7 +9,7 @@ pub struct Prediction {
     pub index: usize,
     /// The class's name; its index in digits where the model has no labels.
     pub label: String,
-    /// Softmax probability in 0..=1.
+    /// Softmax probability in 0..=1; the sigmoid where the network has a single logit.
     pub score: f64,
 }
 
@@ -27,7 +27,8 @@ pub fn check_finite(logits: &[f32]) -> Result<(), NotFinite> {
 }
 
 /// The `k` most probable classes, most probable first, ties by index. `k` is clamped to the number of classes.
-/// Probabilities are computed in double precision from `logits` (`[classes]`).
+/// Probabilities are computed in double precision from `logits` (`[classes]`). A single logit is the one of a binary
+/// classifier: its probability is the sigmoid, as a softmax of one is always 1.
 pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Prediction>, NotFinite> {
     check_finite(logits)?;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -41,10 +42,11 @@ pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Predicti
     }
     order.truncate(k);
     order.sort_unstable_by(before);
+    let sigmoid = |l: f32| 1.0 / (1.0 + f64::from(-l).exp());
     let predict = |index: usize| Prediction {
         index,
         label: labels.get(index).cloned().unwrap_or_else(|| index.to_string()),
-        score: exp(logits[index]) / total,
+        score: if logits.len() == 1 { sigmoid(logits[index]) } else { exp(logits[index]) / total },
     };
     Ok(order.into_iter().map(predict).collect())
 }
@@ -74,6 +76,14 @@ mod tests {
     fn extreme_logits_stay_finite() {
         let top = top_k(&[3e38, -3e38], 2, &["a".into(), "b".into()]).expect("finite");
         assert_eq!((top[0].label.as_str(), top[0].score, top[1].score), ("a", 1.0, 0.0));
+    }
+
+    #[test]
+    fn a_single_logit_is_a_sigmoids() {
+        for (logit, score) in [(0.0, 0.5), (1.0, 0.731_058_578_630_004_9), (-800.0, 0.0), (800.0, 1.0)] {
+            let top = top_k(&[logit], 5, &[]).expect("finite");
+            assert!(top.len() == 1 && (top[0].score - score).abs() < 1e-12, "{top:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{MANIFEST_FILE, ModelError, check_name, io};
+use crate::files;
 
 /// The models of a repository.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -77,6 +78,7 @@ pub fn list(repository: &Path) -> Result<Listing, ModelError> {
             );
             continue;
         }
+        files::recover(&folder);
         let entries = match names(&folder) {
             Ok(entries) => entries,
             Err(e) => {

@@ -20,12 +20,12 @@ use activation::Activation;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NetError {
     /// Not an architecture that nfold knows.
-    #[error("architecture `{name}` is not supported; supported are: {supported}")]
+    #[error("architecture `{name}` is not supported; the nearest that are: {nearest} (`nfold init --help` lists all)")]
     UnknownArchitecture {
         /// The name asked for, tag removed.
         name: String,
-        /// Every supported name, comma-separated.
-        supported: String,
+        /// The three supported names most like it, comma-separated.
+        nearest: String,
     },
     /// A model argument that nfold does not know.
     #[error("model_args: `{name}` is not supported for `{architecture}`; remove it, or fold a checkpoint without it")]
@@ -220,7 +220,7 @@ impl Network {
         if let Some(config) = efficientnet::variant(name) {
             return Ok(Self::BatchNormed(config.plan(name, model_args)?));
         }
-        Err(NetError::UnknownArchitecture { name: name.into(), supported: architectures().join(", ") })
+        Err(NetError::UnknownArchitecture { name: name.into(), nearest: nearest(name) })
     }
 
     /// Number of classes.
@@ -273,6 +273,15 @@ pub fn evaluation(architecture: &str) -> Option<Evaluation> {
 /// Names of all supported architectures.
 pub fn architectures() -> Vec<&'static str> {
     [&nf::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS, &efficientnet::VARIANTS].concat()
+}
+
+/// The three supported names most like `name`, comma-separated.
+pub fn nearest(name: &str) -> String {
+    let mut names = architectures();
+    let likeness = |other: &str| strsim::normalized_damerau_levenshtein(name, other);
+    names.sort_by(|a, b| likeness(b).total_cmp(&likeness(a)));
+    names.truncate(3);
+    names.join(", ")
 }
 
 /// `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.
@@ -377,8 +386,12 @@ mod tests {
     }
 
     #[test]
-    fn unknown_architecture_lists_the_known() {
+    fn unknown_architectures_get_the_nearest() {
         let error = Network::plan("vit_base.x", &Map::new()).expect_err("not supported");
-        assert!(error.to_string().contains("`vit_base`") && error.to_string().contains("nf_regnet_b1"));
+        assert!(error.to_string().contains("`vit_base`") && error.to_string().matches(", ").count() == 2);
+        for (name, near) in [("resnet51", "resnet50"), ("nf_regnet-b1", "nf_regnet_b1"), ("nfresnet50", "nf_resnet50")]
+        {
+            assert!(nearest(name).split(", ").any(|known| known == near), "{name}: {}", nearest(name));
+        }
     }
 }

@@ -309,6 +309,8 @@ impl Server {
         tracing::info!(protocol = "http", address = %http_address, "HTTP port listens on {http_address}");
         tracing::info!(protocol = "grpc", address = %grpc_address, "gRPC port listens on {grpc_address}");
         tracing::info!(duration_ms = start_to_ready.as_millis() as u64, "ready");
+        let url = page_of(http_address, reloader.tls.is_some());
+        tracing::info!(url, "try it in a browser: {url}");
 
         let outcome = tokio::select! {
             () = reloader.until_stop(&mut control) => Ok(()),
@@ -363,6 +365,15 @@ impl Server {
         }
         tracing::info!("stopped");
         outcome
+    }
+}
+
+/// Where a browser on this machine finds the page.
+fn page_of(address: SocketAddr, tls: bool) -> String {
+    let (scheme, port) = (if tls { "https" } else { "http" }, address.port());
+    match address.ip() {
+        ip if ip.is_unspecified() || ip.is_loopback() => format!("{scheme}://localhost:{port}/"),
+        _ => format!("{scheme}://{address}/"),
     }
 }
 

@@ -64,6 +64,12 @@ impl Tls {
     }
 }
 
+/// Whether a PEM file holds a key behind a password, in either of the two forms.
+fn is_encrypted(path: &Path) -> bool {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED")
+}
+
 fn configure(options: &TlsOptions) -> Result<Arc<ServerConfig>, TlsError> {
     let file = |path: &Path, what, reason: String| TlsError::File { path: path.into(), what, reason };
     let certificates = |path: &Path, what| {
@@ -75,7 +81,10 @@ fn configure(options: &TlsOptions) -> Result<Arc<ServerConfig>, TlsError> {
     };
     let chain = certificates(&options.cert, "certificate (--tls-cert)")?;
     let bad_key = |reason: String| file(&options.key, "private key of the certificate (--tls-key)", reason);
-    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| bad_key(e.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| match is_encrypted(&options.key) {
+        true => bad_key("it is encrypted; decrypt it with `openssl pkey -in KEY -out DECRYPTED`".into()),
+        false => bad_key(e.to_string()),
+    })?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()

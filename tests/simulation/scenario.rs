@@ -201,7 +201,7 @@ impl Scenario {
             queue_limit: random.between(2, 16) as usize,
             max_queue_wait: random.one(&[50, 1000, 100_000]) * MS,
             decoder: Default::default(),
-            decode_memory: nfold::pixels::DecodeMemory::new(nfold::pixels::DecodeMemory::DEFAULT),
+            decode_memory: crate::pixels::DecodeMemory::new(crate::pixels::DecodeMemory::DEFAULT),
             buckets: if random.once_in(4) { vec![1, 3] } else { Vec::new() },
             invariance: random.one(&[Invariance::Off, Invariance::Report]),
             one_by_one: random.once_in(2),
@@ -352,7 +352,7 @@ impl Scenario {
         let until = self.system.elapsed() + limit;
         let mut pause = 20 * MS;
         while *at_work.lock().unwrap_or_else(PoisonError::into_inner) > 0 && self.system.elapsed() < until {
-            registry.observe();
+            registry.observe(&self.metrics);
             if self.random().once_in(3) {
                 // what comes now is refused, what is queued is answered
                 registry.close();

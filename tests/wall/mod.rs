@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+mod life;
+
 use crate::process::{Server, ask};
 
 pub const MIB: u64 = 1 << 20;

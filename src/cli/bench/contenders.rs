@@ -11,6 +11,7 @@ use crate::bench::engine::Contender;
 use crate::checkpoint::init::{InitOptions, init};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::engine::{EngineOptions, OrtBackend};
+use crate::files::DraftFolder;
 use crate::fold::{FoldOptions, Size, fold};
 use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision};
 use crate::nets;
@@ -18,16 +19,23 @@ use crate::nets;
 /// Size of a dynamic graph where none is given, as timm's default.
 const DYNAMIC: usize = 224;
 
-/// `MODEL[@SIZE][:VARIANT]`: an architecture, a checkpoint folder, or a folded version folder.
-pub fn model(text: &str, seed: u64) -> anyhow::Result<Contender> {
+/// `MODEL[@SIZE][:VARIANT]`: an architecture, a checkpoint folder, a model of the repository, or a
+/// folded version folder.
+pub fn model(text: &str, repository: &Path, seed: u64) -> anyhow::Result<Contender> {
     let (rest, variant) = match text.rsplit_once(':') {
         Some((rest, variant)) if !variant.contains('/') => (rest, variant),
         _ => (text, "folded"),
     };
     let (name, size) = sized(rest)?;
     let path = Path::new(name);
-    if path.join(MANIFEST_FILE).is_file() {
-        let folded = ModelDir::open_path(path)?;
+    // an architecture's name means the architecture, whatever a repository holds
+    let is_architecture = nets::architectures().contains(&nets::base_name(name));
+    let in_repository = match path.components().count() {
+        1 if !is_architecture && !path.join(CONFIG_FILE).is_file() => ModelDir::open(repository, Some(name), None).ok(),
+        _ => None,
+    };
+    if in_repository.is_some() || path.join(MANIFEST_FILE).is_file() {
+        let folded = in_repository.map_or_else(|| ModelDir::open_path(path), Ok)?;
         if !matches!(variant, "folded" | "unpadded") {
             bail!("`{text}`: a folded model can't be folded as {variant}; name its checkpoint");
         }
@@ -43,13 +51,14 @@ pub fn model(text: &str, seed: u64) -> anyhow::Result<Contender> {
     if path.join(CONFIG_FILE).is_file() {
         return folded(&Checkpoint::open(path)?, &options, variant);
     }
-    if !nets::architectures().contains(&nets::base_name(name)) {
+    if !is_architecture {
         bail!(
-            "`{name}` is neither a folder with {CONFIG_FILE} or {MANIFEST_FILE} nor an architecture; known are {}",
-            nets::architectures().join(", ")
+            "`{name}` is neither a folder with {CONFIG_FILE} or {MANIFEST_FILE}, nor a model of the repository, nor an \
+             architecture; the nearest of these: {} (`nfold init --help` lists all)",
+            nets::nearest(name)
         );
     }
-    let folder = tempfile::tempdir().context("no temporary folder for a fresh checkpoint")?;
+    let folder = DraftFolder::scratch().context("no temporary folder for a fresh checkpoint")?;
     let fresh = folder.path().join(name);
     init(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
     folded(&Checkpoint::open(&fresh)?, &options, variant)

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,6 +15,8 @@ use crate::bench::load::protocol::{self, Protocol};
 use crate::bench::load::schedule::Arrivals;
 use crate::bench::load::{self, Plan, Report};
 use crate::bench::report;
+use crate::cli::classify::search::{self, Search};
+use crate::cli::printable::say;
 use crate::cli::serve::{duration, positive};
 
 /// Arguments of `nfold bench load`.
@@ -128,7 +130,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
             Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, bodies, plan.seed).await?,
         };
         protocol::check(&plan.server, &payloads, args.timeout).await?;
-        anyhow::Ok(load::run(&plan, payloads, &|what| eprintln!("{what}")).await)
+        anyhow::Ok(load::run(&plan, payloads, &|what| say(format_args!("{what}"))).await)
     })?;
     let mut out = io::stdout().lock();
     match args.json {
@@ -137,7 +139,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(folder) = &args.report {
         report::write_load(folder, &report, &recorders)?;
-        eprintln!("wrote {}", folder.join(report::PAGE).display());
+        say(format_args!("wrote {}", folder.join(report::PAGE).display()));
     }
     let void = report.steps.iter().filter(|s| !s.valid).count();
     if void > 0 {
@@ -153,19 +155,21 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
 
 /// Every file named, and every file of a folder named, `most` at most, spread over them.
 fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
-    fn walk(path: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
-        if !path.is_dir() {
-            files.push(path.into());
-            return Ok(());
-        }
-        for entry in fs::read_dir(path)? {
-            walk(&entry?.path(), files)?;
-        }
-        Ok(())
-    }
     let mut files = Vec::new();
     for path in named {
-        walk(path, &mut files).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+        if !path.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let mut search = Search::new(false);
+        search.folder(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+        if let Some(left) = search.left_out() {
+            say(format_args!("note: {left}"));
+        }
+        files.extend(search.found.into_iter().map(|found| found.path));
+    }
+    if files.is_empty() {
+        bail!("no image file is named by --image (looked for: {})", search::known());
     }
     files.sort();
     let step = files.len().div_ceil(most).max(1);

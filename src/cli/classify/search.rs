@@ -1,0 +1,121 @@
+//! What `--recursive` finds: the images of a folder, in order of their names; and what it leaves out, which is told.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::cli::printable;
+
+/// What a folder is searched for: extensions of the formats that can be decoded.
+const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"];
+/// Folders beside photographs that hold no photographs: thumbnails and side files of Synology, macOS archives, Windows and
+/// recycle bins.
+const SYSTEM: [&str; 7] =
+    ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"];
+
+/// One image to classify, or the place of one that can't be: the reason is its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why it isn't even tried.
+    pub refused: Option<String>,
+}
+
+impl Found {
+    /// An image to be read.
+    pub fn image(path: PathBuf) -> Self {
+        Self { path, refused: None }
+    }
+}
+
+/// Everything that a search came upon.
+#[derive(Debug, Default)]
+pub struct Search {
+    /// Images, and what is named like one and can't be read.
+    pub found: Vec<Found>,
+    /// What was left out, by the reason: how many, and the first of them.
+    left_out: BTreeMap<Reason, (usize, String)>,
+    /// Take hidden names and system folders too.
+    hidden: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Reason {
+    Hidden,
+    Link,
+    Kind,
+}
+
+impl Search {
+    /// A search that takes `hidden` names too: those that begin with a dot, and folders that systems keep beside photographs.
+    pub fn new(hidden: bool) -> Self {
+        Self { hidden, ..Self::default() }
+    }
+
+    /// Adds every image under `folder`, in order of the names. Links to files are followed, links to folders are not: they
+    /// may lead back. A folder below that can't be read is named among what was found.
+    pub fn folder(&mut self, folder: &Path) -> io::Result<()> {
+        let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+        entries.sort();
+        for path in entries {
+            let name = path.file_name().unwrap_or_default();
+            let hidden = name.as_encoded_bytes().starts_with(b".") || SYSTEM.iter().any(|system| name == *system);
+            if hidden && !self.hidden {
+                self.leave_out(Reason::Hidden, name);
+                continue;
+            }
+            match fs::metadata(&path) {
+                Ok(there) if there.is_dir() && path.is_symlink() => self.leave_out(Reason::Link, name),
+                Ok(there) if there.is_dir() => {
+                    if let Err(e) = self.folder(&path) {
+                        self.refuse(path, format!("can't search it: {e}"));
+                    }
+                }
+                Ok(_) | Err(_) if !is_image(&path) => self.leave_out(Reason::Kind, name),
+                Ok(there) if there.is_file() => self.found.push(Found::image(path)),
+                Ok(_) => self.refuse(path, "it is no file".into()),
+                Err(e) if path.is_symlink() => self.refuse(path, format!("its link can't be followed: {e}")),
+                Err(e) => self.refuse(path, format!("can't read it: {e}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, path: PathBuf, reason: String) {
+        self.found.push(Found { path, refused: Some(reason) });
+    }
+
+    fn leave_out(&mut self, reason: Reason, name: &OsStr) {
+        let (count, _) = self.left_out.entry(reason).or_insert_with(|| (0, printable::path(Path::new(name))));
+        *count += 1;
+    }
+
+    /// What was left out and why, in words; none: nothing was.
+    pub fn left_out(&self) -> Option<String> {
+        let what = |(reason, (count, first)): (&Reason, &(usize, String))| {
+            let example = if *count == 1 { first.clone() } else { format!("{first}, …") };
+            let (one, many) = match reason {
+                Reason::Hidden => ("hidden name or system folder", "hidden names and system folders"),
+                Reason::Link => ("link to a folder", "links to folders"),
+                Reason::Kind => ("file that is no image by its name", "files that are no images by their names"),
+            };
+            let hint = if *reason == Reason::Hidden { ": --hidden takes them" } else { "" };
+            format!("{count} {} ({example}{hint})", if *count == 1 { one } else { many })
+        };
+        let parts: Vec<_> = self.left_out.iter().map(what).collect();
+        if parts.is_empty() { None } else { Some(format!("left out {}", parts.join("; "))) }
+    }
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+    extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
+}
+
+/// The formats looked for, for messages.
+pub fn known() -> String {
+    EXTENSIONS.join(", ")
+}

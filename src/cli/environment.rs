@@ -1,0 +1,71 @@
+//! Variables `NFOLD_…`: what an empty one means, and naming the one that a value came from.
+//!
+//! A variable that is there but empty counts as not set: compose files (`${X:-}`) and Helm charts (`value: ""`) make such.
+//! So does what Kubernetes sets for a Service called `nfold` (`NFOLD_PORT=tcp://…`).
+
+use std::ffi::OsStr;
+
+use clap::error::{ContextKind, ContextValue};
+use clap::{Arg, Command};
+
+/// The command with every variable ignored that counts as not set.
+pub fn without_empty(command: Command) -> Command {
+    command.mut_args(set_or_not).mut_subcommands(without_empty)
+}
+
+fn set_or_not(argument: Arg) -> Arg {
+    let value = argument.get_env().and_then(std::env::var_os);
+    match value {
+        Some(value) if is_unset(&value) => argument.env(None::<&'static str>),
+        _ => argument,
+    }
+}
+
+fn is_unset(value: &OsStr) -> bool {
+    value.is_empty() || ["tcp://", "udp://", "sctp://"].iter().any(|link| value.to_string_lossy().starts_with(link))
+}
+
+/// Which variables a refused command line has to do with, as a line to print below clap's; none: the user typed it all.
+pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option<String> {
+    let named: Vec<String> = match error.get(ContextKind::InvalidArg)? {
+        ContextValue::String(argument) => vec![argument.clone()],
+        ContextValue::Strings(arguments) => arguments.clone(),
+        _ => Vec::new(),
+    };
+    let command = command_of(program, typed);
+    let set = |argument: &&Arg| argument.get_env().and_then(std::env::var_os).is_some_and(|value| !is_unset(&value));
+    let variable = |argument: &Arg| argument.get_env().map(|name| name.to_string_lossy().into_owned());
+    let from_environment = |argument: &&Arg| set(argument) && !is_typed(argument, typed);
+    let blamed = |argument: &&Arg| {
+        let long = argument.get_long().map(|long| format!("--{long}"));
+        long.is_some_and(|long| named.iter().any(|named| named.split([' ', '=']).next() == Some(long.as_str())))
+    };
+    let arguments = || command.get_arguments().filter(from_environment);
+    let names: Vec<String> = arguments().filter(blamed).filter_map(variable).collect();
+    if !names.is_empty() {
+        return Some(format!("the value comes from the environment: {}", names.join(", ")));
+    }
+    let names: Vec<String> = arguments().filter_map(variable).collect();
+    if names.is_empty() { None } else { Some(format!("set in the environment: {}", names.join(", "))) }
+}
+
+/// The subcommand that was typed.
+fn command_of<'a>(program: &'a Command, typed: &[String]) -> &'a Command {
+    let mut command = program;
+    for word in typed.iter().skip(1) {
+        match command.find_subcommand(word) {
+            Some(found) => command = found,
+            None => break,
+        }
+    }
+    command
+}
+
+fn is_typed(argument: &Arg, typed: &[String]) -> bool {
+    let long = argument.get_long().map(|long| format!("--{long}")).unwrap_or_default();
+    let short = argument.get_short().map(|short| format!("-{short}")).unwrap_or_else(|| "\0".into());
+    typed.iter().skip(1).any(|word| {
+        let is_long = word.strip_prefix(&long).is_some_and(|rest| rest.is_empty() || rest.starts_with('='));
+        is_long || (word.starts_with(&short) && !word.starts_with("--"))
+    })
+}

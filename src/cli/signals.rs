@@ -1,0 +1,132 @@
+//! What ends a command from outside: SIGTERM, SIGINT, SIGHUP and SIGQUIT, for every command alike, as process 1 of a
+//! container too, where no signal has an effect by itself.
+//!
+//! Owns the handlers, from the program's first moment on, and the thread that acts on them: drafts are removed and the
+//! process ends with 128 plus the signal's number. A server is told instead ([`Signals::tell`]), as it has requests to
+//! finish. SIGXFSZ (a file at its size limit) is only caught, so that the write that hit the limit fails with an error.
+
+use std::io;
+#[cfg(unix)]
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::mpsc::Sender;
+
+use crate::server::Control;
+use crate::{files, logging};
+
+/// Where a server hears of signals; none before it listens, and in all other commands.
+#[cfg(unix)]
+static SERVER: Mutex<Option<Sender<Control>>> = Mutex::new(None);
+
+/// Ends the process at once: its drafts are removed and its log lines written, but neither destructors nor exit handlers run, as other threads may
+/// still be inside ONNX Runtime, whose own exit handlers would pull its memory from under them.
+pub fn end(code: i32) -> ! {
+    files::abandon();
+    logging::flush();
+    #[cfg(unix)]
+    signal_hook::low_level::exit(code);
+    #[cfg(not(unix))]
+    std::process::exit(code)
+}
+
+#[cfg(unix)]
+pub use unix::Signals;
+
+/// Where there are no Unix signals: Ctrl-C ends a command by itself, and stops a server.
+#[cfg(not(unix))]
+#[derive(Debug)]
+pub struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    /// Nothing to catch.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    /// Nothing to act on.
+    pub fn act(self, _serving: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// From now on Ctrl-C goes to a server.
+    pub fn tell(server: Sender<Control>) {
+        tokio::spawn(async move {
+            while tokio::signal::ctrl_c().await.is_ok() && server.send(Control::Stop).await.is_ok() {}
+        });
+    }
+}
+
+#[cfg(unix)]
+mod unix {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
+    use signal_hook::iterator::Signals as Iterator;
+
+    use super::*;
+
+    /// Signals that are caught from now on and acted on once a command is known.
+    #[derive(Debug)]
+    pub struct Signals(Iterator);
+
+    impl Signals {
+        /// Catches signals; those that come before [`act`](Self::act) wait for it.
+        pub fn catch() -> io::Result<Self> {
+            // a flag that nobody reads: a handler there is, and so the write fails rather than the process dies
+            signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
+            let hangup = if ignored(SIGHUP) { None } else { Some(SIGHUP) };
+            Iterator::new([SIGTERM, SIGINT, SIGQUIT].into_iter().chain(hangup)).map(Self)
+        }
+
+        /// Acts on signals from a thread of its own, as `nfold serve` (`serving`) or any other command does.
+        pub fn act(mut self, serving: bool) -> io::Result<()> {
+            if serving {
+                // it reloads, whatever `nohup` says
+                self.0.add_signal(SIGHUP)?;
+            }
+            let act = move || {
+                for signal in self.0.forever() {
+                    match signal {
+                        SIGTERM | SIGINT if serving => stop(),
+                        SIGHUP if serving => reload(),
+                        _ => end(128 + signal),
+                    }
+                }
+            };
+            std::thread::Builder::new().name("nfold-signals".into()).spawn(act).map(drop)
+        }
+
+        /// From now on signals go to a server.
+        pub fn tell(server: Sender<Control>) {
+            *super::SERVER.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        }
+    }
+
+    fn server() -> Option<Sender<Control>> {
+        super::SERVER.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn stop() {
+        // nothing is served yet, or nobody listens any more
+        if server().is_none_or(|server| server.blocking_send(Control::Stop).is_err()) {
+            end(0);
+        }
+    }
+
+    fn reload() {
+        let Some(server) = server() else { return };
+        tracing::info!("SIGHUP: reading certificates, API keys and the model repository again");
+        // one that waits to be heard is as good as two
+        let _ = server.try_send(Control::Reload);
+    }
+
+    /// Whether whoever started this process had the signal ignored, as `nohup` does. Unknown counts as no.
+    fn ignored(signal: i32) -> bool {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+        mask >> (signal - 1) & 1 == 1
+    }
+}

@@ -1,0 +1,458 @@
+//! Whole-or-nothing writing: the one way by which the program writes files and folders.
+//!
+//! What is written is a draft first: under a temporary name beside its target, synced, and then renamed, so that a reader
+//! finds the old content or the new one at any instant, and a crash at any point leaves one of the two. Owns the names of
+//! drafts, their removal when a write fails or a signal ends the program ([`abandon`]), and the sweeping of drafts that a
+//! killed process left behind ([`sweep`]). Knows nothing of what is written.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tempfile::{NamedTempFile, TempDir};
+
+/// How the name of every draft begins.
+const DRAFT: &str = ".nfold-draft-";
+/// How the name of a folder begins that is out of the way while it is replaced, on file systems that can't exchange two
+/// folders; the name of its target follows.
+const ASIDE: &str = ".nfold-aside-";
+/// Age past which a draft is taken for left behind where its lock can't tell.
+const OLD: Duration = Duration::from_secs(24 * 3600);
+
+/// The drafts of this process; none once it ends.
+static LIVE: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
+
+fn live() -> MutexGuard<'static, Option<BTreeSet<PathBuf>>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a whole file, in place of one of that name if there is one. What is no file (a pipe, `/dev/stdout`) is written
+/// to directly.
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut draft = DraftFile::create(path)?;
+    draft.write_all(bytes)?;
+    draft.publish()
+}
+
+/// A file being written. Gone when dropped, unless it is published.
+#[derive(Debug)]
+pub struct DraftFile(Destination);
+
+#[derive(Debug)]
+enum Destination {
+    /// Renamed to its target when complete.
+    Draft { file: BufWriter<File>, draft: Live<NamedTempFile>, target: PathBuf },
+    /// A pipe or device: it can't be replaced.
+    Direct(BufWriter<File>),
+}
+
+impl DraftFile {
+    /// A draft of the file `path`, in its folder. A link is followed: its target is what will be replaced.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let there = fs::metadata(path).ok();
+        if let Some(there) = &there {
+            if there.is_dir() {
+                return Err(io::ErrorKind::IsADirectory.into());
+            }
+            if !there.is_file() {
+                return Ok(Self(Destination::Direct(BufWriter::new(File::options().write(true).open(path)?))));
+            }
+        }
+        let target = if path.is_symlink() { fs::canonicalize(path)? } else { path.into() };
+        let folder = target.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sweep(folder);
+        let create = || builder(0o666).tempfile_in(folder);
+        let draft = Live::create(create, |draft| draft.path().to_path_buf(), |draft| draft.as_file().try_clone())?;
+        if let Some(there) = there {
+            draft.inner.as_file().set_permissions(there.permissions())?;
+        }
+        let file = BufWriter::new(draft.inner.as_file().try_clone()?);
+        Ok(Self(Destination::Draft { file, draft, target }))
+    }
+
+    /// Syncs the file and gives it its name.
+    pub fn publish(self) -> io::Result<()> {
+        match self.0 {
+            Destination::Direct(mut file) => file.flush(),
+            Destination::Draft { mut file, draft, target } => {
+                file.flush()?;
+                file.get_ref().sync_all()?;
+                draft.publish(|draft| draft.persist(&target).map(drop).map_err(|e| e.error))?;
+                sync_folder_of(&target)
+            }
+        }
+    }
+}
+
+impl Write for DraftFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.0 {
+            Destination::Draft { file, .. } | Destination::Direct(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.0 {
+            Destination::Draft { file, .. } | Destination::Direct(file) => file.flush(),
+        }
+    }
+}
+
+/// A folder being written. Gone when dropped, unless it is published.
+#[derive(Debug)]
+pub struct DraftFolder(Live<TempDir>);
+
+impl DraftFolder {
+    /// An empty draft in the folder `parent`, which must be on the file system of its target.
+    pub fn create_in(parent: &Path) -> io::Result<Self> {
+        sweep(parent);
+        Self::with_mode(parent, 0o777)
+    }
+
+    /// A folder for files that nobody else will see and that never get another name, in the system's temporary folder.
+    pub fn scratch() -> io::Result<Self> {
+        let parent = std::env::temp_dir();
+        sweep(&parent);
+        Self::with_mode(&parent, 0o700)
+    }
+
+    fn with_mode(parent: &Path, mode: u32) -> io::Result<Self> {
+        let create = || builder(mode).tempdir_in(parent);
+        Live::create(create, |draft| draft.path().to_path_buf(), |draft| File::open(draft.path())).map(Self)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.inner.path()
+    }
+
+    /// Writes a file in it and syncs it.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut file = File::create(self.path().join(name))?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    }
+
+    /// Gives the folder the name `target`. A folder there that holds anything is an error, unless `replace`: then the two
+    /// change their names in one step, and the old one is removed.
+    pub fn publish(self, target: &Path, replace: bool) -> io::Result<()> {
+        File::open(self.path()).and_then(|folder| folder.sync_all())?;
+        self.0.publish(|draft| {
+            if replace && target.symlink_metadata().is_ok() {
+                // what was replaced has the draft's name now, and goes with it
+                return swap(draft.path(), target);
+            }
+            fs::rename(draft.path(), target)?;
+            let _ = draft.keep();
+            Ok(())
+        })?;
+        sync_folder_of(target)
+    }
+}
+
+/// A draft on the list of those that this process removes when it ends, locked so that other processes see that it is in
+/// use.
+#[derive(Debug)]
+struct Live<T> {
+    inner: T,
+    listed: Listed,
+}
+
+/// The place on the list, left when dropped.
+#[derive(Debug)]
+struct Listed {
+    path: PathBuf,
+    /// Held open: the lock ends with it.
+    _lock: Option<File>,
+}
+
+impl<T> Live<T> {
+    fn create(
+        create: impl Fn() -> io::Result<T>,
+        path: impl Fn(&T) -> PathBuf,
+        open: impl Fn(&T) -> io::Result<File>,
+    ) -> io::Result<Self> {
+        loop {
+            let mut live = live();
+            let Some(list) = live.as_mut() else { return Err(io::ErrorKind::Interrupted.into()) };
+            let inner = create()?;
+            let path = path(&inner);
+            list.insert(path.clone());
+            drop(live);
+            // where nothing can be locked, age decides
+            let lock = open(&inner).ok().filter(|file| file.lock().is_ok());
+            let listed = Listed { path, _lock: lock };
+            // a sweeper may have come between creation and lock
+            if listed.path.exists() {
+                return Ok(Self { inner, listed });
+            }
+        }
+    }
+
+    /// Renames the draft, unless the process is ending.
+    fn publish(self, rename: impl FnOnce(T) -> io::Result<()>) -> io::Result<()> {
+        let Self { inner, listed } = self;
+        let result = {
+            let live = live();
+            if live.is_none() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            rename(inner)
+        };
+        drop(listed);
+        result
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        live().as_mut().map(|list| list.remove(&self.path));
+    }
+}
+
+/// Removes every draft of this process and refuses further ones: for a process that ends now, whatever its other threads do.
+pub fn abandon() {
+    let drafts = live().take().unwrap_or_default();
+    for path in drafts {
+        // a thread that still writes into a folder may bring a file back
+        for _ in 0..3 {
+            remove(&path);
+            if path.symlink_metadata().is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// Removes drafts in `folder` whose process is gone. A draft is in use while its lock is held; on file systems without
+/// locks, and for drafts that another machine made, a day's age decides. What can't be removed stays.
+pub fn sweep(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // only what is a file or a folder itself: opening a pipe would wait, and a link leads elsewhere
+        let plain = entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir());
+        if plain && name.strip_prefix(DRAFT).is_some_and(|rest| is_left(&entry.path(), rest)) {
+            remove(&entry.path());
+        }
+    }
+}
+
+/// Whether the process of a draft is gone; `made` is its name without what all drafts begin with.
+fn is_left(path: &Path, made: &str) -> bool {
+    let aged = || {
+        let modified = path.metadata().and_then(|m| m.modified());
+        modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > OLD))
+    };
+    if !made.starts_with(machine()) {
+        return aged();
+    }
+    match File::open(path).map(|file| file.try_lock()) {
+        Ok(Ok(())) => true,
+        Ok(Err(TryLockError::WouldBlock)) => false,
+        Ok(Err(TryLockError::Error(_))) | Err(_) => aged(),
+    }
+}
+
+fn remove(path: &Path) {
+    let _ = match path.symlink_metadata() {
+        Ok(there) if there.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(_) => Ok(()),
+    };
+}
+
+/// Exchanges a folder and its replacement in one step, where the system can; else in two, between which [`recover`] knows
+/// what to do.
+fn swap(fresh: &Path, target: &Path) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, fresh, CWD, target, RenameFlags::EXCHANGE) {
+            Ok(()) => return Ok(()),
+            // the file system, or the kernel, has no such call
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    swap_in_two(fresh, target)
+}
+
+fn swap_in_two(fresh: &Path, target: &Path) -> io::Result<()> {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let aside = target.with_file_name(format!("{ASIDE}{name}"));
+    let mut tries = 3;
+    loop {
+        remove(&aside);
+        fs::rename(target, &aside)?;
+        match fs::rename(fresh, target) {
+            Ok(()) => break,
+            // a reader has taken this for left half done, and put it back
+            Err(_) if tries > 0 && target.exists() => tries -= 1,
+            Err(error) => {
+                fs::rename(&aside, target)?;
+                return Err(error);
+            }
+        }
+    }
+    // a reader may have removed it already
+    let _ = fs::rename(aside, fresh);
+    Ok(())
+}
+
+/// Finishes what a process that was killed while it replaced a folder of `parent` left half done: a folder that was put
+/// aside gets its name back where nothing has taken it.
+pub fn recover(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        if let Some(name) = entry.file_name().to_string_lossy().strip_prefix(ASIDE) {
+            let target = parent.join(name);
+            // a rename onto a folder that holds anything fails, so that a newer one stays
+            if fs::rename(entry.path(), &target).is_err() && target.exists() {
+                remove(&entry.path());
+            }
+        }
+    }
+}
+
+/// Makes a rename last: it is in the folder.
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        // a folder that may be written but not read can't be opened, and some file systems sync none: renamed it is
+        Err(e) if !matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Names of this machine's drafts, with permissions as any other file gets them: whoever reads may be another user.
+fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
+    static PREFIX: OnceLock<String> = OnceLock::new();
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX.get_or_init(|| format!("{DRAFT}{}-", machine())).as_str()).rand_bytes(10);
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    builder
+}
+
+/// What tells machines that share a file system apart: locks of one may not be seen by the others. The same in all
+/// containers of a machine; another after it started again.
+fn machine() -> &'static str {
+    static MACHINE: OnceLock<String> = OnceLock::new();
+    MACHINE.get_or_init(|| {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let digits: String = boot.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+        if digits.is_empty() { "here".into() } else { digits }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).expect("folder");
+        let mut names: Vec<_> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("a.txt");
+        let mut draft = DraftFile::create(&path).expect("draft");
+        draft.write_all(b"half").expect("written");
+        assert!(!path.exists());
+        drop(draft);
+        assert!(names(folder.path()).is_empty());
+        write(&path, b"first").expect("written");
+        write(&path, b"second").expect("replaced");
+        assert_eq!(fs::read(&path).expect("file"), b"second");
+        assert_eq!(names(folder.path()), ["a.txt"]);
+        assert!(write(folder.path(), b"").is_err(), "a folder is no file");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn permissions_stay_links_lead_on_and_devices_are_not_replaced() {
+        use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _, symlink};
+        let folder = tempfile::tempdir().expect("folder");
+        let (path, link) = (folder.path().join("a"), folder.path().join("link"));
+        write(&path, b"x").expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("set");
+        symlink("a", &link).expect("link");
+        write(&link, b"through").expect("written");
+        assert!(link.is_symlink() && fs::read(&path).expect("file") == b"through");
+        assert_eq!(fs::metadata(&path).expect("file").permissions().mode() & 0o777, 0o640);
+        write(Path::new("/dev/null"), b"x").expect("written");
+        assert!(fs::metadata("/dev/null").expect("device").file_type().is_char_device());
+    }
+
+    #[test]
+    fn a_folder_is_replaced_in_one_step() {
+        let folder = tempfile::tempdir().expect("folder");
+        let target = folder.path().join("1");
+        for (content, replace, done) in [("a", false, true), ("b", false, false), ("c", true, true), ("d", true, true)]
+        {
+            let draft = DraftFolder::create_in(folder.path()).expect("draft");
+            draft.write("file", content.as_bytes()).expect("written");
+            assert_eq!(draft.publish(&target, replace).is_ok(), done, "{content}");
+            assert_eq!(names(folder.path()), ["1"]);
+        }
+        assert_eq!(fs::read(target.join("file")).expect("file"), b"d");
+    }
+
+    #[test]
+    fn without_an_exchange_a_crash_at_any_point_leaves_a_whole_folder() {
+        let parent = tempfile::tempdir().expect("folder");
+        let at = |name: &str| parent.path().join(name);
+        let make = |name: &str, content: &str| {
+            fs::create_dir_all(at(name)).expect("made");
+            fs::write(at(name).join("file"), content).expect("written");
+        };
+        let read = || fs::read_to_string(at("1").join("file")).expect("a version is there");
+        let aside = format!("{ASIDE}1");
+        // killed after the first rename, and after the second
+        make(&aside, "old");
+        recover(parent.path());
+        assert_eq!(read(), "old");
+        make(&aside, "older");
+        recover(parent.path());
+        assert_eq!((read().as_str(), names(parent.path())), ("old", vec!["1".to_string()]));
+        make("fresh", "new");
+        swap_in_two(&at("fresh"), &at("1")).expect("swapped");
+        assert_eq!(read(), "new");
+        assert_eq!(fs::read_to_string(at("fresh").join("file")).expect("old"), "old");
+        // a replacement that can't be renamed leaves the old one
+        assert!(swap_in_two(&at("nothing"), &at("1")).is_err());
+        assert_eq!(read(), "new");
+    }
+
+    #[test]
+    fn drafts_of_the_dead_are_swept_and_those_of_the_living_stay() {
+        let folder = tempfile::tempdir().expect("folder");
+        let here = format!("{DRAFT}{}-0123456789", machine());
+        let elsewhere = format!("{DRAFT}0-0123456789");
+        for name in [here.as_str(), &elsewhere, ".nfold-notes", "kept"] {
+            fs::create_dir(folder.path().join(name)).expect("made");
+        }
+        let live = DraftFolder::create_in(folder.path()).expect("draft");
+        assert!(!folder.path().join(&here).exists(), "its process is gone");
+        sweep(folder.path());
+        assert!(live.path().exists());
+        assert!(folder.path().join(&elsewhere).exists(), "too young to tell");
+        let long_ago = std::time::SystemTime::now() - OLD - Duration::from_secs(1);
+        for name in [elsewhere.as_str(), ".nfold-notes", "kept"] {
+            File::open(folder.path().join(name)).and_then(|f| f.set_modified(long_ago)).expect("aged");
+        }
+        sweep(folder.path());
+        drop(live);
+        assert_eq!(names(folder.path()), [".nfold-notes", "kept"]);
+    }
+}

@@ -1,0 +1,115 @@
+//! What a fold is held to before it may be written: the folded and the unfolded graph give the same finite logits on the
+//! same images. Owns the tolerances and the golden answer; whoever runs graphs is handed in.
+
+use super::{FoldError, FoldOptions, Folded, fold};
+use crate::checkpoint::Checkpoint;
+use crate::model::golden::{compare, digest, images};
+use crate::model::{Gate, Golden, Precision, Verification};
+
+/// A graph and what to ask it.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// The graph.
+    pub onnx: &'a [u8],
+    /// What it is, for messages.
+    pub what: &'a str,
+    /// How many of the [`images`] to run, one by one.
+    pub images: usize,
+    /// Their height and width.
+    pub size: (usize, usize),
+}
+
+/// Why a fold is not written. `E`: what can go wrong while a graph runs.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError<E: std::error::Error + 'static> {
+    /// The counterpart can't be folded.
+    #[error(transparent)]
+    Fold(#[from] FoldError),
+    /// A graph can't be run.
+    #[error(transparent)]
+    Engine(E),
+    /// The network overflows.
+    #[error("logit {class} of {what} is {value} on test image {image}; nothing was written; {advice}")]
+    NotFinite {
+        /// Which graph.
+        what: &'static str,
+        /// Position in the logits.
+        class: usize,
+        /// Infinity or NaN.
+        value: f32,
+        /// Which of the images.
+        image: usize,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The two graphs are not the same function.
+    #[error(
+        "the folded graph's logits differ by {difference:.3e} from the unfolded graph's (tolerance {tolerance:.3e}, span \
+         {span:.3e}); nothing was written; try --precision fp32, and report this checkpoint if it is"
+    )]
+    Apart {
+        /// Largest difference of a logit.
+        difference: f64,
+        /// Largest that would have been taken.
+        tolerance: f64,
+        /// Largest minus smallest logit.
+        span: f64,
+    },
+}
+
+/// Asks the graph and its counterpart (folded against unfolded, which is in single precision with weight arithmetic in
+/// double) and puts what was measured and the golden answer into the manifest. `answers` runs a graph: its logits, image
+/// after image.
+pub fn verify<E: std::error::Error + 'static>(
+    checkpoint: &Checkpoint,
+    folded: &mut Folded,
+    options: &FoldOptions,
+    mut answers: impl FnMut(Question<'_>) -> Result<Vec<f32>, E>,
+) -> Result<(), VerifyError<E>> {
+    let manifest = &mut folded.manifest;
+    let classes = manifest.classes as usize;
+    let count = if manifest.fold.gmacs < 5.0 { 4 } else { 1 };
+    let size = (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize);
+    let mut ask = |onnx: &[u8], what: &'static str, advice: &'static str| {
+        let logits = answers(Question { onnx, what, images: count, size }).map_err(VerifyError::Engine)?;
+        match logits.iter().position(|logit| !logit.is_finite()) {
+            None => Ok(logits),
+            Some(i) => Err(VerifyError::NotFinite {
+                what,
+                class: i % classes.max(1),
+                value: logits[i],
+                image: i / classes.max(1),
+                advice,
+            }),
+        }
+    };
+    // one graph after the other: a large network's weights need not be in memory four times
+    let counterpart =
+        FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
+    let counterpart = fold(checkpoint, &counterpart)?.onnx;
+    let reference = ask(&counterpart, "the counterpart for verification", "the checkpoint's weights are too large")?;
+    drop(counterpart);
+    let advice = match options.precision {
+        Precision::Fp32 => "the checkpoint's weights are too large",
+        Precision::Fp16 => "the network does not fit half precision, fold it with --precision fp32",
+    };
+    let mut logits = ask(&folded.onnx, "the folded graph", advice)?;
+    let found = compare(&reference, &logits);
+    let tolerance = match options.precision {
+        Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
+        Precision::Fp16 => 2e-2 * found.logit_span + 1e-3,
+    };
+    if found.max_abs_diff.is_nan() || found.max_abs_diff > tolerance {
+        return Err(VerifyError::Apart { difference: found.max_abs_diff, tolerance, span: found.logit_span });
+    }
+    logits.truncate(classes);
+    let input = images(size).next().unwrap_or_default();
+    manifest.golden = Some(Golden { input_sha256: digest(&input), logits, tolerance });
+    manifest.fold.verification = Some(Verification {
+        images: count as u32,
+        max_abs_diff: found.max_abs_diff,
+        logit_span: found.logit_span,
+        tolerance,
+    });
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! From a decoded image to the network's input: the settings, and the bounds that no value may leave.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+/// Sides of the network's input, in pixels.
+const SIDE: RangeInclusive<u32> = 1..=4096;
+/// Shares of the resized image that a crop may keep. A tenth already means a resize to ten times the input.
+const CROP_PCT: RangeInclusive<f64> = 0.1..=1.0;
+/// Means on the 0..1 scale. Far more than any image has, far less than would overflow.
+const MEAN: RangeInclusive<f64> = -10.0..=10.0;
+/// Standard deviations on the 0..1 scale; 1/255 is the least in use.
+const STD: RangeInclusive<f64> = 1e-4..=100.0;
+
+/// How the spatial size of an image becomes the network's input size (timm `crop_mode`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CropMode {
+    /// Shortest side to `floor(size / crop_pct)`, aspect kept, centre crop: image is lost at the borders.
+    Center,
+    /// Each side to its `floor(size / crop_pct)`, aspect not kept, centre crop.
+    Squash,
+    /// Longest side to `floor(size / crop_pct)`, aspect kept, centre crop or padding with the mean colour.
+    Border,
+}
+
+/// Resampling filter of the resize (timm `interpolation`), as Pillow defines it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Interpolation {
+    /// Nearest neighbour, no antialiasing.
+    Nearest,
+    /// Box filter (area average when shrinking).
+    Box,
+    /// Triangle filter, antialiased.
+    Bilinear,
+    /// Keys cubic with a = -0.5, antialiased.
+    Bicubic,
+    /// Windowed sinc with three lobes, antialiased.
+    Lanczos,
+}
+
+impl fmt::Display for CropMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Center => "center",
+            Self::Squash => "squash",
+            Self::Border => "border",
+        })
+    }
+}
+
+impl fmt::Display for Interpolation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nearest => "nearest",
+            Self::Box => "box",
+            Self::Bilinear => "bilinear",
+            Self::Bicubic => "bicubic",
+            Self::Lanczos => "lanczos",
+        })
+    }
+}
+
+/// Everything between a decoded RGB image and the network's input tensor, as timm resolves it from `pretrained_cfg`
+/// (`resolve_data_config` + `create_transform(is_training=False)`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocessing {
+    /// Height of the network's input, in pixels.
+    pub height: u32,
+    /// Width of the network's input, in pixels.
+    pub width: u32,
+    /// Share of the resized side that the crop keeps, in (0, 1] (timm allows more than 1 in no published config).
+    pub crop_pct: f64,
+    /// How the image is brought to the input's aspect ratio.
+    pub crop_mode: CropMode,
+    /// Resampling filter.
+    pub interpolation: Interpolation,
+    /// Per-channel mean (R, G, B) on the 0..1 scale.
+    pub mean: [f64; 3],
+    /// Per-channel standard deviation (R, G, B) on the 0..1 scale.
+    pub std: [f64; 3],
+    /// Turn the image upright by its EXIF orientation first. Off by default, as in timm.
+    #[serde(default)]
+    pub exif_orientation: bool,
+}
+
+impl Preprocessing {
+    /// Refuses values that no image could be prepared with; the error names the field, its value and what is allowed.
+    pub fn check(&self) -> Result<(), String> {
+        for (name, side) in [("height", self.height), ("width", self.width)] {
+            if !SIDE.contains(&side) {
+                return Err(format!("{name} {side} is outside {}..={} pixels", SIDE.start(), SIDE.end()));
+            }
+        }
+        let inside = |name: &str, value: f64, allowed: RangeInclusive<f64>, scale: &str| {
+            // NaN is in no range
+            if allowed.contains(&value) {
+                return Ok(());
+            }
+            let (low, high) = allowed.into_inner();
+            Err(format!("{name} {value:?} is outside {low}..={high}{scale}"))
+        };
+        inside("crop_pct", self.crop_pct, CROP_PCT, "")?;
+        for (mean, std) in self.mean.into_iter().zip(self.std) {
+            inside("mean", mean, MEAN, " (of pixels from 0 to 1)")?;
+            inside("std", std, STD, " (of pixels from 0 to 1)")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usual() -> Preprocessing {
+        Preprocessing {
+            height: 224,
+            width: 224,
+            crop_pct: 0.9,
+            crop_mode: CropMode::Center,
+            interpolation: Interpolation::Bicubic,
+            mean: [0.485, 0.456, 0.406],
+            std: [0.229, 0.224, 0.225],
+            exif_orientation: false,
+        }
+    }
+
+    #[test]
+    fn every_bound_names_its_field_and_range() {
+        assert_eq!(usual().check(), Ok(()));
+        let refused = |change: &dyn Fn(&mut Preprocessing), what: &str, range: &str| {
+            let mut p = usual();
+            change(&mut p);
+            let reason = p.check().expect_err(what);
+            assert!(reason.starts_with(what) && reason.contains(range), "{reason}");
+        };
+        for side in [0, 4097, 1_000_000, u32::MAX] {
+            refused(&|p| p.height = side, "height", "1..=4096");
+            refused(&|p| p.width = side, "width", "1..=4096");
+        }
+        for share in [0.0, -0.0, -1.0, 1e-300, 1e-6, 0.01, 1.0001, 1e308, f64::INFINITY, f64::NAN, f64::MIN_POSITIVE] {
+            refused(&|p| p.crop_pct = share, "crop_pct", "0.1..=1");
+        }
+        for mean in [1e308, -1e308, 255.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            (0..3).for_each(|channel| refused(&|p| p.mean[channel] = mean, "mean", "-10..=10"));
+        }
+        for std in [0.0, -0.0, -0.2, 1e-300, 5e-324, 1e308, 255.0, f64::NAN, f64::INFINITY] {
+            (0..3).for_each(|channel| refused(&|p| p.std[channel] = std, "std", "0.0001..=100"));
+        }
+    }
+
+    #[test]
+    fn what_is_in_use_passes() {
+        for (crop_pct, mean, std) in [
+            (1.0, [0.0; 3], [1.0; 3]),
+            (0.875, [0.5; 3], [0.5; 3]),
+            (0.1, [124.0 / 255.0; 3], [1.0 / (0.0167 * 255.0); 3]),
+            (0.95, [0.0; 3], [1.0 / 255.0; 3]),
+        ] {
+            assert_eq!(Preprocessing { crop_pct, mean, std, ..usual() }.check(), Ok(()));
+        }
+    }
+}
