@@ -1,4 +1,4 @@
-//! The house: imports only point down, and some names stay in one room. The README states these as invariants.
+//! The house: imports only point down, and some names stay in one room. docs/architecture.md states these as invariants.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -130,6 +130,99 @@ fn imports_point_down() {
             );
         }
     }
+}
+
+/// Every path that a file names by `use` or in its code, such as `super::queue::Slots`. Groups are taken apart.
+fn paths(code: &str) -> Vec<String> {
+    fn expand(before: &str, tree: &str, found: &mut Vec<String>) {
+        let Some((head, rest)) = tree.split_once('{') else {
+            let path = tree.split(" as ").next().unwrap_or_default().trim();
+            found.push(format!("{before}{path}"));
+            return;
+        };
+        let (before, mut depth, mut item) = (format!("{before}{}", head.trim()), 0, String::new());
+        for c in rest.trim_end().strip_suffix('}').unwrap_or(rest).chars() {
+            match c {
+                ',' if depth == 0 => expand(&before, &std::mem::take(&mut item), found),
+                _ => {
+                    depth += i32::from(c == '{') - i32::from(c == '}');
+                    item.push(c);
+                }
+            }
+        }
+        if !item.trim().is_empty() {
+            expand(&before, &item, found);
+        }
+    }
+    let mut found = Vec::new();
+    for statement in code.split(';') {
+        let used = statement.split_once("use ").filter(|(before, _)| {
+            let line = before.rsplit('\n').next().unwrap_or_default().trim();
+            line.is_empty() || line.starts_with("pub")
+        });
+        if let Some((_, tree)) = used {
+            expand("", tree.trim(), &mut found);
+        }
+    }
+    for root in ["crate::", "super::", "self::"] {
+        let names = code.match_indices(root).map(|(at, _)| &code[at..]);
+        let end = |rest: &str| rest.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').unwrap_or(rest.len());
+        found.extend(names.map(|rest| rest[..end(rest)].trim_end_matches(':').to_string()));
+    }
+    found
+}
+
+/// The file that a path in `module` leads to: the longest of its beginnings that is one.
+fn leads_to(module: &str, path: &str, modules: &BTreeMap<String, String>) -> Option<String> {
+    let mut parts: Vec<&str> = path.split("::").collect();
+    let mut from: Vec<&str> = module.split("::").collect();
+    match parts[0] {
+        "crate" => {
+            from.clear();
+            parts.remove(0);
+        }
+        "self" | "super" => {
+            while matches!(parts.first(), Some(&("self" | "super"))) {
+                if parts.remove(0) == "super" {
+                    from.pop();
+                }
+            }
+        }
+        child if !modules.contains_key(&format!("{module}::{child}")) => return None,
+        _ => {}
+    }
+    let target = |count: usize| [&from, &parts[..count]].concat().join("::");
+    (0..=parts.len()).rev().map(target).find(|name| modules.contains_key(name))
+}
+
+/// A file may use what its parent defines, and a parent its children: apart from that, no two files need each other, by
+/// whatever way round.
+#[test]
+fn no_imports_go_round_in_circles() {
+    let name = |file: &str| file.trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::");
+    let modules: BTreeMap<String, String> = sources().into_iter().map(|(file, code)| (name(&file), code)).collect();
+    let imports = |(module, code): (&String, &String)| {
+        let targets = paths(code).into_iter().filter_map(|path| leads_to(module, &path, &modules));
+        let others = targets.filter(|t| t != module && !module.starts_with(&format!("{t}::")));
+        (module.clone(), others.collect::<std::collections::BTreeSet<_>>())
+    };
+    let mut imports: BTreeMap<_, _> = modules.iter().map(imports).collect();
+    assert!(imports["server"].contains("infer::registry"), "imports are seen");
+    // files that import nothing that is left can't be in a circle
+    loop {
+        let free: Vec<String> =
+            imports.iter().filter(|(_, targets)| targets.is_empty()).map(|(m, _)| m.clone()).collect();
+        if free.is_empty() {
+            break;
+        }
+        for module in free {
+            imports.remove(&module);
+            imports.values_mut().for_each(|targets| {
+                targets.remove(&module);
+            });
+        }
+    }
+    assert!(imports.is_empty(), "these files import each other in circles, or import such files: {imports:#?}");
 }
 
 #[test]

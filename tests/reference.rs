@@ -38,8 +38,9 @@ fn the_reference_is_complete() {
             words.filter(|w| !["--help", "--version"].contains(w)).map(String::from).collect()
         };
         // a line of its own for each flag, whatever else the help speaks of
-        let lines = |l: &&str| l.trim_start().starts_with('-');
-        let listed = named(&help.lines().filter(lines).collect::<Vec<_>>().join("\n"), "--");
+        let lines = |l: &&str| l.starts_with('-');
+        let own = help.lines().map(str::trim_start).filter(lines).filter_map(|l| l.split("  ").next());
+        let listed = named(&own.collect::<Vec<_>>().join("\n"), "--");
         let rows = |l: &&str| l.starts_with("| `--");
         let cells: Vec<_> = section.lines().filter(rows).map(|l| l.split('|').nth(1).unwrap()).collect();
         assert_eq!(named(&cells.join("\n"), "--"), listed, "{command:?}");
@@ -158,7 +159,9 @@ fn documents_name_what_exists() {
         for (at, _) in text.match_indices("`--") {
             let flag = word(at + 1);
             let other = ["--features", "--locked", "--build-arg"].contains(&flag);
-            assert!(other || reference.contains(&format!("`{flag}")), "{name}: {flag}");
+            // a changelog also names what has gone
+            let known = other || name == "CHANGELOG.md" || reference.contains(&format!("`{flag}"));
+            assert!(known, "{name}: {flag}");
             checked += 1;
         }
         for (at, _) in text.match_indices("NFOLD_") {
