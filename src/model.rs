@@ -7,6 +7,7 @@ pub mod golden;
 mod preprocessing;
 pub mod regular_file;
 mod repository;
+mod source;
 
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
@@ -17,6 +18,7 @@ pub use self::golden::Golden;
 pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
 use crate::files::{self, DraftFolder};
+pub use self::source::{Source, SourceSetting};
 
 /// File name of the folded graph inside a version folder.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -208,6 +210,9 @@ pub struct Manifest {
     pub source_sha256: String,
     /// SHA-256 of the `model.onnx` beside this file, in hexadecimal.
     pub onnx_sha256: String,
+    /// Where the checkpoint's settings come from.
+    #[serde(default, skip_serializing_if = "Source::is_empty")]
+    pub source: Source,
     /// What folding did.
     pub fold: FoldReport,
     /// What the graph answered when it was folded; a server asks it again before it serves.

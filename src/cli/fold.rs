@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::printable::say;
+use super::source::SourceArgs;
 use crate::checkpoint::Checkpoint;
 use crate::engine::verify;
 use crate::engine::{EngineError, EngineOptions, OrtBackend};
@@ -20,12 +21,15 @@ use crate::model::{self, Gate, Manifest, ModelDir, ModelError, Precision, Target
 /// Arguments of `nfold fold`.
 #[derive(Debug, Args)]
 pub struct FoldArgs {
-    /// Checkpoint folder as the model hub lays it out: config.json and model.safetensors
+    /// Checkpoint: a folder as the model hub lays it out (config.json and model.safetensors, shards or
+    /// pytorch_model.bin), or a file of weights (.safetensors, .pth, .pth.tar, .bin, .ckpt)
     checkpoint: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Model repository to write into; made when missing
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
-    /// Name of the model [default: the checkpoint folder's name]
+    /// Name of the model [default: the checkpoint's folder or file name]
     #[arg(long, env = "NFOLD_NAME")]
     name: Option<String>,
     /// Version of the model
@@ -79,7 +83,7 @@ fn parse_size(text: &str) -> Result<Size, String> {
 /// Runs `nfold fold`.
 pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let checkpoint = Checkpoint::open_with(&args.checkpoint, &args.source.options())?;
     let options = FoldOptions {
         size: args.size.unwrap_or_default(),
         precision: match args.precision {
@@ -112,6 +116,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         },
         Err(e) => return Err(e.into()),
     };
+    super::inspect::warn(&written.manifest);
     if args.json {
         let report = json!({ "model": written.name, "version": written.version, "path": written.path, "manifest": written.manifest });
         writeln!(io::stdout(), "{report:#}")?;

@@ -96,7 +96,7 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
         Size::Fixed(height, width) => Some((height, width)),
         Size::Checkpoint | Size::Dynamic => None,
     };
-    let mut preprocessing = checkpoint.config.preprocessing(size).map_err(FoldError::Size)?;
+    let (mut preprocessing, source) = checkpoint.preprocessing(size).map_err(FoldError::Size)?;
     preprocessing.exif_orientation = options.exif_orientation;
     let dynamic = options.size == Size::Dynamic;
     let gate = if dynamic { Gate::Broadcast } else { options.gate };
@@ -109,7 +109,7 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
         same_padding: matches!(&checkpoint.network, Network::NormFree(plan) if plan.same_padding),
     });
 
-    let reader = checkpoint.reader()?;
+    let reader = checkpoint.reader();
     let mut emitter = Emitter::new(&reader, graph, options.unfolded);
     let (family, activation, gamma, blocks) = match &checkpoint.network {
         Network::NormFree(plan) => {
@@ -129,11 +129,10 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
 
     let (macs, folded_parameters) = (graph.macs, graph.parameters);
     let classes = checkpoint.network.classes();
-    let config = &checkpoint.config;
     let preprocessing_json = serde_json::to_string(&preprocessing).unwrap_or_default();
     let metadata = [
         ("producer", producer()),
-        ("architecture", config.architecture.clone()),
+        ("architecture", checkpoint.architecture.clone()),
         ("source_sha256", checkpoint.sha256.clone()),
         ("preprocessing", preprocessing_json),
     ];
@@ -144,15 +143,16 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
     let manifest = Manifest {
         format: MANIFEST_FORMAT,
         producer: producer(),
-        architecture: config.architecture.clone(),
+        architecture: checkpoint.architecture.clone(),
         precision: options.precision,
         graph_height: (!dynamic).then_some(preprocessing.height),
         graph_width: (!dynamic).then_some(preprocessing.width),
         classes: classes as u32,
-        labels: config.labels.clone(),
+        labels: checkpoint.labels.clone(),
         preprocessing,
         source_sha256: checkpoint.sha256.clone(),
         onnx_sha256: model::sha256(&onnx),
+        source,
         fold: FoldReport {
             family: family.into(),
             activation: activation.name().into(),

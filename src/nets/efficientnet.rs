@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
-use super::{Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
+use super::{Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
 
 /// Stages of the unscaled network: blocks, kernel, stride, expansion, channels. An expansion of 1 has no convolution
 /// of its own.
@@ -185,7 +185,8 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
         _ => return None,
     };
     let test_crop_pct = test_input.map(|_| 1.0);
-    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    let norm = if name == "efficientnet_b1" { Colours::Half } else { Colours::ImageNet };
+    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, norm, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]

@@ -232,6 +232,16 @@ impl Network {
         }
     }
 
+    /// Name of the classifier's weights, `[classes, features]`.
+    pub fn classifier(&self) -> String {
+        let module = match self {
+            Self::NormFree(_) => "head.fc",
+            Self::ResNet(_) => "fc",
+            Self::BatchNormed(plan) => plan.classifier,
+        };
+        format!("{module}.weight")
+    }
+
     /// Every tensor of a checkpoint of this network.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         match self {
@@ -261,6 +271,50 @@ pub struct Evaluation {
     pub test_crop_pct: Option<f64>,
     /// `center` or `squash`.
     pub crop_mode: &'static str,
+    /// `bicubic` or `bilinear`.
+    pub interpolation: &'static str,
+    /// Mean and standard deviation that images are normalised with.
+    pub norm: Colours,
+}
+
+impl Evaluation {
+    /// What most architectures have; sizes are to be filled in.
+    const USUAL: Self = Self {
+        input: 224,
+        test_input: None,
+        crop_pct: 0.875,
+        test_crop_pct: None,
+        crop_mode: "center",
+        interpolation: "bicubic",
+        norm: Colours::ImageNet,
+    };
+}
+
+/// Mean and standard deviation of colours, as training took them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colours {
+    /// ImageNet's own.
+    ImageNet,
+    /// 0.5 for all ("Inception").
+    Half,
+}
+
+impl Colours {
+    /// Mean by channel (R, G, B) on the 0..1 scale.
+    pub fn mean(self) -> [f64; 3] {
+        match self {
+            Self::ImageNet => [0.485, 0.456, 0.406],
+            Self::Half => [0.5; 3],
+        }
+    }
+
+    /// Standard deviation by channel (R, G, B) on the 0..1 scale.
+    pub fn std(self) -> [f64; 3] {
+        match self {
+            Self::ImageNet => [0.229, 0.224, 0.225],
+            Self::Half => [0.5; 3],
+        }
+    }
 }
 
 /// timm's evaluation settings for a supported architecture.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::{
-    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
+    Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
     make_divisible,
 };
 
@@ -552,8 +552,7 @@ fn light_nfnet(size: &str, eca: bool) -> NfConfig {
 /// timm's evaluation settings of an architecture.
 pub fn evaluation(name: &str) -> Option<Evaluation> {
     let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    let plain =
-        |input, test_input| Evaluation { input, test_input, crop_pct: 0.9, test_crop_pct: None, crop_mode: "center" };
+    let plain = |input, test_input| Evaluation { input, test_input, crop_pct: 0.9, ..Evaluation::USUAL };
     let (family, size) = name.rsplit_once('_').unwrap_or((name, ""));
     Some(match (family, size) {
         ("nf_regnet", "b0") => plain(192, Some(256)),
@@ -582,7 +581,7 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
                 _ => plain(input, Some(test)),
             }
         }
-        ("test", _) => Evaluation { crop_pct: 0.95, ..plain(160, None) },
+        ("test", _) => Evaluation { crop_pct: 0.95, norm: Colours::Half, ..plain(160, None) },
         ("nf", "resnet50") => Evaluation { crop_pct: 0.94, ..plain(256, Some(288)) },
         _ => plain(224, None),
     })

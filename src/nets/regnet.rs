@@ -260,7 +260,7 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
         "regnety_032" => (Some(288), 0.95, Some(1.0)),
         _ => (None, 0.875, None),
     };
-    Some(Evaluation { input: 224, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    Some(Evaluation { input: 224, test_input, crop_pct, test_crop_pct, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]

@@ -244,7 +244,7 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
         _ => (224, 288, 0.95, 1.0),
     };
     let (test_input, test_crop_pct) = (Some(test), Some(test_crop_pct));
-    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]
