@@ -485,3 +485,62 @@ fn the_table_of_sources_is_true() {
     }
     assert!(missing.is_empty(), "docs/folding.md lacks:\n{missing}");
 }
+
+/// A network whose maps leave half precision is refused, although this machine computes halves in single.
+#[test]
+fn half_precision_that_overflows_is_refused() {
+    let here = tempfile::tempdir().unwrap();
+    let copy = Copy::of("nf_resnet_small");
+    let fold = |copy: &Copy, name: &str| {
+        nfold(&["fold", &copy.folder(), "--name", name, "--precision", "fp16", "--size", "64", "--json"], here.path())
+    };
+    let fine = fold(&copy, "fine");
+    assert!(fine.status.success(), "{}", text(&fine.stderr));
+    let report: Value = serde_json::from_slice(&fine.stdout).unwrap();
+    let headroom = report["manifest"]["fold"]["verification"]["headroom"].as_f64().unwrap();
+    assert!((10.0..65_504.0).contains(&headroom), "{headroom}");
+    // the stem's gain times 2^16: weights fit still, maps don't
+    copy.tensors(|t| {
+        let stem = t.name == "stem.conv.gain";
+        Some(if stem { t.map32(safetensors::Dtype::F32, |v| (v * 65_536.0).to_le_bytes().to_vec()) } else { t })
+    });
+    let output = fold(&copy, "far");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("overflows") && text(&output.stderr).contains("--precision fp32"), "{}", text(&output.stderr));
+    assert!(!here.path().join("repository/far").exists());
+}
+
+/// Folding takes no more memory than three times the checkpoint, and the runtime's own.
+#[test]
+#[cfg(target_os = "linux")]
+fn folding_takes_little_memory() {
+    let here = tempfile::tempdir().unwrap();
+    let peak = |architecture: &str, args: &str| {
+        let made = nfold(&["init", architecture, "--out", architecture, "--model-args", args], here.path());
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        let size = fs::metadata(here.path().join(architecture).join("model.safetensors")).unwrap().len();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
+            .args(["fold", architecture, "--size", "64"])
+            .current_dir(here.path())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut peak = 0;
+        loop {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+            peak = peak.max(kib.unwrap_or(0) << 10);
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success());
+                return (peak, size);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    let (base, _) = peak("resnet18", r#"{"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}"#);
+    let (large, size) = peak("nf_resnet50", "{}");
+    let times = (large - base) as f64 / size as f64;
+    println!("{:.0} MB above {:.0} MB for a checkpoint of {:.0} MB: {times:.2} times", (large - base) as f64 / 1e6, base as f64 / 1e6, size as f64 / 1e6);
+    assert!(times <= 3.0, "{times:.2} times the checkpoint");
+}

@@ -124,6 +124,9 @@ pub fn describe(m: &Manifest) -> String {
             format!("{text} {:.2e} of a span of {:.3} ({} images)", v.max_abs_diff, v.logit_span, v.images),
         );
     }
+    if let Some(headroom) = f.verification.as_ref().and_then(|v| v.headroom) {
+        line("half precision", format!("the largest value of any map fits {headroom:.0} times"));
+    }
     if !f.blocks.is_empty() {
         let _ = writeln!(
             out,
