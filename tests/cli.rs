@@ -149,7 +149,7 @@ fn fold_refuses_and_leaves_nothing() {
 fn init_refuses_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
-    refused(&nfold(&["init", "resnet51", "--out", "x"], here), "the nearest that are: resnet50, ");
+    refused(&nfold(&["init", "resnet51", "--out", "x"], here), "the nearest that are: resnet");
     refused(&nfold(&["init", "resnet18", "--out", "x", "--model-args", r#"{"depth":1}"#], here), "`depth`");
     assert!(entries(here).is_empty());
     let made = nfold(

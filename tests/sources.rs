@@ -189,9 +189,7 @@ fn imagenets_names_come_with_its_tag() {
     let copy = Copy::of("nf_regnet_tanh");
     let set = |classes: usize| {
         copy.config(|c| {
-            for place in [&mut c["model_args"]["num_classes"], &mut c["pretrained_cfg"]["tag"]] {
-                *place = Value::Null;
-            }
+            c["model_args"]["num_classes"] = Value::Null;
             c["num_classes"] = json!(classes);
             c["pretrained_cfg"]["tag"] = json!("ra2_in1k");
         });

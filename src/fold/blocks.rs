@@ -141,14 +141,17 @@ impl<'a> Emitter<'a> {
             x = self.conv(&x, conv, Scales::NONE, None)?;
             x = self.graph.activation(&x, act, &format!("{}.act", conv.name));
         }
-        x = self.graph.max_pool(&x, "maxpool");
+        if plan.stem_pool {
+            x = self.graph.max_pool(&x, "maxpool");
+        }
         for block in &plan.blocks {
             let mut y = x.clone();
+            let last = block.convs.len() - 1;
             for (i, conv) in block.convs.iter().enumerate() {
                 if i > 0 {
                     y = self.graph.activation(&y, act, &format!("{}.act{i}", block.name));
                 }
-                y = self.conv(&y, conv, Scales::NONE, None)?;
+                y = self.conv(&y, conv, Scales::NONE, block.attention.as_ref().filter(|_| i == last))?;
             }
             if let Some(conv) = &block.downsample {
                 x = self.graph.average_pool(&x, block.pool, &format!("{}.downsample.0", block.name));
@@ -176,6 +179,9 @@ impl<'a> Emitter<'a> {
                     y = self.attention(&y, block.attention.as_ref(), 1.0)?;
                 }
                 y = self.conv(&y, conv, Scales::NONE, None)?;
+            }
+            if block.branch_activated {
+                y = self.graph.activation(&y, act, &format!("{name}.act"));
             }
             x = match &block.shortcut {
                 Shortcut::None => y,

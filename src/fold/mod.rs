@@ -162,7 +162,7 @@ fn emit<'a>(
         dynamic,
         precision: options.precision,
         gate,
-        same_padding: matches!(&checkpoint.network, Network::NormFree(plan) if plan.same_padding),
+        same_padding: checkpoint.network.same_padding(),
     });
     if let Some(store) = store {
         graph.store_in(store);

@@ -8,6 +8,7 @@ pub mod batch_normed;
 pub mod efficientnet;
 pub mod gamma;
 pub mod nf;
+mod published;
 pub mod regnet;
 pub mod resnet;
 pub mod scaled_ws;
@@ -134,6 +135,22 @@ pub enum Attention {
     },
 }
 
+impl Attention {
+    /// timm's `SEModule` over `chs` channels, `reduced` between its two layers: ReLU, whatever the network's own
+    /// activation is.
+    fn squeeze_excite(module: &str, chs: usize, reduced: usize) -> Self {
+        let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
+        Self::SqueezeExcite { fc1: fc("fc1", chs, reduced), fc2: fc("fc2", reduced, chs), activation: Activation::Relu }
+    }
+
+    /// timm's `EcaModule` over `chs` channels: the kernel's length follows from those.
+    fn efficient(module: &str, chs: usize) -> Self {
+        let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
+        let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
+        Self::Efficient { name: format!("{module}.conv"), chs, kernel }
+    }
+}
+
 /// How a pooling layer on the shortcut works before its 1x1 convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShortcutPool {
@@ -232,6 +249,15 @@ impl Network {
         }
     }
 
+    /// Whether convolutions pad as TensorFlow's SAME does.
+    pub fn same_padding(&self) -> bool {
+        match self {
+            Self::NormFree(plan) => plan.same_padding,
+            Self::ResNet(_) => false,
+            Self::BatchNormed(plan) => plan.same_padding,
+        }
+    }
+
     /// Name of the classifier's weights, `[classes, features]`.
     pub fn classifier(&self) -> String {
         let module = match self {
@@ -321,7 +347,8 @@ impl Colours {
 pub fn evaluation(architecture: &str) -> Option<Evaluation> {
     let name = base_name(architecture);
     let opponents = || regnet::evaluation(name).or_else(|| efficientnet::evaluation(name));
-    nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents)
+    let own = nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents);
+    own.or_else(|| published::evaluation(name))
 }
 
 /// Names of all supported architectures.

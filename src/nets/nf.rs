@@ -357,16 +357,9 @@ impl NfConfig {
                 }
                 let rounded = || make_divisible(chs as f64 * ratio, divisor, 0.0);
                 let reduced = rd_channels.filter(|&c| c > 0).unwrap_or_else(rounded);
-                let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
-                let (fc1, fc2) = (fc("fc1", chs, reduced), fc("fc2", reduced, chs));
-                // ReLU whatever the network's own activation is
-                Ok(Some(Attention::SqueezeExcite { fc1, fc2, activation: Activation::Relu }))
+                Ok(Some(Attention::squeeze_excite(module, chs, reduced)))
             }
-            Some("eca") => {
-                let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
-                let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
-                Ok(Some(Attention::Efficient { name: format!("{module}.conv"), chs, kernel }))
-            }
+            Some("eca") => Ok(Some(Attention::efficient(module, chs))),
             Some(other) => Err(bad_argument("attn_layer", &other.into(), "`se`, `eca` or null".into())),
         }
     }
