@@ -499,7 +499,8 @@ impl GraphBuilder {
     /// Writes the graph as the message it is, weights one by one: the same bytes wherever they are kept meanwhile.
     fn write(mut self, metadata: &[(&str, String)], to: &mut dyn Write) -> Result<(), GraphError> {
         // fields in the order of their numbers: nodes and name, weights, the rest
-        let before = pb::GraphProto { node: std::mem::take(&mut self.nodes), name: "nfold".into(), ..Default::default() };
+        let before =
+            pb::GraphProto { node: std::mem::take(&mut self.nodes), name: "nfold".into(), ..Default::default() };
         let after = pb::GraphProto {
             input: std::mem::take(&mut self.inputs),
             output: std::mem::take(&mut self.outputs),
@@ -512,7 +513,8 @@ impl GraphBuilder {
             .map(|(tensor, values)| (tensor.encode_to_vec(), values))
             .collect();
         let tensor_len = |(head, values): &(Vec<u8>, Values)| head.len() as u64 + field_len(values.len());
-        let graph_len = before.len() as u64 + weights.iter().map(|w| field_len(tensor_len(w))).sum::<u64>() + after.len() as u64;
+        let graph_len =
+            before.len() as u64 + weights.iter().map(|w| field_len(tensor_len(w))).sum::<u64>() + after.len() as u64;
 
         let entry =
             |(key, value): &(&str, String)| pb::StringStringEntryProto { key: (*key).into(), value: value.clone() };

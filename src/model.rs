@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 pub use self::golden::Golden;
 pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
-use crate::files::{self, DraftFolder};
 pub use self::source::{Source, SourceSetting};
+use crate::files::{self, DraftFolder};
 
 /// File name of the folded graph inside a version folder.
 pub const MODEL_FILE: &str = "model.onnx";

@@ -197,7 +197,11 @@ fn architectures_are_timms() {
         assert_eq!(serde_json::json!(e.test_crop_pct), expected["test_crop_pct"], "{name}");
         assert_eq!(e.crop_mode, expected["crop_mode"].as_str().unwrap_or("center"), "{name}");
         assert_eq!(e.interpolation, expected["interpolation"], "{name}");
-        assert_eq!(serde_json::json!([e.norm.mean(), e.norm.std()]), serde_json::json!([expected["mean"], expected["std"]]), "{name}");
+        assert_eq!(
+            serde_json::json!([e.norm.mean(), e.norm.std()]),
+            serde_json::json!([expected["mean"], expected["std"]]),
+            "{name}"
+        );
         assert_eq!(digest(&network), expected["digest"], "{name}: names or shapes of tensors");
     }
 }

@@ -143,28 +143,20 @@ impl Config {
         // what timm writes for people to read says nothing new
         unused.extend(top.keys().filter(|key| !TOP.contains(&key.as_str())).cloned());
         let layer = Layer { origin: file("pretrained_cfg."), settings };
-        Self {
-            architecture,
-            tag,
-            model_args,
-            labels,
-            labels_from,
-            layers: vec![layer],
-            unused,
-        }
-        .with_model(classes.or(own_classes), pool)
+        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+            .with_model(classes.or(own_classes), pool)
     }
 
     /// timm ≤ 0.6: everything at the top.
-    fn flat(
-        architecture: String,
-        model_args: Map<String, Value>,
-        mut top: Map<String, Value>,
-    ) -> Result<Self, String> {
+    fn flat(architecture: String, model_args: Map<String, Value>, mut top: Map<String, Value>) -> Result<Self, String> {
         let mut unused = Vec::new();
         let descriptions = top.remove("label_descriptions");
         // timm renames `labels` to `label_names`, whatever was there
-        let names = [("labels", top.remove("labels")), ("label_names", top.remove("label_names")), ("id2label", top.remove("id2label"))];
+        let names = [
+            ("labels", top.remove("labels")),
+            ("label_names", top.remove("label_names")),
+            ("id2label", top.remove("id2label")),
+        ];
         let used = names.into_iter().find_map(|(field, v)| Some((field, v.filter(|v| !is_empty(v))?)));
         let (labels, labels_from) = read_labels(used, descriptions, &mut unused)?;
         let mut fields = Fields::new("", &mut top);
@@ -179,7 +171,8 @@ impl Config {
         }
         fields.refuse_the_rest(&mut unused)?;
         let layer = Layer { origin: file(""), settings };
-        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }.with_model(classes, pool)
+        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+            .with_model(classes, pool)
     }
 
     /// Lays what the file says about the network outside `model_args` under them.
@@ -229,8 +222,7 @@ pub fn training(args: &Map<String, Value>) -> Result<(Settings, Map<String, Valu
     let filter: Option<String> = fields.take("interpolation")?;
     if let Some(filter) = filter.filter(|f| !f.is_empty() && f != "random") {
         let value = Value::from(filter);
-        settings.interpolation =
-            Some(serde_json::from_value(value).map_err(|e| format!("args.interpolation: {e}"))?);
+        settings.interpolation = Some(serde_json::from_value(value).map_err(|e| format!("args.interpolation: {e}"))?);
     }
     let mode: Option<String> = fields.take("crop_mode")?;
     if let Some(mode) = mode.filter(|m| !m.is_empty()) {

@@ -56,7 +56,8 @@ pub fn locate(path: &Path) -> Result<Location, CheckpointError> {
     let whole = fs::canonicalize(path).map_err(read(path))?;
     let own = |p: &Path| p.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
     let config_in = |folder: &Path| Some(folder.join(CONFIG_FILE)).filter(|p| p.is_file());
-    let hub = [WEIGHTS_FILE.into(), format!("{WEIGHTS_FILE}{INDEX}"), TORCH_FILE.into(), format!("{TORCH_FILE}{INDEX}")];
+    let hub =
+        [WEIGHTS_FILE.into(), format!("{WEIGHTS_FILE}{INDEX}"), TORCH_FILE.into(), format!("{TORCH_FILE}{INDEX}")];
     if !whole.is_dir() {
         let folder = whole.parent().unwrap_or(Path::new("/"));
         // a file as the hub names it belongs to the configuration beside it
@@ -140,7 +141,8 @@ fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, Checkp
     }
     let header = safetensors_file::read(source, file)
         .map_err(|e| CheckpointError::Weights { path: path.clone(), reason: e.to_string() })?;
-    let told = ["architecture", "arch", "model_name"].into_iter().find_map(|key| Some((key, header.metadata.get(key)?)));
+    let told =
+        ["architecture", "arch", "model_name"].into_iter().find_map(|key| Some((key, header.metadata.get(key)?)));
     let mut opened = Opened {
         architecture: told.map(|(key, value)| (value.clone(), format!("metadata `{key}` of {}", shown(path)))),
         ..Opened::default()

@@ -22,7 +22,7 @@ pub fn is_imagenet_1k(tag: &str) -> bool {
 
 /// Names as a configuration writes them: `names` in a list or a dictionary by class number, each looked up in
 /// `descriptions` where there are some. The number of classes is not known yet: a dictionary's names end with its highest
-/// number, and [`complete`] fills up. `what` names the field in messages.
+/// number, and [`Names::complete`] fills up. `what` names the field in messages.
 pub fn read(names: &Value, descriptions: Option<&Value>, what: &str) -> Result<Names, String> {
     let mut found = match names {
         Value::Array(list) => {
@@ -114,7 +114,8 @@ pub fn from_file(bytes: &[u8]) -> Result<Names, String> {
 fn by_number(map: &Map<String, Value>, what: &str) -> Result<Names, String> {
     let mut names = Vec::new();
     for (key, name) in map {
-        let class: usize = key.trim().parse().map_err(|_| format!("{what} has the key `{key}`, which is no class number"))?;
+        let class: usize =
+            key.trim().parse().map_err(|_| format!("{what} has the key `{key}`, which is no class number"))?;
         if class >= 1_000_000 {
             return Err(format!("{what} names class {class}; the highest possible is 999999"));
         }

@@ -238,7 +238,9 @@ impl Checkpoint {
             None => None,
         };
         if path.is_dir() && config.is_none() && options.architecture.is_none() {
-            return Err(files::text(&path.join(CONFIG_FILE)).err().unwrap_or(CheckpointError::NoArchitecture(path.into())));
+            return Err(files::text(&path.join(CONFIG_FILE))
+                .err()
+                .unwrap_or(CheckpointError::NoArchitecture(path.into())));
         }
         if let Some(config) = &mut config {
             config.model_args.extend(options.model_args.clone());
@@ -290,7 +292,11 @@ fn without_config(
 ) -> Result<(Config, String), CheckpointError> {
     let (architecture, from) = match (&options.architecture, &opened.architecture) {
         (Some(given), Some((found, _))) if nets::base_name(given) != nets::base_name(found) => {
-            return Err(CheckpointError::OtherArchitecture { given: given.clone(), found: found.clone(), path: path.into() });
+            return Err(CheckpointError::OtherArchitecture {
+                given: given.clone(),
+                found: found.clone(),
+                path: path.into(),
+            });
         }
         (Some(given), _) => (given.clone(), "--arch".to_string()),
         (None, Some(found)) => found.clone(),
@@ -331,7 +337,11 @@ fn of_architecture(architecture: &str) -> Option<Layer> {
         crop_pct: Some(e.crop_pct),
         test_crop_pct: e.test_crop_pct,
         crop_mode: Some(if e.crop_mode == "squash" { CropMode::Squash } else { CropMode::Center }),
-        interpolation: Some(if e.interpolation == "bilinear" { Interpolation::Bilinear } else { Interpolation::Bicubic }),
+        interpolation: Some(if e.interpolation == "bilinear" {
+            Interpolation::Bilinear
+        } else {
+            Interpolation::Bicubic
+        }),
         mean: Some(e.norm.mean().to_vec()),
         std: Some(e.norm.std().to_vec()),
     };
@@ -479,11 +489,6 @@ impl Assembly<'_> {
         if labels.is_empty() {
             let hint = if classes == labels::IMAGENET_1K_CLASSES { "FILE, or imagenet-1k if they are" } else { "FILE" };
             warnings.push(format!("classes have no names, so answers carry numbers; give names with --labels {hint}"));
-        }
-        if classes == 1 {
-            warnings.push(
-                "the network has one output, whose softmax is always 1; read its logit, and apply a sigmoid to that".into(),
-            );
         }
     }
 }

@@ -21,8 +21,17 @@ const WRAPPERS: [&str; 12] = [
     "averaged_model",
 ];
 /// Modules beside a network that training has and inference has not.
-const TRAINING: [&str; 9] =
-    ["criterion", "loss", "loss_fn", "loss_func", "train_metrics", "val_metrics", "metrics", "n_averaged", "train_loss"];
+const TRAINING: [&str; 9] = [
+    "criterion",
+    "loss",
+    "loss_fn",
+    "loss_func",
+    "train_metrics",
+    "val_metrics",
+    "metrics",
+    "n_averaged",
+    "train_loss",
+];
 
 /// What was found around a network's tensors.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -63,8 +72,7 @@ pub fn unwrap(tensors: &mut Tensors, first: &str, use_ema: bool) -> Result<Unwra
         }
         _ => String::new(),
     };
-    let mut unwrapped =
-        Unwrapped { prefix: prefix.clone(), averaged: ema.contains(&prefix), ..Unwrapped::default() };
+    let mut unwrapped = Unwrapped { prefix: prefix.clone(), averaged: ema.contains(&prefix), ..Unwrapped::default() };
     if !use_ema {
         unwrapped.ema = ema.first().filter(|p| **p != prefix).cloned();
     }
@@ -72,7 +80,8 @@ pub fn unwrap(tensors: &mut Tensors, first: &str, use_ema: bool) -> Result<Unwra
     let twins: Vec<&String> = ema.iter().chain(&plain).filter(|p| **p != prefix && !p.is_empty()).collect();
     let old = std::mem::take(&mut tensors.entries);
     for (name, entry) in old {
-        let twin = twins.iter().find(|p| name.starts_with(p.as_str()) && (prefix.is_empty() || !name.starts_with(&prefix)));
+        let twin =
+            twins.iter().find(|p| name.starts_with(p.as_str()) && (prefix.is_empty() || !name.starts_with(&prefix)));
         match name.strip_prefix(&prefix) {
             _ if twin.is_some() => {
                 let note = format!("{}*", twin.map_or("", |p| p.as_str()));
@@ -111,7 +120,9 @@ mod tests {
 
     #[test]
     fn wrappers_come_off() {
-        for prefix in ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "timm_model.", "model.net."] {
+        for prefix in
+            ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "timm_model.", "model.net."]
+        {
             let names = [format!("{prefix}stem.conv.weight"), format!("{prefix}head.fc.bias")];
             let (found, left) = run(&names.each_ref().map(String::as_str), false).expect(prefix);
             assert_eq!(found.prefix, prefix);

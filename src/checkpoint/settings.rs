@@ -82,43 +82,36 @@ const DEFAULT: &str = "timm's default";
 /// Preprocessing as timm resolves it for evaluation, as its `validate.py` does: a layer's test size and its crop share
 /// before its plain ones (`resolve_data_config(use_test_size=True)`). `size` (height, width) overrides the size alone.
 /// Returns the settings with their origins.
-pub fn resolve(
-    layers: &[Layer],
-    size: Option<(u32, u32)>,
-) -> Result<(Preprocessing, Vec<SourceSetting>), String> {
+pub fn resolve(layers: &[Layer], size: Option<(u32, u32)>) -> Result<(Preprocessing, Vec<SourceSetting>), String> {
     let mut origins = Vec::new();
     let mut note = |setting: &str, origin: String| origins.push(SourceSetting { setting: setting.into(), origin });
     // timm treats 0 and an empty list as absent
     let share = |pct: Option<f64>| pct.filter(|c| *c != 0.0);
-    let ([_, height, width], from) = first(layers, [
-        ("test_input_size", &|s| s.test_input_size),
-        ("input_size", &|s| s.input_size),
-    ])
-    .unwrap_or(([3, DEFAULT_SIZE, DEFAULT_SIZE], DEFAULT.into()));
+    let ([_, height, width], from) =
+        first(layers, [("test_input_size", &|s| s.test_input_size), ("input_size", &|s| s.input_size)])
+            .unwrap_or(([3, DEFAULT_SIZE, DEFAULT_SIZE], DEFAULT.into()));
     let ((height, width), from) = match size {
         Some(size) => (size, "--size".into()),
         None => ((height, width), from),
     };
     note("size", from);
-    let (crop_pct, from) = first(layers, [
-        ("test_crop_pct", &|s| share(s.test_crop_pct)),
-        ("crop_pct", &|s| share(s.crop_pct)),
-    ])
-    .unwrap_or((DEFAULT_CROP_PCT, DEFAULT.into()));
+    let (crop_pct, from) =
+        first(layers, [("test_crop_pct", &|s| share(s.test_crop_pct)), ("crop_pct", &|s| share(s.crop_pct))])
+            .unwrap_or((DEFAULT_CROP_PCT, DEFAULT.into()));
     note("crop_pct", from);
     let (crop_mode, from) =
         first(layers, [("crop_mode", &|s| s.crop_mode)]).unwrap_or((CropMode::Center, DEFAULT.into()));
     note("crop_mode", from);
-    let (interpolation, from) = first(layers, [("interpolation", &|s| s.interpolation)])
-        .unwrap_or((Interpolation::Bicubic, DEFAULT.into()));
+    let (interpolation, from) =
+        first(layers, [("interpolation", &|s| s.interpolation)]).unwrap_or((Interpolation::Bicubic, DEFAULT.into()));
     note("interpolation", from);
     let channels = |values: Option<&Vec<f64>>| values.filter(|v| !v.is_empty()).cloned();
-    let (mean, from) = first(layers, [("mean", &|s| channels(s.mean.as_ref()))])
-        .unwrap_or((IMAGENET_MEAN.to_vec(), DEFAULT.into()));
+    let (mean, from) =
+        first(layers, [("mean", &|s| channels(s.mean.as_ref()))]).unwrap_or((IMAGENET_MEAN.to_vec(), DEFAULT.into()));
     let mean = by_channel("mean", &mean, &from)?;
     note("mean", from);
-    let (std, from) = first(layers, [("std", &|s| channels(s.std.as_ref()))])
-        .unwrap_or((IMAGENET_STD.to_vec(), DEFAULT.into()));
+    let (std, from) =
+        first(layers, [("std", &|s| channels(s.std.as_ref()))]).unwrap_or((IMAGENET_STD.to_vec(), DEFAULT.into()));
     let std = by_channel("std", &std, &from)?;
     note("std", from);
     let resolved =
@@ -139,9 +132,9 @@ type Field<'a, T> = (&'a str, &'a dyn Fn(&Settings) -> Option<T>);
 
 /// The first layer's first field that is there, and where it came from.
 fn first<T, const N: usize>(layers: &[Layer], fields: [Field<'_, T>; N]) -> Option<(T, String)> {
-    layers.iter().find_map(|layer| {
-        fields.iter().find_map(|(name, read)| Some((read(&layer.settings)?, layer.origin.of(name))))
-    })
+    layers
+        .iter()
+        .find_map(|layer| fields.iter().find_map(|(name, read)| Some((read(&layer.settings)?, layer.origin.of(name)))))
 }
 
 /// One value for each of three channels; a single one is all of them.
@@ -166,8 +159,17 @@ mod tests {
         let config = Origin::File { before: "pretrained_cfg.".into(), after: String::new() };
         let layers = [
             layer(Origin::CommandLine, Settings { mean: Some(vec![0.5]), ..Settings::default() }),
-            layer(config, Settings { test_input_size: Some([3, 96, 64]), input_size: Some([3, 32, 32]),
-                mean: Some(vec![0.1, 0.2, 0.3]), crop_pct: Some(0.9), test_crop_pct: Some(0.0), ..Settings::default() }),
+            layer(
+                config,
+                Settings {
+                    test_input_size: Some([3, 96, 64]),
+                    input_size: Some([3, 32, 32]),
+                    mean: Some(vec![0.1, 0.2, 0.3]),
+                    crop_pct: Some(0.9),
+                    test_crop_pct: Some(0.0),
+                    ..Settings::default()
+                },
+            ),
             layer(Origin::Architecture("a".into()), Settings { std: Some(vec![0.2; 3]), ..Settings::default() }),
         ];
         let (p, origins) = resolve(&layers, None).expect("resolves");

@@ -127,9 +127,7 @@ impl Tensors {
         };
         let (bytes, convert): (usize, Convert) = match entry.number {
             Number::F64 => (8, |b, out| out.extend(b.as_chunks().0.iter().map(|v| f64::from_le_bytes(*v)))),
-            Number::F32 => {
-                (4, |b, out| out.extend(b.as_chunks().0.iter().map(|v| f64::from(f32::from_le_bytes(*v)))))
-            }
+            Number::F32 => (4, |b, out| out.extend(b.as_chunks().0.iter().map(|v| f64::from(f32::from_le_bytes(*v))))),
             Number::F16 => (2, |b, out| out.extend(b.as_chunks().0.iter().map(|v| f16::from_le_bytes(*v).to_f64()))),
             _ => (2, |b, out| out.extend(b.as_chunks().0.iter().map(|v| bf16::from_le_bytes(*v).to_f64()))),
         };

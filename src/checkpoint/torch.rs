@@ -121,7 +121,9 @@ fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     }
     let has = |end: &str| places.keys().any(|name| name.ends_with(end));
     if has("/constants.pkl") || has("/version.json") {
-        return Err(TorchError::Kind("it is a TorchScript program, not a state dictionary; save model.state_dict()".into()));
+        return Err(TorchError::Kind(
+            "it is a TorchScript program, not a state dictionary; save model.state_dict()".into(),
+        ));
     }
     if has(".npy") {
         return Err(TorchError::Kind("it is a NumPy archive, not a state dictionary of timm".into()));
@@ -266,7 +268,8 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, place: Place<'_>) -> Result<
         let model = out.training.args.get("model").and_then(Value::as_str);
         out.training.architecture = text("arch").or(model.map(String::from));
         let read = ["arch", "args"];
-        let rest = pairs.iter().filter_map(|(name, _)| arena.text(*name)).filter(|name| *name != key && !read.contains(name));
+        let rest =
+            pairs.iter().filter_map(|(name, _)| arena.text(*name)).filter(|name| *name != key && !read.contains(name));
         out.unused.extend(rest.map(String::from));
     }
     for &(name, value) in arena.pairs(state).unwrap_or_default() {

@@ -13,11 +13,7 @@ pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> R
 }
 
 /// As [`answers`], of all images in one run.
-pub fn answers_together(
-    graph: &mut dyn Backend,
-    count: usize,
-    size: (usize, usize),
-) -> Result<Vec<f32>, BackendError> {
+pub fn answers_together(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
     let data = images(size).take(count).flatten().collect();
     Ok(graph.run(&Batch { images: count, height: size.0, width: size.1, data })?.data)
 }

@@ -298,13 +298,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Weight standardisation as operations in double precision; returns the standardised weight's name.
-    fn standardisation(
-        &mut self,
-        conv: &Conv,
-        weight: &[f64],
-        gain: &[f64],
-        eps: f64,
-    ) -> Result<String, FoldError> {
+    fn standardisation(&mut self, conv: &Conv, weight: &[f64], gain: &[f64], eps: f64) -> Result<String, FoldError> {
         let graph = &mut self.graph;
         let name = |leaf: &str| format!("{}.weight{leaf}", conv.name);
         let raw = graph.double(&name(""), &conv.weight_shape(), weight)?;

@@ -143,11 +143,7 @@ struct Emitted<'a> {
 }
 
 /// Emits the graph; large weights go to the `store`, where there is one.
-fn emit<'a>(
-    checkpoint: &'a Checkpoint,
-    options: &FoldOptions,
-    store: Option<File>,
-) -> Result<Emitted<'a>, FoldError> {
+fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<File>) -> Result<Emitted<'a>, FoldError> {
     let size = match options.size {
         Size::Fixed(height, width) => Some((height, width)),
         Size::Checkpoint | Size::Dynamic => None,

@@ -4,7 +4,7 @@
 use half::f16;
 use prost::Message as _;
 
-use super::{GraphError, FLOAT, FLOAT16, int, typed};
+use super::{FLOAT, FLOAT16, GraphError, int, typed};
 use crate::pb::onnx::{ModelProto, NodeProto};
 
 /// The largest magnitude that half precision holds.

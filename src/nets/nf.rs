@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::{
-    Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
-    make_divisible,
+    Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument,
+    check_stages, make_divisible,
 };
 
 /// timm's `NfCfg`: what makes one architecture of the family.

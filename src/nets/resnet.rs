@@ -3,7 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
-use super::{Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages, make_divisible};
+use super::{
+    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
+    make_divisible,
+};
 
 /// PyTorch's default of `BatchNorm2d`.
 const EPS: f64 = 1e-5;
@@ -338,7 +341,14 @@ pub fn variant(name: &str) -> Option<ResNetConfig> {
         bottleneck: !matches!(depth, "10" | "18" | "34"),
         layers: layers.to_vec(),
         channels: vec![64, 128, 256, 512],
-        stem_type: if deep { "deep" } else if tiered { "deep_tiered" } else { "" }.into(),
+        stem_type: if deep {
+            "deep"
+        } else if tiered {
+            "deep_tiered"
+        } else {
+            ""
+        }
+        .into(),
         stem_width: if deep || tiered || light { 32 } else { 64 },
         avg_down: deep || tiered || light,
         cardinality,

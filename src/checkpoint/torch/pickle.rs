@@ -198,13 +198,11 @@ fn known(name: &str) -> bool {
         "pytorch_lightning.utilities.parsing.AttributeDict",
     ];
     const TYPES: [&str; 12] = [
-        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "double", "half",
+        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "double",
+        "half",
     ];
     let leaf = name.strip_prefix("torch.").unwrap_or_default();
-    TORCH.contains(&name)
-        || PLAIN.contains(&name)
-        || TYPES.contains(&leaf)
-        || storage_kind(leaf)
+    TORCH.contains(&name) || PLAIN.contains(&name) || TYPES.contains(&leaf) || storage_kind(leaf)
 }
 
 /// Names of torch's storage classes.
@@ -419,7 +417,8 @@ impl Machine<'_> {
                 }
                 0x93 => {
                     let (name, module) = (self.pop()?, self.pop()?);
-                    let text = |id| self.arena.text(id).map(String::from).ok_or(PickleError::Damaged("a global without name"));
+                    let text =
+                        |id| self.arena.text(id).map(String::from).ok_or(PickleError::Damaged("a global without name"));
                     let (module, name) = (text(module)?, text(name)?);
                     self.global(&module, &name)?;
                 }
@@ -663,7 +662,14 @@ mod tests {
 
     #[test]
     fn nothing_beyond_the_list_is_known() {
-        for global in ["os\nsystem", "builtins\neval", "__builtin__\nexec", "posix\nsystem", "torch\nload", "timm.models.nfnet\nNormFreeNet"] {
+        for global in [
+            "os\nsystem",
+            "builtins\neval",
+            "__builtin__\nexec",
+            "posix\nsystem",
+            "torch\nload",
+            "timm.models.nfnet\nNormFreeNet",
+        ] {
             let bytes = [b"\x80\x02c", global.as_bytes(), b"\nX\x02\x00\x00\x00id\x85R."].concat();
             let error = parse(&bytes).expect_err(global);
             assert_eq!(error, PickleError::Global(global.replace('\n', ".")), "{global}");
