@@ -6,6 +6,7 @@
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
+#   make check-all         tests that are too long for every change: all published checkpoints up to 80 M parameters fold
 #   make soak              overload for three minutes, mixed load for ten, watching memory
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
 #   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
@@ -23,7 +24,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu
+.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	cargo build --quiet --locked
@@ -73,6 +74,9 @@ simulate:
 
 mutants:
 	tests/simulation/mutants/run
+
+check-all: ort
+	cargo test --locked --test tests -- --ignored --nocapture golden::
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::

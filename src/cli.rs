@@ -18,6 +18,7 @@ mod man;
 mod printable;
 mod serve;
 mod signals;
+mod source;
 mod spp;
 
 use std::io::{self, Write as _};

@@ -216,6 +216,19 @@ impl OrtBackend {
         Self::of(builder.commit_from_memory(onnx).map_err(refused(what))?, what)
     }
 
+    /// As [`open`](Self::open), from a file.
+    pub fn open_file(path: &Path, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
+        Self::of(builder.commit_from_file(path).map_err(refused(what))?, what)
+    }
+
+    /// As [`open_file`](Self::open_file), and runs the graph as it is written: weight arithmetic is done by each run, weight
+    /// by weight, instead of before the first for all weights at once, which takes several times their memory.
+    pub fn open_file_as_written(path: &Path, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let mut builder = Self::builder(what, options, GraphOptimizationLevel::Disable)?;
+        Self::of(builder.commit_from_file(path).map_err(refused(what))?, what)
+    }
+
     /// As [`open`](Self::open).
     pub fn open_fitted(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         Self::commit(Self::builder(what, options, graph.level())?, graph, what)
@@ -346,6 +359,12 @@ impl MapBackend {
     /// Opens a session on ONNX bytes; `what` names them in messages.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let mut builder = prepare(environment()?, options, GraphOptimizationLevel::All).map_err(refused(what))?;
+        Ok(Self { session: builder.commit_from_memory(onnx).map_err(refused(what))? })
+    }
+
+    /// As [`open`](Self::open), and runs the graph as it is written.
+    pub fn open_as_written(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
+        let mut builder = prepare(environment()?, options, GraphOptimizationLevel::Disable).map_err(refused(what))?;
         Ok(Self { session: builder.commit_from_memory(onnx).map_err(refused(what))? })
     }
 

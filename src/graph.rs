@@ -4,7 +4,11 @@
 //! The emission is chosen for ONNX Runtime's blocked CPU layout (NCHWc) and stays plain ONNX: SiLU as
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
-use bytes::Bytes;
+pub mod half_emulation;
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
+
 use half::f16;
 use prost::Message as _;
 
@@ -38,6 +42,51 @@ pub enum GraphError {
         /// The number format.
         precision: Precision,
     },
+    /// Bytes that are no graph of ours.
+    #[error("the graph can't be read back")]
+    Unreadable,
+    /// The graph can't be written, or its values not kept meanwhile.
+    #[error("can't write the graph: {0}; is the disk full?")]
+    Io(String),
+}
+
+/// Values of a weight.
+#[derive(Debug)]
+enum Values {
+    /// In memory.
+    Here(Vec<u8>),
+    /// In the file that [`GraphBuilder::store_in`] was given.
+    Stored { offset: u64, len: u64 },
+}
+
+impl Values {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Here(bytes) => bytes.len() as u64,
+            Self::Stored { len, .. } => *len,
+        }
+    }
+}
+
+/// Bytes from which on values are stored.
+const STORED: usize = 1 << 12;
+
+/// Field numbers of the messages that are written piece by piece.
+const GRAPH_FIELD: u32 = 7;
+const INITIALIZER_FIELD: u32 = 5;
+const RAW_DATA_FIELD: u32 = 9;
+
+/// What stands before a field of so many bytes: its number and kind, its length.
+fn field_head(field: u32, len: u64) -> Vec<u8> {
+    let mut head = Vec::with_capacity(12);
+    prost::encoding::encode_key(field, prost::encoding::WireType::LengthDelimited, &mut head);
+    prost::encoding::encode_varint(len, &mut head);
+    head
+}
+
+/// Bytes of a field whose number is below 16, head and all; an empty one is left out.
+fn field_len(len: u64) -> u64 {
+    if len == 0 { 0 } else { 1 + prost::encoding::encoded_len_varint(len) as u64 + len }
 }
 
 /// A feature map `[N, chs, height, width]` of the graph under construction.
@@ -75,7 +124,12 @@ pub struct Emission {
 pub struct GraphBuilder {
     emission: Emission,
     nodes: Vec<NodeProto>,
-    initializers: Vec<TensorProto>,
+    initializers: Vec<(TensorProto, Values)>,
+    /// Where large values wait for the graph to be written; in memory where there is none.
+    store: Option<File>,
+    /// Bytes of values in memory so far, and of those in the store.
+    kept: u64,
+    kept_stored: u64,
     value_info: Vec<ValueInfoProto>,
     inputs: Vec<ValueInfoProto>,
     outputs: Vec<ValueInfoProto>,
@@ -92,12 +146,20 @@ impl GraphBuilder {
             emission,
             nodes: Vec::new(),
             initializers: Vec::new(),
+            store: None,
+            kept: 0,
+            kept_stored: 0,
             value_info: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
             macs: 0,
             parameters: 0,
         }
+    }
+
+    /// Keeps large values in this empty file until the graph is written, instead of in memory.
+    pub fn store_in(&mut self, file: File) {
+        self.store = Some(file);
     }
 
     /// A classifier's graph so far: its input map, `input`, float32 `[batch, 3, H, W]`.
@@ -138,18 +200,18 @@ impl GraphBuilder {
             Precision::Fp32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
             Precision::Fp16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
         };
-        Ok(self.initializer(name, dims, self.element(), raw))
+        self.weight(name, dims, self.element(), raw)
     }
 
     /// A value in double precision, for the weight arithmetic that an unfolded graph carries. Stored in single precision
     /// where that is exact, as it is for every checkpoint but F64 ones: half the file.
-    pub fn double(&mut self, name: &str, dims: &[usize], values: &[f64]) -> String {
+    pub fn double(&mut self, name: &str, dims: &[usize], values: &[f64]) -> Result<String, GraphError> {
         if values.iter().any(|&v| f64::from(v as f32) != v) {
-            return self.initializer(name, dims, DOUBLE, values.iter().flat_map(|v| v.to_le_bytes()).collect());
+            return self.weight(name, dims, DOUBLE, values.iter().flat_map(|v| v.to_le_bytes()).collect());
         }
         let raw = values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect();
-        let stored = self.initializer(name, dims, FLOAT, raw);
-        self.node("Cast", &format!("{name}.double"), &[&stored], vec![int("to", DOUBLE.into())])
+        let stored = self.weight(name, dims, FLOAT, raw)?;
+        Ok(self.node("Cast", &format!("{name}.double"), &[&stored], vec![int("to", DOUBLE.into())]))
     }
 
     /// A constant list of integers: shapes and axes.
@@ -157,11 +219,29 @@ impl GraphBuilder {
         self.initializer(name, &[values.len()], INT64, values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
+    /// A small constant.
     fn initializer(&mut self, name: &str, dims: &[usize], data_type: i32, raw: Vec<u8>) -> String {
+        self.kept += raw.len() as u64;
         let dims = dims.iter().map(|&d| d as i64).collect();
-        let raw_data = Bytes::from(raw);
-        self.initializers.push(TensorProto { dims, data_type, name: name.into(), raw_data, ..TensorProto::default() });
+        let tensor = TensorProto { dims, data_type, name: name.into(), ..TensorProto::default() };
+        self.initializers.push((tensor, Values::Here(raw)));
         name.into()
+    }
+
+    /// A constant of any size: large ones are stored, where there is a store.
+    fn weight(&mut self, name: &str, dims: &[usize], data_type: i32, raw: Vec<u8>) -> Result<String, GraphError> {
+        let len = raw.len();
+        let Some(file) = self.store.as_mut().filter(|_| len >= STORED) else {
+            return Ok(self.initializer(name, dims, data_type, raw));
+        };
+        let offset = self.kept_stored;
+        file.write_all(&raw).map_err(|e| GraphError::Io(e.to_string()))?;
+        self.kept_stored += len as u64;
+        let name = self.initializer(name, dims, data_type, Vec::new());
+        if let Some((_, values)) = self.initializers.last_mut() {
+            *values = Values::Stored { offset, len: len as u64 };
+        }
+        Ok(name)
     }
 
     fn element(&self) -> i32 {
@@ -262,7 +342,7 @@ impl GraphBuilder {
 
     /// A scalar constant shared by every use.
     fn bound(&mut self, name: &str, value: f32) -> String {
-        if !self.initializers.iter().any(|t| t.name == name) {
+        if !self.initializers.iter().any(|(t, _)| t.name == name) {
             let raw = match self.emission.precision {
                 Precision::Fp32 => value.to_le_bytes().to_vec(),
                 Precision::Fp16 => f16::from_f32(value).to_le_bytes().to_vec(),
@@ -392,32 +472,90 @@ impl GraphBuilder {
     }
 
     /// A classifier as ONNX bytes: input `input` `[batch, 3, H, W]`, output `logits` `[batch, classes]`, both float32.
-    pub fn finish(mut self, classes: usize, metadata: &[(&str, String)]) -> Vec<u8> {
+    pub fn finish(self, classes: usize, metadata: &[(&str, String)]) -> Result<Vec<u8>, GraphError> {
+        let mut bytes = Vec::with_capacity(usize::try_from(self.kept).unwrap_or(0) + (64 << 10));
+        self.finish_to(classes, metadata, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// As [`finish`](Self::finish), written piece by piece.
+    pub fn finish_to(
+        mut self,
+        classes: usize,
+        metadata: &[(&str, String)],
+        to: &mut dyn Write,
+    ) -> Result<(), GraphError> {
         self.outputs.push(typed("logits", FLOAT, &[dim(BATCH), fixed(classes)]));
-        self.encode(metadata)
+        self.write(metadata, to)
     }
 
     /// The graph as ONNX bytes, with the inputs and outputs declared.
-    pub fn encode(self, metadata: &[(&str, String)]) -> Vec<u8> {
-        let graph = pb::GraphProto {
-            name: "nfold".into(),
-            input: self.inputs,
-            output: self.outputs,
-            node: self.nodes,
-            initializer: self.initializers,
-            value_info: self.value_info,
+    pub fn encode(self, metadata: &[(&str, String)]) -> Result<Vec<u8>, GraphError> {
+        let mut bytes = Vec::new();
+        self.write(metadata, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Writes the graph as the message it is, weights one by one: the same bytes wherever they are kept meanwhile.
+    fn write(mut self, metadata: &[(&str, String)], to: &mut dyn Write) -> Result<(), GraphError> {
+        // fields in the order of their numbers: nodes and name, weights, the rest
+        let before =
+            pb::GraphProto { node: std::mem::take(&mut self.nodes), name: "nfold".into(), ..Default::default() };
+        let after = pb::GraphProto {
+            input: std::mem::take(&mut self.inputs),
+            output: std::mem::take(&mut self.outputs),
+            value_info: std::mem::take(&mut self.value_info),
+            ..Default::default()
         };
+        let (before, after) = (before.encode_to_vec(), after.encode_to_vec());
+        let weights: Vec<(Vec<u8>, Values)> = std::mem::take(&mut self.initializers)
+            .into_iter()
+            .map(|(tensor, values)| (tensor.encode_to_vec(), values))
+            .collect();
+        let tensor_len = |(head, values): &(Vec<u8>, Values)| head.len() as u64 + field_len(values.len());
+        let graph_len =
+            before.len() as u64 + weights.iter().map(|w| field_len(tensor_len(w))).sum::<u64>() + after.len() as u64;
+
         let entry =
             |(key, value): &(&str, String)| pb::StringStringEntryProto { key: (*key).into(), value: value.clone() };
-        let model = pb::ModelProto {
+        let first = pb::ModelProto {
             ir_version: IR_VERSION,
             producer_name: env!("CARGO_PKG_NAME").into(),
             producer_version: env!("CARGO_PKG_VERSION").into(),
-            graph: Some(graph),
+            ..Default::default()
+        };
+        let last = pb::ModelProto {
             opset_import: vec![pb::OperatorSetIdProto { domain: String::new(), version: OPSET }],
             metadata_props: metadata.iter().map(entry).collect(),
+            ..Default::default()
         };
-        model.encode_to_vec()
+        let io = |source: io::Error| GraphError::Io(source.to_string());
+        to.write_all(&first.encode_to_vec()).map_err(io)?;
+        to.write_all(&field_head(GRAPH_FIELD, graph_len)).map_err(io)?;
+        to.write_all(&before).map_err(io)?;
+        for weight in &weights {
+            to.write_all(&field_head(INITIALIZER_FIELD, tensor_len(weight))).map_err(io)?;
+            let (head, values) = weight;
+            to.write_all(head).map_err(io)?;
+            if values.len() > 0 {
+                to.write_all(&field_head(RAW_DATA_FIELD, values.len())).map_err(io)?;
+                self.copy(values, to).map_err(io)?;
+            }
+        }
+        to.write_all(&after).map_err(io)?;
+        to.write_all(&last.encode_to_vec()).map_err(io)
+    }
+
+    fn copy(&mut self, values: &Values, to: &mut dyn Write) -> io::Result<()> {
+        match (values, &mut self.store) {
+            (Values::Here(bytes), _) => to.write_all(bytes),
+            (Values::Stored { offset, len }, Some(file)) => {
+                file.seek(SeekFrom::Start(*offset))?;
+                let copied = io::copy(&mut file.take(*len), to)?;
+                if copied == *len { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+            }
+            (Values::Stored { .. }, None) => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     fn value(&self, name: &str, dims: &[pb::DimensionProto]) -> ValueInfoProto {

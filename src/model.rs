@@ -7,6 +7,7 @@ pub mod golden;
 mod preprocessing;
 pub mod regular_file;
 mod repository;
+mod source;
 
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use self::golden::Golden;
 pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
+pub use self::source::{Source, SourceSetting};
 use crate::files::{self, DraftFolder};
 
 /// File name of the folded graph inside a version folder.
@@ -178,6 +180,9 @@ pub struct Verification {
     pub logit_span: f64,
     /// Difference past which nothing would have been written.
     pub tolerance: f64,
+    /// In half precision, how many times the largest value of any map fits into what half precision holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headroom: Option<f64>,
 }
 
 /// What a version folder says about its graph. JSON, written once by `nfold fold`.
@@ -208,6 +213,9 @@ pub struct Manifest {
     pub source_sha256: String,
     /// SHA-256 of the `model.onnx` beside this file, in hexadecimal.
     pub onnx_sha256: String,
+    /// Where the checkpoint's settings come from.
+    #[serde(default, skip_serializing_if = "Source::is_empty")]
+    pub source: Source,
     /// What folding did.
     pub fold: FoldReport,
     /// What the graph answered when it was folded; a server asks it again before it serves.
@@ -341,6 +349,13 @@ impl ModelDir {
     ///
     /// An existing version is left alone ([`ModelError::Exists`]) unless `replace`.
     pub fn publish(at: &Target<'_>, onnx: &[u8], manifest: &Manifest) -> Result<Self, ModelError> {
+        let staging = Staging::new(at.repository)?;
+        staging.draft.write(MODEL_FILE, onnx).map_err(io("write", &staging.onnx()))?;
+        Self::publish_staged(at, staging, manifest)
+    }
+
+    /// As [`publish`](Self::publish), with the graph that lies in `staging` already, synced.
+    pub fn publish_staged(at: &Target<'_>, staging: Staging, manifest: &Manifest) -> Result<Self, ModelError> {
         let Target { repository, name, version, replace } = *at;
         check_name(name)?;
         let parent = repository.join(name);
@@ -356,14 +371,51 @@ impl ModelDir {
             Err(e) => Err(e.to_string()),
         });
         let json = json.map_err(|reason| ModelError::BadManifest { path: target.join(MANIFEST_FILE), reason })?;
+        staging.draft.write(MANIFEST_FILE, &json).map_err(io("write", &target.join(MANIFEST_FILE)))?;
+        fs::create_dir_all(&parent).map_err(io("create", &parent))?;
+        let action = if replace { "replace" } else { "create" };
+        staging.draft.publish(&target, replace).map_err(io(action, &target))?;
+        Self::open_path(&target)
+    }
+}
+
+/// A version folder in the making, inside its repository but no model yet. Dropped, it is gone, with the folders that were
+/// made for it and are empty.
+#[derive(Debug)]
+pub struct Staging {
+    // in this order: the draft goes before the folders it lies in
+    draft: DraftFolder,
+    _made: MadeFolders,
+}
+
+/// Folders that did not exist, innermost first.
+#[derive(Debug)]
+struct MadeFolders(Vec<PathBuf>);
+
+impl Drop for MadeFolders {
+    fn drop(&mut self) {
+        for folder in &self.0 {
+            // one that holds something stays
+            if fs::remove_dir(folder).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+impl Staging {
+    /// Makes the folder, and the repository when missing.
+    pub fn new(repository: &Path) -> Result<Self, ModelError> {
+        let missing = repository.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists());
+        let made = MadeFolders(missing.map(Path::to_path_buf).collect());
         fs::create_dir_all(repository).map_err(io("create", repository))?;
         let draft = DraftFolder::create_in(repository).map_err(io("create a folder in", repository))?;
-        for (name, bytes) in [(MODEL_FILE, onnx), (MANIFEST_FILE, &json)] {
-            draft.write(name, bytes).map_err(io("write", &target.join(name)))?;
-        }
-        fs::create_dir_all(&parent).map_err(io("create", &parent))?;
-        draft.publish(&target, replace).map_err(io(if replace { "replace" } else { "create" }, &target))?;
-        Self::open_path(&target)
+        Ok(Self { draft, _made: made })
+    }
+
+    /// Where the graph is to be written.
+    pub fn onnx(&self) -> PathBuf {
+        self.draft.path().join(MODEL_FILE)
     }
 }
 

@@ -196,6 +196,86 @@ fn architectures_are_timms() {
         assert_eq!(serde_json::json!(e.crop_pct), expected["crop_pct"], "{name}");
         assert_eq!(serde_json::json!(e.test_crop_pct), expected["test_crop_pct"], "{name}");
         assert_eq!(e.crop_mode, expected["crop_mode"].as_str().unwrap_or("center"), "{name}");
+        assert_eq!(e.interpolation, expected["interpolation"], "{name}");
+        assert_eq!(
+            serde_json::json!([e.norm.mean(), e.norm.std()]),
+            serde_json::json!([expected["mean"], expected["std"]]),
+            "{name}"
+        );
+        assert_eq!(digest(&network), expected["digest"], "{name}: names or shapes of tensors");
+    }
+}
+
+/// SHA-256 of every tensor's name and shape, in order of names, as make_more.py takes it.
+fn digest(network: &nfold::nets::Network) -> String {
+    let mut tensors: Vec<_> = network.tensors().into_iter().map(|t| format!("{} {:?}\n", t.name, t.shape)).collect();
+    tensors.sort_by(|a, b| a.split(' ').next().cmp(&b.split(' ').next()));
+    nfold::model::sha256(tensors.concat().as_bytes())
+}
+
+fn published() -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint/hub");
+    let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    let mut all: Vec<_> = files
+        .map(|path| (path.file_stem().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap()))
+        .collect();
+    all.sort();
+    assert!(all.len() >= 19);
+    all
+}
+
+/// Every published checkpoint plans from its exact configuration, with timm's names and shapes of tensors.
+#[test]
+fn published_checkpoints_plan() {
+    let timm: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(goldens_folder().join("hub.json")).unwrap()).unwrap();
+    for (name, text) in published() {
+        let config = nfold::checkpoint::Config::parse(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(format!("{}.{}", config.architecture, config.tag.as_deref().unwrap()), name);
+        let network = nfold::nets::Network::plan(&config.architecture, &config.model_args).unwrap();
+        assert_eq!(digest(&network), timm[&name]["digest"], "{name}");
+        assert_eq!(network.parameters(), timm[&name]["parameters"].as_u64().unwrap(), "{name}");
+    }
+}
+
+/// Fresh weights under a published configuration, folded; returns the manifest.
+fn fold_published(name: &str, text: &[u8]) -> nfold::model::Manifest {
+    let config = nfold::checkpoint::Config::parse(text).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join(name);
+    let options = nfold::checkpoint::init::InitOptions {
+        architecture: config.architecture,
+        seed: 1,
+        model_args: config.model_args,
+    };
+    nfold::checkpoint::init::init_active(&out, &options).unwrap();
+    std::fs::write(out.join("config.json"), text).unwrap();
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    assert_eq!(checkpoint.architecture, name);
+    assert_eq!(checkpoint.labels.len(), 1000, "{name}");
+    nfold::fold::fold_to_file(&checkpoint, &FoldOptions::default(), &folder.path().join("model.onnx")).unwrap().manifest
+}
+
+/// The small ones of the published checkpoints fold; `published_checkpoints_fold_all` does up to 80 million parameters.
+#[test]
+fn published_checkpoints_fold() {
+    for (name, text) in published() {
+        if ["test_nfnet", "efficientnet_b1", "nf_regnet_b1"].iter().any(|small| name.starts_with(small)) {
+            let manifest = fold_published(&name, &text);
+            assert!(manifest.fold.folded_parameters > 100_000, "{name}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "a minute: make check-all"]
+fn published_checkpoints_fold_all() {
+    for (name, text) in published() {
+        let config = nfold::checkpoint::Config::parse(&text).unwrap();
+        let network = nfold::nets::Network::plan(&config.architecture, &config.model_args).unwrap();
+        if network.parameters() <= 80_000_000 {
+            println!("{name}: {:.2} GMACs", fold_published(&name, &text).fold.gmacs);
+        }
     }
 }
 

@@ -7,6 +7,9 @@ mod golden;
 /// Damaged, hostile, half-precision and fresh checkpoints.
 mod checkpoint;
 
+/// What people have instead of a folder from the hub: dialects, files, hostile ones.
+mod sources;
+
 /// Imports only point down.
 mod layers;
 

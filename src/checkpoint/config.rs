@@ -1,134 +1,371 @@
-//! timm's `config.json`: which network, which classes, which preprocessing.
+//! `config.json` in every dialect that timm 1.0 reads: which network, which classes, which preprocessing.
+//!
+//! The dialects: nested (`pretrained_cfg` inside), flat (timm ≤ 0.6: its fields at the top, `labels` for names), and
+//! transformers' TimmWrapper (`id2label`). A field is used, or known not to matter and listed, or refused by name.
 
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::model::{CropMode, Interpolation, Preprocessing};
+use super::labels::{self, Names};
+use super::settings::{Layer, Origin, Settings};
 
-/// What a checkpoint's `config.json` says, as far as inference needs it.
+/// What a checkpoint says about itself, as far as inference needs it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Architecture with its tag, such as `nf_regnet_b1.ra2_in1k`.
+    /// Architecture by timm's name, such as `nf_regnet_b1`; with a tag if the file has it there.
     pub architecture: String,
+    /// Tag of the weights that training began with, such as `ra2_in1k`.
+    pub tag: Option<String>,
     /// Arguments laid over the architecture's own configuration.
     pub model_args: Map<String, Value>,
-    /// Class names in logit order; empty when there are none.
-    pub labels: Vec<String>,
-    /// Preprocessing settings.
-    pub pretrained: PretrainedConfig,
+    /// Class names.
+    pub labels: Names,
+    /// Where the names come from; empty where there are none.
+    pub labels_from: String,
+    /// Preprocessing, the first layer wins.
+    pub layers: Vec<Layer>,
+    /// Fields that don't matter to inference, or that nfold has no use for.
+    pub unused: Vec<String>,
 }
 
-/// The part of timm's `pretrained_cfg` that preprocessing comes from.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
-#[allow(missing_docs)]
-pub struct PretrainedConfig {
-    pub tag: Option<String>,
-    pub input_size: Option<[u32; 3]>,
-    pub test_input_size: Option<[u32; 3]>,
-    pub crop_pct: Option<f64>,
-    pub test_crop_pct: Option<f64>,
-    pub crop_mode: Option<CropMode>,
-    pub interpolation: Option<Interpolation>,
-    pub mean: Option<[f64; 3]>,
-    pub std: Option<[f64; 3]>,
-}
-
-#[derive(Deserialize)]
-struct File {
-    architecture: String,
-    num_classes: Option<usize>,
-    label_names: Option<Vec<String>>,
-    model_args: Option<Map<String, Value>>,
-    #[serde(default)]
-    pretrained_cfg: Map<String, Value>,
-}
-
-/// timm's defaults (`resolve_data_config`).
-const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
-const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
-const DEFAULT_SIZE: u32 = 224;
-const DEFAULT_CROP_PCT: f64 = 0.875;
+/// Fields of `pretrained_cfg` that say nothing about answers: where weights are from, how training adapts them.
+const HARMLESS: [&str; 26] = [
+    "architecture",
+    "classifier",
+    "custom_load",
+    "description",
+    "file",
+    "first_conv",
+    "fixed_input_size",
+    "hf_hub",
+    "hf_hub_filename",
+    "hf_hub_id",
+    "license",
+    "min_input_size",
+    "notes",
+    "num_features",
+    "origin_url",
+    "paper_ids",
+    "paper_name",
+    "pool_size",
+    "source",
+    "state_dict",
+    "tags",
+    "test_pool_size",
+    "title",
+    "url",
+    "model_card",
+    "library_name",
+];
+/// Fields at the top of a nested file that are read, or repeat what the network has anyway.
+const TOP: [&str; 10] = [
+    "architecture",
+    "global_pool",
+    "label_descriptions",
+    "label_names",
+    "labels",
+    "model_args",
+    "num_classes",
+    "num_features",
+    "pretrained_cfg",
+    "id2label",
+];
 
 impl Config {
     /// Reads `config.json`. The error says what is wrong and where.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
-        let file: File = serde_json::from_slice(text).map_err(|e| format!("not a timm configuration: {e}"))?;
-        let pretrained: PretrainedConfig = serde_json::from_value(Value::Object(file.pretrained_cfg.clone()))
-            .map_err(|e| format!("pretrained_cfg: {e}"))?;
-        let labels = match (file.label_names, file.pretrained_cfg.get("label_names")) {
-            (Some(labels), _) => labels,
-            (None, Some(Value::Array(_))) => serde_json::from_value(file.pretrained_cfg["label_names"].clone())
-                .map_err(|e| format!("pretrained_cfg.label_names: {e}"))?,
-            _ => Vec::new(),
+        let file: Value = serde_json::from_slice(text).map_err(|e| format!("not a timm configuration: {e}"))?;
+        let Value::Object(mut top) = file else {
+            return Err(format!("not a timm configuration: it holds {}", labels::kind(&file)));
         };
-        let mut model_args = file.model_args.unwrap_or_default();
-        if let Some(classes) = file.num_classes {
-            let given = model_args.entry("num_classes").or_insert_with(|| classes.into());
+        let nested = match top.remove("pretrained_cfg") {
+            Some(Value::Object(nested)) => Some(nested),
+            None | Some(Value::Null) => None,
+            Some(other) => return Err(format!("pretrained_cfg is {}, not a dictionary", labels::kind(&other))),
+        };
+        let model_args = match top.remove("model_args") {
+            Some(Value::Object(args)) => args,
+            None | Some(Value::Null) => Map::new(),
+            Some(other) => return Err(format!("model_args is {}, not a dictionary", labels::kind(&other))),
+        };
+        let Some(architecture) = Fields::new("", &mut top).take::<String>("architecture")? else {
+            return Err("`architecture` is missing: the name of the network in timm, such as nf_regnet_b1".into());
+        };
+        match nested {
+            Some(nested) => Self::nested(architecture, model_args, top, nested),
+            None => Self::flat(architecture, model_args, top),
+        }
+    }
+
+    fn nested(
+        architecture: String,
+        model_args: Map<String, Value>,
+        mut top: Map<String, Value>,
+        mut inner: Map<String, Value>,
+    ) -> Result<Self, String> {
+        let wrapper = top.get("model_type").and_then(Value::as_str) == Some("timm_wrapper");
+        let mut unused = Vec::new();
+        let (top_names, top_descriptions) = (top.remove("label_names"), top.remove("label_descriptions"));
+        // timm ignores `labels` beside a pretrained_cfg; names of classes are worth keeping
+        let (ids, old_names) = (top.remove("id2label"), top.remove("labels"));
+        let (names, descriptions) = (inner.remove("label_names"), inner.remove("label_descriptions"));
+        let descriptions = top_descriptions.filter(|v| !v.is_null()).or(descriptions);
+        let names = [
+            ("label_names", top_names),
+            ("pretrained_cfg.label_names", names),
+            ("id2label", ids),
+            ("labels", old_names),
+        ];
+        let mut used = None;
+        for (field, value) in names {
+            match value.filter(|v| !is_empty(v)) {
+                Some(value) if used.is_none() => used = Some((field, value)),
+                Some(_) => unused.push(field.to_string()),
+                None => {}
+            }
+        }
+        let (labels, labels_from) = read_labels(used, descriptions, &mut unused)?;
+
+        let mut fields = Fields::new("", &mut top);
+        let mut classes = fields.take::<usize>("num_classes")?;
+        if wrapper && classes.is_none() {
+            classes = fields.take::<usize>("num_labels")?;
+            if classes.is_none() && labels_from == "id2label" {
+                classes = Some(labels.len());
+            }
+        }
+        let pool = fields.take::<String>("global_pool")?;
+        let mut fields = Fields::new("pretrained_cfg.", &mut inner);
+        let own_classes = fields.take::<usize>("num_classes")?;
+        let settings = fields.settings()?;
+        let tag = fields.take::<String>("tag")?;
+        fields.refuse_the_rest(&mut unused)?;
+        // what timm writes for people to read says nothing new
+        unused.extend(top.keys().filter(|key| !TOP.contains(&key.as_str())).cloned());
+        let layer = Layer { origin: file("pretrained_cfg."), settings };
+        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+            .with_model(classes.or(own_classes), pool)
+    }
+
+    /// timm ≤ 0.6: everything at the top.
+    fn flat(architecture: String, model_args: Map<String, Value>, mut top: Map<String, Value>) -> Result<Self, String> {
+        let mut unused = Vec::new();
+        let descriptions = top.remove("label_descriptions");
+        // timm renames `labels` to `label_names`, whatever was there
+        let names = [
+            ("labels", top.remove("labels")),
+            ("label_names", top.remove("label_names")),
+            ("id2label", top.remove("id2label")),
+        ];
+        let used = names.into_iter().find_map(|(field, v)| Some((field, v.filter(|v| !is_empty(v))?)));
+        let (labels, labels_from) = read_labels(used, descriptions, &mut unused)?;
+        let mut fields = Fields::new("", &mut top);
+        let classes = fields.take::<usize>("num_classes")?;
+        let pool = fields.take::<String>("global_pool")?;
+        let tag = fields.take::<String>("tag")?;
+        let settings = fields.settings()?;
+        for harmless in ["model_type", "model_name", "architectures", "transformers_version", "torch_dtype", "dtype"] {
+            if fields.map.remove(harmless).is_some() {
+                unused.push(harmless.into());
+            }
+        }
+        fields.refuse_the_rest(&mut unused)?;
+        let layer = Layer { origin: file(""), settings };
+        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+            .with_model(classes, pool)
+    }
+
+    /// Lays what the file says about the network outside `model_args` under them.
+    fn with_model(mut self, classes: Option<usize>, pool: Option<String>) -> Result<Self, String> {
+        let args = &mut self.model_args;
+        args.retain(|_, value| !value.is_null());
+        if let Some(classes) = classes {
+            let given = args.entry("num_classes").or_insert_with(|| classes.into());
             if given.as_u64() != Some(classes as u64) {
                 return Err(format!("num_classes is {classes}, but {given} in model_args"));
             }
         }
-        let architecture = match &pretrained.tag {
-            Some(tag) if !tag.is_empty() && !file.architecture.contains('.') => format!("{}.{tag}", file.architecture),
-            _ => file.architecture,
-        };
-        let config = Self { architecture, model_args, labels, pretrained };
-        config.preprocessing(None)?;
-        Ok(config)
+        // timm gives a network its input channels from the input's size
+        let channels = self.layers.iter().find_map(|l| l.settings.input_size).map(|[channels, ..]| channels);
+        if let Some(channels) = channels.filter(|c| *c != 3) {
+            args.entry("in_chans").or_insert_with(|| channels.into());
+        }
+        if let Some(pool) = pool.filter(|p| !p.is_empty() && p != "avg") {
+            args.entry("global_pool").or_insert_with(|| pool.into());
+        }
+        if let Some((base, tag)) = self.architecture.split_once('.') {
+            self.tag = self.tag.filter(|t| !t.is_empty()).or(Some(tag.into()));
+            self.architecture = base.into();
+        }
+        self.tag = self.tag.filter(|t| !t.is_empty());
+        Ok(self)
+    }
+}
+
+/// What timm's train.py was told, as far as it decides answers: preprocessing, and arguments of the network.
+pub fn training(args: &Map<String, Value>) -> Result<(Settings, Map<String, Value>), String> {
+    let mut args = args.clone();
+    let mut fields = Fields::new("args.", &mut args);
+    let mut settings = Settings {
+        input_size: fields.take("input_size")?,
+        crop_pct: fields.take("crop_pct")?,
+        mean: fields.take("mean")?,
+        std: fields.take("std")?,
+        ..Settings::default()
+    };
+    let channels: Option<u32> = fields.take("in_chans")?;
+    let side: Option<u32> = fields.take("img_size")?;
+    if let (None, Some(side)) = (settings.input_size, side) {
+        settings.input_size = Some([channels.unwrap_or(3), side, side]);
+    }
+    // `random` picks one of two in training, and bicubic for evaluation
+    let filter: Option<String> = fields.take("interpolation")?;
+    if let Some(filter) = filter.filter(|f| !f.is_empty() && f != "random") {
+        let value = Value::from(filter);
+        settings.interpolation = Some(serde_json::from_value(value).map_err(|e| format!("args.interpolation: {e}"))?);
+    }
+    let mode: Option<String> = fields.take("crop_mode")?;
+    if let Some(mode) = mode.filter(|m| !m.is_empty()) {
+        settings.crop_mode = Some(serde_json::from_value(mode.into()).map_err(|e| format!("args.crop_mode: {e}"))?);
+    }
+    let mut model_args: Map<String, Value> = fields.take("model_kwargs")?.unwrap_or_default();
+    model_args.retain(|_, value| !value.is_null());
+    let classes: Option<usize> = fields.take("num_classes")?;
+    let pool: Option<String> = fields.take("gp")?;
+    let eps: Option<f64> = fields.take("bn_eps")?;
+    let own = [
+        ("num_classes", classes.map(Value::from)),
+        ("in_chans", channels.filter(|c| *c != 3).map(Value::from)),
+        ("global_pool", pool.filter(|p| !p.is_empty() && p != "avg").map(Value::from)),
+        ("bn_eps", eps.map(Value::from)),
+    ];
+    for (name, value) in own {
+        if let Some(value) = value {
+            model_args.entry(name).or_insert(value);
+        }
+    }
+    Ok((settings, model_args))
+}
+
+fn file(before: &str) -> Origin {
+    Origin::File { before: before.into(), after: format!(" in {}", super::CONFIG_FILE) }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+fn read_labels(
+    used: Option<(&str, Value)>,
+    descriptions: Option<Value>,
+    unused: &mut Vec<String>,
+) -> Result<(Names, String), String> {
+    match used {
+        Some((field, value)) => Ok((labels::read(&value, descriptions.as_ref(), field)?, field.to_string())),
+        None => {
+            if descriptions.is_some_and(|d| !is_empty(&d)) {
+                unused.push("label_descriptions".into());
+            }
+            Ok((Names::default(), String::new()))
+        }
+    }
+}
+
+/// A dictionary whose fields are taken one by one; null is absent.
+struct Fields<'a> {
+    before: &'a str,
+    map: &'a mut Map<String, Value>,
+}
+
+impl<'a> Fields<'a> {
+    fn new(before: &'a str, map: &'a mut Map<String, Value>) -> Self {
+        Self { before, map }
     }
 
-    /// Preprocessing as timm resolves it for evaluation: the test size and its crop share where the checkpoint has
-    /// them (`resolve_data_config(use_test_size=True)`, as timm's own `validate.py` does). `size` (height, width)
-    /// overrides the size alone.
-    pub fn preprocessing(&self, size: Option<(u32, u32)>) -> Result<Preprocessing, String> {
-        let p = &self.pretrained;
-        let [_, height, width] = p.test_input_size.or(p.input_size).unwrap_or([3, DEFAULT_SIZE, DEFAULT_SIZE]);
-        let (height, width) = size.unwrap_or((height, width));
-        // timm treats 0 as absent
-        let share = |pct: Option<f64>| pct.filter(|c| *c != 0.0);
-        let resolved = Preprocessing {
-            height,
-            width,
-            crop_pct: share(p.test_crop_pct).or(share(p.crop_pct)).unwrap_or(DEFAULT_CROP_PCT),
-            crop_mode: p.crop_mode.unwrap_or(CropMode::Center),
-            interpolation: p.interpolation.unwrap_or(Interpolation::Bicubic),
-            mean: p.mean.unwrap_or(IMAGENET_MEAN),
-            std: p.std.unwrap_or(IMAGENET_STD),
-            exif_orientation: false,
-        };
-        resolved.check().map_err(|reason| format!("pretrained_cfg: {reason}"))?;
-        Ok(resolved)
+    fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, String> {
+        let Some(value) = self.map.remove(name).filter(|v| !v.is_null()) else { return Ok(None) };
+        serde_json::from_value(value).map(Some).map_err(|e| format!("{}{name}: {e}", self.before))
+    }
+
+    fn settings(&mut self) -> Result<Settings, String> {
+        // timm takes empty text for absent
+        for name in ["crop_mode", "interpolation"] {
+            if self.map.get(name).is_some_and(|v| v == "") {
+                self.map.remove(name);
+            }
+        }
+        Ok(Settings {
+            test_input_size: self.take("test_input_size")?,
+            input_size: self.take("input_size")?,
+            test_crop_pct: self.take("test_crop_pct")?,
+            crop_pct: self.take("crop_pct")?,
+            crop_mode: self.take("crop_mode")?,
+            interpolation: self.take("interpolation")?,
+            mean: self.take("mean")?,
+            std: self.take("std")?,
+        })
+    }
+
+    /// Lists harmless fields that say something, and refuses what is not understood.
+    fn refuse_the_rest(&mut self, unused: &mut Vec<String>) -> Result<(), String> {
+        let offset = self.map.remove("label_offset").filter(|v| !v.is_null() && *v != 0);
+        if let Some(offset) = offset {
+            return Err(format!(
+                "{}label_offset is {offset}: the classifier has classes in front that aren't to be used, which nfold can't leave out",
+                self.before
+            ));
+        }
+        for (name, value) in std::mem::take(self.map) {
+            if !HARMLESS.contains(&name.as_str()) {
+                return Err(format!(
+                    "{0}{name} is not a field that timm has, and could change answers; remove it if it does not",
+                    self.before
+                ));
+            }
+            if !is_empty(&value) && value != false {
+                unused.push(format!("{}{name}", self.before));
+            }
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::settings::resolve;
+    use crate::model::{CropMode, Interpolation, Preprocessing};
 
     fn parse(json: &str) -> Result<Config, String> {
         Config::parse(json.as_bytes())
     }
 
+    fn preprocessing(json: &str) -> Result<Preprocessing, String> {
+        Ok(resolve(&parse(json)?.layers, None)?.0)
+    }
+
     #[test]
     fn test_size_and_its_crop_win() {
-        let config = parse(
-            r#"{"architecture": "eca_nfnet_l0", "num_classes": 5, "pretrained_cfg": {"tag": "ra2_in1k",
-                "input_size": [3, 224, 224], "test_input_size": [3, 288, 288], "crop_pct": 0.9, "test_crop_pct": 1.0,
-                "interpolation": "bilinear", "crop_mode": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}"#,
-        )
-        .expect("valid");
-        assert_eq!(config.architecture, "eca_nfnet_l0.ra2_in1k");
+        let json = r#"{"architecture": "eca_nfnet_l0", "num_classes": 5, "pretrained_cfg": {"tag": "ra2_in1k",
+            "input_size": [3, 224, 224], "test_input_size": [3, 288, 288], "crop_pct": 0.9, "test_crop_pct": 1.0,
+            "interpolation": "bilinear", "crop_mode": "squash", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}"#;
+        let config = parse(json).expect("valid");
+        assert_eq!((config.architecture.as_str(), config.tag.as_deref()), ("eca_nfnet_l0", Some("ra2_in1k")));
         assert_eq!(config.model_args["num_classes"], 5);
-        let p = config.preprocessing(None).expect("resolves");
+        let p = preprocessing(json).expect("resolves");
         assert_eq!((p.height, p.width, p.crop_pct), (288, 288, 1.0));
         assert_eq!((p.crop_mode, p.interpolation), (CropMode::Squash, Interpolation::Bilinear));
-        assert_eq!(config.preprocessing(Some((100, 120))).expect("resolves").width, 120);
     }
 
     #[test]
     fn defaults_are_timms() {
-        let p = parse(r#"{"architecture": "resnet18"}"#).and_then(|c| c.preprocessing(None)).expect("resolves");
-        assert_eq!((p.height, p.crop_pct, p.mean), (224, 0.875, IMAGENET_MEAN));
+        let p = preprocessing(r#"{"architecture": "resnet18"}"#).expect("resolves");
+        assert_eq!((p.height, p.crop_pct, p.mean), (224, 0.875, [0.485, 0.456, 0.406]));
     }
 
     #[test]
@@ -137,13 +374,29 @@ mod tests {
             ("[]", "timm configuration"),
             (r#"{"num_classes": 3}"#, "architecture"),
             (r#"{"architecture": "a", "num_classes": 3, "model_args": {"num_classes": 4}}"#, "num_classes is 3"),
-            (r#"{"architecture": "a", "pretrained_cfg": {"interpolation": "random"}}"#, "random"),
+            (r#"{"architecture": "a", "pretrained_cfg": {"interpolation": "random"}}"#, "pretrained_cfg.interpolation"),
             (r#"{"architecture": "a", "pretrained_cfg": {"input_size": [3, 0, 9]}}"#, "height 0"),
             (r#"{"architecture": "a", "pretrained_cfg": {"crop_pct": -1.0}}"#, "crop_pct"),
             (r#"{"architecture": "a", "pretrained_cfg": {"std": [0.0, 1.0, 1.0]}}"#, "std"),
+            (r#"{"architecture": "a", "pretrained_cfg": {"mean": [0.5, 0.5]}}"#, "mean has 2 values"),
+            (r#"{"architecture": "a", "pretrained_cfg": 7}"#, "pretrained_cfg is 7"),
+            (r#"{"architecture": "a", "model_args": []}"#, "model_args is a list"),
+            (r#"{"architecture": "a", "crop_mode": "fit"}"#, "crop_mode"),
+            (r#"{"architecture": "a", "input_space": "BGR"}"#, "input_space"),
+            (r#"{"architecture": "a", "pretrained_cfg": {"input_range": [0, 255]}}"#, "pretrained_cfg.input_range"),
+            (r#"{"architecture": "a", "pretrained_cfg": {"label_offset": 1}}"#, "label_offset is 1"),
         ] {
-            let error = parse(json).expect_err(json);
+            let error = preprocessing(json).expect_err(json);
             assert!(error.contains(what), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_not_used_is_listed() {
+        let config = parse(
+            r#"{"architecture": "a", "num_features": 9, "dataset": "mine", "pretrained_cfg": {"license": "mit", "custom_load": false}}"#,
+        )
+        .expect("valid");
+        assert_eq!(config.unused, ["pretrained_cfg.license", "dataset"]);
     }
 }

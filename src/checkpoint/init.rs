@@ -66,11 +66,11 @@ fn config(options: &InitOptions, network: &Network) -> Result<Value, NetError> {
     let square = |side: u32| json!([3, side, side]);
     let mut pretrained = json!({
         "input_size": square(evaluation.input),
-        "interpolation": "bicubic",
+        "interpolation": evaluation.interpolation,
         "crop_pct": evaluation.crop_pct,
         "crop_mode": evaluation.crop_mode,
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
+        "mean": evaluation.norm.mean(),
+        "std": evaluation.norm.std(),
         "num_classes": network.classes(),
     });
     if let Some(side) = evaluation.test_input {

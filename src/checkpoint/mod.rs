@@ -1,35 +1,53 @@
-//! Reads checkpoints that may come from anywhere: a folder as the model hub lays it out, `config.json` +
-//! `model.safetensors`. Everything is validated at the door; a [`Reader`] then hands out each tensor once, with the
-//! shape that the network's plan expects, and names what is left over.
+//! Reads checkpoints that may come from anywhere and of any kind. Everything is validated at the door; a [`Reader`] then
+//! hands out each tensor once, with the shape that the network's plan expects, and names what is left over.
 //!
-//! `config` reads and resolves `config.json`; `init` writes fresh checkpoints. Knows nothing of graphs.
+//! `files` finds and opens what people have: a folder as the model hub lays it out, shards, one file; `safetensors_file`
+//! and `torch` index their tensors, which `store` reads one at a time. `config` reads `config.json`, `settings` resolves
+//! preprocessing, `labels` class names, `prefix` what wrappers put before names. `init` writes fresh checkpoints. Knows
+//! nothing of graphs.
 
 pub mod config;
+mod files;
 pub mod init;
+pub mod labels;
+mod prefix;
+mod reader;
+mod safetensors_file;
+pub mod settings;
+mod store;
+mod torch;
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, Value};
 
 pub use config::Config;
+pub use reader::Reader;
+pub use torch::pickle;
 
-use crate::model;
-use crate::nets::{NetError, Network};
+use self::files::shown;
+use self::labels::Names;
+use self::settings::{Layer, Origin, Settings};
+use self::store::Tensors;
+use crate::model::{CropMode, Interpolation, Preprocessing, Source, SourceSetting};
+use crate::nets::{self, NetError, Network};
 
 /// File name of the configuration inside a checkpoint folder.
 pub const CONFIG_FILE: &str = "config.json";
 /// File name of the weights inside a checkpoint folder.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 
+/// What to look at where tensors don't fit.
+const DESCRIBE: &str =
+    "do `architecture` and `model_args` of config.json (or --arch and --model-args) describe these weights?";
+
 /// What can be wrong with a checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The folder or one of its files is missing or unreadable.
-    #[error("can't read `{path}`: {source}; a checkpoint is a folder with `{CONFIG_FILE}` and `{WEIGHTS_FILE}`")]
+    #[error(
+        "can't read `{path}`: {source}; a checkpoint is a folder with `{CONFIG_FILE}` and `{WEIGHTS_FILE}`, or a file of weights"
+    )]
     Read {
         /// The file or folder.
         path: PathBuf,
@@ -66,13 +84,62 @@ pub enum CheckpointError {
         /// What the format's reader said.
         reason: String,
     },
+    /// A file of torch.save is damaged, hostile or something else.
+    #[error("`{path}`: {reason}")]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The file is of another kind.
+    #[error("`{path}` is {what}")]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The file only says where Git LFS keeps the real one.
+    #[error("`{0}` is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")]
+    LfsPointer(PathBuf),
+    /// The folder has weights under another name than the hub's.
+    #[error("`{folder}` has no `{WEIGHTS_FILE}`; to fold `{first}`, name that file itself")]
+    OtherNames {
+        /// The folder.
+        folder: PathBuf,
+        /// The first file that may hold weights.
+        first: PathBuf,
+    },
+    /// Nothing says which network the weights are of.
+    #[error("`{0}` does not say which network its weights are of; name it by timm's name with --arch")]
+    NoArchitecture(PathBuf),
+    /// An option contradicts the checkpoint.
+    #[error("--arch {given} contradicts `{path}`, which says {found}; leave --arch out")]
+    OtherArchitecture {
+        /// The option.
+        given: String,
+        /// The checkpoint's architecture.
+        found: String,
+        /// Where it says so.
+        path: PathBuf,
+    },
+    /// Class names that can't be used.
+    #[error("labels `{path}`: {reason}")]
+    Labels {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Preprocessing that no image can go through.
+    #[error("preprocessing can't be used: {0}")]
+    Preprocessing(String),
     /// A tensor that the architecture needs is not in the file.
-    #[error("tensor `{0}` is missing; do `architecture` and `model_args` in {CONFIG_FILE} describe these weights?")]
+    #[error("tensor `{0}` is missing; {DESCRIBE}")]
     Missing(String),
     /// A tensor has another shape than the architecture gives it.
-    #[error(
-        "tensor `{name}` has shape {found:?}, but {CONFIG_FILE} makes it {expected:?}; do `architecture` and `model_args` describe these weights?"
-    )]
+    #[error("tensor `{name}` has shape {found:?}, but the network's is {expected:?}; {DESCRIBE}")]
     Shape {
         /// The tensor.
         name: String,
@@ -100,9 +167,7 @@ pub enum CheckpointError {
         value: f64,
     },
     /// Tensors that the architecture has no use for.
-    #[error(
-        "{count} tensors are not part of `{architecture}`, first `{first}`; does {CONFIG_FILE} describe these weights?"
-    )]
+    #[error("{count} tensors are not part of `{architecture}`, first `{first}`; {DESCRIBE}")]
     Leftover {
         /// How many.
         count: usize,
@@ -113,112 +178,326 @@ pub enum CheckpointError {
     },
 }
 
-/// A checkpoint, read and validated, its network planned. Tensors are taken through a [`Reader`].
+/// What a person says about a checkpoint, over what it says about itself.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct OpenOptions {
+    /// Architecture by timm's name, for files that don't tell.
+    pub architecture: Option<String>,
+    /// Arguments laid over those that the checkpoint has for its network (timm's `model_kwargs`).
+    pub model_args: Map<String, Value>,
+    /// Preprocessing.
+    pub settings: Settings,
+    /// Class names.
+    pub labels: Option<LabelChoice>,
+    /// Take the averaged weights that training kept beside the others.
+    pub use_ema: bool,
+}
+
+/// Which class names to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LabelChoice {
+    /// ImageNet's 1000.
+    Imagenet1k,
+    /// Those of a file: one a line, or JSON.
+    File(PathBuf),
+}
+
+/// A checkpoint, its headers read and validated, its network planned. Tensors are taken through a [`Reader`].
+#[derive(Debug)]
 pub struct Checkpoint {
-    /// What `config.json` says.
-    pub config: Config,
-    /// The network that it describes.
+    /// Architecture by timm's name, with the tag of its weights unless they were trained further for other classes.
+    pub architecture: String,
+    /// The network.
     pub network: Network,
-    /// SHA-256 of `model.safetensors`, in hexadecimal.
+    /// Class names in logit order; empty when there are none.
+    pub labels: Vec<String>,
+    /// SHA-256 of the weights' file, in hexadecimal; of shards, of the list of theirs.
     pub sha256: String,
-    /// The folder's own name.
+    /// What to call it: the folder's name, or the file's.
     pub name: String,
-    weights: Vec<u8>,
+    layers: Vec<Layer>,
+    source: Source,
+    tensors: Tensors,
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint folder. The whole weights file is read and its header validated; values are checked when a
-    /// [`Reader`] hands them out.
-    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
-        let config_path = folder.join(CONFIG_FILE);
-        let text = fs::read(&config_path).map_err(read(&config_path))?;
-        let config = Config::parse(&text).map_err(|reason| CheckpointError::Config { path: config_path, reason })?;
-        let network = Network::plan(&config.architecture, &config.model_args)?;
-        if !config.labels.is_empty() && config.labels.len() != network.classes() {
-            let reason = format!("{} label_names for {} classes", config.labels.len(), network.classes());
-            return Err(CheckpointError::Config { path: folder.join(CONFIG_FILE), reason });
+    /// Opens a folder or file of any kind. Headers are validated here; values when a [`Reader`] hands them out.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        Self::open_with(path, &OpenOptions::default())
+    }
+
+    /// As [`open`](Self::open), with what a person says about it.
+    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
+        let at = files::locate(path)?;
+        // a configuration that can't be read is the first thing to know
+        let mut config = match &at.config {
+            Some(file) => Some(
+                Config::parse(&files::text(file)?)
+                    .map_err(|reason| CheckpointError::Config { path: file.clone(), reason })?,
+            ),
+            None => None,
+        };
+        if path.is_dir() && config.is_none() && options.architecture.is_none() {
+            return Err(files::text(&path.join(CONFIG_FILE))
+                .err()
+                .unwrap_or(CheckpointError::NoArchitecture(path.into())));
         }
-        let path = folder.join(WEIGHTS_FILE);
-        let weights = fs::read(&path).map_err(read(&path))?;
-        SafeTensors::deserialize(&weights)
-            .map_err(|e| CheckpointError::Weights { path: path.clone(), reason: e.to_string() })?;
-        let name = fs::canonicalize(folder).map_err(read(folder))?;
-        let name = name.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
-        Ok(Self { config, network, sha256: model::sha256(&weights), name, weights })
+        if let Some(config) = &mut config {
+            config.model_args.extend(options.model_args.clone());
+            // so is a network that nfold does not know
+            Network::plan(&config.architecture, &config.model_args)?;
+        }
+        let opened = files::open(&at.weights, options.use_ema)?;
+        let told = config.is_some();
+        let (config, architecture_from) = match config {
+            Some(config) => (config, format!("architecture in {CONFIG_FILE}")),
+            None => without_config(&at.weights, options, &opened)?,
+        };
+        if let Some(given) = options.architecture.as_deref().filter(|_| told)
+            && nets::base_name(given) != nets::base_name(&config.architecture)
+        {
+            let path = at.config.unwrap_or_default();
+            return Err(CheckpointError::OtherArchitecture { given: given.into(), found: config.architecture, path });
+        }
+        let mut checkpoint = Assembly { path: &at.weights, options, config, opened, source: Source::default() };
+        checkpoint.source.settings.push(setting("architecture", architecture_from));
+        checkpoint.finish(at.name, told)
+    }
+
+    /// Preprocessing as timm resolves it for evaluation, and where every setting came from. `size` (height, width)
+    /// overrides the size alone.
+    pub fn preprocessing(&self, size: Option<(u32, u32)>) -> Result<(Preprocessing, Source), String> {
+        let (preprocessing, origins) = settings::resolve(&self.layers, size)?;
+        let mut source = self.source.clone();
+        source.settings.extend(origins);
+        Ok((preprocessing, source))
     }
 
     /// Starts taking tensors.
-    pub fn reader(&self) -> Result<Reader<'_>, CheckpointError> {
-        let tensors = SafeTensors::deserialize(&self.weights)
-            .map_err(|e| CheckpointError::Weights { path: WEIGHTS_FILE.into(), reason: e.to_string() })?;
-        let left = tensors.names().into_iter().map(String::from).collect();
-        Ok(Reader { tensors, left: RefCell::new(left), architecture: &self.config.architecture })
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(&self.tensors, &self.architecture)
     }
 }
 
-impl std::fmt::Debug for Checkpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Checkpoint").field("config", &self.config).field("sha256", &self.sha256).finish_non_exhaustive()
+fn setting(setting: &str, origin: String) -> SourceSetting {
+    SourceSetting { setting: setting.into(), origin }
+}
+
+/// What a file without configuration says about itself, and what timm says about its architecture. Returns where the
+/// architecture's name came from, too.
+fn without_config(
+    path: &Path,
+    options: &OpenOptions,
+    opened: &files::Opened,
+) -> Result<(Config, String), CheckpointError> {
+    let (architecture, from) = match (&options.architecture, &opened.architecture) {
+        (Some(given), Some((found, _))) if nets::base_name(given) != nets::base_name(found) => {
+            return Err(CheckpointError::OtherArchitecture {
+                given: given.clone(),
+                found: found.clone(),
+                path: path.into(),
+            });
+        }
+        (Some(given), _) => (given.clone(), "--arch".to_string()),
+        (None, Some(found)) => found.clone(),
+        (None, None) => return Err(CheckpointError::NoArchitecture(path.into())),
+    };
+    let (base, tag) = match architecture.split_once('.') {
+        Some((base, tag)) => (base.to_string(), Some(tag.to_string())),
+        None => (architecture, None),
+    };
+    let bad = |reason| CheckpointError::Torch { path: path.into(), reason };
+    let (settings, mut model_args) = config::training(&opened.training.args).map_err(bad)?;
+    model_args.extend(options.model_args.clone());
+    let mut layers = Vec::new();
+    if settings != Settings::default() {
+        let by_side = opened.training.args.get("input_size").is_none_or(Value::is_null);
+        layers.push(Layer { origin: Origin::Training { file: shown(path), by_side }, settings });
     }
+    layers.extend(of_architecture(&base));
+    let config = Config {
+        architecture: base,
+        tag,
+        model_args,
+        labels: Names::default(),
+        labels_from: String::new(),
+        layers,
+        unused: Vec::new(),
+    };
+    Ok((config, from))
 }
 
-/// Hands out tensors, and remembers which are left.
-#[derive(Debug)]
-pub struct Reader<'a> {
-    tensors: SafeTensors<'a>,
-    left: RefCell<BTreeSet<String>>,
-    architecture: &'a str,
+/// timm's evaluation settings of an architecture.
+fn of_architecture(architecture: &str) -> Option<Layer> {
+    let e = nets::evaluation(architecture)?;
+    let square = |side: u32| [3, side, side];
+    let settings = Settings {
+        input_size: Some(square(e.input)),
+        test_input_size: e.test_input.map(square),
+        crop_pct: Some(e.crop_pct),
+        test_crop_pct: e.test_crop_pct,
+        crop_mode: Some(if e.crop_mode == "squash" { CropMode::Squash } else { CropMode::Center }),
+        interpolation: Some(if e.interpolation == "bilinear" {
+            Interpolation::Bilinear
+        } else {
+            Interpolation::Bicubic
+        }),
+        mean: Some(e.norm.mean().to_vec()),
+        std: Some(e.norm.std().to_vec()),
+    };
+    Some(Layer { origin: Origin::Architecture(architecture.into()), settings })
 }
 
-impl Reader<'_> {
-    /// Takes the tensor `name` of exactly `shape`, in double precision, every value finite.
-    pub fn take(&self, name: &str, shape: &[usize]) -> Result<Vec<f64>, CheckpointError> {
-        let missing = || CheckpointError::Missing(name.into());
-        if !self.left.borrow_mut().remove(name) {
-            return Err(missing());
-        }
-        let view = self.tensors.tensor(name).map_err(|_| missing())?;
-        if view.shape() != shape {
-            let (found, expected) = (view.shape().to_vec(), shape.to_vec());
-            return Err(CheckpointError::Shape { name: name.into(), found, expected });
-        }
-        let bytes = view.data();
-        let values: Vec<f64> = match view.dtype() {
-            Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-            Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
-            Dtype::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect(),
-            Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f64()).collect(),
-            other => return Err(CheckpointError::DataType { name: name.into(), dtype: format!("{other:?}") }),
+/// A checkpoint's parts, on their way to a whole.
+struct Assembly<'a> {
+    path: &'a Path,
+    options: &'a OpenOptions,
+    config: Config,
+    opened: files::Opened,
+    source: Source,
+}
+
+impl Assembly<'_> {
+    /// `told`: the checkpoint has a configuration.
+    fn finish(mut self, name: String, told: bool) -> Result<Checkpoint, CheckpointError> {
+        // the plan's tensors tell which prefix theirs have, and an unplanned head how many classes there are
+        let draft = Network::plan(&self.config.architecture, &self.config.model_args)?;
+        self.unwrap(&draft)?;
+        let network = self.size_head(draft)?;
+        let labels = self.labels(network.classes())?;
+        let of_command_line = self.options.settings.clone();
+        let mut layers = std::mem::take(&mut self.config.layers);
+        let own = layers.iter().any(|l| matches!(l.origin, Origin::Training { .. }));
+        layers.insert(0, Layer { origin: Origin::CommandLine, settings: of_command_line });
+        let in_file = |reason: String| match told {
+            true => CheckpointError::Config { path: CONFIG_FILE.into(), reason },
+            false => CheckpointError::Preprocessing(reason),
         };
-        match values.iter().position(|v| !v.is_finite()) {
-            None => Ok(values),
-            Some(index) => Err(CheckpointError::NotFinite { name: name.into(), index, value: values[index] }),
+        let (resolved, _) = settings::resolve(&layers, None).map_err(in_file)?;
+        self.warn(&network, &labels, &resolved, told, own);
+        let tag = self.config.tag.filter(|tag| !is_retrained(tag, network.classes()));
+        let architecture = match tag {
+            Some(tag) => format!("{}.{tag}", self.config.architecture),
+            None => self.config.architecture,
+        };
+        self.source.unused.append(&mut self.config.unused);
+        self.source.unused.append(&mut self.opened.unused);
+        Ok(Checkpoint {
+            architecture,
+            network,
+            labels,
+            sha256: self.opened.sha256,
+            name,
+            layers,
+            source: self.source,
+            tensors: self.opened.tensors,
+        })
+    }
+
+    fn unwrap(&mut self, draft: &Network) -> Result<(), CheckpointError> {
+        let Some(first) = draft.tensors().into_iter().next() else { return Ok(()) };
+        let use_ema = self.options.use_ema;
+        let bad = |reason| CheckpointError::Torch { path: self.path.into(), reason };
+        let found = prefix::unwrap(&mut self.opened.tensors, &first.name, use_ema).map_err(bad)?;
+        if use_ema && !found.averaged && !self.opened.averaged {
+            return Err(bad(torch::NO_EMA.into()));
+        }
+        if !found.prefix.is_empty() {
+            self.source.settings.push(setting("tensors", format!("under `{}`", found.prefix)));
+        }
+        if let Some(ema) = self.opened.ema.take().or(found.ema) {
+            self.source.warnings.push(format!(
+                "the file also holds averaged weights (`{ema}`), which are often better; fold them with --use-ema"
+            ));
+        }
+        self.source.unused.extend(found.unused);
+        Ok(())
+    }
+
+    /// The network with the head that the weights have, where nothing else says how many classes it has.
+    fn size_head(&mut self, draft: Network) -> Result<Network, CheckpointError> {
+        let args = &mut self.config.model_args;
+        if args.contains_key("num_classes") {
+            return Ok(draft);
+        }
+        let head = draft.classifier();
+        let rows = self.opened.tensors.entries.get(&head).and_then(|entry| entry.shape.first().copied());
+        match rows.filter(|rows| *rows != draft.classes()) {
+            None => Ok(draft),
+            Some(rows) => {
+                args.insert("num_classes".into(), rows.into());
+                self.source.settings.push(setting("num_classes", format!("tensor `{head}`")));
+                Ok(Network::plan(&self.config.architecture, args)?)
+            }
         }
     }
 
-    /// Takes a scalar, stored with no dimension.
-    pub fn take_scalar(&self, name: &str) -> Result<f64, CheckpointError> {
-        let values = self.take(name, &[])?;
-        values.first().copied().ok_or_else(|| CheckpointError::Missing(name.into()))
+    fn labels(&mut self, classes: usize) -> Result<Vec<String>, CheckpointError> {
+        let own = std::mem::take(&mut self.config.labels);
+        let (names, from, path) = match &self.options.labels {
+            Some(LabelChoice::Imagenet1k) => {
+                let from = "--labels imagenet-1k".to_string();
+                if classes != labels::IMAGENET_1K_CLASSES {
+                    let reason = format!("1000 names for {classes} classes");
+                    return Err(CheckpointError::Labels { path: "imagenet-1k".into(), reason });
+                }
+                self.source.settings.push(setting("labels", from));
+                return Ok(labels::imagenet_1k());
+            }
+            Some(LabelChoice::File(path)) => {
+                let bad = |reason| CheckpointError::Labels { path: path.clone(), reason };
+                let names = labels::from_file(&files::text(path)?).map_err(bad)?;
+                (names, format!("--labels {}", shown(path)), path.clone())
+            }
+            None if own.is_empty() => {
+                let tag = self.config.tag.as_deref().unwrap_or_default();
+                if classes == labels::IMAGENET_1K_CLASSES && labels::is_imagenet_1k(tag) {
+                    self.source.settings.push(setting("labels", format!("ImageNet's, by the tag {tag}")));
+                    return Ok(labels::imagenet_1k());
+                }
+                return Ok(Vec::new());
+            }
+            None => {
+                let from = format!("{} in {CONFIG_FILE}", self.config.labels_from);
+                (own, from, CONFIG_FILE.into())
+            }
+        };
+        let bad = |reason| match &self.options.labels {
+            Some(_) => CheckpointError::Labels { path: path.clone(), reason },
+            None => CheckpointError::Config { path: path.clone(), reason },
+        };
+        let names = names.complete(classes).map_err(bad)?;
+        self.source.settings.push(setting("labels", from));
+        Ok(names)
     }
 
-    /// Passes over a training counter, if the file has it.
-    pub fn skip_counter(&self, name: &str) {
-        self.left.borrow_mut().remove(name);
-    }
-
-    /// Refuses a file with tensors that nobody took.
-    pub fn finish(self) -> Result<(), CheckpointError> {
-        let left = self.left.into_inner();
-        match left.first() {
-            None => Ok(()),
-            Some(first) => Err(CheckpointError::Leftover {
-                count: left.len(),
-                first: first.clone(),
-                architecture: self.architecture.into(),
-            }),
+    /// What is probably not as it should be.
+    fn warn(&mut self, network: &Network, labels: &[String], resolved: &Preprocessing, told: bool, own: bool) {
+        let (classes, name) = (network.classes(), &self.config.architecture);
+        let warnings = &mut self.source.warnings;
+        let by_hand = self.options.settings != Settings::default();
+        let published = of_architecture(name).and_then(|layer| Some(settings::resolve(&[layer], None).ok()?.0));
+        if !told && !own && !by_hand {
+            warnings.push(format!(
+                "the file says nothing about preprocessing, so timm's settings of {name} are used; if the weights were trained with others, give --img-size, --mean, --std, --crop-pct, --interpolation"
+            ));
+        } else if told && !by_hand && classes != 1000 && published.as_ref() == Some(resolved) {
+            warnings.push(format!(
+                "the weights were trained further for {classes} classes, but the preprocessing is that of {name} as published; if they were trained with another, give --img-size, --mean, --std, --crop-pct, --interpolation"
+            ));
+        }
+        if labels.is_empty() {
+            let hint = if classes == labels::IMAGENET_1K_CLASSES { "FILE, or imagenet-1k if they are" } else { "FILE" };
+            warnings.push(format!("classes have no names, so answers carry numbers; give names with --labels {hint}"));
         }
     }
+}
+
+/// Whether weights that began with `tag` have other classes than it names by now.
+fn is_retrained(tag: &str, classes: usize) -> bool {
+    let trained = [("in1k", 1000), ("in12k", 11821), ("in22k", 21841), ("in21k", 21843)];
+    let last = tag.rsplit('_').next().unwrap_or(tag);
+    trained.iter().any(|(name, count)| last == *name && classes != *count)
 }
 
 fn read(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {

@@ -5,27 +5,33 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::bail;
 use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::printable::say;
+use super::source::SourceArgs;
 use crate::checkpoint::Checkpoint;
 use crate::engine::verify;
-use crate::engine::{EngineError, EngineOptions, OrtBackend};
+use crate::engine::{EngineError, EngineOptions, MapBackend, MapView, OrtBackend};
 use crate::fold::verified::{self, Question};
-use crate::fold::{self, FoldOptions, Folded, Size};
-use crate::model::{self, Gate, Manifest, ModelDir, ModelError, Precision, Target};
+use crate::fold::{self, FoldOptions, Size};
+use crate::model::golden::compare;
+use crate::model::{self, Gate, INPUT, Manifest, ModelDir, ModelError, Precision, Staging, Target};
 
 /// Arguments of `nfold fold`.
 #[derive(Debug, Args)]
 pub struct FoldArgs {
-    /// Checkpoint folder as the model hub lays it out: config.json and model.safetensors
+    /// Checkpoint: a folder as the model hub lays it out (config.json and model.safetensors, shards or
+    /// pytorch_model.bin), or a file of weights (.safetensors, .pth, .pth.tar, .bin, .ckpt)
     checkpoint: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Model repository to write into; made when missing
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
-    /// Name of the model [default: the checkpoint folder's name]
+    /// Name of the model [default: the checkpoint's folder or file name]
     #[arg(long, env = "NFOLD_NAME")]
     name: Option<String>,
     /// Version of the model
@@ -79,7 +85,7 @@ fn parse_size(text: &str) -> Result<Size, String> {
 /// Runs `nfold fold`.
 pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let checkpoint = Checkpoint::open_with(&args.checkpoint, &args.source.options())?;
     let options = FoldOptions {
         size: args.size.unwrap_or_default(),
         precision: match args.precision {
@@ -95,8 +101,9 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     };
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;
-    let mut folded = fold::fold(&checkpoint, &options)?;
-    verify(&checkpoint, &mut folded, &options)?;
+    let staging = Staging::new(&args.repository)?;
+    let mut folded = fold::fold_to_file(&checkpoint, &options, &staging.onnx())?;
+    verify(&checkpoint, &mut folded.manifest, &staging, &options)?;
 
     if folded.manifest.classes == 1 {
         say(format_args!(
@@ -104,7 +111,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         ));
     }
     let target = Target { repository: &args.repository, name, version: args.model_version, replace: args.replace };
-    let (written, state) = match ModelDir::publish(&target, &folded.onnx, &folded.manifest) {
+    let (written, state) = match ModelDir::publish_staged(&target, staging, &folded.manifest) {
         Ok(written) => (written, "wrote"),
         Err(ModelError::Exists(path)) => match ModelDir::open_path(&path) {
             Ok(there) if same(&there.manifest, &folded.manifest) => (there, "unchanged:"),
@@ -112,12 +119,13 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         },
         Err(e) => return Err(e.into()),
     };
+    super::inspect::warn(&written.manifest);
     if args.json {
         let report = json!({ "model": written.name, "version": written.version, "path": written.path, "manifest": written.manifest });
         writeln!(io::stdout(), "{report:#}")?;
     } else {
         super::inspect::describe(&written.manifest).lines().for_each(|line| say(format_args!("{line}")));
-        let (path, megabytes) = (written.path.display(), folded.onnx.len() as f64 / 1e6);
+        let (path, megabytes) = (written.path.display(), folded.len as f64 / 1e6);
         say(format_args!("{state} {path} ({megabytes:.1} MB) after {:.1} s", started.elapsed().as_secs_f64()));
     }
     Ok(ExitCode::SUCCESS)
@@ -131,14 +139,87 @@ fn same(a: &Manifest, b: &Manifest) -> bool {
     a == *b
 }
 
-/// Folded against unfolded, through ONNX Runtime with all cores.
-fn verify(checkpoint: &Checkpoint, folded: &mut Folded, options: &FoldOptions) -> anyhow::Result<()> {
+/// Folded against unfolded, through ONNX Runtime with all cores; and in half precision, what that does to the network.
+fn verify(
+    checkpoint: &Checkpoint,
+    manifest: &mut Manifest,
+    staging: &Staging,
+    options: &FoldOptions,
+) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let engine = EngineOptions { intra_threads: threads, ..EngineOptions::default() };
-    let answers = |q: Question<'_>| {
-        let mut backend = OrtBackend::open(q.onnx, q.what, &engine)?;
-        verify::answers(&mut backend, q.images, q.size)
-            .map_err(|e| EngineError::BadModel { model: q.what.into(), reason: e.to_string() })
+    let half = match options.precision {
+        Precision::Fp32 => None,
+        Precision::Fp16 => Some(in_half(checkpoint, manifest, options, &engine)?),
     };
-    Ok(verified::verify(checkpoint, folded, options, answers)?)
+    let answers = |q: Question<'_>| {
+        let logits = if q.unfolded {
+            let mut backend = OrtBackend::open_file_as_written(q.path, q.what, &engine)?;
+            verify::answers_together(&mut backend, q.images, q.size)
+        } else {
+            verify::answers(&mut OrtBackend::open_file(q.path, q.what, &engine)?, q.images, q.size)
+        };
+        logits.map_err(|e| EngineError::BadModel { model: q.what.into(), reason: e.to_string() })
+    };
+    verified::verify(checkpoint, manifest, &staging.onnx(), options, answers)?;
+    let (Some(half), Some(golden)) = (half, manifest.golden.as_ref()) else { return Ok(()) };
+    // this machine's kernels may compute halves in single precision, which others don't
+    let found = compare(&golden.logits, &half.logits);
+    if found.max_abs_diff.is_nan() || found.max_abs_diff > golden.tolerance {
+        bail!(
+            "in true half precision logits differ by {:.1e} (tolerance {:.1e}); nothing was written; use --precision fp32",
+            found.max_abs_diff,
+            golden.tolerance
+        );
+    }
+    if let Some(verification) = &mut manifest.fold.verification {
+        verification.headroom = Some(half.headroom);
+    }
+    Ok(())
+}
+
+/// What half precision does to a network.
+struct InHalf {
+    /// Logits of the golden image.
+    logits: Vec<f32>,
+    /// Largest number of half precision by the largest value of any map.
+    headroom: f64,
+}
+
+/// Runs the network with every map rounded to half precision, on noise and on plain images. Fails where a map does not fit.
+fn in_half(
+    checkpoint: &Checkpoint,
+    manifest: &Manifest,
+    options: &FoldOptions,
+    engine: &EngineOptions,
+) -> anyhow::Result<InHalf> {
+    let emulated = fold::fold_in_half(checkpoint, options)?;
+    let mut session = MapBackend::open_as_written(&emulated, "the graph in half precision", engine)?;
+    drop(emulated);
+    let p = &manifest.preprocessing;
+    let (height, width) = (p.height as usize, p.width as usize);
+    let noise = verify::images((height, width)).take(4);
+    let (mut logits, mut largest) = (Vec::new(), (0.0, String::new()));
+    for (i, data) in noise.chain(verify::plain_images((height, width), p.mean, p.std)).enumerate() {
+        let input = MapView { name: INPUT, shape: [1, 3, height, width], data: &data };
+        session.run(&[input], |output| match output.name.strip_suffix(fold::PEAK) {
+            Some(map) => {
+                let peak = output.data.first().map_or(0.0, |v| f64::from(*v));
+                if peak.is_nan() || peak > largest.0 {
+                    largest = (peak, map.to_string());
+                }
+            }
+            None if i == 0 => logits.extend_from_slice(output.data),
+            None => {}
+        })?;
+    }
+    let (peak, map) = largest;
+    let headroom = fold::LARGEST_HALF / peak;
+    if headroom.is_nan() || headroom < 1.0 {
+        bail!(
+            "in half precision `{map}` overflows: it reaches {peak:.1e}, and half precision holds {:.0}; nothing was written; use --precision fp32",
+            fold::LARGEST_HALF
+        );
+    }
+    Ok(InHalf { logits, headroom })
 }

@@ -29,7 +29,8 @@ pub struct InitArgs {
     model_args: Option<Map<String, Value>>,
 }
 
-fn parse_args(text: &str) -> Result<Map<String, Value>, String> {
+/// A JSON object of arguments.
+pub(super) fn parse_args(text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|e| format!("not a JSON object: {e}"))
 }
 

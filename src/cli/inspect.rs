@@ -11,6 +11,7 @@ use clap::builder::FalseyValueParser;
 use serde_json::json;
 
 use super::printable::printable;
+use super::source::SourceArgs;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::fold::{FoldOptions, fold};
 use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir};
@@ -18,8 +19,10 @@ use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir};
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A model's name in the repository, a path that `fold` printed, or a checkpoint folder
+    /// A model's name in the repository, a path that `fold` printed, or a checkpoint (folder or file of weights)
     model: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Model repository that names are looked up in
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
@@ -34,8 +37,9 @@ pub struct InspectArgs {
 /// Runs `nfold inspect`. A checkpoint is read whole and folded in memory, so that what it says is checked.
 pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let path = &args.model;
-    let (kind, name, manifest) = if path.join(CONFIG_FILE).is_file() {
-        let checkpoint = Checkpoint::open(path)?;
+    let of_model = path.file_name().is_some_and(|name| name == MANIFEST_FILE || name == MODEL_FILE);
+    let (kind, name, manifest) = if path.join(CONFIG_FILE).is_file() || (path.is_file() && !of_model) {
+        let checkpoint = Checkpoint::open_with(path, &args.source.options())?;
         let manifest = fold(&checkpoint, &FoldOptions::default())?.manifest;
         ("checkpoint", checkpoint.name, manifest)
     } else {
@@ -43,6 +47,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
         model.read_onnx()?;
         ("model", format!("{} version {}", model.name, model.version), model.manifest)
     };
+    warn(&manifest);
     let mut out = io::stdout().lock();
     if args.json {
         writeln!(out, "{:#}", json!({ "kind": kind, "name": name, "manifest": manifest }))?;
@@ -74,6 +79,13 @@ fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
     Ok(ModelDir::open(&args.repository, Some(&path.to_string_lossy()), args.model_version)?)
 }
 
+/// Tells on stderr what is probably not as it should be.
+pub fn warn(m: &Manifest) {
+    for warning in &m.source.warnings {
+        super::printable::say(format_args!("warning: {warning}"));
+    }
+}
+
 /// A manifest as a person would like to read it.
 pub fn describe(m: &Manifest) -> String {
     let (f, p) = (&m.fold, &m.preprocessing);
@@ -95,6 +107,12 @@ pub fn describe(m: &Manifest) -> String {
     line("work", format!("{:.3} GMACs an image", f.gmacs));
     let crop = format!("{} crop {} of {} resize", p.crop_mode, p.crop_pct, p.interpolation);
     line("preprocessing", format!("{crop}, mean {:?}, std {:?}", p.mean, p.std));
+    for setting in &m.source.settings {
+        line("  from", format!("{}: {}", setting.setting, setting.origin));
+    }
+    if !m.source.unused.is_empty() {
+        line("not used", m.source.unused.join(", "));
+    }
     match f.gamma {
         Some(gamma) => line("activation", format!("{}, γ {gamma}", f.activation)),
         None => line("activation", f.activation.clone()),
@@ -105,6 +123,9 @@ pub fn describe(m: &Manifest) -> String {
             "verified",
             format!("{text} {:.2e} of a span of {:.3} ({} images)", v.max_abs_diff, v.logit_span, v.images),
         );
+    }
+    if let Some(headroom) = f.verification.as_ref().and_then(|v| v.headroom) {
+        line("half precision", format!("the largest value of any map fits {headroom:.0} times"));
     }
     if !f.blocks.is_empty() {
         let _ = writeln!(

@@ -141,14 +141,17 @@ impl<'a> Emitter<'a> {
             x = self.conv(&x, conv, Scales::NONE, None)?;
             x = self.graph.activation(&x, act, &format!("{}.act", conv.name));
         }
-        x = self.graph.max_pool(&x, "maxpool");
+        if plan.stem_pool {
+            x = self.graph.max_pool(&x, "maxpool");
+        }
         for block in &plan.blocks {
             let mut y = x.clone();
+            let last = block.convs.len() - 1;
             for (i, conv) in block.convs.iter().enumerate() {
                 if i > 0 {
                     y = self.graph.activation(&y, act, &format!("{}.act{i}", block.name));
                 }
-                y = self.conv(&y, conv, Scales::NONE, None)?;
+                y = self.conv(&y, conv, Scales::NONE, block.attention.as_ref().filter(|_| i == last))?;
             }
             if let Some(conv) = &block.downsample {
                 x = self.graph.average_pool(&x, block.pool, &format!("{}.downsample.0", block.name));
@@ -176,6 +179,9 @@ impl<'a> Emitter<'a> {
                     y = self.attention(&y, block.attention.as_ref(), 1.0)?;
                 }
                 y = self.conv(&y, conv, Scales::NONE, None)?;
+            }
+            if block.branch_activated {
+                y = self.graph.activation(&y, act, &format!("{name}.act"));
             }
             x = match &block.shortcut {
                 Shortcut::None => y,
@@ -270,7 +276,7 @@ impl<'a> Emitter<'a> {
                 let bias = self.graph.constant(&format!("{name}.bias"), &[conv.out_chs], &bias)?;
                 let scale = gamma / (conv.fan_in() as f64).sqrt();
                 let gain: Vec<f64> = gain.iter().map(|g| g * scale).collect();
-                let weight = self.standardisation(conv, &weight, &gain, *eps);
+                let weight = self.standardisation(conv, &weight, &gain, *eps)?;
                 Ok(self.graph.conv(x, conv, &weight, Some(&bias)))
             }
             Norm::BatchNorm { layer, eps } => {
@@ -292,12 +298,12 @@ impl<'a> Emitter<'a> {
     }
 
     /// Weight standardisation as operations in double precision; returns the standardised weight's name.
-    fn standardisation(&mut self, conv: &Conv, weight: &[f64], gain: &[f64], eps: f64) -> String {
+    fn standardisation(&mut self, conv: &Conv, weight: &[f64], gain: &[f64], eps: f64) -> Result<String, FoldError> {
         let graph = &mut self.graph;
         let name = |leaf: &str| format!("{}.weight{leaf}", conv.name);
-        let raw = graph.double(&name(""), &conv.weight_shape(), weight);
-        let gain = graph.double(&name(".gain"), &[conv.out_chs, 1, 1, 1], gain);
-        let eps = graph.double(&name(".eps"), &[], &[eps]);
+        let raw = graph.double(&name(""), &conv.weight_shape(), weight)?;
+        let gain = graph.double(&name(".gain"), &[conv.out_chs, 1, 1, 1], gain)?;
+        let eps = graph.double(&name(".eps"), &[], &[eps])?;
         let fan_in = graph.integers(&name(".fan_in_axes"), &[1, 2, 3]);
         let mut node = |op: &str, leaf: &str, inputs: &[&str]| graph.node(op, &name(leaf), inputs, vec![]);
         let mean = node("ReduceMean", ".mean", &[&raw, &fan_in]);
@@ -308,7 +314,7 @@ impl<'a> Emitter<'a> {
         let deviation = node("Sqrt", ".deviation", &[&shifted]);
         let unit = node("Div", ".unit", &[&centred, &deviation]);
         let gained = node("Mul", ".gained", &[&unit, &gain]);
-        graph.narrow(&name(".standardised"), &gained)
+        Ok(graph.narrow(&name(".standardised"), &gained))
     }
 
     /// Gates `y`; `gate_scale` undoes for the gate what was folded into the convolution before it.

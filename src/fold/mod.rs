@@ -8,9 +8,18 @@ mod batch_norm;
 mod blocks;
 pub mod verified;
 
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
 use crate::checkpoint::{Checkpoint, CheckpointError};
+pub use crate::graph::half_emulation::{LARGEST as LARGEST_HALF, PEAK};
+
+use crate::graph::half_emulation;
 use crate::graph::{Emission, GraphBuilder, GraphError};
-use crate::model::{self, FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision};
+use crate::model::{FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision};
 use crate::nets::Network;
 use blocks::Emitter;
 
@@ -38,7 +47,7 @@ pub enum FoldError {
     },
     /// The file would be larger than the protobuf format allows.
     #[error("the folded graph needs {0} bytes; ONNX files of 2 GiB and more are not supported")]
-    TooLarge(usize),
+    TooLarge(u64),
 }
 
 /// The spatial size of a folded graph.
@@ -89,27 +98,73 @@ pub struct Folded {
     pub manifest: Manifest,
 }
 
+/// A folded network on disk, not yet in a repository.
+#[derive(Debug, Clone)]
+pub struct FoldedFile {
+    /// Bytes of the graph.
+    pub len: u64,
+    /// What to write beside it; its verification and golden answer are still empty.
+    pub manifest: Manifest,
+}
+
 /// Folds a checkpoint. Every tensor is used exactly once, or the error names it. The same checkpoint and options give
 /// the same bytes.
 pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, FoldError> {
+    let mut onnx = Vec::new();
+    let file = emit(checkpoint, options, None)?.write(&mut onnx)?;
+    Ok(Folded { onnx, manifest: file.manifest })
+}
+
+/// As [`fold`], into a file that must not exist: one tensor is in memory at a time. Beside the file as much space again is
+/// used meanwhile.
+pub fn fold_to_file(checkpoint: &Checkpoint, options: &FoldOptions, path: &Path) -> Result<FoldedFile, FoldError> {
+    let io = |e: io::Error| FoldError::Graph(GraphError::Io(format!("`{}`: {e}", path.display())));
+    let store = tempfile::tempfile_in(path.parent().unwrap_or(Path::new("."))).map_err(io)?;
+    let emitted = emit(checkpoint, options, Some(store))?;
+    let mut file = BufWriter::with_capacity(1 << 20, File::create_new(path).map_err(io)?);
+    let written = emitted.write(&mut file)?;
+    file.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(io)?;
+    Ok(written)
+}
+
+/// The folded graph with every weight and map rounded to half precision, arithmetic in single: what machines with true half
+/// precision answer. Besides the logits its outputs are `NAME` + [`PEAK`] for every map, the largest magnitude there.
+pub fn fold_in_half(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Vec<u8>, FoldError> {
+    let single = FoldOptions { precision: Precision::Fp32, gate: Gate::Broadcast, unfolded: false, ..*options };
+    Ok(half_emulation::emulate(&fold(checkpoint, &single)?.onnx)?)
+}
+
+/// A graph that is ready to be written.
+struct Emitted<'a> {
+    checkpoint: &'a Checkpoint,
+    graph: GraphBuilder,
+    /// Without the graph's digest.
+    manifest: Manifest,
+}
+
+/// Emits the graph; large weights go to the `store`, where there is one.
+fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<File>) -> Result<Emitted<'a>, FoldError> {
     let size = match options.size {
         Size::Fixed(height, width) => Some((height, width)),
         Size::Checkpoint | Size::Dynamic => None,
     };
-    let mut preprocessing = checkpoint.config.preprocessing(size).map_err(FoldError::Size)?;
+    let (mut preprocessing, source) = checkpoint.preprocessing(size).map_err(FoldError::Size)?;
     preprocessing.exif_orientation = options.exif_orientation;
     let dynamic = options.size == Size::Dynamic;
     let gate = if dynamic { Gate::Broadcast } else { options.gate };
-    let (graph, input) = GraphBuilder::new(Emission {
+    let (mut graph, input) = GraphBuilder::new(Emission {
         height: preprocessing.height,
         width: preprocessing.width,
         dynamic,
         precision: options.precision,
         gate,
-        same_padding: matches!(&checkpoint.network, Network::NormFree(plan) if plan.same_padding),
+        same_padding: checkpoint.network.same_padding(),
     });
+    if let Some(store) = store {
+        graph.store_in(store);
+    }
 
-    let reader = checkpoint.reader()?;
+    let reader = checkpoint.reader();
     let mut emitter = Emitter::new(&reader, graph, options.unfolded);
     let (family, activation, gamma, blocks) = match &checkpoint.network {
         Network::NormFree(plan) => {
@@ -129,30 +184,19 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
 
     let (macs, folded_parameters) = (graph.macs, graph.parameters);
     let classes = checkpoint.network.classes();
-    let config = &checkpoint.config;
-    let preprocessing_json = serde_json::to_string(&preprocessing).unwrap_or_default();
-    let metadata = [
-        ("producer", producer()),
-        ("architecture", config.architecture.clone()),
-        ("source_sha256", checkpoint.sha256.clone()),
-        ("preprocessing", preprocessing_json),
-    ];
-    let onnx = graph.finish(classes, &metadata);
-    if onnx.len() >= 1 << 31 {
-        return Err(FoldError::TooLarge(onnx.len()));
-    }
     let manifest = Manifest {
         format: MANIFEST_FORMAT,
         producer: producer(),
-        architecture: config.architecture.clone(),
+        architecture: checkpoint.architecture.clone(),
         precision: options.precision,
         graph_height: (!dynamic).then_some(preprocessing.height),
         graph_width: (!dynamic).then_some(preprocessing.width),
         classes: classes as u32,
-        labels: config.labels.clone(),
+        labels: checkpoint.labels.clone(),
         preprocessing,
         source_sha256: checkpoint.sha256.clone(),
-        onnx_sha256: model::sha256(&onnx),
+        onnx_sha256: String::new(),
+        source,
         fold: FoldReport {
             family: family.into(),
             activation: activation.name().into(),
@@ -166,7 +210,46 @@ pub fn fold(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Folded, Fo
         },
         golden: None,
     };
-    Ok(Folded { onnx, manifest })
+    Ok(Emitted { checkpoint, graph, manifest })
+}
+
+impl Emitted<'_> {
+    fn write(self, to: &mut dyn Write) -> Result<FoldedFile, FoldError> {
+        let Self { checkpoint, graph, mut manifest } = self;
+        let metadata = [
+            ("producer", producer()),
+            ("architecture", checkpoint.architecture.clone()),
+            ("source_sha256", checkpoint.sha256.clone()),
+            ("preprocessing", serde_json::to_string(&manifest.preprocessing).unwrap_or_default()),
+        ];
+        let mut to = Digesting { to, hash: Sha256::new(), len: 0 };
+        graph.finish_to(manifest.classes as usize, &metadata, &mut to)?;
+        if to.len >= 1 << 31 {
+            return Err(FoldError::TooLarge(to.len));
+        }
+        manifest.onnx_sha256 = to.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(FoldedFile { len: to.len, manifest })
+    }
+}
+
+/// Takes the digest of what passes.
+struct Digesting<'a> {
+    to: &'a mut dyn Write,
+    hash: Sha256,
+    len: u64,
+}
+
+impl Write for Digesting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.to.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        self.len += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
 }
 
 fn producer() -> String {

@@ -1,19 +1,26 @@
 //! What a fold is held to before it may be written: the folded and the unfolded graph give the same finite logits on the
 //! same images. Owns the tolerances and the golden answer; whoever runs graphs is handed in.
 
-use super::{FoldError, FoldOptions, Folded, fold};
+use std::fs;
+use std::path::Path;
+
+use super::{FoldError, FoldOptions, fold_to_file};
 use crate::checkpoint::Checkpoint;
+use crate::graph::GraphError;
 use crate::model::golden::{compare, digest, images};
-use crate::model::{Gate, Golden, Precision, Verification};
+use crate::model::{Gate, Golden, Manifest, Precision, Verification};
 
 /// A graph and what to ask it.
 #[derive(Debug, Clone, Copy)]
 pub struct Question<'a> {
-    /// The graph.
-    pub onnx: &'a [u8],
+    /// The graph's file.
+    pub path: &'a Path,
+    /// The graph does arithmetic on its weights: done before the first run for all of them, that would take several times
+    /// their memory.
+    pub unfolded: bool,
     /// What it is, for messages.
     pub what: &'a str,
-    /// How many of the [`images`] to run, one by one.
+    /// How many of the [`images`] to run.
     pub images: usize,
     /// Their height and width.
     pub size: (usize, usize),
@@ -58,20 +65,20 @@ pub enum VerifyError<E: std::error::Error + 'static> {
 }
 
 /// Asks the graph and its counterpart (folded against unfolded, which is in single precision with weight arithmetic in
-/// double) and puts what was measured and the golden answer into the manifest. `answers` runs a graph: its logits, image
-/// after image.
+/// double) and puts what was measured and the golden answer into the manifest. The graph is in the file `onnx`; its
+/// counterpart is written beside it and removed. `answers` runs a graph: its logits, image after image.
 pub fn verify<E: std::error::Error + 'static>(
     checkpoint: &Checkpoint,
-    folded: &mut Folded,
+    manifest: &mut Manifest,
+    onnx: &Path,
     options: &FoldOptions,
     mut answers: impl FnMut(Question<'_>) -> Result<Vec<f32>, E>,
 ) -> Result<(), VerifyError<E>> {
-    let manifest = &mut folded.manifest;
     let classes = manifest.classes as usize;
     let count = if manifest.fold.gmacs < 5.0 { 4 } else { 1 };
     let size = (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize);
-    let mut ask = |onnx: &[u8], what: &'static str, advice: &'static str| {
-        let logits = answers(Question { onnx, what, images: count, size }).map_err(VerifyError::Engine)?;
+    let mut ask = |path: &Path, unfolded: bool, what: &'static str, advice: &'static str| {
+        let logits = answers(Question { path, unfolded, what, images: count, size }).map_err(VerifyError::Engine)?;
         match logits.iter().position(|logit| !logit.is_finite()) {
             None => Ok(logits),
             Some(i) => Err(VerifyError::NotFinite {
@@ -83,17 +90,19 @@ pub fn verify<E: std::error::Error + 'static>(
             }),
         }
     };
-    // one graph after the other: a large network's weights need not be in memory four times
+    // one graph after the other, from files: a network's weights need not be in memory several times
     let counterpart =
         FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
-    let counterpart = fold(checkpoint, &counterpart)?.onnx;
-    let reference = ask(&counterpart, "the counterpart for verification", "the checkpoint's weights are too large")?;
-    drop(counterpart);
+    let path = onnx.with_extension("counterpart");
+    fold_to_file(checkpoint, &counterpart, &path)?;
+    let what = "the counterpart for verification";
+    let reference = ask(&path, counterpart.unfolded, what, "the checkpoint's weights are too large")?;
+    fs::remove_file(&path).map_err(|e| FoldError::Graph(GraphError::Io(e.to_string())))?;
     let advice = match options.precision {
         Precision::Fp32 => "the checkpoint's weights are too large",
         Precision::Fp16 => "the network does not fit half precision, fold it with --precision fp32",
     };
-    let mut logits = ask(&folded.onnx, "the folded graph", advice)?;
+    let mut logits = ask(onnx, options.unfolded, "the folded graph", advice)?;
     let found = compare(&reference, &logits);
     let tolerance = match options.precision {
         Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
@@ -110,6 +119,7 @@ pub fn verify<E: std::error::Error + 'static>(
         max_abs_diff: found.max_abs_diff,
         logit_span: found.logit_span,
         tolerance,
+        headroom: None,
     });
     Ok(())
 }

@@ -25,6 +25,8 @@ pub struct BatchNormedPlan {
     pub classifier_init: Init,
     /// A fresh branch starts at zero: the scale after its last convolution is zero.
     pub zero_init_last: bool,
+    /// TensorFlow's SAME padding, asymmetric where it must be.
+    pub same_padding: bool,
     /// Channels that the classifier sees.
     pub num_features: usize,
     /// Number of classes.
@@ -44,6 +46,8 @@ pub struct BatchNormedBlock {
     pub shortcut: Shortcut,
     /// The activation runs on the sum.
     pub activated: bool,
+    /// The activation runs on the branch, before the sum.
+    pub branch_activated: bool,
 }
 
 /// What a block adds to its branch.

@@ -1,26 +1,133 @@
 //! EfficientNet as timm builds it (`_gen_efficientnet`; Tan and Le 2019, "EfficientNet", table 1 and section 4):
-//! opponents of the benchmark. One table of stages, scaled in width and depth (by an architecture's own multipliers;
+//! opponents of the benchmark. A table of stages for each generation, scaled in width and depth (by an architecture's own multipliers;
 //! timm's entry points take no others, nfold does).
 
 use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
-use super::{Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
+use super::{Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
 
-/// Stages of the unscaled network: blocks, kernel, stride, expansion, channels. An expansion of 1 has no convolution
-/// of its own.
-const STAGES: [(usize, usize, usize, usize, usize); 7] = [
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+/// A stage of the unscaled network.
+#[derive(Debug, Clone, Copy)]
+struct Stage {
+    kind: Kind,
+    depth: usize,
+    kernel: usize,
+    stride: usize,
+    expansion: usize,
+    channels: usize,
+    squeeze: bool,
+}
+
+/// What a stage's blocks are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Depthwise convolution, then a pointwise one.
+    Separable,
+    /// Expansion, depthwise convolution, projection.
+    Inverted,
+    /// Expansion by the spatial convolution itself, projection.
+    Fused,
+    /// One convolution, its activation before the sum.
+    Plain,
+}
+
+const fn stage(kind: Kind, sizes: [usize; 5], squeeze: bool) -> Stage {
+    let [depth, kernel, stride, expansion, channels] = sizes;
+    Stage { kind, depth, kernel, stride, expansion, channels, squeeze }
+}
+
+/// Which table of stages a network has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Generation {
+    B,
+    Lite,
+    V2Base,
+    V2S,
+    V2Rw,
+    V2M,
+    V2L,
+}
+
+use Kind::{Fused, Inverted, Plain, Separable};
+
+const B: [Stage; 7] = [
+    stage(Separable, [1, 3, 1, 1, 16], true),
+    stage(Inverted, [2, 3, 2, 6, 24], true),
+    stage(Inverted, [2, 5, 2, 6, 40], true),
+    stage(Inverted, [3, 3, 2, 6, 80], true),
+    stage(Inverted, [3, 5, 1, 6, 112], true),
+    stage(Inverted, [4, 5, 2, 6, 192], true),
+    stage(Inverted, [1, 3, 1, 6, 320], true),
 ];
-const STEM: usize = 32;
-const FEATURES: usize = 1280;
+const V2_BASE: [Stage; 6] = [
+    stage(Plain, [1, 3, 1, 1, 16], false),
+    stage(Fused, [2, 3, 2, 4, 32], false),
+    stage(Fused, [2, 3, 2, 4, 48], false),
+    stage(Inverted, [3, 3, 2, 4, 96], true),
+    stage(Inverted, [5, 3, 1, 6, 112], true),
+    stage(Inverted, [8, 3, 2, 6, 192], true),
+];
+const V2_S: [Stage; 6] = [
+    stage(Plain, [2, 3, 1, 1, 24], false),
+    stage(Fused, [4, 3, 2, 4, 48], false),
+    stage(Fused, [4, 3, 2, 4, 64], false),
+    stage(Inverted, [6, 3, 2, 4, 128], true),
+    stage(Inverted, [9, 3, 1, 6, 160], true),
+    stage(Inverted, [15, 3, 2, 6, 256], true),
+];
+const V2_M: [Stage; 7] = [
+    stage(Plain, [3, 3, 1, 1, 24], false),
+    stage(Fused, [5, 3, 2, 4, 48], false),
+    stage(Fused, [5, 3, 2, 4, 80], false),
+    stage(Inverted, [7, 3, 2, 4, 160], true),
+    stage(Inverted, [14, 3, 1, 6, 176], true),
+    stage(Inverted, [18, 3, 2, 6, 304], true),
+    stage(Inverted, [5, 3, 1, 6, 512], true),
+];
+const V2_L: [Stage; 7] = [
+    stage(Plain, [4, 3, 1, 1, 32], false),
+    stage(Fused, [7, 3, 2, 4, 64], false),
+    stage(Fused, [7, 3, 2, 4, 96], false),
+    stage(Inverted, [10, 3, 2, 4, 192], true),
+    stage(Inverted, [19, 3, 1, 6, 224], true),
+    stage(Inverted, [25, 3, 2, 6, 384], true),
+    stage(Inverted, [7, 3, 1, 6, 640], true),
+];
+
+impl Generation {
+    fn stages(self) -> Vec<Stage> {
+        match self {
+            Self::B => B.to_vec(),
+            Self::Lite => B.map(|s| Stage { squeeze: false, ..s }).to_vec(),
+            Self::V2Base => V2_BASE.to_vec(),
+            Self::V2S => V2_S.to_vec(),
+            Self::V2Rw => {
+                let mut stages = V2_S;
+                stages[0].kind = Fused;
+                stages[5].channels = 272;
+                stages.to_vec()
+            }
+            Self::V2M => V2_M.to_vec(),
+            Self::V2L => V2_L.to_vec(),
+        }
+    }
+
+    /// Channels of the stem, and before the classifier; whether each is scaled with the others.
+    fn ends(self) -> [(usize, bool); 2] {
+        match self {
+            Self::B | Self::V2Base => [(32, true), (1280, true)],
+            Self::Lite => [(32, false), (1280, false)],
+            Self::V2S => [(24, true), (1280, true)],
+            Self::V2Rw => [(24, true), (1792, true)],
+            Self::V2M => [(24, true), (1280, false)],
+            Self::V2L => [(32, true), (1280, false)],
+        }
+    }
+}
+
 /// Squeezed channels by the block's input channels.
 const SQUEEZE: f64 = 0.25;
 
@@ -33,6 +140,9 @@ pub struct EfficientNetConfig {
     pub channel_divisor: usize,
     pub act_layer: String,
     pub bn_eps: f64,
+    pub generation: Generation,
+    /// `same` or nothing.
+    pub pad_type: String,
 }
 
 impl EfficientNetConfig {
@@ -40,18 +150,18 @@ impl EfficientNetConfig {
     pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
         let mut args = Arguments::new(architecture, args);
         let classes = args.classifier()?;
-        let (mut pad_type, mut output_stride) = (String::new(), 32usize);
+        let mut output_stride = 32usize;
         args.set("channel_multiplier", &mut self.channel_multiplier)?;
         args.set("depth_multiplier", &mut self.depth_multiplier)?;
         args.set("channel_divisor", &mut self.channel_divisor)?;
         args.set("act_layer", &mut self.act_layer)?;
         args.set("bn_eps", &mut self.bn_eps)?;
-        args.set("pad_type", &mut pad_type)?;
+        args.set("pad_type", &mut self.pad_type)?;
         args.set("output_stride", &mut output_stride)?;
         args.ignore(&["bn_momentum"]);
         args.finish()?;
-        if !pad_type.is_empty() {
-            return Err(bad_argument("pad_type", &pad_type.into(), "only symmetric padding (``) is supported".into()));
+        if !matches!(self.pad_type.as_str(), "" | "same") {
+            return Err(bad_argument("pad_type", &self.pad_type.into(), "`same` or nothing".into()));
         }
         if output_stride != 32 {
             return Err(bad_argument("output_stride", &output_stride.into(), "only 32 is supported".into()));
@@ -61,25 +171,24 @@ impl EfficientNetConfig {
 
     fn network(&self, classes: usize) -> Result<BatchNormedPlan, NetError> {
         let activation = self.check()?;
-        let mut in_chs = self.channels(STEM);
+        let [stem_chs, features] =
+            self.generation.ends().map(|(chs, scaled)| if scaled { self.channels(chs) } else { chs });
+        let mut in_chs = stem_chs;
         let stem = Conv::square("conv_stem".into(), (3, in_chs), 3, 2, self.norm("bn1".into()));
         let mut blocks = Vec::new();
-        for (stage, (depth, kernel, stride, expansion, channels)) in STAGES.into_iter().enumerate() {
-            let out_chs = self.channels(channels);
-            let depth = (depth as f64 * self.depth_multiplier).ceil() as usize;
-            for index in 0..depth {
-                let shape = BlockShape {
-                    name: format!("blocks.{stage}.{index}"),
-                    chs: (in_chs, out_chs),
-                    kernel,
-                    stride: if index == 0 { stride } else { 1 },
-                    expansion,
-                };
+        let stages = self.generation.stages();
+        let last = stages.len() - 1;
+        for (s, stage) in stages.into_iter().enumerate() {
+            let out_chs = self.channels(stage.channels);
+            let fixed = self.generation == Generation::Lite && (s == 0 || s == last);
+            let multiplier = if fixed { 1.0 } else { self.depth_multiplier };
+            for index in 0..(stage.depth as f64 * multiplier).ceil() as usize {
+                let stride = if index == 0 { stage.stride } else { 1 };
+                let shape = BlockShape { name: format!("blocks.{s}.{index}"), chs: (in_chs, out_chs), stride, stage };
                 blocks.push(self.block(shape, activation));
                 in_chs = out_chs;
             }
         }
-        let features = self.channels(FEATURES);
         Ok(BatchNormedPlan {
             family: "efficientnet",
             activation,
@@ -90,6 +199,7 @@ impl EfficientNetConfig {
             classifier: "classifier",
             classifier_init: Init::Uniform((classes as f64).sqrt().recip()),
             zero_init_last: false,
+            same_padding: self.pad_type == "same",
             num_features: features,
             classes,
         })
@@ -115,33 +225,41 @@ impl EfficientNetConfig {
     }
 
     fn channels(&self, unscaled: usize) -> usize {
-        make_divisible(unscaled as f64 * self.channel_multiplier, self.channel_divisor, 0.9)
+        let limit = if self.generation == Generation::V2Base { 0.0 } else { 0.9 };
+        make_divisible(unscaled as f64 * self.channel_multiplier, self.channel_divisor, limit)
     }
 
     fn norm(&self, layer: String) -> Norm {
         Norm::BatchNorm { layer, eps: self.bn_eps }
     }
 
-    /// An inverted residual (`conv_pw`, `conv_dw`, `conv_pwl`), or, where nothing expands, a depthwise-separable
-    /// block (`conv_dw`, `conv_pw`).
+    /// An inverted residual (`conv_pw`, `conv_dw`, `conv_pwl`), a depthwise-separable block (`conv_dw`, `conv_pw`), a fused one
+    /// (`conv_exp`, `conv_pwl`), or one convolution (`conv`).
     fn block(&self, shape: BlockShape, activation: Activation) -> BatchNormedBlock {
-        let BlockShape { name, chs: (in_chs, out_chs), kernel, stride, expansion } = shape;
-        let separable = expansion == 1;
-        let mid = if separable { in_chs } else { make_divisible((in_chs * expansion) as f64, 8, 0.9) };
-        let names = if separable { ["", "conv_dw", "conv_pw"] } else { ["conv_pw", "conv_dw", "conv_pwl"] };
+        let BlockShape { name, chs: (in_chs, out_chs), stride, stage } = shape;
+        let Stage { kind, kernel, expansion, squeeze, .. } = stage;
+        let mid = if kind == Separable { in_chs } else { make_divisible((in_chs * expansion) as f64, 8, 0.9) };
         let path = |leaf: &str| format!("{name}.{leaf}");
-        let norm = |place: usize| self.norm(path(&format!("bn{}", place + usize::from(!separable))));
-        let depthwise = Conv { groups: mid, ..Conv::square(path(names[1]), (mid, mid), kernel, stride, norm(1)) };
-        let project = Conv::pointwise(path(names[2]), mid, out_chs, norm(2));
-        let expand = (!separable).then(|| Conv::pointwise(path(names[0]), in_chs, mid, norm(0)));
+        let norm = |number: usize| self.norm(path(&format!("bn{number}")));
+        let depthwise =
+            |number| Conv { groups: mid, ..Conv::square(path("conv_dw"), (mid, mid), kernel, stride, norm(number)) };
+        let spatial = |leaf: &str, to| Conv::square(path(leaf), (in_chs, to), kernel, stride, norm(1));
+        let point = |leaf: &str, from, to, number| Conv::pointwise(path(leaf), from, to, norm(number));
+        let convs = match kind {
+            Separable => vec![depthwise(1), point("conv_pw", mid, out_chs, 2)],
+            Inverted => vec![point("conv_pw", in_chs, mid, 1), depthwise(2), point("conv_pwl", mid, out_chs, 3)],
+            Fused => vec![spatial("conv_exp", mid), point("conv_pwl", mid, out_chs, 2)],
+            Plain => vec![spatial("conv", out_chs)],
+        };
         let reduced = (mid as f64 * (SQUEEZE / expansion as f64)).round_ties_even().max(1.0) as usize;
         let fc = |leaf: &str, from, to| Conv::pointwise(path(leaf), from, to, Norm::Plain);
         let (fc1, fc2) = (fc("se.conv_reduce", mid, reduced), fc("se.conv_expand", reduced, mid));
         BatchNormedBlock {
-            convs: expand.into_iter().chain([depthwise, project]).collect(),
-            attention: Some(Attention::SqueezeExcite { fc1, fc2, activation }),
+            convs,
+            attention: squeeze.then_some(Attention::SqueezeExcite { fc1, fc2, activation }),
             shortcut: if in_chs == out_chs && stride == 1 { Shortcut::Identity } else { Shortcut::None },
             activated: false,
+            branch_activated: kind == Plain,
             name,
         }
     }
@@ -151,27 +269,91 @@ impl EfficientNetConfig {
 struct BlockShape {
     name: String,
     chs: (usize, usize),
-    kernel: usize,
     stride: usize,
-    expansion: usize,
+    stage: Stage,
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 5] =
-    ["efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4"];
+pub const VARIANTS: [&str; 34] = [
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "tf_efficientnet_b0",
+    "tf_efficientnet_b1",
+    "tf_efficientnet_b2",
+    "tf_efficientnet_b3",
+    "tf_efficientnet_b4",
+    "tf_efficientnet_b5",
+    "tf_efficientnet_b6",
+    "tf_efficientnet_b7",
+    "tf_efficientnet_lite0",
+    "tf_efficientnet_lite1",
+    "tf_efficientnet_lite2",
+    "tf_efficientnet_lite3",
+    "tf_efficientnet_lite4",
+    "efficientnet_lite0",
+    "efficientnetv2_s",
+    "efficientnetv2_m",
+    "efficientnetv2_l",
+    "tf_efficientnetv2_s",
+    "tf_efficientnetv2_m",
+    "tf_efficientnetv2_l",
+    "tf_efficientnetv2_b0",
+    "tf_efficientnetv2_b1",
+    "tf_efficientnetv2_b2",
+    "tf_efficientnetv2_b3",
+    "efficientnetv2_rw_s",
+    "efficientnetv2_rw_t",
+];
 
 /// timm's configuration of an architecture.
 pub fn variant(name: &str) -> Option<EfficientNetConfig> {
-    let (channel_multiplier, depth_multiplier) = match name {
-        "efficientnet_b0" => (1.0, 1.0),
-        "efficientnet_b1" => (1.0, 1.1),
-        "efficientnet_b2" => (1.1, 1.2),
-        "efficientnet_b3" => (1.2, 1.4),
-        "efficientnet_b4" => (1.4, 1.8),
+    let name = VARIANTS.into_iter().find(|v| *v == name)?;
+    // the weights of TensorFlow's own have its padding and its epsilon
+    let (tensorflow, size) = match name.strip_prefix("tf_") {
+        Some(rest) => (true, rest),
+        None => (false, name),
+    };
+    let (generation, channel_multiplier, depth_multiplier) = match size.trim_start_matches("efficientnet") {
+        "_b0" => (Generation::B, 1.0, 1.0),
+        "_b1" => (Generation::B, 1.0, 1.1),
+        "_b2" => (Generation::B, 1.1, 1.2),
+        "_b3" => (Generation::B, 1.2, 1.4),
+        "_b4" => (Generation::B, 1.4, 1.8),
+        "_b5" => (Generation::B, 1.6, 2.2),
+        "_b6" => (Generation::B, 1.8, 2.6),
+        "_b7" => (Generation::B, 2.0, 3.1),
+        "_lite0" => (Generation::Lite, 1.0, 1.0),
+        "_lite1" => (Generation::Lite, 1.0, 1.1),
+        "_lite2" => (Generation::Lite, 1.1, 1.2),
+        "_lite3" => (Generation::Lite, 1.2, 1.4),
+        "_lite4" => (Generation::Lite, 1.4, 1.8),
+        "v2_b0" => (Generation::V2Base, 1.0, 1.0),
+        "v2_b1" => (Generation::V2Base, 1.0, 1.1),
+        "v2_b2" => (Generation::V2Base, 1.1, 1.2),
+        "v2_b3" => (Generation::V2Base, 1.2, 1.4),
+        "v2_s" => (Generation::V2S, 1.0, 1.0),
+        "v2_m" => (Generation::V2M, 1.0, 1.0),
+        "v2_l" => (Generation::V2L, 1.0, 1.0),
+        "v2_rw_s" => (Generation::V2Rw, 1.0, 1.0),
+        "v2_rw_t" => (Generation::V2S, 0.8, 0.9),
         _ => return None,
     };
-    let (channel_divisor, act_layer, bn_eps) = (8, "silu".into(), 1e-5);
-    Some(EfficientNetConfig { channel_multiplier, depth_multiplier, channel_divisor, act_layer, bn_eps })
+    let act_layer = if generation == Generation::Lite { "relu6" } else { "silu" }.into();
+    Some(EfficientNetConfig {
+        channel_multiplier,
+        depth_multiplier,
+        channel_divisor: 8,
+        act_layer,
+        bn_eps: if tensorflow { 1e-3 } else { 1e-5 },
+        generation,
+        pad_type: if tensorflow { "same" } else { "" }.into(),
+    })
 }
 
 /// timm's evaluation settings of an architecture.
@@ -185,7 +367,8 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
         _ => return None,
     };
     let test_crop_pct = test_input.map(|_| 1.0);
-    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    let norm = if name == "efficientnet_b1" { Colours::Half } else { Colours::ImageNet };
+    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, norm, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]
@@ -200,7 +383,7 @@ mod tests {
     #[test]
     fn arguments_are_refused_by_name() {
         for (args, what) in [
-            (serde_json::json!({"pad_type": "same"}), "`pad_type`"),
+            (serde_json::json!({"pad_type": "valid"}), "`pad_type`"),
             (serde_json::json!({"output_stride": 16}), "`output_stride`"),
             (serde_json::json!({"channel_multiplier": 0.0}), "`channel_multiplier`"),
             (serde_json::json!({"depth_multiplier": -1.0}), "`depth_multiplier`"),

@@ -8,6 +8,7 @@ pub mod batch_normed;
 pub mod efficientnet;
 pub mod gamma;
 pub mod nf;
+mod published;
 pub mod regnet;
 pub mod resnet;
 pub mod scaled_ws;
@@ -134,6 +135,22 @@ pub enum Attention {
     },
 }
 
+impl Attention {
+    /// timm's `SEModule` over `chs` channels, `reduced` between its two layers: ReLU, whatever the network's own
+    /// activation is.
+    fn squeeze_excite(module: &str, chs: usize, reduced: usize) -> Self {
+        let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
+        Self::SqueezeExcite { fc1: fc("fc1", chs, reduced), fc2: fc("fc2", reduced, chs), activation: Activation::Relu }
+    }
+
+    /// timm's `EcaModule` over `chs` channels: the kernel's length follows from those.
+    fn efficient(module: &str, chs: usize) -> Self {
+        let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
+        let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
+        Self::Efficient { name: format!("{module}.conv"), chs, kernel }
+    }
+}
+
 /// How a pooling layer on the shortcut works before its 1x1 convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShortcutPool {
@@ -232,6 +249,25 @@ impl Network {
         }
     }
 
+    /// Whether convolutions pad as TensorFlow's SAME does.
+    pub fn same_padding(&self) -> bool {
+        match self {
+            Self::NormFree(plan) => plan.same_padding,
+            Self::ResNet(_) => false,
+            Self::BatchNormed(plan) => plan.same_padding,
+        }
+    }
+
+    /// Name of the classifier's weights, `[classes, features]`.
+    pub fn classifier(&self) -> String {
+        let module = match self {
+            Self::NormFree(_) => "head.fc",
+            Self::ResNet(_) => "fc",
+            Self::BatchNormed(plan) => plan.classifier,
+        };
+        format!("{module}.weight")
+    }
+
     /// Every tensor of a checkpoint of this network.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         match self {
@@ -261,13 +297,58 @@ pub struct Evaluation {
     pub test_crop_pct: Option<f64>,
     /// `center` or `squash`.
     pub crop_mode: &'static str,
+    /// `bicubic` or `bilinear`.
+    pub interpolation: &'static str,
+    /// Mean and standard deviation that images are normalised with.
+    pub norm: Colours,
+}
+
+impl Evaluation {
+    /// What most architectures have; sizes are to be filled in.
+    const USUAL: Self = Self {
+        input: 224,
+        test_input: None,
+        crop_pct: 0.875,
+        test_crop_pct: None,
+        crop_mode: "center",
+        interpolation: "bicubic",
+        norm: Colours::ImageNet,
+    };
+}
+
+/// Mean and standard deviation of colours, as training took them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colours {
+    /// ImageNet's own.
+    ImageNet,
+    /// 0.5 for all ("Inception").
+    Half,
+}
+
+impl Colours {
+    /// Mean by channel (R, G, B) on the 0..1 scale.
+    pub fn mean(self) -> [f64; 3] {
+        match self {
+            Self::ImageNet => [0.485, 0.456, 0.406],
+            Self::Half => [0.5; 3],
+        }
+    }
+
+    /// Standard deviation by channel (R, G, B) on the 0..1 scale.
+    pub fn std(self) -> [f64; 3] {
+        match self {
+            Self::ImageNet => [0.229, 0.224, 0.225],
+            Self::Half => [0.5; 3],
+        }
+    }
 }
 
 /// timm's evaluation settings for a supported architecture.
 pub fn evaluation(architecture: &str) -> Option<Evaluation> {
     let name = base_name(architecture);
     let opponents = || regnet::evaluation(name).or_else(|| efficientnet::evaluation(name));
-    nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents)
+    let own = nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents);
+    own.or_else(|| published::evaluation(name))
 }
 
 /// Names of all supported architectures.

@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::{
-    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
-    make_divisible,
+    Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument,
+    check_stages, make_divisible,
 };
 
 /// timm's `NfCfg`: what makes one architecture of the family.
@@ -357,16 +357,9 @@ impl NfConfig {
                 }
                 let rounded = || make_divisible(chs as f64 * ratio, divisor, 0.0);
                 let reduced = rd_channels.filter(|&c| c > 0).unwrap_or_else(rounded);
-                let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
-                let (fc1, fc2) = (fc("fc1", chs, reduced), fc("fc2", reduced, chs));
-                // ReLU whatever the network's own activation is
-                Ok(Some(Attention::SqueezeExcite { fc1, fc2, activation: Activation::Relu }))
+                Ok(Some(Attention::squeeze_excite(module, chs, reduced)))
             }
-            Some("eca") => {
-                let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
-                let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
-                Ok(Some(Attention::Efficient { name: format!("{module}.conv"), chs, kernel }))
-            }
+            Some("eca") => Ok(Some(Attention::efficient(module, chs))),
             Some(other) => Err(bad_argument("attn_layer", &other.into(), "`se`, `eca` or null".into())),
         }
     }
@@ -552,8 +545,7 @@ fn light_nfnet(size: &str, eca: bool) -> NfConfig {
 /// timm's evaluation settings of an architecture.
 pub fn evaluation(name: &str) -> Option<Evaluation> {
     let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    let plain =
-        |input, test_input| Evaluation { input, test_input, crop_pct: 0.9, test_crop_pct: None, crop_mode: "center" };
+    let plain = |input, test_input| Evaluation { input, test_input, crop_pct: 0.9, ..Evaluation::USUAL };
     let (family, size) = name.rsplit_once('_').unwrap_or((name, ""));
     Some(match (family, size) {
         ("nf_regnet", "b0") => plain(192, Some(256)),
@@ -582,7 +574,7 @@ pub fn evaluation(name: &str) -> Option<Evaluation> {
                 _ => plain(input, Some(test)),
             }
         }
-        ("test", _) => Evaluation { crop_pct: 0.95, ..plain(160, None) },
+        ("test", _) => Evaluation { crop_pct: 0.95, norm: Colours::Half, ..plain(160, None) },
         ("nf", "resnet50") => Evaluation { crop_pct: 0.94, ..plain(256, Some(288)) },
         _ => plain(224, None),
     })

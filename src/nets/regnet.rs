@@ -1,4 +1,4 @@
-//! RegNetY as timm builds it (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces", section 3.3):
+//! RegNetX and RegNetY as timm builds it (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces", section 3.3):
 //! opponents of the benchmark. Widths come from the paper's linear rule.
 
 use serde_json::{Map, Value};
@@ -100,6 +100,7 @@ impl RegNetConfig {
             classifier: "head.fc",
             classifier_init: Init::Normal(0.01),
             zero_init_last: true,
+            same_padding: false,
             classes,
         })
     }
@@ -212,6 +213,7 @@ impl RegNetConfig {
                 false => Shortcut::Conv(Conv { stride, ..point("downsample", in_chs, width) }),
             },
             activated: !self.linear_out,
+            branch_activated: false,
             name,
         })
     }
@@ -222,8 +224,35 @@ fn norm(layer: &str) -> Norm {
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 7] =
-    ["regnety_002", "regnety_004", "regnety_006", "regnety_008", "regnety_008_tv", "regnety_016", "regnety_032"];
+pub const VARIANTS: [&str; 27] = [
+    "regnety_002",
+    "regnety_004",
+    "regnety_006",
+    "regnety_008",
+    "regnety_008_tv",
+    "regnety_016",
+    "regnety_032",
+    "regnetx_002",
+    "regnetx_004",
+    "regnetx_004_tv",
+    "regnetx_006",
+    "regnetx_008",
+    "regnetx_016",
+    "regnetx_032",
+    "regnetx_040",
+    "regnetx_064",
+    "regnetx_080",
+    "regnetx_120",
+    "regnetx_160",
+    "regnetx_320",
+    "regnety_040",
+    "regnety_064",
+    "regnety_080",
+    "regnety_080_tv",
+    "regnety_120",
+    "regnety_160",
+    "regnety_320",
+];
 
 /// timm's configuration of an architecture.
 pub fn variant(name: &str) -> Option<RegNetConfig> {
@@ -234,6 +263,24 @@ pub fn variant(name: &str) -> Option<RegNetConfig> {
         "regnety_008" | "regnety_008_tv" => (14, 56, 38.84, 2.4, 16),
         "regnety_016" => (27, 48, 20.71, 2.65, 24),
         "regnety_032" => (21, 80, 42.63, 2.66, 24),
+        "regnetx_002" => (13, 24, 36.44, 2.49, 8),
+        "regnetx_004" | "regnetx_004_tv" => (22, 24, 24.48, 2.54, 16),
+        "regnetx_006" => (16, 48, 36.97, 2.24, 24),
+        "regnetx_008" => (16, 56, 35.73, 2.28, 16),
+        "regnetx_016" => (18, 80, 34.01, 2.25, 24),
+        "regnetx_032" => (25, 88, 26.31, 2.25, 48),
+        "regnetx_040" => (23, 96, 38.65, 2.43, 40),
+        "regnetx_064" => (17, 184, 60.83, 2.07, 56),
+        "regnetx_080" => (23, 80, 49.56, 2.88, 120),
+        "regnetx_120" => (19, 168, 73.36, 2.37, 112),
+        "regnetx_160" => (22, 216, 55.59, 2.1, 128),
+        "regnetx_320" => (23, 320, 69.86, 2.0, 168),
+        "regnety_040" => (22, 96, 31.41, 2.24, 64),
+        "regnety_064" => (25, 112, 33.22, 2.27, 72),
+        "regnety_080" | "regnety_080_tv" => (17, 192, 76.82, 2.19, 56),
+        "regnety_120" => (19, 168, 73.36, 2.37, 112),
+        "regnety_160" => (18, 200, 106.23, 2.48, 112),
+        "regnety_320" => (20, 232, 115.89, 2.53, 232),
         _ => return None,
     };
     Some(RegNetConfig {
@@ -243,8 +290,8 @@ pub fn variant(name: &str) -> Option<RegNetConfig> {
         wm,
         group_size,
         bottle_ratio: 1.0,
-        se_ratio: 0.25,
-        group_min_ratio: if name == "regnety_008_tv" { 0.9 } else { 0.0 },
+        se_ratio: if name.starts_with("regnetx") { 0.0 } else { 0.25 },
+        group_min_ratio: if name.ends_with("_tv") { 0.9 } else { 0.0 },
         stem_width: 32,
         linear_out: false,
         num_features: 0,
@@ -254,13 +301,13 @@ pub fn variant(name: &str) -> Option<RegNetConfig> {
 
 /// timm's evaluation settings of an architecture.
 pub fn evaluation(name: &str) -> Option<Evaluation> {
-    let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    let (test_input, crop_pct, test_crop_pct) = match name {
+    let name = VARIANTS[..7].iter().find(|v| **v == name)?;
+    let (test_input, crop_pct, test_crop_pct) = match *name {
         "regnety_004" | "regnety_008_tv" | "regnety_016" => (None, 0.965, None),
         "regnety_032" => (Some(288), 0.95, Some(1.0)),
         _ => (None, 0.875, None),
     };
-    Some(Evaluation { input: 224, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    Some(Evaluation { input: 224, test_input, crop_pct, test_crop_pct, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]

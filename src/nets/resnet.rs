@@ -3,7 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
-use super::{Arguments, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages};
+use super::{
+    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
+    make_divisible,
+};
 
 /// PyTorch's default of `BatchNorm2d`.
 const EPS: f64 = 1e-5;
@@ -21,6 +24,19 @@ pub struct ResNetConfig {
     pub cardinality: usize,
     pub base_width: usize,
     pub act_layer: String,
+    /// `se`, `eca` or none, after a branch's last convolution.
+    pub attn_layer: Option<String>,
+    /// Squeezed channels by a map's own.
+    pub se_ratio: f64,
+    /// A convolution of stride 2 where others pool after the stem.
+    pub replace_stem_pool: bool,
+}
+
+/// timm's `block_args`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BlockArgs {
+    attn_layer: Option<String>,
 }
 
 /// A residual network, every convolution named and sized.
@@ -28,8 +44,10 @@ pub struct ResNetConfig {
 pub struct ResNetPlan {
     /// Activation.
     pub activation: Activation,
-    /// Stem convolutions, each followed by the activation; then max pooling 3x3, stride 2, padding 1.
+    /// Stem convolutions, each followed by the activation.
     pub stem: Vec<Conv>,
+    /// Max pooling 3x3, stride 2, padding 1 after the stem.
+    pub stem_pool: bool,
     /// Residual blocks in order.
     pub blocks: Vec<ResNetBlock>,
     /// Channels that the classifier sees.
@@ -45,6 +63,8 @@ pub struct ResNetBlock {
     pub name: String,
     /// Convolutions of the branch; the activation runs between them, not after the last.
     pub convs: Vec<Conv>,
+    /// Gates the last convolution's output.
+    pub attention: Option<Attention>,
     /// Pooling on the shortcut, before `downsample`.
     pub pool: ShortcutPool,
     /// Convolution on the shortcut; absent where input and output agree.
@@ -68,6 +88,12 @@ impl ResNetPlan {
         args.set("cardinality", &mut config.cardinality)?;
         args.set("base_width", &mut config.base_width)?;
         args.set("act_layer", &mut config.act_layer)?;
+        args.set("replace_stem_pool", &mut config.replace_stem_pool)?;
+        let mut block_args = None;
+        args.set::<Option<BlockArgs>>("block_args", &mut block_args)?;
+        if let Some(BlockArgs { attn_layer }) = block_args {
+            config.attn_layer = attn_layer;
+        }
         args.ignore(&["zero_init_last"]);
         args.finish()?;
         config.plan(classes)
@@ -88,6 +114,19 @@ impl ResNetPlan {
             let last = block.convs.len() - 1;
             // timm starts every branch at zero: the last layer's weight
             block.convs.iter().enumerate().for_each(|(i, c)| conv(&mut out, c, if i == last { 0.0 } else { 1.0 }));
+            match &block.attention {
+                Some(Attention::SqueezeExcite { fc1, fc2, .. }) => {
+                    for fc in [fc1, fc2] {
+                        conv(&mut out, fc, 1.0);
+                        out.push(TensorSpec::new(format!("{}.bias", fc.name), &[fc.out_chs], Init::Constant(0.0)));
+                    }
+                }
+                Some(Attention::Efficient { name, kernel, .. }) => {
+                    let init = Init::Uniform((*kernel as f64).sqrt().recip());
+                    out.push(TensorSpec::new(format!("{name}.weight"), &[1, 1, *kernel], init));
+                }
+                None => {}
+            }
             block.downsample.iter().for_each(|c| conv(&mut out, c, 1.0));
         }
         let bound = Init::Uniform((self.num_features as f64).sqrt().recip());
@@ -122,7 +161,11 @@ impl ResNetConfig {
 
     fn plan(&self, classes: usize) -> Result<ResNetPlan, NetError> {
         let activation = self.check()?;
-        let stem = self.stem()?;
+        let mut stem = self.stem()?;
+        if self.replace_stem_pool {
+            let chs = stem.last().map_or(64, |c| c.out_chs);
+            stem.push(Conv::square("maxpool.0".into(), (chs, chs), 3, 2, norm("maxpool.1".into())));
+        }
         let expansion = if self.bottleneck { 4 } else { 1 };
         let mut in_chs = stem.last().map_or(64, |c| c.out_chs);
         let mut blocks = Vec::new();
@@ -137,6 +180,7 @@ impl ResNetConfig {
                 let first = if self.avg_down { 1 } else { 0 };
                 blocks.push(ResNetBlock {
                     convs: self.branch(&name, in_chs, planes, stride)?,
+                    attention: self.attention(&name, out_chs)?,
                     pool: if pooled { ShortcutPool::Average2 } else { ShortcutPool::None },
                     downsample: downsample.then(|| Conv {
                         stride: if self.avg_down { 1 } else { stride },
@@ -152,7 +196,8 @@ impl ResNetConfig {
                 in_chs = out_chs;
             }
         }
-        Ok(ResNetPlan { activation, stem, blocks, num_features: in_chs, classes })
+        let stem_pool = !self.replace_stem_pool;
+        Ok(ResNetPlan { activation, stem, stem_pool, blocks, num_features: in_chs, classes })
     }
 
     fn stem(&self) -> Result<Vec<Conv>, NetError> {
@@ -169,6 +214,21 @@ impl ResNetConfig {
         let conv =
             |i: usize, chs, stride, layer: &str| Conv::square(format!("conv1.{i}"), chs, 3, stride, norm(layer.into()));
         Ok(vec![conv(0, (3, first), 2, "conv1.1"), conv(3, (first, w), 1, "conv1.4"), conv(6, (w, 2 * w), 1, "bn1")])
+    }
+
+    fn attention(&self, block: &str, chs: usize) -> Result<Option<Attention>, NetError> {
+        let module = format!("{block}.se");
+        match self.attn_layer.as_deref() {
+            None | Some("") => Ok(None),
+            Some("se") => {
+                let reduced = make_divisible(chs as f64 * self.se_ratio, 8, 0.0);
+                Ok(Some(Attention::squeeze_excite(&module, chs, reduced)))
+            }
+            Some("eca") => Ok(Some(Attention::efficient(&module, chs))),
+            Some(other) => {
+                Err(bad_argument("block_args", &serde_json::json!({"attn_layer": other}), "`se`, `eca` or null".into()))
+            }
+        }
     }
 
     fn branch(&self, name: &str, in_chs: usize, planes: usize, stride: usize) -> Result<Vec<Conv>, NetError> {
@@ -194,7 +254,7 @@ impl ResNetConfig {
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 13] = [
+pub const VARIANTS: [&str; 50] = [
     "resnet18",
     "resnet18d",
     "resnet26",
@@ -208,43 +268,108 @@ pub const VARIANTS: [&str; 13] = [
     "resnet152",
     "resnet152d",
     "resnext50_32x4d",
+    "resnet10t",
+    "resnet14t",
+    "resnet26t",
+    "resnet50t",
+    "resnet200",
+    "resnet200d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50d_32x4d",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_32x16d",
+    "resnext101_32x32d",
+    "resnext101_64x4d",
+    "seresnet18",
+    "seresnet34",
+    "seresnet50",
+    "seresnet50t",
+    "seresnet101",
+    "seresnet152",
+    "seresnet152d",
+    "seresnext26d_32x4d",
+    "seresnext26t_32x4d",
+    "seresnext50_32x4d",
+    "seresnext101_32x4d",
+    "seresnext101_32x8d",
+    "seresnext101_64x4d",
+    "ecaresnet26t",
+    "ecaresnet50d",
+    "ecaresnet50t",
+    "ecaresnet101d",
+    "ecaresnet200d",
+    "ecaresnetlight",
+    "resnetrs50",
+    "resnetrs101",
+    "resnetrs152",
+    "resnetrs200",
 ];
 
-/// timm's configuration of an architecture.
+/// timm's configuration of an architecture, which its name spells: attention, width, depth, stem, groups.
 pub fn variant(name: &str) -> Option<ResNetConfig> {
     let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    let next = name == "resnext50_32x4d";
-    let depth = name.trim_start_matches("resnet").trim_end_matches('d');
+    let (attention, rest) = match name {
+        _ if name.starts_with("seres") => (Some("se"), &name[2..]),
+        _ if name.starts_with("ecares") => (Some("eca"), &name[3..]),
+        _ => (None, name),
+    };
+    let wide = rest.starts_with("wide_");
+    let scaled = rest.starts_with("resnetrs");
+    let rest = rest.trim_start_matches("wide_").trim_start_matches("resne");
+    let rest = rest.trim_start_matches(['t', 'x']).trim_start_matches("rs");
+    let (depth, groups) = rest.split_once('_').unwrap_or((rest, ""));
+    let stem = depth.trim_start_matches(|c: char| c.is_ascii_digit());
+    let light = depth == "light";
+    let depth = if light { depth } else { depth.trim_end_matches(['d', 't']) };
     let layers = match depth {
+        "10" | "14" => [1, 1, 1, 1],
         "18" | "26" => [2, 2, 2, 2],
         "101" => [3, 4, 23, 3],
         "152" => [3, 8, 36, 3],
+        "200" => [3, 24, 36, 3],
+        "light" => [1, 1, 11, 3],
         _ => [3, 4, 6, 3],
     };
-    let deep = !next && name.ends_with('d');
+    // `32x4d`: 32 groups of 4 channels
+    let groups = groups.strip_suffix('d').and_then(|g| g.split_once('x'));
+    let groups = groups.and_then(|(count, width)| Some((count.parse().ok()?, width.parse().ok()?)));
+    let (cardinality, base_width) = groups.unwrap_or((1, if wide { 128 } else { 64 }));
+    let (deep, tiered) = ((stem == "d" || scaled) && !light, stem == "t" && !light);
     Some(ResNetConfig {
-        bottleneck: !matches!(depth, "18" | "34"),
+        bottleneck: !matches!(depth, "10" | "18" | "34"),
         layers: layers.to_vec(),
         channels: vec![64, 128, 256, 512],
-        stem_type: if deep { "deep" } else { "" }.into(),
-        stem_width: if deep { 32 } else { 64 },
-        avg_down: deep,
-        cardinality: if next { 32 } else { 1 },
-        base_width: if next { 4 } else { 64 },
+        stem_type: if deep {
+            "deep"
+        } else if tiered {
+            "deep_tiered"
+        } else {
+            ""
+        }
+        .into(),
+        stem_width: if deep || tiered || light { 32 } else { 64 },
+        avg_down: deep || tiered || light,
+        cardinality,
+        base_width,
         act_layer: "relu".into(),
+        attn_layer: attention.map(String::from).or(scaled.then(|| "se".into())),
+        se_ratio: if scaled { 0.25 } else { 1.0 / 16.0 },
+        replace_stem_pool: scaled,
     })
 }
 
 /// timm's evaluation settings of an architecture.
 pub fn evaluation(name: &str) -> Option<Evaluation> {
-    let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    let (input, test, crop_pct, test_crop_pct) = match name {
+    let name = VARIANTS[..13].iter().find(|v| **v == name)?;
+    let (input, test, crop_pct, test_crop_pct) = match *name {
         "resnet101d" | "resnet152d" => (256, 320, 0.95, 1.0),
         "resnet18d" | "resnet26" | "resnet26d" | "resnet34d" | "resnet50d" => (224, 288, 0.875, 0.95),
         _ => (224, 288, 0.95, 1.0),
     };
     let (test_input, test_crop_pct) = (Some(test), Some(test_crop_pct));
-    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, crop_mode: "center" })
+    Some(Evaluation { input, test_input, crop_pct, test_crop_pct, ..Evaluation::USUAL })
 }
 
 #[cfg(test)]

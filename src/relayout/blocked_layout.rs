@@ -83,7 +83,8 @@ impl Layout {
             ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(_)) => (blocked(node), channels),
             ("Resize", Some(_)) => (upsampling(node, source)?, channels),
             ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(_)) => (self.activation(node, &first), channels),
-            ("Clip" | "Elu" | "Gelu" | "Selu", Some(_)) => (node, channels),
+            ("Clip", Some(_)) => (self.clip(node, &first, source), channels),
+            ("Elu" | "Gelu" | "Selu", Some(_)) => (node, channels),
             ("Add", Some(_)) => (self.sum(node)?, channels),
             ("Mul", Some(_)) => (self.product(node)?, channels),
             ("Flatten" | "Reshape", Some(channels)) => (self.leave(node, channels)?, None),
@@ -157,15 +158,34 @@ impl Layout {
 
     /// An activation of `x`, as part of the convolution before it where that is possible.
     fn activation(&mut self, node: NodeProto, x: &str) -> NodeProto {
+        let alpha = node.attribute.iter().find(|a| a.name == "alpha").map(|alpha| alpha.f);
+        self.fused(node, x, alpha.as_slice())
+    }
+
+    /// An activation with these parameters, as part of the convolution that makes `x` where that is possible.
+    fn fused(&mut self, node: NodeProto, x: &str, parameters: &[f32]) -> NodeProto {
         let Some(mut convolution) = self.withdraw(x, 4) else { return node };
         convolution.attribute.push(string("activation", &node.op_type));
-        if let Some(alpha) = node.attribute.iter().find(|a| a.name == "alpha") {
-            convolution.attribute.push(floats("activation_params", &[alpha.f]));
+        if !parameters.is_empty() {
+            convolution.attribute.push(floats("activation_params", parameters));
         }
         if convolution.domain.is_empty() {
             (convolution.op_type, convolution.domain) = ("FusedConv".into(), FUSED.into());
         }
         NodeProto { output: node.output, ..convolution }
+    }
+
+    /// Bounds of a map, as part of the convolution that makes it where that is possible.
+    fn clip(&mut self, node: NodeProto, x: &str, source: &Source<'_>) -> NodeProto {
+        let bound = |name: &String| match *values(source.constants.get(name.as_str())?)? {
+            [bound] => Some(bound),
+            _ => None,
+        };
+        let bounds: Option<Vec<f32>> = node.input.iter().skip(1).map(bound).collect();
+        match bounds {
+            Some(bounds) if bounds.len() == 2 => self.fused(node, x, &bounds),
+            _ => node,
+        }
     }
 
     /// The sum of two maps, as part of a convolution that makes one of them where that is possible.

@@ -48,7 +48,7 @@ pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
     let weight = g.constant("head.weight", &[wide, wide], &numbers(wide * wide, wide))?;
     let bias = g.constant("head.bias", &[wide], &numbers(wide, 1))?;
     g.classifier(&x, &weight, &bias, wide, "head");
-    Ok(g.finish(wide, &[]))
+    g.finish(wide, &[])
 }
 
 /// An image for it, `[3, SIDE, SIDE]`.

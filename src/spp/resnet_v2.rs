@@ -361,7 +361,7 @@ impl<'a> Run<'a> {
         inputs: &[MapView<'_>],
         outputs: Outputs,
     ) -> Result<Finished, SppError> {
-        let mut backend = MapBackend::open(&graph.encode(&[]), what, &self.options)?;
+        let mut backend = MapBackend::open(&graph.encode(&[])?, what, &self.options)?;
         let mut finished = Finished::default();
         backend.run(inputs, |view| {
             if outputs.statistics_only.as_deref() == Some(view.name) {

@@ -7,6 +7,7 @@ in the layout of the other goldens: `input.K`, `logits.K` (timm in double precis
 Parameters are moved off their initial values, at which a scalar folded into the wrong place would go unseen.
 Also writes OUT_DIR/architectures.json: parameters, tensors and evaluation settings of every architecture named.
 """
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
-from timm.models.efficientnet import _gen_efficientnet
+from timm.models import efficientnet
 
 TINY = dict(depths=(1, 1, 1, 1), width_factor=0.17, num_features=96)
 NFNET = dict(depths=(1, 1, 2, 1), channels=(32, 48, 64, 64), group_size=16, stem_chs=32, num_features=96)
@@ -58,11 +59,31 @@ CASES |= {
         [(1, 63, 50)],
     ),
 }
+RESNET = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 24))
+TENSORFLOW = dict(pad_type="same", bn_eps=1e-3)
+CASES |= {
+    "seresnet18_small": ("seresnet18", dict(RESNET, channels=(16, 24, 32, 48)), [(1, 65, 97)]),
+    "seresnext_small": ("seresnext26t_32x4d", dict(RESNET, cardinality=4, base_width=16, stem_width=8), [(1, 63, 64)]),
+    "ecaresnet_small": ("ecaresnet50t", dict(RESNET, stem_width=8), [(2, 64, 50)]),
+    "resnetrs_small": ("resnetrs50", dict(RESNET, stem_width=8), [(1, 65, 66)]),
+    "wide_resnet_small": ("wide_resnet50_2", RESNET, [(1, 64, 64)]),
+    "regnetx_small": ("regnetx_008", dict(depth=6, w0=24, wa=16.0, wm=1.6, group_size=12, stem_width=16), [(1, 65, 97)]),
+    "tf_efficientnet_small": ("tf_efficientnet_b0", dict(channel_multiplier=0.25, depth_multiplier=0.5, **TENSORFLOW), [(2, 64, 64), (1, 65, 98)]),
+    "tf_efficientnet_lite_small": ("tf_efficientnet_lite0", dict(channel_multiplier=0.25, depth_multiplier=0.5, **TENSORFLOW), [(1, 65, 64)]),
+    "efficientnetv2_s_small": ("efficientnetv2_s", dict(channel_multiplier=0.25, depth_multiplier=0.2), [(1, 65, 64)]),
+    "efficientnetv2_rw_small": ("efficientnetv2_rw_s", dict(channel_multiplier=0.25, depth_multiplier=0.2), [(1, 64, 64)]),
+    "tf_efficientnetv2_b_small": ("tf_efficientnetv2_b0", dict(channel_multiplier=0.3, depth_multiplier=0.5, **TENSORFLOW), [(1, 67, 64)]),
+}
 
 
 def create(architecture, args):
     if "channel_multiplier" in args:  # timm's entry points fix an EfficientNet's multipliers
-        return _gen_efficientnet(architecture, num_classes=7, **args).eval()
+        generations = [
+            ("_lite", "lite", {}), ("v2_b", "v2_base", {}), ("v2_rw", "v2_s", dict(rw=True)), ("v2_s", "v2_s", {}), ("", "", {}),
+        ]
+        maker, more = next((m, more) for part, m, more in generations if part in architecture)
+        generate = getattr(efficientnet, "_gen_efficientnet" + (maker if maker[:1] == "v" else "_" * bool(maker) + maker))
+        return generate(architecture, num_classes=7, **args, **more).eval()
     return timm.create_model(architecture, num_classes=7, **args).eval()
 
 
@@ -88,6 +109,12 @@ def disturb(model, gen):
             p.copy_(0.05 * noise)
         elif p.ndim == 4 and not norms:
             p.add_(0.25 * p.std())
+
+
+def digest(model):
+    """Of every tensor's name and shape, in order of names."""
+    lines = [f"{name} {list(value.shape)}\n" for name, value in sorted(model.state_dict().items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def main():
@@ -118,16 +145,35 @@ def main():
     names = timm.list_models(["nf_regnet_*", "nf_*resnet*", "*nfnet*"]) + "resnet18 resnet18d resnet26 resnet26d resnet34 \
         resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d \
         regnety_002 regnety_004 regnety_006 regnety_008 regnety_008_tv regnety_016 regnety_032 \
-        efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4".split()
+        efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 \
+        resnet10t resnet14t resnet26t resnet50t resnet200 resnet200d wide_resnet50_2 wide_resnet101_2 \
+        resnext50d_32x4d resnext101_32x4d resnext101_32x8d resnext101_32x16d resnext101_32x32d resnext101_64x4d seresnet18 seresnet34 \
+        seresnet50 seresnet50t seresnet101 seresnet152 seresnet152d seresnext26d_32x4d seresnext26t_32x4d seresnext50_32x4d \
+        seresnext101_32x4d seresnext101_32x8d seresnext101_64x4d ecaresnet26t ecaresnet50d ecaresnet50t ecaresnet101d ecaresnet200d \
+        ecaresnetlight resnetrs50 resnetrs101 resnetrs152 resnetrs200 regnetx_002 regnetx_004 regnetx_004_tv \
+        regnetx_006 regnetx_008 regnetx_016 regnetx_032 regnetx_040 regnetx_064 regnetx_080 regnetx_120 \
+        regnetx_160 regnetx_320 regnety_040 regnety_064 regnety_080 regnety_080_tv regnety_120 regnety_160 \
+        regnety_320 efficientnet_b5 efficientnet_b6 efficientnet_b7 tf_efficientnet_b0 tf_efficientnet_b1 tf_efficientnet_b2 tf_efficientnet_b3 \
+        tf_efficientnet_b4 tf_efficientnet_b5 tf_efficientnet_b6 tf_efficientnet_b7 tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2 tf_efficientnet_lite3 \
+        tf_efficientnet_lite4 efficientnet_lite0 efficientnetv2_s efficientnetv2_m efficientnetv2_l tf_efficientnetv2_s tf_efficientnetv2_m tf_efficientnetv2_l \
+        tf_efficientnetv2_b0 tf_efficientnetv2_b1 tf_efficientnetv2_b2 tf_efficientnetv2_b3 efficientnetv2_rw_s efficientnetv2_rw_t".split()
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)
-        settings = ("input_size", "test_input_size", "crop_pct", "test_crop_pct", "crop_mode")
+        settings = ("input_size", "test_input_size", "crop_pct", "test_crop_pct", "crop_mode", "interpolation", "mean", "std")
         table[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "tensors": len(model.state_dict()),
+            "digest": digest(model),
             **{key: model.pretrained_cfg.get(key) for key in settings},
         }
+    hub = {}
+    for path in sorted((Path(__file__).parent.parent / "data/checkpoint/hub").glob("*.json")):
+        config = json.loads(path.read_text())
+        with torch.device("meta"):
+            model = timm.create_model(config["architecture"], **config["model_args"])
+        hub[path.stem] = {"digest": digest(model), "parameters": sum(p.numel() for p in model.parameters())}
+    (out / "hub.json").write_text(json.dumps(hub, indent=1))
     (out / "architectures.json").write_text(json.dumps(table, separators=(",", ":")))
 
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, anyhow, bail};
 
 use crate::bench::accuracy::published;
 use crate::bench::engine::Contender;
-use crate::checkpoint::init::{InitOptions, init};
+use crate::checkpoint::init::{InitOptions, init_active};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::engine::{EngineOptions, OrtBackend};
 use crate::files::DraftFolder;
@@ -60,8 +60,11 @@ pub fn model(text: &str, repository: &Path, seed: u64) -> anyhow::Result<Contend
     }
     let folder = DraftFolder::scratch().context("no temporary folder for a fresh checkpoint")?;
     let fresh = folder.path().join(name);
-    init(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
-    folded(&Checkpoint::open(&fresh)?, &options, variant)
+    // branches that are still switched off would be left out of the graph
+    init_active(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
+    let contender = folded(&Checkpoint::open(&fresh)?, &options, variant)?;
+    // of the architecture alone: what somebody's own weights reach is not published
+    Ok(Contender { published: published(&contender.model, contender.height, contender.width), ..contender })
 }
 
 /// `FILE[@SIZE]`: any ONNX file with one float32 input `[N, 3, H, W]`.
@@ -108,7 +111,7 @@ fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(us
         pad_channels: variant != "unpadded",
         parameters: Some(manifest.fold.parameters),
         gmacs: Some(manifest.fold.gmacs),
-        published: published(&model, height, width),
+        published: None,
         model,
     }
 }

@@ -1,0 +1,85 @@
+//! Options that say about a checkpoint what its files don't, or say wrong: timm's own names.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::settings::Settings;
+use crate::checkpoint::{LabelChoice, OpenOptions};
+use crate::model::{CropMode, Interpolation};
+
+/// Options of every command that opens checkpoints.
+#[derive(Debug, Args)]
+pub struct SourceArgs {
+    /// Architecture by timm's name, such as nf_regnet_b1, for files that don't tell
+    #[arg(long, env = "NFOLD_ARCH", value_name = "NAME")]
+    arch: Option<String>,
+    /// timm's arguments of the network as a JSON object, over the checkpoint's own, such as '{"act_layer": "silu"}'
+    #[arg(long, env = "NFOLD_MODEL_ARGS", value_name = "JSON", value_parser = super::init::parse_args)]
+    model_args: Option<Map<String, Value>>,
+    /// Class names: a file with one a line or a JSON list, or `imagenet-1k` [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_LABELS", value_name = "FILE|imagenet-1k")]
+    labels: Option<PathBuf>,
+    /// Take the averaged weights that training kept beside the others
+    #[arg(long, env = "NFOLD_USE_EMA", value_parser = FalseyValueParser::new())]
+    use_ema: bool,
+    /// Evaluation size in pixels, `H` or `HxW` [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_IMG_SIZE", value_name = "H|HxW", value_parser = parse_size)]
+    img_size: Option<[u32; 2]>,
+    /// Mean that images are normalised with: R,G,B on the 0..1 scale, or one for all [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_MEAN", value_name = "R,G,B", value_delimiter = ',')]
+    mean: Vec<f64>,
+    /// Standard deviation that images are normalised with, as --mean [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_STD", value_name = "R,G,B", value_delimiter = ',')]
+    std: Vec<f64>,
+    /// Share of the resized side that the crop keeps [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_CROP_PCT", value_name = "SHARE")]
+    crop_pct: Option<f64>,
+    /// How images get the input's aspect ratio: center, squash or border [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_CROP_MODE", value_name = "MODE", value_parser = parse_word::<CropMode>)]
+    crop_mode: Option<CropMode>,
+    /// Resampling filter: nearest, box, bilinear, bicubic or lanczos [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_INTERPOLATION", value_name = "FILTER", value_parser = parse_word::<Interpolation>)]
+    interpolation: Option<Interpolation>,
+}
+
+impl SourceArgs {
+    /// What the options say.
+    pub fn options(&self) -> OpenOptions {
+        let labels = self.labels.clone().map(|path| match path.to_str() {
+            Some("imagenet-1k") => LabelChoice::Imagenet1k,
+            _ => LabelChoice::File(path),
+        });
+        let list = |values: &[f64]| Some(values.to_vec()).filter(|v| !v.is_empty());
+        OpenOptions {
+            architecture: self.arch.clone(),
+            model_args: self.model_args.clone().unwrap_or_default(),
+            labels,
+            use_ema: self.use_ema,
+            settings: Settings {
+                input_size: self.img_size.map(|[height, width]| [3, height, width]),
+                crop_pct: self.crop_pct,
+                crop_mode: self.crop_mode,
+                interpolation: self.interpolation,
+                mean: list(&self.mean),
+                std: list(&self.std),
+                ..Settings::default()
+            },
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Result<[u32; 2], String> {
+    let side = |s: &str| s.parse::<u32>().map_err(|_| format!("`{text}` is not `H` or `HxW`, as in 288x288"));
+    match text.split_once('x') {
+        Some((height, width)) => Ok([side(height)?, side(width)?]),
+        None => side(text).map(|s| [s, s]),
+    }
+}
+
+/// A word of a configuration, as config.json spells it.
+fn parse_word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|e| e.to_string())
+}
