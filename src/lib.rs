@@ -5,7 +5,7 @@
 //! * [`model`]: what both halves agree on: the model repository, the manifest, preprocessing, labels.
 //! * [`files`]: whole-or-nothing writing, for every file that the program writes.
 //! * [`nets`]: what a network is: configurations, block plans, activations and their γ. Pure data and maths.
-//! * [`checkpoint`]: reads untrusted `config.json` + `model.safetensors` into validated tensors, and writes fresh ones.
+//! * [`checkpoint`]: reads untrusted checkpoints (configurations, safetensors, torch files) into validated tensors, and writes fresh ones.
 //! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`pixels`]: untrusted bytes → tensor: limits, formats, resize, crop, normalise.
