@@ -21,6 +21,7 @@ mod signals;
 mod source;
 mod spp;
 
+use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
@@ -117,14 +118,32 @@ fn parse() -> Result<Cli, ExitCode> {
     let program = environment::without_empty(Cli::command());
     let parsed = program.clone().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     parsed.map_err(|error| {
-        // that nobody reads it is no failure
-        let _ = error.print();
+        tell(&error, &program);
         let typed: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
         if let Some(blame) = environment::blame(&error, &program, &typed) {
             say(format_args!("note: {blame}"));
         }
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
     })
+}
+
+/// Prints what clap has to say. It repeats what was typed, and in colour: where that is no plain text, the words are read
+/// again as [`printable`] ones, which are wrong in the same way.
+fn tell(error: &clap::Error, program: &clap::Command) {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let shown: Vec<OsString> = words.iter().map(|word| printable::os(word).into()).collect();
+    let is_plain = shown == words && !environment::has_control_characters();
+    if is_plain || !error.use_stderr() {
+        // that nobody reads it is no failure
+        let _ = error.print();
+        return;
+    }
+    let again = program.clone().try_get_matches_from(shown).and_then(|matches| Cli::from_arg_matches(&matches)).err();
+    // without clap's own colours; what a variable brought may still be in it
+    let text = again.filter(|again| again.kind() == error.kind()).as_ref().unwrap_or(error).render().to_string();
+    for line in text.lines() {
+        say(format_args!("{line}"));
+    }
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -348,10 +348,34 @@ fn control_characters_stay_out_of_terminals() {
         &["inspect", &checkpoint],
         &["classify", photo, "\u{1b}c.png"],
         &["classify", "\u{1b}[2J"],
+        // what is wrong is told by the library that reads the command line
+        &["\u{1b}[31m"],
+        &["fold", "\u{1b}[31m"],
+        &["fold", "a", "\u{1b}[31m"],
+        &["classify", "--\u{1b}]0;evil\u{7}"],
+        &["classify", "a", "--shard", "\u{1b}[2J\r\n\u{202e}"],
+        &["serve", "--http", "\u{1b}[2J:1"],
+        &["serve", "--model", "a:\u{1b}[2J"],
+        &["serve", "--log-format", "\u{1b}[2J"],
+        &["serve", "--log", "\u{1b}[2J=="],
+        &["inspect", "\u{1b}[2J"],
+        &["spp", "--arch", "\u{1b}[2J"],
+        &["init", "\u{1b}[2J", "--out", "made"],
+        &["gamma", "\u{1b}[2J"],
+        &["bench", "engine", "\u{1b}[2J"],
+        &["completions", "\u{1b}[2J"],
+        &["healthcheck", "--admin", "\u{1b}[2J"],
     ] {
         let output = nfold(args, here);
         assert!(is_plain(&output.stdout) && is_plain(&output.stderr), "{args:?}: {output:?}");
         assert!(text(&[output.stdout, output.stderr].concat()).contains("\\u{1b}"), "{args:?}");
+    }
+    for variable in ["NFOLD_HTTP", "NFOLD_LOG_FORMAT", "NFOLD_MODEL"] {
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_nfold"));
+        let output =
+            serve.args(["serve", "--repository", "nowhere"]).env(variable, "\u{1b}[2J\u{7}:x").output().unwrap();
+        assert!(!output.status.success() && is_plain(&output.stderr), "{variable}: {output:?}");
+        assert!(text(&output.stderr).contains(variable), "{variable}: {output:?}");
     }
     // a program gets what is there
     let output = nfold(&["classify", photo, "--json", "-k", "1"], here);

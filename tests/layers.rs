@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 20] = [
+const ROOMS: [(&str, &[&str]); 21] = [
     ("main", &["cli"]),
     (
         "cli",
@@ -24,11 +24,12 @@ const ROOMS: [(&str, &[&str]); 20] = [
             "model",
             "metrics",
             "logging",
+            "printable",
         ],
     ),
     ("fold", &["checkpoint", "graph", "nets", "model", "pb"]),
     ("bench", &["infer", "engine", "chart", "files", "model", "pb"]),
-    ("server", &["infer", "pixels", "model", "metrics", "pb"]),
+    ("server", &["infer", "pixels", "model", "metrics", "pb", "printable"]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics"]),
     ("engine", &["relayout", "model", "files"]),
@@ -43,6 +44,7 @@ const ROOMS: [(&str, &[&str]); 20] = [
     ("logging", &[]),
     ("chart", &[]),
     ("pb", &[]),
+    ("printable", &[]),
     ("lib", &[]),
 ];
 

@@ -8,6 +8,8 @@ use std::ffi::OsStr;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, Command};
 
+use super::printable;
+
 /// The command with every variable ignored that counts as not set.
 pub fn without_empty(command: Command) -> Command {
     command.mut_args(set_or_not).mut_subcommands(without_empty)
@@ -23,6 +25,13 @@ fn set_or_not(argument: Arg) -> Arg {
 
 fn is_unset(value: &OsStr) -> bool {
     value.is_empty() || ["tcp://", "udp://", "sctp://"].iter().any(|link| value.to_string_lossy().starts_with(link))
+}
+
+/// Whether any variable's value is no [`printable`](super::printable) text.
+pub fn has_control_characters() -> bool {
+    std::env::vars_os().any(|(name, value)| {
+        name.as_encoded_bytes().starts_with(b"NFOLD_") && OsStr::new(&printable::os(&value)) != value
+    })
 }
 
 /// Which variables a refused command line has to do with, as a line to print below clap's; none: the user typed it all.

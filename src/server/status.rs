@@ -12,6 +12,7 @@ use tonic::metadata::MetadataValue;
 use utoipa::ToSchema;
 
 use crate::infer::error::InferError;
+use crate::printable::printable;
 
 /// What a client tells errors apart by is what the metrics count them as.
 pub use crate::metrics::Outcome as Code;
@@ -82,9 +83,12 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
 }
 
 impl ApiError {
-    /// An error whose text the client may see.
+    /// An error whose text the client may see: as it may repeat what a client sent, without control characters.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         let mut message = message.into();
+        if let Cow::Owned(escaped) = printable(&message) {
+            message = escaped;
+        }
         if let Cow::Owned(short) = shortened(&message, MESSAGE) {
             message = short;
         }
@@ -210,6 +214,16 @@ mod tests {
                 ("internal", 500, 13),
             ]
         );
+    }
+
+    /// Clients print it on terminals and write it into their logs.
+    #[test]
+    fn a_message_has_no_control_characters() {
+        let name = "\x1b]0;evil\x07\r\n\u{202e}".to_string();
+        let unknown = InferError::ModelNotFound { model: name.clone(), available: "m".into() };
+        for error in [ApiError::from(unknown), ApiError::new(Code::InvalidRequest, name)] {
+            assert!(error.message.contains("\\u{1b}]0;evil\\u{7}\\r\\n\\u{202e}"), "{}", error.message);
+        }
     }
 
     #[test]
