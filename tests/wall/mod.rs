@@ -13,8 +13,8 @@ mod repository;
 mod streams;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,13 @@ pub struct Cost {
     pub took: Duration,
 }
 
+/// One at a time: what a test measures of the machine others disturb. A machine that others use all the same can only make
+/// it slower, so that the best of a few tries counts.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs `attack` while asking for health on every port, each every 5 ms.
 pub fn under_attack<T>(server: &Server, attack: impl FnOnce() -> T) -> (T, Cost) {
     let before = resident(server.pid());
@@ -48,13 +55,18 @@ pub fn under_attack<T>(server: &Server, attack: impl FnOnce() -> T) -> (T, Cost)
     let outcome = attack();
     let took = started.elapsed();
     let (health, failed) = watch.end();
-    let growth = memory(server.pid(), "VmHWM:").saturating_sub(before);
+    let growth = peak(server.pid()).saturating_sub(before);
     (outcome, Cost { growth, health, failed, took })
 }
 
 /// Resident memory of a process, in bytes.
 pub fn resident(pid: u32) -> u64 {
     memory(pid, "VmRSS:")
+}
+
+/// The most that it was, since [`under_attack`] began.
+pub fn peak(pid: u32) -> u64 {
+    memory(pid, "VmHWM:")
 }
 
 fn memory(pid: u32, field: &str) -> u64 {
