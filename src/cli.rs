@@ -23,6 +23,7 @@ mod spp;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::ExitCode;
 
 use anyhow::anyhow;
@@ -91,7 +92,12 @@ pub fn main() -> ExitCode {
     let watched = signals.and_then(|signals| signals.act(serving));
     let outcome = match watched {
         Err(e) => Err(anyhow!("can't listen for signals: {e}")),
-        Ok(()) => run(cli.command),
+        Ok(()) => match catch_unwind(AssertUnwindSafe(|| run(cli.command))) {
+            Ok(outcome) => outcome,
+            // threads may still be inside ONNX Runtime, so that the process can't end in the usual way
+            Err(_) if serving => signals::end(1),
+            Err(panic) => resume_unwind(panic),
+        },
     };
     // what is printed last may be refused too, by a full disk for one
     let outcome = outcome.and_then(|code| Ok(io::stdout().flush().map(|()| code)?));

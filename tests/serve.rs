@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use nfold::infer::job::SchedulerOptions;
 use nfold::infer::registry::{LiveModel, Registry};
+use nfold::infer::system::{Os, System};
 use nfold::metrics::{Metrics, Outcome, Protocol};
 use nfold::server::{Control, Options, ServeError, Server};
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::fakes::{Fault, MARK, Strings, engines, eventually, images, model_dir, options};
 
@@ -106,8 +108,20 @@ pub fn local() -> Options {
 
 /// A server that loads its model once `go` says so.
 fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static str], go: mpsc::Receiver<()>) -> House {
-    let strings = Arc::new(Strings::default());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    open_on(runtime, Arc::new(Os), server, scheduler, names, go)
+}
+
+/// The same on these I/O threads and this system.
+fn open_on(
+    runtime: Runtime,
+    system: Arc<dyn System>,
+    server: Options,
+    scheduler: SchedulerOptions,
+    names: &'static [&'static str],
+    go: mpsc::Receiver<()>,
+) -> House {
+    let strings = Arc::new(Strings::default());
     let server = {
         let _inside = runtime.enter();
         Server::bind(server).unwrap()
@@ -120,7 +134,8 @@ fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static 
         go.recv().unwrap();
         let registry = Registry::default();
         for name in names {
-            registry.add(LiveModel::start(&model_dir(name, 1), engines(&pulled), &scheduler, metrics)?);
+            let (dir, engines) = (model_dir(name, 1), engines(&pulled));
+            registry.add(LiveModel::start_on(system.clone(), &dir, engines, &scheduler, metrics)?);
         }
         pulled.forget_warm_up();
         Ok(registry)
@@ -134,9 +149,15 @@ fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static 
 }
 
 pub fn house(server: Options, scheduler: SchedulerOptions) -> House {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    house_on(runtime, Arc::new(Os), server, scheduler)
+}
+
+/// The same on these I/O threads and this system.
+pub fn house_on(runtime: Runtime, system: Arc<dyn System>, server: Options, scheduler: SchedulerOptions) -> House {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
-    let house = open(server, scheduler, &["m"], gone);
+    let house = open_on(runtime, system, server, scheduler, &["m"], gone);
     house.until_ready();
     house
 }

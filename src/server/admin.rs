@@ -70,6 +70,11 @@ impl Admin {
         Ok(Self { stop, thread })
     }
 
+    /// Whether the thread has ended by itself.
+    pub(super) fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Ends the thread. Blocks for a moment.
     pub(super) fn stop(self) {
         drop(self.stop);

@@ -34,6 +34,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, oneshot};
 
@@ -316,6 +317,9 @@ impl Server {
             () = reloader.until_stop(&mut control) => Ok(()),
             () = reloader.run(options.watch) => Ok(()),
             fault = watch(&registry, &options) => Err(ServeError::Fault(fault)),
+            port = dead(|| [("http", http.is_finished()), ("grpc", grpc.is_finished()), ("admin", admin.is_finished())]) => {
+                Err(ServeError::Broken(format!("nothing accepts connections on the {port} port any more")))
+            }
         };
 
         readiness.drain();
@@ -333,15 +337,20 @@ impl Server {
             readiness.close();
             drop((stop_http, stop_grpc));
             let (http, grpc) = tokio::join!(http, grpc);
-            let open =
-                |joined: Result<_, tokio::task::JoinError>| joined.map_err(|e| ServeError::Broken(e.to_string()));
-            let (mut http, mut grpc): (accept::Open, accept::Open) = (open(http)?, open(grpc)?);
-            let both = async { tokio::join!(http.finish(), grpc.finish()) };
-            let finished = tokio::time::timeout(options.drain_timeout, both).await.is_ok();
-            Ok::<_, ServeError>(if finished { 0 } else { http.cut().await + grpc.cut().await })
+            // a port whose task panicked has nothing left to finish; the other has
+            let mut ports: Vec<accept::Open> = [http, grpc].into_iter().filter_map(Result::ok).collect();
+            let finish = join_all(ports.iter_mut().map(accept::Open::finish));
+            let finished = tokio::time::timeout(options.drain_timeout, finish).await.is_ok();
+            let mut cut = 0;
+            if !finished {
+                for port in ports {
+                    cut += port.cut().await;
+                }
+            }
+            cut
         };
         let cut = tokio::select! {
-            cut = drained => cut?,
+            cut = drained => cut,
             () = reloader.asked_again(&mut control) => {
                 tracing::warn!("asked again: stopping now");
                 registry.abort();
@@ -388,6 +397,17 @@ fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     socket.bind(address)?;
     let address = socket.local_addr()?;
     Ok((socket, address))
+}
+
+/// Ends with the name of a port once its task has ended: all requests to it would be refused, and the others would not tell.
+async fn dead<const N: usize>(ports: impl Fn() -> [(&'static str, bool); N]) -> &'static str {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tick.tick().await;
+        if let Some((port, _)) = ports().into_iter().find(|&(_, ended)| ended) {
+            return port;
+        }
+    }
 }
 
 /// Ends with the reason once the engines have been out of order for longer than the limit.

@@ -8,6 +8,7 @@ mod heart;
 mod images;
 mod logs;
 mod memory;
+mod panics;
 mod refusals;
 mod repository;
 mod streams;

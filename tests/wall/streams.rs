@@ -13,28 +13,28 @@ use crate::serve::{House, ask, house, local, receive};
 const LEN: usize = 3 * SIDE * SIDE;
 
 /// A tensor of one image, with something that is not read beside it.
-fn message(extra: usize) -> Vec<u8> {
+pub fn message(extra: usize) -> Vec<u8> {
     let values: Vec<u8> = (0..LEN).flat_map(|i| (i as f32).to_le_bytes()).collect();
     let shape = [1, 3, SIDE as u8, SIDE as u8];
     let tensor = [ld(1, b"input"), ld(2, b"FP32"), ld(3, &shape)].concat();
     [ld(1, b"m"), ld(5, &tensor), ld(7, &values), ld(15, &vec![b'x'; extra])].concat()
 }
 
-fn run<T>(talk: impl Future<Output = T>) -> T {
+pub fn run<T>(talk: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(talk)
 }
 
-async fn stream(house: &House, headers: &[(&str, &str)]) -> Call {
+pub async fn stream(house: &House, headers: &[(&str, &str)]) -> Call {
     open(house.grpc, STREAM, headers).await
 }
 
 /// The texts of an answer's errors; empty: it is an answer.
-fn error_of(answer: &[u8]) -> String {
+pub fn error_of(answer: &[u8]) -> String {
     use prost::Message as _;
     nfold::pb::open_inference::ModelStreamInferResponse::decode(answer).unwrap().error_message
 }
 
-fn ended(ended: &Ended) -> (i32, &str) {
+pub fn ended(ended: &Ended) -> (i32, &str) {
     (ended.status.unwrap_or(-1), &ended.code)
 }
 

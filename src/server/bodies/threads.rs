@@ -85,5 +85,6 @@ mod tests {
         let broken =
             threads.run(INLINE + 1, Instant::now() + Duration::from_secs(60), || -> Result<(), _> { panic!("x") });
         assert_eq!(broken.await.expect_err("panicked").code, Code::Internal);
+        assert_eq!(threads.free.available_permits(), 1);
     }
 }

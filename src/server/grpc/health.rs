@@ -1,9 +1,11 @@
 //! `grpc.health.v1.Health`: what readiness says, for the whole server (``) and the inference service;
 //! by a model's name, what is known of that model.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -12,6 +14,7 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use super::super::app::App;
+use super::panicked_with;
 
 /// How often a watched status is looked at.
 const WATCH: Duration = Duration::from_millis(250);
@@ -35,6 +38,23 @@ impl Service {
         };
         Some(if checked.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing })
     }
+
+    /// Tells of every change until the server drains or the client is gone.
+    async fn tell(&self, service: &str, sender: &mpsc::Sender<Result<HealthCheckResponse, Status>>) {
+        let mut last = None;
+        loop {
+            let draining = self.0.readiness.is_draining();
+            let status = self.status(service).unwrap_or(ServingStatus::ServiceUnknown);
+            if last != Some(status) && sender.send(Ok(response(status))).await.is_err() {
+                break;
+            }
+            last = Some(status);
+            if draining {
+                break;
+            }
+            tokio::select! { () = sender.closed() => break, () = tokio::time::sleep(WATCH) => {} }
+        }
+    }
 }
 
 fn response(status: ServingStatus) -> HealthCheckResponse {
@@ -55,18 +75,12 @@ impl Health for Service {
         let (watched, service) = (Self(self.0.clone()), request.into_inner().service);
         let (sender, stream) = mpsc::channel(1);
         tokio::spawn(async move {
-            let mut last = None;
-            loop {
-                let draining = watched.0.readiness.is_draining();
-                let status = watched.status(&service).unwrap_or(ServingStatus::ServiceUnknown);
-                if last != Some(status) && sender.send(Ok(response(status))).await.is_err() {
-                    break;
-                }
-                last = Some(status);
-                if draining {
-                    break;
-                }
-                tokio::select! { () = sender.closed() => break, () = tokio::time::sleep(WATCH) => {} }
+            let told = AssertUnwindSafe(watched.tell(&service, &sender)).catch_unwind().await;
+            if let Err(panic) = told {
+                // a stream that just ended would say that all is well
+                let error = panicked_with(&*panic);
+                tracing::error!(detail = error.detail, "a stream of health met an internal error");
+                let _ = sender.send(Err(error.into_status())).await;
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))

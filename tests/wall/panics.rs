@@ -1,0 +1,191 @@
+//! Panics where nothing should panic: in the task of a call, in what it logs. Each is told to whoever
+//! waits, logged and counted, and leaves nothing held; everybody else goes on.
+
+use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nfold::infer::system::{Os, System};
+use nfold::metrics::{Outcome, Protocol};
+use tokio::runtime::Runtime;
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
+use tracing_subscriber::{Layer, Registry};
+
+use super::calls::{INFER, call, frame};
+use super::streams::{ended, error_of, message, run, stream};
+use crate::fakes::{eventually, options};
+use crate::serve::{House, house_on, local, png};
+
+/// Name of the I/O threads.
+const IO: &str = "told-io";
+
+fn here() -> String {
+    std::thread::current().name().unwrap_or_default().to_string()
+}
+
+/// The operating system, which panics once where it is told to.
+#[derive(Debug, Default)]
+struct Faulty {
+    /// When an I/O thread asks for the time: in the middle of a call's admission.
+    call: AtomicBool,
+}
+
+impl System for Faulty {
+    fn now(&self) -> Instant {
+        assert!(here() != IO || !self.call.swap(false, Ordering::SeqCst), "told to panic, secret detail");
+        Os.now()
+    }
+
+    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> std::io::Result<Option<JoinHandle<()>>> {
+        Os.spawn(name, body)
+    }
+
+    fn current(&self) -> Waker {
+        Os.current()
+    }
+
+    fn park(&self, until: Option<Instant>) {
+        Os.park(until);
+    }
+
+    fn sleep(&self, duration: Duration) {
+        Os.sleep(duration);
+    }
+}
+
+/// What was logged on the I/O threads. Panics where a line has this in it.
+struct Log {
+    lines: Arc<Mutex<Vec<String>>>,
+    breaks_at: &'static str,
+}
+
+struct Line(Vec<u8>);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        write!(self.0, "{field}={value:?} ").unwrap();
+    }
+}
+
+impl Layer<Registry> for Log {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, Registry>) {
+        let mut line = Line(Vec::new());
+        event.record(&mut line);
+        let line = format!("{} {}", event.metadata().level(), String::from_utf8_lossy(&line.0));
+        self.lines.lock().unwrap().push(line.clone());
+        assert!(self.breaks_at.is_empty() || !line.contains(self.breaks_at), "told to panic while it logs");
+    }
+}
+
+struct Stage {
+    house: House,
+    system: Arc<Faulty>,
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+fn stage(breaks_at: &'static str) -> Stage {
+    let (system, lines) = (Arc::new(Faulty::default()), Arc::<Mutex<Vec<String>>>::default());
+    let log = Log { lines: lines.clone(), breaks_at };
+    let dispatch = tracing::Dispatch::new(tracing_subscriber::registry().with(log));
+    let begin = move || std::mem::forget(tracing::dispatcher::set_default(&dispatch));
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime: Runtime =
+        runtime.worker_threads(2).thread_name(IO).on_thread_start(begin).enable_all().build().unwrap();
+    let house = house_on(runtime, system.clone(), local(), options(1, 4, 16));
+    Stage { house, system, lines }
+}
+
+impl Stage {
+    fn logged(&self, text: &str) -> bool {
+        self.lines.lock().unwrap().iter().any(|line| line.contains(text))
+    }
+
+    fn nothing_is_held(&self) {
+        eventually("no bytes are held", || self.house.metrics.body_bytes.get() == 0);
+        eventually("no slots are held", || self.house.depth() == 0);
+        eventually("nothing is in flight", || self.house.metrics.inflight_requests.get() == 0);
+    }
+}
+
+#[test]
+fn a_panic_in_a_streams_task_ends_that_stream_alone() {
+    let stage = stage("");
+    let house = &stage.house;
+    run(async {
+        let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
+        for call in [&mut other, &mut sick] {
+            assert!(call.send(frame(&message(0))).await);
+            assert_eq!(error_of(&call.next().await.expect("answered")), "");
+        }
+        // in the middle of a message that is charged
+        assert!(sick.send(frame(&message(10_000))[..5000].to_vec()).await);
+        eventually("it is charged", || house.metrics.body_bytes.get() > 0);
+        stage.system.call.store(true, Ordering::SeqCst);
+        assert!(sick.send(frame(&message(10_000))[5000..].to_vec()).await);
+        let end = sick.end().await;
+        assert_eq!(ended(&end), (13, "internal"), "{end:?}");
+        assert!(!end.message.contains("secret"), "{end:?}");
+        eventually("the message is counted", || house.requests(Protocol::GrpcStream, Outcome::Internal) == 1);
+        assert!(stage.logged("stream sick met an internal error") && stage.logged("told to panic, secret detail"));
+        // the other one, and new ones, go on
+        let mut new = stream(house, &[]).await;
+        for call in [&mut other, &mut new] {
+            assert!(call.send(frame(&message(0))).await);
+            assert_eq!(error_of(&call.next().await.expect("answered")), "");
+        }
+    });
+    stage.nothing_is_held();
+    stage.house.end().unwrap();
+}
+
+/// Outside of what is done for a message.
+#[test]
+fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
+    let stage = stage("message 2 of stream sick");
+    let house = &stage.house;
+    run(async {
+        let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
+        assert!(sick.send([frame(&message(0)), frame(&message(5000))].concat()).await);
+        assert_eq!(error_of(&sick.next().await.expect("answered")), "");
+        assert_eq!(ended(&sick.end().await), (13, "internal"));
+        assert!(stage.logged("stream sick met an internal error") && stage.logged("told to panic while it logs"));
+        assert!(other.send(frame(&message(0))).await);
+        assert_eq!(error_of(&other.next().await.expect("answered")), "");
+    });
+    stage.nothing_is_held();
+    stage.house.end().unwrap();
+}
+
+#[test]
+fn a_panic_in_any_other_call_is_its_answer() {
+    let stage = stage("");
+    let house = &stage.house;
+    let sick = |answer: &dyn Fn()| {
+        stage.system.call.store(true, Ordering::SeqCst);
+        answer();
+        assert!(!stage.system.call.load(Ordering::SeqCst), "nothing panicked");
+        stage.nothing_is_held();
+    };
+    sick(&|| {
+        let end = call(house.grpc, INFER, &[], frame(&message(0)));
+        assert_eq!(ended(&end), (13, "internal"), "{end:?}");
+        assert!(!end.message.contains("secret"), "{end:?}");
+    });
+    sick(&|| {
+        let answer = house.classify("", &[], &png(1));
+        assert_eq!(answer.error(), (500, "internal".into()));
+        assert!(!answer.body.contains("secret"), "{answer:?}");
+    });
+    assert_eq!(house.requests(Protocol::Grpc, Outcome::Internal), 1);
+    assert_eq!(house.requests(Protocol::Rest, Outcome::Internal), 1);
+    assert!(
+        stage.logged("a gRPC handler panicked: told to panic") && stage.logged("a handler panicked: told to panic")
+    );
+    assert_eq!(house.classify("", &[], &png(1)).status, 200);
+    assert_eq!(ended(&call(house.grpc, INFER, &[], frame(&message(0)))), (0, ""));
+    stage.house.end().unwrap();
+}
