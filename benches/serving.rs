@@ -215,6 +215,7 @@ impl House {
         let plan = Plan {
             server: self.address.clone(),
             protocol: Protocol::Classify,
+            tensors: protocol::Tensors::default(),
             model: None,
             connections: vec![connections],
             rates: vec![],

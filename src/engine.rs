@@ -1,6 +1,7 @@
 //! Runs ONNX graphs with ONNX Runtime. The only room that names `ort`: it finds the library, opens sessions and moves
 //! tensors. It knows nothing of images, labels or requests.
 
+mod bound;
 mod fitted;
 mod gpu;
 pub mod graph_cache;
@@ -15,7 +16,9 @@ use ort::environment::Environment;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
+use serde::{Deserialize, Serialize};
 
+pub use self::bound::BoundBackend;
 pub use self::fitted::{Fitted, channel_block};
 pub use self::gpu::{GpuOptions, Profile};
 use self::graph_cache::GraphCache;
@@ -148,7 +151,8 @@ pub trait Backend: Send {
 }
 
 /// Which hardware runs the graph.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Provider {
     /// ONNX Runtime's own CPU kernels.
     #[default]
@@ -400,12 +404,17 @@ impl MapBackend {
 pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
     let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
     let folder = DraftFolder::scratch().map_err(|e| bad(format!("no temporary folder for its profile: {e}")))?;
-    let builder = OrtBackend::builder(what, options, GraphOptimizationLevel::All)?;
-    let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(e.to_string()))?;
-    let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
-    let mut backend = OrtBackend::of(session, what)?;
-    backend.run(batch).map_err(|e| bad(e.to_string()))?;
-    let profile = backend.session.end_profiling().map_err(|e| bad(e.to_string()))?;
+    // a CUDA graph has no operators to tell of
+    let gpu = GpuOptions { cuda_graph: false, ..options.gpu.clone() };
+    let options = EngineOptions { gpu, ..options.clone() };
+    let profile = bound::shared(|| {
+        let builder = OrtBackend::builder(what, &options, GraphOptimizationLevel::All)?;
+        let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(e.to_string()))?;
+        let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
+        let mut backend = OrtBackend::of(session, what)?;
+        backend.run(batch).map_err(|e| bad(e.to_string()))?;
+        backend.session.end_profiling().map_err(|e| bad(e.to_string()))
+    })?;
     let profile = std::fs::read(profile).map_err(|e| bad(format!("its profile can't be read: {e}")))?;
     placement::read(&profile).map_err(bad)
 }
@@ -447,17 +456,19 @@ impl Backend for OrtBackend {
             .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;
         let outputs = self.session.run(ort::inputs![self.input.as_str() => view]).map_err(failed)?;
         let (shape, data) = outputs[self.output.as_str()].try_extract_tensor::<f32>().map_err(failed)?;
-        let &[images, classes] = &shape[..] else {
-            return Err(BackendError::Run(format!("output `{}` has shape {shape:?}, not [N, classes]", self.output)));
-        };
-        if images as usize != batch.images || data.len() != batch.images * classes as usize {
-            return Err(BackendError::Run(format!(
-                "{} images went in, logits of shape {shape:?} came out",
-                batch.images
-            )));
-        }
-        Ok(Logits { images: batch.images, classes: classes as usize, data: data.to_vec() })
+        checked_logits(&self.output, batch.images, shape, data)
     }
+}
+
+/// The first output of a run over so many images, if it is what a classifier answers.
+fn checked_logits(output: &str, images: usize, shape: &[i64], data: &[f32]) -> Result<Logits, BackendError> {
+    let &[rows, classes] = shape else {
+        return Err(BackendError::Run(format!("output `{output}` has shape {shape:?}, not [N, classes]")));
+    };
+    if rows as usize != images || data.len() != images * classes as usize {
+        return Err(BackendError::Run(format!("{images} images went in, logits of shape {shape:?} came out")));
+    }
+    Ok(Logits { images, classes: classes as usize, data: data.to_vec() })
 }
 
 fn configure<const N: usize>(

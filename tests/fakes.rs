@@ -119,7 +119,7 @@ pub fn opener(strings: &Arc<Strings>) -> OpenBackend {
 }
 
 pub fn engines(strings: &Arc<Strings>) -> Engines {
-    Engines { open: opener(strings), open_wide: None, provider: "fake" }
+    Engines { open: opener(strings), open_wide: None, provider: "fake", reduced: false }
 }
 
 pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> SchedulerOptions {

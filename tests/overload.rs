@@ -24,6 +24,7 @@ fn measure(house: &House, connections: &[usize], rates: &[f64], window_s: f64) -
     let plan = Plan {
         server: house.http.to_string(),
         protocol: Protocol::Classify,
+        tensors: protocol::Tensors::default(),
         model: None,
         connections: connections.to_vec(),
         rates: rates.to_vec(),

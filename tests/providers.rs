@@ -1,6 +1,8 @@
 //! Execution providers: where the parts of a graph run, and what is said when that is not where they should.
 
-use nfold::engine::{Batch, EngineOptions, Provider, check_placement, place};
+use nfold::engine::{
+    Backend as _, Batch, BoundBackend, EngineOptions, Fitted, GpuOptions, OrtBackend, Provider, check_placement, place,
+};
 use nfold::model::ModelDir;
 
 use crate::cli::{nfold, with_demo};
@@ -36,5 +38,44 @@ fn a_provider_that_is_not_there_is_told_with_the_next_step() {
             let (code, said) = serve(&["--provider", provider]);
             assert!(code == Some(1) && said.contains("--features gpu"), "{code:?} {said}");
         }
+    }
+}
+
+/// What GPUs do, on the CPU: bound tensors and fixed places for CUDA graphs give the same bits, whatever shape comes in
+/// whatever order, and however many shapes.
+#[test]
+fn bound_tensors_give_the_same_bits() {
+    let folder = with_demo();
+    let dir = ModelDir::open(&folder.path().join("repository"), None, None).unwrap();
+    let onnx = dir.read_onnx().unwrap();
+    let p = &dir.manifest.preprocessing;
+    let (height, width) = (p.height as usize, p.width as usize);
+    let batch = |images: usize, seed: usize| {
+        let mut batch = Batch::zeros(images, height, width);
+        batch.data.iter_mut().enumerate().for_each(|(i, v)| *v = ((i * 31 + seed * 17) % 255) as f32 / 64.0 - 2.0);
+        batch
+    };
+    let mut plain = OrtBackend::open(&onnx, "demo", &EngineOptions::default()).unwrap();
+    for cuda_graph in [false, true] {
+        let gpu = GpuOptions { cuda_graph, ..GpuOptions::default() };
+        let options = EngineOptions { gpu, ..EngineOptions::default() };
+        let graph = Fitted::as_it_is(onnx.clone());
+        let mut bound = BoundBackend::open(&graph, "demo", &options, &[3, 1, 8, 3]).unwrap();
+        let sizes = [1, 3, 1, 8, 3, 8, 8, 1];
+        for (seed, images) in sizes.into_iter().enumerate() {
+            let batch = batch(images, seed);
+            assert_eq!(bound.run(&batch).unwrap(), plain.run(&batch).unwrap(), "{images} images, graph {cuda_graph}");
+        }
+        let refused = bound.run(&batch(2, 0)).unwrap_err().to_string();
+        assert!(refused.contains("2 images came") && refused.contains("[1, 3, 8]"), "{refused}");
+        assert!(bound.repeat().is_err(), "what was staged before is not run again");
+        let wrong = Batch { data: vec![0.0; 7], ..batch(1, 0) };
+        assert!(bound.run(&wrong).unwrap_err().to_string().contains("7 values came"));
+        bound.keep_on_device();
+        bound.stage(&batch(3, 5)).unwrap();
+        for _ in 0..3 {
+            assert_eq!(bound.repeat().unwrap(), None);
+        }
+        assert!(bound.run(&batch(1, 0)).is_err(), "logits that stay on the device are none");
     }
 }

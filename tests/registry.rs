@@ -68,7 +68,7 @@ impl Source for Shelves {
             assert!(opens != Opens::PanicInThread, "told to panic in a thread");
             well()
         });
-        let engines = Engines { open, open_wide: None, provider: "fake" };
+        let engines = Engines { open, open_wide: None, provider: "fake", reduced: false };
         // one by one, as a server reloads
         let options = nfold::infer::job::SchedulerOptions { one_by_one: true, ..options(2, 2, 8) };
         LiveModel::start(dir, engines, &options, metrics)

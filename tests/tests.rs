@@ -3,6 +3,7 @@
 
 /// Folded graphs against timm's own answers.
 mod golden;
+mod gpu_check;
 
 /// Damaged, hostile, half-precision and fresh checkpoints.
 mod checkpoint;

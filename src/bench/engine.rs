@@ -12,47 +12,25 @@ use serde::{Deserialize, Serialize};
 
 use super::BenchError;
 use super::accuracy::Published;
+pub use super::contender::{Contender, Setting};
 use super::machine::{Machine, ProcessorTime};
 use super::peak::{self, Peak};
 use super::statistics::{self, Ratio, Summary, median};
-use crate::engine::{self, Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
+use crate::engine::{
+    self, Backend as _, BackendError, Batch, BoundBackend, EngineOptions, Fitted, GpuOptions, Logits, OrtBackend,
+    Provider,
+};
 
 /// Version of the report's layout, documented in `docs/benchmarks.md`.
 pub const SCHEMA: &str = "nfold-bench-engine/1";
 /// Longest that pools of several sessions are given to stop spinning before another session is timed.
 const SETTLE: Duration = Duration::from_millis(80);
-
-/// A graph to time.
-#[derive(Debug, Clone)]
-pub struct Contender {
-    /// Name: the architecture, or what the user called it.
-    pub model: String,
-    /// `folded`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
-    pub variant: String,
-    /// Height of its input in pixels.
-    pub height: usize,
-    /// Width of its input in pixels.
-    pub width: usize,
-    /// The graph.
-    pub onnx: Vec<u8>,
-    /// Pad its channels to whole blocks, where this processor gains by that.
-    pub pad_channels: bool,
-    /// Trainable parameters, where known.
-    pub parameters: Option<u64>,
-    /// Billions of multiply-accumulates an image, where known.
-    pub gmacs: Option<f64>,
-    /// Published accuracy, where known.
-    pub published: Option<Published>,
-}
-
-impl Contender {
-    /// `model@size`, with the variant where it isn't plainly folded.
-    pub fn label(&self) -> String {
-        let Self { model, variant, height, width, .. } = self;
-        let size = if height == width { height.to_string() } else { format!("{height}x{width}") };
-        if variant == "folded" { format!("{model}@{size}") } else { format!("{model}@{size}:{variant}") }
-    }
-}
+/// A GPU raises its clock while it warms up: until so long a stretch of runs is no faster than the one before, at most so
+/// many stretches.
+const STRETCH: Duration = Duration::from_millis(100);
+const STRETCHES: usize = 20;
+/// What two stretches may differ by.
+const STEADY: f64 = 0.01;
 
 /// How to time.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -61,6 +39,15 @@ pub struct Plan {
     pub batches: Vec<usize>,
     /// Threads inside one operator.
     pub threads: Vec<usize>,
+    /// Hardware.
+    #[serde(default)]
+    pub provider: Provider,
+    /// Number of the GPU.
+    #[serde(default)]
+    pub device: u16,
+    /// On a GPU: images are moved to it and logits from it in every run that is timed.
+    #[serde(default)]
+    pub transfers: bool,
     /// Rounds; each gives every contender one turn.
     pub rounds: usize,
     /// How long a turn lasts at least, milliseconds; at least one run.
@@ -88,7 +75,7 @@ pub struct Report {
     pub plan: Plan,
     /// Share of processor time that a hypervisor gave to others meanwhile.
     pub stolen_share: Option<f64>,
-    /// Measured single-precision peaks.
+    /// Measured single-precision peaks of the CPU, where that is what runs.
     pub peaks: Vec<Peak>,
     /// One for every contender, batch and thread count.
     pub rows: Vec<Row>,
@@ -127,9 +114,16 @@ pub struct Row {
     pub published: Option<Published>,
 }
 
+/// A contender's session, and where its tensors lie.
+enum Timed {
+    Plain(OrtBackend),
+    /// Whether each run moves them.
+    Bound(BoundBackend, bool),
+}
+
 struct Lane<'a> {
     contender: &'a Contender,
-    backend: OrtBackend,
+    backend: Timed,
     batch: Batch,
     load_ms: f64,
     samples: Vec<f64>,
@@ -139,21 +133,53 @@ struct Lane<'a> {
 impl Lane<'_> {
     fn run(&mut self) -> Result<f64, BenchError> {
         let started = Instant::now();
-        let logits = self.backend.run(&self.batch);
+        let logits = match &mut self.backend {
+            Timed::Plain(backend) => backend.run(&self.batch).map(Some),
+            Timed::Bound(backend, true) => backend.run(&self.batch).map(Some),
+            Timed::Bound(backend, false) => backend.repeat(),
+        };
         let elapsed = started.elapsed().as_secs_f64() * 1e3;
+        self.finite(logits)?;
+        Ok(elapsed)
+    }
+
+    fn finite(&self, logits: Result<Option<Logits>, BackendError>) -> Result<(), BenchError> {
         let (model, batch) = (self.contender.label(), self.batch.images);
         match logits {
             Err(source) => Err(BenchError::Run { model, batch, source }),
-            Ok(logits) if logits.data.iter().any(|v| !v.is_finite()) => Err(BenchError::NotFinite { model }),
-            Ok(_) => Ok(elapsed),
+            Ok(Some(logits)) if logits.data.iter().any(|v| !v.is_finite()) => Err(BenchError::NotFinite { model }),
+            Ok(_) => Ok(()),
         }
     }
 
     fn warm_up(&mut self, plan: &Plan) -> Result<(), BenchError> {
         let (started, mut runs) = (Instant::now(), 0);
+        let (model, batch) = (self.contender.label(), self.batch.images);
+        if let Timed::Bound(backend, transfers) = &mut self.backend {
+            // what the logits are is seen while they are still fetched
+            let logits = backend.run(&self.batch).map(Some);
+            if !*transfers {
+                backend.keep_on_device();
+                backend.stage(&self.batch).map_err(|source| BenchError::Run { model, batch, source })?;
+            }
+            self.finite(logits)?;
+        }
         while runs < plan.warmup_runs || started.elapsed() < Duration::from_millis(plan.warmup_ms) {
             self.run()?;
             runs += 1;
+        }
+        let mut last = f64::INFINITY;
+        let stretches = if plan.provider == Provider::Cpu { 0 } else { STRETCHES };
+        for _ in 0..stretches {
+            let (started, mut samples) = (Instant::now(), Vec::new());
+            while samples.is_empty() || started.elapsed() < STRETCH {
+                samples.push(self.run()?);
+            }
+            let now = median(&samples);
+            if now > last * (1.0 - STEADY) {
+                break;
+            }
+            last = now;
         }
         Ok(())
     }
@@ -181,7 +207,8 @@ pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f6
     }
     let machine = Machine::look(Some(engine::runtime_build()?));
     let before = ProcessorTime::now();
-    let peaks: Vec<Peak> = plan.threads.iter().map(|&t| peak::measure(t)).collect();
+    let on_cpu = plan.provider == Provider::Cpu;
+    let peaks: Vec<Peak> = plan.threads.iter().filter(|_| on_cpu).map(|&t| peak::measure(t)).collect();
     let mut rows = Vec::new();
     let cells = (plan.threads.len() * plan.batches.len()).max(1);
     for (i, &threads) in plan.threads.iter().enumerate() {
@@ -190,7 +217,7 @@ pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f6
             let done = (i * plan.batches.len() + j) as f64;
             let tell = |share: f64| progress(&what, (done + share) / cells as f64);
             let lanes = cell(contenders, plan, threads, batch, &tell)?;
-            rows.extend(summarise(&lanes, plan, peaks[i]));
+            rows.extend(summarise(&lanes, plan, threads, peaks.get(i)));
         }
     }
     let stolen_share = before.zip(ProcessorTime::now()).map(|(before, after)| after.stolen_since(before));
@@ -205,14 +232,23 @@ fn cell<'a>(
     batch: usize,
     tell: &dyn Fn(f64),
 ) -> Result<Vec<Lane<'a>>, BenchError> {
-    let options = EngineOptions { intra_threads: threads, spinning: plan.spinning, ..EngineOptions::default() };
+    let provider = plan.provider;
+    let gpu = GpuOptions { device: plan.device, allow_fallback: true, ..GpuOptions::default() };
+    let options = EngineOptions { provider, intra_threads: threads, spinning: plan.spinning, gpu };
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let mut lanes = Vec::with_capacity(contenders.len());
     for contender in contenders {
         let onnx = contender.onnx.clone();
         let started = Instant::now();
-        let graph = if contender.pad_channels { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) };
-        let backend = OrtBackend::open_fitted(&graph, &contender.label(), &options)?;
+        let mut options = options.clone();
+        contender.settings.iter().for_each(|setting| setting.apply(&mut options));
+        let pads = contender.pad_channels && provider == Provider::Cpu;
+        let graph = if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) };
+        let bound = contender.settings.iter().any(|s| matches!(s, Setting::Bound | Setting::Graph));
+        let backend = match bound || provider != Provider::Cpu {
+            true => Timed::Bound(BoundBackend::open(&graph, &contender.label(), &options, &[batch])?, plan.transfers),
+            false => Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?),
+        };
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros(batch, contender.height, contender.width);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
@@ -235,7 +271,7 @@ fn cell<'a>(
     Ok(lanes)
 }
 
-fn summarise(lanes: &[Lane<'_>], plan: &Plan, peak: Peak) -> Vec<Row> {
+fn summarise(lanes: &[Lane<'_>], plan: &Plan, threads: usize, peak: Option<&Peak>) -> Vec<Row> {
     let reference = plan.reference.as_ref().and_then(|r| lanes.iter().find(|l| l.contender.label() == *r));
     let reference = reference.or(lanes.first());
     let row = |lane: &Lane<'_>| {
@@ -248,11 +284,11 @@ fn summarise(lanes: &[Lane<'_>], plan: &Plan, peak: Peak) -> Vec<Row> {
         Some(Row {
             label: c.label(),
             model: c.model.clone(),
-            variant: c.variant.clone(),
+            variant: c.variant(),
             height: c.height,
             width: c.width,
             batch: lane.batch.images,
-            threads: peak.threads,
+            threads,
             parameters: c.parameters,
             gmacs: c.gmacs,
             onnx_bytes: c.onnx.len(),
@@ -261,7 +297,7 @@ fn summarise(lanes: &[Lane<'_>], plan: &Plan, peak: Peak) -> Vec<Row> {
             percentiles_ms: (0..=100).map(|p| statistics::quantile(&sorted, f64::from(p) / 100.0)).collect(),
             images_per_s,
             gflops,
-            peak_share: gflops.map(|g| g / peak.gflops),
+            peak_share: gflops.zip(peak).map(|(g, peak)| g / peak.gflops),
             speed: reference.and_then(|r| statistics::ratio(&r.rounds, &lane.rounds, plan.seed)),
             published: c.published.clone(),
             latency_ms,

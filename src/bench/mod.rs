@@ -1,11 +1,12 @@
 //! The benchmark: graphs in process, and load on a server. A client: knows the engine and the protocols, not the
 //! server, nor how a graph was folded.
 //!
-//! `engine` times graphs against each other in interleaved rounds; `load` asks a server; `statistics` says how sure the figures are;
+//! `engine` times `contender`s against each other in interleaved rounds; `load` asks a server; `statistics` says how sure the figures are;
 //! `machine` and `peak` what they were measured on; `accuracy` what the networks are published to reach. `report`
 //! writes JSON and CSV, `page` a person's page with charts.
 
 pub mod accuracy;
+pub mod contender;
 pub mod engine;
 pub mod load;
 pub mod machine;

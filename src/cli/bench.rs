@@ -8,15 +8,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::bail;
 use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::examples;
 use super::printable::say;
-use super::serve::duration;
+use super::serve::{ProviderArg, duration};
 use crate::bench::engine::{self, Plan, Report};
 use crate::bench::report;
+use crate::engine::Provider;
 
 /// Arguments of `nfold bench`.
 #[derive(Debug, Args)]
@@ -55,15 +57,26 @@ const DEFAULT: [&str; 11] = [
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     /// Architectures (initialised here, nothing is downloaded), models of the repository, checkpoint or version folders:
-    /// MODEL[@H|@HxW][:folded|:unpadded|:unfolded|:fp16|:broadcast] [default: eleven networks]
+    /// MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, unpadded, unfolded, fp16, broadcast.
+    /// Settings of its session: bound (tensors stay on the device; on GPUs always), graph (a CUDA graph), and for GPUs tf32 and
+    /// nhwc [default: eleven networks]
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
     /// Model repository that names are looked up in
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
     /// ONNX file to time as well, one float32 input [N, 3, H, W]; repeat for several
-    #[arg(long, env = "NFOLD_ONNX", value_name = "FILE[@H|@HxW]", value_delimiter = ',')]
+    #[arg(long, env = "NFOLD_ONNX", value_name = "FILE[@H|@HxW][:onnx+SETTING…]", value_delimiter = ',')]
     onnx: Vec<String>,
+    /// Hardware that runs the graphs
+    #[arg(long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
+    provider: ProviderArg,
+    /// Number of the GPU
+    #[arg(long, env = "NFOLD_DEVICE", value_name = "N", default_value_t = 0)]
+    device: u16,
+    /// Time the images' way to the GPU and the logits' way back as well
+    #[arg(long, env = "NFOLD_TRANSFERS", value_parser = FalseyValueParser::new())]
+    transfers: bool,
     /// Images in a run, several separated by commas
     #[arg(long, env = "NFOLD_BATCH", value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: Vec<u16>,
@@ -120,10 +133,18 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     for text in &args.onnx {
         contenders.push(contenders::file(text)?);
     }
+    let provider = args.provider.provider();
+    let for_gpu = contenders.iter().find(|c| c.settings.iter().any(|s| s.is_for_gpu()));
+    if let Some(contender) = for_gpu.filter(|_| provider == Provider::Cpu) {
+        bail!("`{}` has a setting of GPUs; give --provider cuda or tensorrt", contender.label());
+    }
     let usual = contenders.iter().map(engine::Contender::label).find(|l| l.starts_with("resnet50@"));
     let plan = Plan {
         batches: args.batch.iter().map(|&b| b.into()).collect(),
         threads: args.threads.iter().map(|&t| t.into()).collect(),
+        provider,
+        device: args.device,
+        transfers: args.transfers,
         rounds: args.rounds as usize,
         turn_ms: args.turn.as_millis() as u64,
         warmup_ms: args.warmup.as_millis() as u64,
@@ -186,8 +207,10 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
     let wide = report.rows.iter().map(|r| r.label.len()).max().unwrap_or(0).max(5);
     for (i, &threads) in report.plan.threads.iter().enumerate() {
         for &batch in &report.plan.batches {
-            let gflops = report.peaks.get(i).map_or(0.0, |p| p.gflops);
-            writeln!(out, "batch {batch}, threads {threads}, peak {gflops:.1} GFLOP/s")?;
+            match report.peaks.get(i) {
+                Some(peak) => writeln!(out, "batch {batch}, threads {threads}, peak {:.1} GFLOP/s", peak.gflops)?,
+                None => writeln!(out, "batch {batch} on {}", report.plan.provider.name())?,
+            }
             writeln!(
                 out,
                 "{:<wide$} {:>7} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>7} {:>22}",

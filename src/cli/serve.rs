@@ -59,7 +59,21 @@ pub struct ServeArgs {
     /// Folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
     #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
     tensorrt_cache: Option<PathBuf>,
-    /// Threads with an engine each, per model; each with a copy of the weights (one for all with AVX-512 or --graph-cache) [default: the cores; 1 on a GPU]
+    /// Let CUDA compute single-precision models with the ten bits of half precision's mantissa (TensorFloat-32); the golden
+    /// answer is then asked with half precision's tolerance
+    #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_TF32", value_parser = clap::builder::FalseyValueParser::new())]
+    cuda_tf32: bool,
+    /// Lay feature maps out with channels last on CUDA
+    #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_NHWC", value_parser = clap::builder::FalseyValueParser::new())]
+    cuda_nhwc: bool,
+    /// Record the kernels of each batch size as a CUDA graph and replay it
+    #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_GRAPH", value_parser = clap::builder::FalseyValueParser::new())]
+    cuda_graph: bool,
+    /// Most bytes of a GPU's memory for the feature maps of one engine; a model that needs more is refused at its load
+    /// [default: what is free]
+    #[arg(help_heading = "Engines", long, value_name = "BYTES", env = "NFOLD_DEVICE_MEMORY", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    device_memory: Option<u64>,
+    /// Threads with an engine each, per model; each with a copy of the weights (one for all with AVX-512 or --graph-cache) [default: the cores; 3 on a GPU: one computes while the others move images]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Threads inside one engine run
@@ -80,10 +94,11 @@ pub struct ServeArgs {
     /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     decoders: Option<u16>,
-    /// Most images in one engine run
-    #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    max_batch_size: u16,
-    /// Sizes that batches are padded to, such as 1,4,8: for engines whose answer depends on the batch (CUDA, TensorRT)
+    /// Most images in one engine run [default: 8; 32 on a GPU]
+    #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    max_batch_size: Option<u16>,
+    /// Sizes that batches are padded to, such as 1,4,8: each is a session of its own on a GPU, whose answers may depend on the
+    /// batch [default: none; powers of two up to --max-batch-size on a GPU]
     #[arg(help_heading = "Queue", long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch_buckets: Vec<u16>,
     /// Whether an image's answer may depend on its batch, as a test of every batch size at the start finds: `require` refuses
@@ -174,11 +189,21 @@ pub struct ServeArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum ProviderArg {
+pub(super) enum ProviderArg {
     Cpu,
     Cuda,
     #[value(name = "tensorrt")]
     TensorRt,
+}
+
+impl ProviderArg {
+    pub(super) fn provider(self) -> Provider {
+        match self {
+            Self::Cpu => Provider::Cpu,
+            Self::Cuda => Provider::Cuda,
+            Self::TensorRt => Provider::TensorRt,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -201,15 +226,17 @@ impl ServeArgs {
             self.http.set_port(port);
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let provider = match self.provider {
-            ProviderArg::Cpu => Provider::Cpu,
-            ProviderArg::Cuda => Provider::Cuda,
-            ProviderArg::TensorRt => Provider::TensorRt,
-        };
+        let provider = self.provider.provider();
         let on_cpu = provider == Provider::Cpu;
         let (decoder, decode_memory) = self.images.resolve();
         let intra_threads = usize::from(self.intra_threads);
-        let fitting = if on_cpu { (cores / intra_threads).max(1) } else { 1 };
+        let fitting = if on_cpu { (cores / intra_threads).max(1) } else { 3 };
+        let max_batch = self.max_batch_size.map_or(if on_cpu { 8 } else { 32 }, usize::from);
+        let buckets = match self.batch_buckets.as_slice() {
+            [] if on_cpu => Vec::new(),
+            [] => (0..).map(|power| 1 << power).take_while(|&size| size < max_batch).chain([max_batch]).collect(),
+            given => given.iter().map(|&b| b.into()).collect(),
+        };
         let registry = RegistryOptions {
             repository: self.repository,
             models: self.models,
@@ -220,9 +247,13 @@ impl ServeArgs {
                 gpu: GpuOptions {
                     device: self.device,
                     allow_fallback: self.allow_fallback,
+                    tf32: self.cuda_tf32,
+                    prefer_nhwc: self.cuda_nhwc,
+                    cuda_graph: self.cuda_graph,
+                    memory_limit: self.device_memory.map(|b| usize::try_from(b).unwrap_or(usize::MAX)),
                     tensorrt_fp16: self.tensorrt_fp16,
                     tensorrt_cache: self.tensorrt_cache,
-                    profiles: Vec::new(),
+                    ..GpuOptions::default()
                 },
             },
             skip_broken: self.skip_broken_models,
@@ -232,13 +263,13 @@ impl ServeArgs {
             scheduler: SchedulerOptions {
                 workers: self.workers.map_or(fitting, usize::from),
                 decoders: self.decoders.map_or(if on_cpu { 0 } else { cores }, usize::from),
-                max_batch: self.max_batch_size.into(),
+                max_batch,
                 max_queue_delay: self.max_queue_delay,
                 queue_limit: self.queue_limit as usize,
                 max_queue_wait: self.max_queue_wait,
                 decoder,
                 decode_memory,
-                buckets: self.batch_buckets.iter().map(|&b| b.into()).collect(),
+                buckets,
                 invariance: match self.invariance {
                     InvarianceArg::Require => Invariance::Require,
                     InvarianceArg::Report => Invariance::Report,
@@ -288,6 +319,10 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let for_tensorrt = args.tensorrt_fp16 || args.tensorrt_cache.is_some();
     if for_tensorrt && !matches!(args.provider, ProviderArg::TensorRt) {
         return Err(anyhow!("--tensorrt-fp16 and --tensorrt-cache mean something to --provider tensorrt only"));
+    }
+    let for_cuda = args.cuda_tf32 || args.cuda_nhwc || args.cuda_graph;
+    if (for_cuda || args.device_memory.is_some()) && matches!(args.provider, ProviderArg::Cpu) {
+        return Err(anyhow!("--cuda-… and --device-memory mean something to --provider cuda or tensorrt only"));
     }
     let (options, registry) = args.resolve()?;
     let runtime = server::runtime().map_err(|e| anyhow!("can't start the async runtime: {e}"))?;

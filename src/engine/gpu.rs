@@ -13,6 +13,14 @@ pub struct GpuOptions {
     pub device: u16,
     /// Take a graph of which a part runs elsewhere.
     pub allow_fallback: bool,
+    /// Multiply with the ten bits of a half-precision mantissa where a graph is in single precision (TensorFloat-32).
+    pub tf32: bool,
+    /// Lay feature maps out with channels last, as tensor cores read them.
+    pub prefer_nhwc: bool,
+    /// Record each shape's kernels as a CUDA graph, and replay that.
+    pub cuda_graph: bool,
+    /// Most bytes of device memory for one engine's feature maps; none: what the device has.
+    pub memory_limit: Option<usize>,
     /// TensorRT may compute in half precision.
     pub tensorrt_fp16: bool,
     /// Where TensorRT keeps the engines that it has built for one graph; none: they are built at every start.
@@ -47,7 +55,19 @@ impl GpuOptions {
 #[cfg(feature = "gpu")]
 pub(super) fn register(builder: SessionBuilder, provider: Provider, gpu: &GpuOptions) -> ort::Result<SessionBuilder> {
     let device = i32::from(gpu.device);
-    let cuda = ort::ep::CUDA::default().with_device_id(device).with_tf32(false).build().error_on_failure();
+    let mut cuda = ort::ep::CUDA::default()
+        .with_device_id(device)
+        .with_tf32(gpu.tf32)
+        .with_prefer_nhwc(gpu.prefer_nhwc)
+        .with_cuda_graph(gpu.cuda_graph && provider == Provider::Cuda)
+        // a session for each batch size: powers of two would leave half of each arena empty
+        .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested)
+        // timing all algorithms chose slower ones on an H100, and may choose others for each engine: other bits
+        .with_conv_algorithm_search(ort::ep::cuda::ConvAlgorithmSearch::Heuristic);
+    if let Some(bytes) = gpu.memory_limit {
+        cuda = cuda.with_memory_limit(bytes);
+    }
+    let cuda = cuda.build().error_on_failure();
     if provider != Provider::TensorRt {
         return Ok(builder.with_execution_providers([cuda])?);
     }

@@ -1,7 +1,7 @@
 //! Asks a graph what the model's contract asks it ([`crate::model::golden`]).
 
 use super::{Backend, BackendError, Batch};
-pub use crate::model::golden::{Difference, compare, digest, images};
+pub use crate::model::golden::{Difference, compare, digest, images, tolerance};
 
 /// A graph's logits on the first `count` [`images`], run one by one.
 pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{FoldError, FoldOptions, fold_to_file};
 use crate::checkpoint::Checkpoint;
 use crate::graph::GraphError;
-use crate::model::golden::{compare, digest, images};
+use crate::model::golden::{compare, digest, images, tolerance};
 use crate::model::{Gate, Golden, Manifest, Precision, Verification};
 
 /// A graph and what to ask it.
@@ -104,10 +104,7 @@ pub fn verify<E: std::error::Error + 'static>(
     };
     let mut logits = ask(onnx, options.unfolded, "the folded graph", advice)?;
     let found = compare(&reference, &logits);
-    let tolerance = match options.precision {
-        Precision::Fp32 => 1e-4 * found.logit_span + 1e-6,
-        Precision::Fp16 => 2e-2 * found.logit_span + 1e-3,
-    };
+    let tolerance = tolerance(options.precision, found.logit_span);
     if found.max_abs_diff.is_nan() || found.max_abs_diff > tolerance {
         return Err(VerifyError::Apart { difference: found.max_abs_diff, tolerance, span: found.logit_span });
     }

@@ -47,6 +47,14 @@ impl SchedulerOptions {
     pub(super) fn padded(&self, images: usize) -> usize {
         self.buckets.iter().copied().find(|&bucket| bucket >= images).unwrap_or(images)
     }
+
+    /// Every number of images that an engine run can have, padding included; ascending.
+    pub(super) fn sizes(&self) -> Vec<usize> {
+        match self.buckets.as_slice() {
+            [] => (1..=self.max_batch).collect(),
+            buckets => buckets.to_vec(),
+        }
+    }
 }
 
 /// What the self-test at the start does: the same images alone and in every batch size that can occur.

@@ -206,9 +206,11 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     if let Some(golden) = shared.job.golden.as_ref().filter(|_| first) {
         let (logits, _) = run(shared, &golden.input, |batch| lane.attempt(shared, batch))?;
         let difference = verify::compare(&golden.logits, &logits).max_abs_diff;
-        if difference > golden.tolerance {
-            return Err(StartError::Golden { difference, tolerance: golden.tolerance });
+        let tolerance = golden.tolerance;
+        if difference > tolerance {
+            return Err(StartError::Golden { difference, tolerance });
         }
+        tracing::info!(model = shared.job.what, difference, tolerance, "the golden answer is given");
     }
     if first {
         let tensor = photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?;

@@ -16,7 +16,7 @@ use super::top_k::{NotFinite, Prediction, check_finite, top_k};
 use crate::engine::verify;
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
-use crate::model::{Manifest, ModelDir, ModelError};
+use crate::model::{Manifest, ModelDir, ModelError, Precision};
 use crate::pixels::Preprocessor;
 
 /// Why a model can't be served.
@@ -81,6 +81,8 @@ pub struct Engines {
     pub open_wide: Option<OpenBackend>,
     /// Name of the hardware, for metrics.
     pub provider: &'static str,
+    /// They multiply in less than single precision whatever the graph says (TensorFloat-32).
+    pub reduced: bool,
 }
 
 impl LiveModel {
@@ -103,7 +105,7 @@ impl LiveModel {
         metrics: &Metrics,
     ) -> Result<Self, LoadError> {
         let (name, version, manifest) = (dir.name.clone(), dir.version, dir.manifest.clone());
-        let Engines { open, open_wide, provider } = engines;
+        let Engines { open, open_wide, provider, reduced } = engines;
         let model_metrics = metrics.model(&name, version, provider);
         let job = Job {
             what: format!("{name}/{version}"),
@@ -112,7 +114,7 @@ impl LiveModel {
             classes: manifest.classes as usize,
             open,
             open_wide,
-            golden: golden(dir)?,
+            golden: golden(dir, reduced)?,
             metrics: model_metrics.clone(),
             system: system.clone(),
         };
@@ -287,12 +289,14 @@ impl Drop for Counted<'_> {
 }
 
 /// What the manifest says that the model must answer.
-fn golden(dir: &ModelDir) -> Result<Option<Golden>, LoadError> {
+fn golden(dir: &ModelDir, reduced: bool) -> Result<Option<Golden>, LoadError> {
     let Some(golden) = &dir.manifest.golden else { return Ok(None) };
     let p = &dir.manifest.preprocessing;
     let input = verify::images((p.height as usize, p.width as usize)).next().unwrap_or_default();
     if verify::digest(&input) != golden.input_sha256 {
         return Err(LoadError::Golden(dir.name.clone()));
     }
-    Ok(Some(Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance }))
+    let span = verify::compare(&golden.logits, &golden.logits).logit_span;
+    let least = if reduced { verify::tolerance(Precision::Fp16, span) } else { 0.0 };
+    Ok(Some(Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance.max(least) }))
 }

@@ -7,7 +7,7 @@ use super::job::{OpenBackend, SchedulerOptions};
 use super::live_model::{Engines, LiveModel, LoadError};
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{
-    self, Backend, Batch, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider, own_data,
+    self, Backend, Batch, BoundBackend, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider, own_data,
 };
 use crate::metrics::Metrics;
 use crate::model::{self, Listing, ModelDir, ModelError};
@@ -98,7 +98,11 @@ impl Source for RegistryOptions {
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (graph, what) = (graph.clone(), what.clone());
             let (cache, identity) = (options.graph_cache.clone(), identity.clone());
+            let sizes = options.scheduler.sizes();
             Box::new(move || {
+                if engine.provider != Provider::Cpu {
+                    return Ok(Box::new(BoundBackend::open(&graph, &what, &engine, &sizes)?) as Box<dyn Backend>);
+                }
                 let backend = match &cache {
                     None => OrtBackend::open_fitted(&graph, &what, &engine)?,
                     Some(cache) => OrtBackend::open_cached(&|| &graph, &identity, &what, &engine, cache)?,
@@ -113,6 +117,7 @@ impl Source for RegistryOptions {
                 opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine.clone() })
             }),
             provider: engine.provider.name(),
+            reduced: engine.gpu.tf32,
         };
         LiveModel::start(dir, engines, &options.scheduler, metrics)
     }

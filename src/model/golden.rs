@@ -7,6 +7,8 @@ use rand_distr::{Distribution as _, StandardNormal};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::Precision;
+
 /// One input and its logits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Golden {
@@ -25,6 +27,15 @@ pub struct Difference {
     pub max_abs_diff: f64,
     /// Largest minus smallest logit of the reference.
     pub logit_span: f64,
+}
+
+/// Largest difference of a logit between two ways to compute the same network, where logits span so much and the less
+/// exact way is in this precision.
+pub fn tolerance(precision: Precision, logit_span: f64) -> f64 {
+    match precision {
+        Precision::Fp32 => 1e-4 * logit_span + 1e-6,
+        Precision::Fp16 => 2e-2 * logit_span + 1e-3,
+    }
 }
 
 /// Unit Gaussian images of (height, width), `[3, height, width]` each: always the same ones.

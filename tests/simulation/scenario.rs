@@ -178,8 +178,12 @@ impl Source for Shelf {
                 }
             })
         };
-        let engines =
-            Engines { open: open(false), open_wide: scenario.wide.then(|| open(true)), provider: "simulated" };
+        let engines = Engines {
+            open: open(false),
+            open_wide: scenario.wide.then(|| open(true)),
+            provider: "simulated",
+            reduced: false,
+        };
         scenario.record().versions.insert(dir.version);
         LiveModel::start_on(scenario.system.clone(), dir, engines, &scenario.options, metrics)
     }

@@ -72,10 +72,10 @@ fn of_status(status: &Status) -> Outcome {
 }
 
 /// A request with one tensor.
-pub fn request(model: &str, name: &str, shape: &[usize], raw: Vec<u8>) -> oip::ModelInferRequest {
+pub fn request(model: &str, name: &str, datatype: &str, shape: &[usize], raw: Vec<u8>) -> oip::ModelInferRequest {
     let input = oip::model_infer_request::InferInputTensor {
         name: name.into(),
-        datatype: "FP32".into(),
+        datatype: datatype.into(),
         shape: shape.iter().map(|&d| d as i64).collect(),
         ..Default::default()
     };

@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use super::machine::{Machine, ProcessorTime};
 use answer::{Answer, Outcome};
 use client::Client;
-use protocol::Protocol;
+use protocol::{Protocol, Tensors};
 use record::{Recorder, Step, Window};
 use request::Request;
 use schedule::Arrivals;
@@ -41,6 +41,9 @@ pub struct Plan {
     pub server: String,
     /// What is spoken.
     pub protocol: Protocol,
+    /// What the tensors are, where tensors are spoken.
+    #[serde(default)]
+    pub tensors: Tensors,
     /// Model asked for; the server's own where absent.
     pub model: Option<String>,
     /// Closed-loop steps: connections of each.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use rand::SeedableRng as _;
+use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use serde::{Deserialize, Serialize};
@@ -20,10 +20,45 @@ use super::request::{Payload, Request};
 pub enum Protocol {
     /// `POST /v1/classify`, an encoded image as the body.
     Classify,
-    /// `POST /v2/models/M/infer`, a float32 tensor in the binary extension.
+    /// `POST /v2/models/M/infer`, a tensor in the binary extension.
     OipHttp,
-    /// `ModelInfer`, a float32 tensor raw.
+    /// `ModelInfer`, a tensor raw.
     OipGrpc,
+}
+
+/// What a tensor of the Open Inference Protocol holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Datatype {
+    /// `[N, 3, H, W]`, normalised.
+    #[default]
+    Fp32,
+    /// `[N, H, W, 3]`, pixels: a quarter of the bytes, normalised by the server (nfold's own, which metadata doesn't name).
+    Uint8,
+}
+
+impl Datatype {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fp32 => "FP32",
+            Self::Uint8 => "UINT8",
+        }
+    }
+}
+
+/// The tensors of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tensors {
+    /// What they hold.
+    pub datatype: Datatype,
+    /// Images in each.
+    pub images: usize,
+}
+
+impl Default for Tensors {
+    fn default() -> Self {
+        Self { datatype: Datatype::Fp32, images: 1 }
+    }
 }
 
 /// Why there is nothing to send.
@@ -111,10 +146,11 @@ pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Request
     Ok(images.into_iter().map(request).collect())
 }
 
-/// `count` requests with one image of noise each, in the shape that the server's metadata gives.
+/// `count` requests with a tensor of noise each, in the shape that the server's metadata gives.
 pub async fn oip_http(
     server: &str,
     model: Option<&str>,
+    tensors: Tensors,
     count: usize,
     seed: u64,
 ) -> Result<Vec<Request>, ProtocolError> {
@@ -128,9 +164,12 @@ pub async fn oip_http(
         return Err(wrong(format!("status {}, {text}", reply.status)));
     }
     let metadata: Value = serde_json::from_slice(&reply.body).map_err(|e| wrong(e.to_string()))?;
-    let (name, shape) = float_input(&metadata).map_err(wrong)?;
+    let (name, shape) = input(&metadata, tensors).map_err(wrong)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let payload = |_| Request::Http(tensor(model, &name, &shape, &noise(&shape, &mut rng)));
+    let payload = |_| {
+        let raw = noise(tensors.datatype, &shape, &mut rng);
+        Request::Http(tensor(model, &name, tensors.datatype, &shape, &raw))
+    };
     Ok((0..count.max(1)).map(payload).collect())
 }
 
@@ -138,6 +177,7 @@ pub async fn oip_http(
 pub async fn oip_grpc(
     server: &str,
     model: Option<&str>,
+    tensors: Tensors,
     count: usize,
     seed: u64,
 ) -> Result<Vec<Request>, ProtocolError> {
@@ -149,27 +189,46 @@ pub async fn oip_grpc(
         .iter()
         .map(|(name, datatype, shape)| json!({ "name": name, "datatype": datatype, "shape": shape }))
         .collect();
-    let (name, shape) = float_input(&json!({ "inputs": inputs })).map_err(wrong)?;
+    let (name, shape) = input(&json!({ "inputs": inputs }), tensors).map_err(wrong)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let request = |_| Request::Grpc(grpc::request(model, &name, &shape, noise(&shape, &mut rng)));
+    let request = |_| {
+        let raw = noise(tensors.datatype, &shape, &mut rng);
+        Request::Grpc(grpc::request(model, &name, tensors.datatype.name(), &shape, raw))
+    };
     Ok((0..count.max(1)).map(request).collect())
 }
 
-/// Standard normal values, little-endian float32.
-fn noise(shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<u8> {
-    let mut value = || -> f32 { StandardNormal.sample(rng) };
+/// Standard normal values as little-endian float32, or pixels of every shade.
+fn noise(datatype: Datatype, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<u8> {
     let elements: usize = shape.iter().product();
-    (0..elements).flat_map(|_| value().to_le_bytes()).collect()
+    match datatype {
+        Datatype::Fp32 => {
+            let mut value = || -> f32 { StandardNormal.sample(rng) };
+            (0..elements).flat_map(|_| value().to_le_bytes()).collect()
+        }
+        Datatype::Uint8 => {
+            let mut pixels = vec![0; elements];
+            rng.fill_bytes(&mut pixels);
+            pixels
+        }
+    }
 }
 
-/// Name and shape of a model's float32 input; open dimensions become 1.
-fn float_input(metadata: &Value) -> Result<(String, Vec<usize>), String> {
+/// Name of a model's input and the shape of its tensors; open dimensions other than that of the images become 1.
+fn input(metadata: &Value, tensors: Tensors) -> Result<(String, Vec<usize>), String> {
     let inputs = metadata["inputs"].as_array().ok_or("its metadata names no inputs")?;
     let input = inputs.iter().find(|i| i["datatype"] == "FP32").ok_or("it has no FP32 input")?;
     let name = input["name"].as_str().ok_or("its input has no name")?;
     let side = |v: &Value| v.as_i64().map(|d| usize::try_from(d).unwrap_or(1).max(1));
     let dims = input["shape"].as_array().ok_or("its input has no shape")?;
-    let shape: Vec<usize> = dims.iter().map(side).collect::<Option<_>>().ok_or("its input's shape is not numbers")?;
+    let mut shape: Vec<usize> =
+        dims.iter().map(side).collect::<Option<_>>().ok_or("its input's shape is not numbers")?;
+    if let Some(images) = shape.first_mut() {
+        *images = tensors.images.max(1);
+    }
+    if let (Datatype::Uint8, &[images, channels, height, width]) = (tensors.datatype, &shape[..]) {
+        shape = vec![images, height, width, channels];
+    }
     match shape.iter().try_fold(1usize, |all, d| all.checked_mul(*d)) {
         Some(elements) if elements <= 1 << 28 => Ok((name.into(), shape)),
         _ => Err(format!("its input's shape {shape:?} is too large")),
@@ -177,12 +236,12 @@ fn float_input(metadata: &Value) -> Result<(String, Vec<usize>), String> {
 }
 
 /// JSON head, then the tensor's bytes, little-endian, row-major.
-fn tensor(model: &str, name: &str, shape: &[usize], raw: &[u8]) -> Payload {
+fn tensor(model: &str, name: &str, datatype: Datatype, shape: &[usize], raw: &[u8]) -> Payload {
     let head = json!({
         "inputs": [{
             "name": name,
             "shape": shape,
-            "datatype": "FP32",
+            "datatype": datatype.name(),
             "parameters": { "binary_data_size": raw.len() },
         }],
         "parameters": { "binary_data_output": true },
@@ -203,22 +262,29 @@ mod tests {
     #[test]
     fn tensors_follow_the_binary_extension() {
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let payload = tensor("m", "input", &[1, 3, 2, 2], &noise(&[1, 3, 2, 2], &mut rng));
+        let shape = [1, 3, 2, 2];
+        let mut of = |datatype| tensor("m", "input", datatype, &shape, &noise(datatype, &shape, &mut rng));
+        let payload = of(Datatype::Fp32);
         let head: usize = payload.headers[1].1.parse().expect("a number");
         let json: Value = serde_json::from_slice(&payload.body[..head]).expect("JSON");
         assert_eq!(json["inputs"][0]["parameters"]["binary_data_size"], 48);
         assert_eq!(payload.body.len() - head, 48);
-        let again = tensor("m", "input", &[1, 3, 2, 2], &noise(&[1, 3, 2, 2], &mut rng));
-        assert_ne!(payload.body, again.body);
+        assert_ne!(payload.body, of(Datatype::Fp32).body);
+        assert_eq!(json["inputs"][0]["datatype"], "FP32");
+        let head: usize = of(Datatype::Uint8).headers[1].1.parse().expect("a number");
+        assert_eq!(of(Datatype::Uint8).body.len() - head, 12);
     }
 
     #[test]
     fn metadata_is_not_trusted() {
-        let of = |inputs: Value| float_input(&json!({ "inputs": inputs }));
+        let of = |inputs: Value| input(&json!({ "inputs": inputs }), Tensors::default());
         let good = of(
             json!([{"name": "i", "datatype": "UINT8", "shape": [1]}, {"name": "x", "datatype": "FP32", "shape": [-1, 3, 8, 8]}]),
         );
         assert_eq!(good, Ok(("x".into(), vec![1, 3, 8, 8])));
+        let inputs = json!([{"name": "x", "datatype": "FP32", "shape": [-1, 3, 8, 6]}]);
+        let pixels = Tensors { datatype: Datatype::Uint8, images: 4 };
+        assert_eq!(input(&json!({ "inputs": inputs }), pixels), Ok(("x".into(), vec![4, 8, 6, 3])));
         for bad in [
             json!(null),
             json!([]),

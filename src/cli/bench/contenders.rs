@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow, bail};
 
 use crate::bench::accuracy::published;
-use crate::bench::engine::Contender;
+use crate::bench::engine::{Contender, Setting};
 use crate::checkpoint::init::{InitOptions, init_active};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::engine::{EngineOptions, OrtBackend};
@@ -19,13 +19,32 @@ use crate::nets;
 /// Size of a dynamic graph where none is given, as timm's default.
 const DYNAMIC: usize = 224;
 
-/// `MODEL[@SIZE][:VARIANT]`: an architecture, a checkpoint folder, a model of the repository, or a
+/// `MODEL[@SIZE][:VARIANT[+SETTING…]]`: an architecture, a checkpoint folder, a model of the repository, or a
 /// folded version folder.
 pub fn model(text: &str, repository: &Path, seed: u64) -> anyhow::Result<Contender> {
     let (rest, variant) = match text.rsplit_once(':') {
         Some((rest, variant)) if !variant.contains('/') => (rest, variant),
         _ => (text, "folded"),
     };
+    let (variant, settings) = settings(text, variant)?;
+    Ok(Contender { settings, ..graph(text, rest, variant, repository, seed)? })
+}
+
+/// `VARIANT[+VARIANT…][+SETTING…]`: how it is folded, and how its session is opened.
+fn settings<'a>(text: &str, variant: &'a str) -> anyhow::Result<(&'a str, Vec<Setting>)> {
+    let named = |name: &str| Setting::ALL.into_iter().find(|setting| setting.name() == name);
+    let at = variant
+        .match_indices('+')
+        .find(|(at, _)| named(variant[at + 1..].split('+').next().unwrap_or_default()).is_some());
+    let Some((at, _)) = at else { return Ok((variant, Vec::new())) };
+    let setting = |name: &str| {
+        let known = Setting::ALL.map(Setting::name).join(", ");
+        named(name).ok_or_else(|| anyhow!("`{text}`: `{name}` is no setting of a session; take {known}"))
+    };
+    Ok((&variant[..at], variant[at + 1..].split('+').map(setting).collect::<anyhow::Result<_>>()?))
+}
+
+fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) -> anyhow::Result<Contender> {
     let (name, size) = sized(rest)?;
     let path = Path::new(name);
     // an architecture's name means the architecture, whatever a repository holds
@@ -67,9 +86,13 @@ pub fn model(text: &str, repository: &Path, seed: u64) -> anyhow::Result<Contend
     Ok(Contender { published: published(&contender.model, contender.height, contender.width), ..contender })
 }
 
-/// `FILE[@SIZE]`: any ONNX file with one float32 input `[N, 3, H, W]`.
+/// `FILE[@SIZE][:onnx+SETTING…]`: any ONNX file with one float32 input `[N, 3, H, W]`.
 pub fn file(text: &str) -> anyhow::Result<Contender> {
-    let (path, size) = sized(text)?;
+    let (rest, settings) = match text.rsplit_once(":onnx+") {
+        Some((rest, _)) => (rest, settings(text, &text[rest.len() + 1..])?.1),
+        None => (text, Vec::new()),
+    };
+    let (path, size) = sized(rest)?;
     let onnx = fs::read(path).map_err(|e| anyhow!("can't read `{path}`: {e}; --onnx names an ONNX file"))?;
     let fixed = OrtBackend::open(&onnx, path, &EngineOptions::default())?.input_size();
     let (height, width) = match (fixed, size) {
@@ -82,6 +105,7 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
     Ok(Contender {
         model,
         variant: "onnx".into(),
+        settings,
         height,
         width,
         onnx,
@@ -105,6 +129,7 @@ fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(us
     };
     Contender {
         variant: variant.into(),
+        settings: Vec::new(),
         height,
         width,
         onnx,
@@ -121,12 +146,14 @@ fn options(text: &str, variant: &str, size: Option<(usize, usize)>) -> anyhow::R
         size: size.map_or(Size::Checkpoint, |(h, w)| Size::Fixed(h as u32, w as u32)),
         ..FoldOptions::default()
     };
-    Ok(match variant {
-        "folded" | "unpadded" => plain,
-        "unfolded" => FoldOptions { unfolded: true, ..plain },
-        "fp16" => FoldOptions { precision: Precision::Fp16, ..plain },
-        "broadcast" => FoldOptions { gate: Gate::Broadcast, ..plain },
-        other => bail!("`{text}`: `{other}` is no variant; take folded, unpadded, unfolded, fp16 or broadcast"),
+    variant.split('+').try_fold(plain, |options, part| {
+        Ok(match part {
+            "folded" | "unpadded" => options,
+            "unfolded" => FoldOptions { unfolded: true, ..options },
+            "fp16" => FoldOptions { precision: Precision::Fp16, ..options },
+            "broadcast" => FoldOptions { gate: Gate::Broadcast, ..options },
+            other => bail!("`{text}`: `{other}` is no variant; take folded, unpadded, unfolded, fp16 or broadcast"),
+        })
     })
 }
 

@@ -11,7 +11,7 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::bench::load::answer::Outcome;
-use crate::bench::load::protocol::{self, Protocol};
+use crate::bench::load::protocol::{self, Datatype, Protocol, Tensors};
 use crate::bench::load::schedule::Arrivals;
 use crate::bench::load::{self, Plan, Report};
 use crate::bench::report;
@@ -29,6 +29,12 @@ pub struct LoadArgs {
     /// port --server then names)
     #[arg(long, value_enum, env = "NFOLD_PROTOCOL", default_value = "classify")]
     protocol: ProtocolArg,
+    /// What tensors hold: fp32 is [N,3,H,W] normalised, uint8 is [N,H,W,3] pixels, which nfold normalises itself
+    #[arg(long, value_enum, env = "NFOLD_DATATYPE", default_value = "fp32")]
+    datatype: DatatypeArg,
+    /// Images in each tensor; throughputs count requests
+    #[arg(long, env = "NFOLD_TENSOR_IMAGES", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    tensor_images: u16,
     /// Model asked for [default: the server's only one]
     #[arg(long, env = "NFOLD_MODEL", value_name = "NAME", value_parser = name)]
     model: Option<String>,
@@ -85,6 +91,12 @@ enum ProtocolArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum DatatypeArg {
+    Fp32,
+    Uint8,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum ArrivalsArg {
     Poisson,
     Constant,
@@ -104,6 +116,13 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
             ProtocolArg::Classify => Protocol::Classify,
             ProtocolArg::OipHttp => Protocol::OipHttp,
             ProtocolArg::OipGrpc => Protocol::OipGrpc,
+        },
+        tensors: Tensors {
+            datatype: match args.datatype {
+                DatatypeArg::Fp32 => Datatype::Fp32,
+                DatatypeArg::Uint8 => Datatype::Uint8,
+            },
+            images: args.tensor_images.into(),
         },
         model: args.model.clone(),
         connections,
@@ -126,8 +145,8 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         let (model, bodies) = (plan.model.as_deref(), args.bodies as usize);
         let payloads = match plan.protocol {
             Protocol::Classify => protocol::classify(images(&args.image, bodies)?, model)?,
-            Protocol::OipHttp => protocol::oip_http(&plan.server, model, bodies, plan.seed).await?,
-            Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, bodies, plan.seed).await?,
+            Protocol::OipHttp => protocol::oip_http(&plan.server, model, plan.tensors, bodies, plan.seed).await?,
+            Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, plan.tensors, bodies, plan.seed).await?,
         };
         protocol::check(&plan.server, &payloads, args.timeout).await?;
         anyhow::Ok(load::run(&plan, payloads, &|what| say(format_args!("{what}"))).await)
