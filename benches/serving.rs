@@ -189,6 +189,7 @@ impl House {
                 max_queue_delay: Duration::ZERO,
                 queue_limit: 256,
                 max_queue_wait: Duration::from_secs(1),
+                standing_wait: Duration::from_millis(100),
                 decoder: Decoder::default(),
                 decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
                 buckets: Vec::new(),

@@ -306,6 +306,8 @@ pub struct Metrics {
     pub inflight_requests: IntGauge,
     /// Bytes of the bodies of requests being answered.
     pub body_bytes: IntGauge,
+    /// Refusals held for a moment, of clients that came straight back.
+    pub held_refusals: IntGauge,
     /// Bytes claimed for images being decoded.
     pub decode_memory_bytes: IntGauge,
     /// Client connections open on the HTTP and gRPC ports.
@@ -409,6 +411,11 @@ impl Metrics {
             ),
             inflight_requests: int_gauge(r, "inflight_requests", "Requests being answered."),
             body_bytes: int_gauge(r, "body_bytes", "Bytes of the bodies of requests being answered."),
+            held_refusals: int_gauge(
+                r,
+                "held_refusals",
+                "Refusals held for a moment, of clients that came straight back.",
+            ),
             decode_memory_bytes: int_gauge(r, "decode_memory_bytes", "Bytes claimed for images being decoded."),
             connections: int_gauge(r, "connections", "Client connections open on the HTTP and gRPC ports."),
             ended_connections_total: counters(

@@ -130,6 +130,7 @@ pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> Schedule
         max_queue_delay: Duration::ZERO,
         queue_limit,
         max_queue_wait: Duration::from_secs(60),
+        standing_wait: Duration::from_secs(60),
         decoder: Decoder::default(),
         decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
         buckets: Vec::new(),

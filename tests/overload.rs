@@ -128,3 +128,34 @@ fn bodies_share_a_bounded_memory_and_give_it_back() {
     assert_eq!(refused(2 * MIB + 1).error(), (413, "body_too_large".into()));
     house.end().unwrap();
 }
+
+/// A client that still sends is told at once that there is no room, whatever it is about to send.
+#[test]
+fn refusals_do_not_wait_for_their_bodies() {
+    let house = house(local(), options(1, 1, 2));
+    *house.strings.delay.lock().unwrap() = Duration::from_secs(2);
+    let body = png(1);
+    let busy: Vec<_> = (0..2)
+        .map(|_| {
+            let (http, body) = (house.http, body.clone());
+            std::thread::spawn(move || ask(http, "POST /v1/classify", &[], &body).status)
+        })
+        .collect();
+    eventually("the queue is full", || house.depth() == 2);
+    for path in ["/v1/classify", "/v2/models/m/infer"] {
+        let mut stream = std::net::TcpStream::connect(house.http).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // the client asks first, and so nothing is thrown away before the refusal
+        let head =
+            format!("POST {path} HTTP/1.1\r\nhost: t\r\nexpect: 100-continue\r\ncontent-length: 1000000\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut said = [0; 12];
+        stream.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"HTTP/1.1 429", "{path}");
+    }
+    assert_eq!(house.metrics.body_bytes.get() as usize, 2 * body.len());
+    for client in busy {
+        assert_eq!(client.join().unwrap(), 200);
+    }
+    house.end().unwrap();
+}

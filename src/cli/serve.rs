@@ -111,10 +111,14 @@ pub struct ServeArgs {
     /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After
     #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue_limit: u32,
-    /// Longest that an image may have to wait for those before it, by the measured speed; beyond, it is refused as above.
-    /// Two images per worker are always taken
+    /// Longest that an image of a burst may have to wait for those before it, by the measured speed; beyond, it is refused as
+    /// above. Two images per worker are always taken
     #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_WAIT", default_value = "1s", value_parser = positive)]
     max_queue_wait: Duration,
+    /// The same once the queue is no burst but stands: within half a second of a longer wait, what may wait shrinks to
+    /// this. As long as --max-queue-wait: it never does
+    #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_STANDING_WAIT", default_value = "100ms", value_parser = positive)]
+    standing_wait: Duration,
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
     #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_REQUEST_TIMEOUT", default_value = "10s", value_parser = positive)]
     request_timeout: Duration,
@@ -267,6 +271,7 @@ impl ServeArgs {
                 max_queue_delay: self.max_queue_delay,
                 queue_limit: self.queue_limit as usize,
                 max_queue_wait: self.max_queue_wait,
+                standing_wait: self.standing_wait,
                 decoder,
                 decode_memory,
                 buckets,

@@ -175,7 +175,7 @@ fn measured(
     metrics.run(count);
     // how fast a machine is that has nothing else to do says nothing of a busy one
     let cost = (cores == Cores::Own).then(|| took / images.max(1) as u32);
-    shared.ran(worker, result.is_ok(), cost);
+    shared.ran(worker, images, result.is_ok(), cost);
     (count, result)
 }
 
@@ -213,7 +213,9 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
         tracing::info!(model = shared.job.what, difference, tolerance, "the golden answer is given");
     }
     if first {
+        let started = shared.now();
         let tensor = photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?;
+        warm.prepare_cost = shared.now().saturating_duration_since(started);
         let (logits, _) = run(shared, &tensor, |batch| lane.attempt(shared, batch))?;
         top_k(&logits, 1, &[]).map_err(|e| StartError::WarmUp { batch: 1, reason: e.to_string() })?;
     }
@@ -224,9 +226,14 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
         alone.extend(logits);
         warm.run_cost = cost;
     }
+    let (mut took, mut ran) = (Duration::ZERO, 0);
     for count in (2..=largest).filter(|&n| test || n == largest || shared.options.buckets.contains(&n)) {
         let (logits, cost) = run(shared, &images[..count * len], |batch| lane.attempt(shared, batch))?;
-        warm.run_cost = cost;
+        if 2 * count > largest {
+            // what large batches cost, by more than one of them where there are more
+            (took, ran) = (took + cost * count as u32, ran + count as u32);
+            warm.run_cost = took / ran;
+        }
         if test {
             warm.max_abs_diff = warm.max_abs_diff.max(difference(&alone, &logits));
         }
@@ -254,12 +261,14 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     Ok(warm)
 }
 
-/// An encoded image as a client would send it, decoded, resized and normalised: a setting that spoils every
-/// image is found before the first client finds it.
+/// An encoded image as a client would send it, with twice the sides that the network sees, decoded, resized and normalised:
+/// a setting that spoils every image is found before the first client finds it.
 fn photograph(shared: &Shared) -> Result<Vec<f32>, String> {
     let job = &shared.job;
     // its own limits: those for clients may be smaller than it
-    let image = Decoder::default().decode(&bitmap(48, 32), job.exif_orientation, |w, h| job.preprocessor.resized(w, h));
+    let side = |pixels: usize| (2 * pixels).clamp(16, 2048).next_multiple_of(4) as u32;
+    let file = bitmap(side(job.preprocessor.width()), side(job.preprocessor.height()));
+    let image = Decoder::default().decode(&file, job.exif_orientation, |w, h| job.preprocessor.resized(w, h));
     let image = image.map_err(|e| format!("a test image can't be decoded: {e}"))?;
     let mut tensor = vec![0.0; job.preprocessor.tensor_len()];
     job.preprocessor.apply(&image, &mut tensor);

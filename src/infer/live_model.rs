@@ -198,6 +198,12 @@ impl LiveModel {
         }
     }
 
+    /// The refusal, if no image would be admitted at the moment: asked before a request's body is read. That there is room
+    /// promises nothing.
+    pub fn has_room(&self, deadline: Instant) -> Result<(), InferError> {
+        self.scheduler.has_room(deadline).inspect_err(|_| self.metrics.statistics.failed(Duration::ZERO))
+    }
+
     /// Classifies the encoded images of one request, in order, as [`infer`](Self::infer) does.
     pub async fn classify(
         &self,

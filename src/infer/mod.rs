@@ -5,6 +5,7 @@
 //! → `lane` (the thread's own `engine`, warm) → `top_k`. The clock and all waiting are [`system`]'s. A [`live_model`] starts
 //! a scheduler with a [`job`]; [`registry`] holds all of them, and `source` is where they come from.
 
+mod admission;
 pub mod error;
 pub mod job;
 mod lane;

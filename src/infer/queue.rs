@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use super::admission::{Bounds, Speed, Standing};
 use super::error::InferError;
 use super::job::SchedulerOptions;
 use super::request::{Class, Input, Output};
@@ -353,9 +354,13 @@ pub(super) struct Queue {
     pub(super) engines: usize,
     pub(super) failures: u32,
     pub(super) running: Vec<Option<Instant>>,
-    /// Engine time per image, and decode plus resize time per image: moving averages.
+    /// Engine time per image under load, and decode plus resize time per image: moving averages.
     pub(super) run_cost: Duration,
     pub(super) prepare_cost: Duration,
+    /// How much longer images really take.
+    speed: Speed,
+    /// Whether the queue is more than a burst.
+    standing: Standing,
     /// When expired images were last looked for.
     evicted: Instant,
 }
@@ -375,6 +380,8 @@ impl Queue {
             running: vec![None; workers],
             run_cost: Duration::ZERO,
             prepare_cost: Duration::ZERO,
+            speed: Speed::new(),
+            standing: Standing::default(),
             evicted: now,
         }
     }
@@ -442,9 +449,65 @@ impl Queue {
                 }
             }
             if self.given_up.len() == given_up {
+                if able.runs {
+                    self.speed.idle();
+                }
                 return Step::Sleep(wake);
             }
         }
+    }
+
+    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered. If not, nothing was
+    /// changed but that the refusal is remembered.
+    pub(super) fn admits(
+        &mut self,
+        used: usize,
+        deadline: Instant,
+        now: Instant,
+        options: &SchedulerOptions,
+    ) -> Result<(), InferError> {
+        let wait = self.drain_time(used, options);
+        let bounds = bounds(options);
+        self.standing.look(wait, now, bounds);
+        let few = used < 2 * options.workers;
+        if !few && wait > self.standing.limit(now, bounds) {
+            return Err(self.refuses(wait, now));
+        }
+        // with few before it, there is nothing to lose by trying
+        let ended = if few { wait } else { self.drain_time(used + 1, options) };
+        match now.checked_add(ended).is_some_and(|ended| ended <= deadline) {
+            true => Ok(()),
+            false => Err(busy(wait)),
+        }
+    }
+
+    /// The refusal of an image because of those before it.
+    pub(super) fn refuses(&mut self, wait: Duration, now: Instant) -> InferError {
+        self.standing.refuse(now);
+        busy(wait)
+    }
+
+    /// So many images are admitted and not yet answered.
+    pub(super) fn holds(&mut self, used: usize, now: Instant, options: &SchedulerOptions) {
+        let wait = self.drain_time(used, options);
+        self.standing.look(wait, now, bounds(options));
+    }
+
+    /// So many images leave the threads, well or badly.
+    pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
+        let reckoned = self.reckoned(images, options);
+        // an engine that may wait for company is busy only if it has that
+        let each = if options.max_queue_delay.is_zero() { 1 } else { options.max_batch };
+        let waiting = self.raw.len() + self.ready.len() + self.decoding;
+        self.speed.leave(images, reckoned, now, waiting >= each * self.engines.max(1));
+    }
+
+    /// An engine run of so many images cost so much an image. A run without a backlog is of few images: a full one costs no
+    /// more an image, and takes no less time, so what is known is moved between these two.
+    pub(super) fn ran(&mut self, images: usize, cost: Duration, options: &SchedulerOptions) {
+        let least = cost * images as u32 / options.max_batch.max(images) as u32;
+        let cost = if self.speed.is_busy() { cost } else { self.run_cost.clamp(least, cost) };
+        self.run_cost = smooth(self.run_cost, cost);
     }
 
     /// What those could do who sleep.
@@ -567,8 +630,14 @@ impl Queue {
         if self.phase == Phase::Aborted { InferError::ShuttingDown } else { InferError::DeadlineExceeded }
     }
 
-    /// How long `images` keep the threads busy, by the measured costs.
+    /// How long `images` keep the threads busy, by the measured speed.
     pub(super) fn drain_time(&self, images: usize, options: &SchedulerOptions) -> Duration {
+        let seconds = self.reckoned(images, options).as_secs_f64() * self.speed.factor();
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
+
+    /// The same by what its parts cost.
+    fn reckoned(&self, images: usize, options: &SchedulerOptions) -> Duration {
         let engines = self.engines.max(1) as f64;
         let (run, prepare) = (self.run_cost.as_secs_f64(), self.prepare_cost.as_secs_f64());
         let each = match options.decoders {
@@ -577,6 +646,14 @@ impl Queue {
         };
         Duration::try_from_secs_f64(each * images as f64).unwrap_or(Duration::MAX)
     }
+}
+
+fn bounds(options: &SchedulerOptions) -> Bounds {
+    Bounds { standing: options.standing_wait, burst: options.max_queue_wait }
+}
+
+fn busy(wait: Duration) -> InferError {
+    InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) }
 }
 
 /// When what is ready is run.
@@ -629,6 +706,7 @@ mod tests {
                 max_queue_delay,
                 queue_limit: 8,
                 max_queue_wait: 1000 * MS,
+                standing_wait: 100 * MS,
                 decoder: Decoder::default(),
                 decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
                 buckets: Vec::new(),
@@ -779,6 +857,42 @@ mod tests {
         stage.options.decoders = 1;
         assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
         assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
+    }
+
+    /// Single images on an idle machine say little of batches, but not nothing.
+    #[test]
+    fn runs_without_a_backlog_move_the_cost_only_as_far_as_they_show() {
+        let mut stage = Stage::new(4, Duration::ZERO);
+        let mut after = |images, cost: u32| {
+            (0..100).for_each(|_| stage.queue.ran(images, cost * MS, &stage.options));
+            stage.queue.run_cost.as_millis()
+        };
+        assert_eq!(after(1, 30), 10, "a batch of four may take 40");
+        assert!((18..=20).contains(&after(1, 80)), "it takes no less than 80");
+        assert!((19..=20).contains(&after(2, 40)));
+        assert!((3..=4).contains(&after(1, 3)), "nor more than 3 an image");
+        // under a backlog a run is what it is
+        let now = stage.at(0);
+        (0..2).for_each(|_| stage.decoded(0, 10_000));
+        stage.queue.leave(1, now, &stage.options);
+        (0..100).for_each(|_| stage.queue.ran(1, 30 * MS, &stage.options));
+        assert!((29..=30).contains(&stage.queue.run_cost.as_millis()));
+    }
+
+    #[test]
+    fn who_may_wait() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        let mut admits = |used, deadline, ms| {
+            stage.queue.admits(used, stage.start + deadline * MS, stage.start + ms * MS, &stage.options).is_ok()
+        };
+        // two engines, 10 ms an image: 5 ms for each that waits
+        assert!(admits(0, 1, 0) && admits(3, 15, 0), "few are before it, and it may be tried");
+        assert!(!admits(3, 14, 0));
+        assert!(admits(4, 25, 0) && !admits(4, 24, 0), "it is to be answered by then, not taken");
+        assert!(admits(200, 10_000, 0), "a burst of a second");
+        assert!(!admits(201, 10_000, 0));
+        assert!(admits(20, 10_000, 600) && !admits(21, 10_000, 600), "it has stood for half a second");
+        assert!(admits(3, 10_000, 600), "as always");
     }
 
     /// Whoever floods, and with whatever priority, every class gets on as the documentation says.

@@ -67,6 +67,18 @@ impl Scheduler {
         admitted
     }
 
+    /// The refusal, if there is no room for any image at the moment: asked, and counted as one image, before a request's bytes
+    /// are read. That there is room now promises nothing.
+    pub fn has_room(&self, deadline: Instant) -> Result<(), InferError> {
+        match self.shared.refuses(deadline) {
+            None => Ok(()),
+            Some(error) => {
+                self.shared.metrics().images(error.outcome(), 1);
+                Err(error)
+            }
+        }
+    }
+
     /// Most images that can be admitted at once.
     pub fn queue_limit(&self) -> usize {
         self.shared.queue_limit()

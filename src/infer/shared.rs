@@ -37,8 +37,10 @@ pub struct Health {
 /// What warming up an engine showed.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Warm {
-    /// Engine time per image in the largest batch.
+    /// Engine time per image in large batches.
     pub(super) run_cost: Duration,
+    /// Time to decode and resize an image; zero: not tried.
+    pub(super) prepare_cost: Duration,
     /// Largest difference of a logit between an image alone and in any batch, or on all cores.
     pub(super) max_abs_diff: f64,
 }
@@ -181,14 +183,11 @@ impl Shared {
             }
         }
         let used = self.slots.used();
-        let wait = state.queue.drain_time(used, &self.options);
-        let busy =
-            InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) };
-        let slow = wait > self.options.max_queue_wait && used >= 2 * self.options.workers;
-        if slow || now + wait > deadline {
-            return Err(busy);
-        }
-        let slots = self.slots.take(images, class).ok_or(busy)?;
+        state.queue.admits(used, deadline, now, &self.options)?;
+        let Some(slots) = self.slots.take(images, class) else {
+            let wait = state.queue.drain_time(used, &self.options);
+            return Err(state.queue.refuses(wait, now));
+        };
         let mut tickets = Vec::with_capacity(images);
         for (input, slot) in inputs.into_iter().zip(slots) {
             let (reply, receiver) = oneshot::channel();
@@ -200,6 +199,27 @@ impl Shared {
         }
         self.release(state, now);
         Ok(tickets)
+    }
+
+    /// Whether an image that came now would be refused because of those before it: asked before its bytes are read.
+    pub(super) fn refuses(&self, deadline: Instant) -> Option<InferError> {
+        let now = self.now();
+        let mut state = self.lock();
+        state.queue.accepts().ok()?;
+        let full = self.slots.is_full(1, Class::Default);
+        if state.queue.evicts(now, full) {
+            state.queue.evict(now);
+            if !state.queue.given_up.is_empty() {
+                self.release(state, now);
+                state = self.lock();
+            }
+        }
+        let used = self.slots.used();
+        if self.slots.is_full(1, Class::Default) {
+            let wait = state.queue.drain_time(used, &self.options);
+            return Some(state.queue.refuses(wait, now));
+        }
+        state.queue.admits(used, deadline, now, &self.options).err()
     }
 
     /// A thread hands over what it has done and blocks until there is something else for it to do.
@@ -215,8 +235,9 @@ impl Shared {
                 if took > Duration::ZERO {
                     state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
                 }
-                if let Some(prepared) = prepared {
-                    state.queue.ready.push(prepared);
+                match prepared {
+                    Some(prepared) => state.queue.ready.push(prepared),
+                    None => state.queue.leave(1, self.now(), &self.options),
                 }
             }
             Done::Parked(parked) => {
@@ -227,6 +248,7 @@ impl Shared {
         loop {
             state.sleepers.retain(|sleeper| sleeper.thread != caller.thread);
             let now = self.now();
+            state.queue.holds(self.slots.used(), now, &self.options);
             match state.queue.next(able, now, &self.options) {
                 Step::Do(task) => {
                     self.release(state, now);
@@ -253,15 +275,21 @@ impl Shared {
         self.lock().queue.running[worker] = Some(now);
     }
 
-    /// An engine run ended well or badly, and cost so much an image, if that says anything of the next. Said before the images
-    /// are answered: the next one of the same caller should find the machine idle. Nothing to wake for: the worker comes
-    /// back for its next task.
-    pub(super) fn ran(&self, worker: usize, ok: bool, cost: Option<Duration>) {
+    /// An engine run of so many images ended well or badly, and cost so much an image, if that says anything of the next. Said
+    /// before the images are answered: the next one of the same caller should find the machine idle. Nothing to wake for: the
+    /// worker comes back for its next task.
+    pub(super) fn ran(&self, worker: usize, images: usize, ok: bool, cost: Option<Duration>) {
+        let now = self.now();
         let mut state = self.lock();
         let queue = &mut state.queue;
         queue.running[worker] = None;
+        if ok || images == 1 {
+            if let Some(cost) = cost.filter(|_| ok) {
+                queue.ran(images, cost, &self.options);
+            }
+            queue.leave(images, now, &self.options);
+        }
         if ok {
-            queue.run_cost = cost.map_or(queue.run_cost, |cost| smooth(queue.run_cost, cost));
             queue.failures = 0;
         } else {
             queue.failures = queue.failures.saturating_add(1);
@@ -334,6 +362,7 @@ impl Shared {
         let warm = report.unwrap_or_else(|| Err(StartError::Thread("it never reported".into())))?;
         let mut state = self.lock();
         state.queue.run_cost = state.queue.run_cost.max(warm.run_cost);
+        state.queue.prepare_cost = state.queue.prepare_cost.max(warm.prepare_cost);
         drop(state);
         let gauge = &self.metrics().invariance_max_abs_diff;
         match self.options.invariance {

@@ -29,6 +29,7 @@ use tower::ServiceExt as _;
 use self::activity::Activity;
 use self::crowd::Crowd;
 use self::wire::{Socket, Wire};
+use super::pace::{Hold, Visits};
 use super::tls::Tls;
 use crate::metrics::{Ending, IntGauge, Metrics, Port};
 
@@ -261,15 +262,21 @@ async fn serve<S>(
     let (first, mut seen) = watch::channel(false);
     let wire = Wire::new(stream, activity.clone(), limits.write_timeout);
     let (under_way, limits_of_bodies) = (activity.clone(), limits.clone());
-    let service = tower::service_fn(move |request: Request<Incoming>| {
+    let (visits, stopping) = (Visits::default(), stopped.clone());
+    let service = tower::service_fn(move |mut request: Request<Incoming>| {
         first.send_replace(true);
+        request.extensions_mut().insert(visits.clone());
         let mark = under_way.request(&request);
         let (request, remains) = remains::watch(request, &under_way, &limits_of_bodies);
         let answer = routes.clone().oneshot(request);
+        let mut stopping = stopping.clone();
         async move {
-            let response = answer.await?;
+            let mut response = answer.await?;
             if let Some(remains) = remains {
                 remains.throw_away().await;
+            }
+            if let Some(hold) = response.extensions_mut().remove::<Hold>() {
+                let _ = tokio::time::timeout_at(hold.until.into(), stopping.wait_for(|stopping| *stopping)).await;
             }
             Ok::<_, std::convert::Infallible>(mark.answer(response))
         }

@@ -5,6 +5,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
@@ -13,7 +14,9 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::app::App;
-use super::doors::protocol;
+use super::deadline;
+use super::doors::{is_grpc, protocol};
+use super::pace::Visits;
 use super::served::{Line, Served, millis};
 use super::status::{self, Failure};
 use crate::metrics::{Outcome, Protocol};
@@ -31,6 +34,9 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let (method, path) = (request.method().clone(), cut(request.uri().path()).to_string());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let http1 = request.version() <= Version::HTTP_11;
+    let visits = request.extensions().get::<Visits>().cloned();
+    let asked = if is_grpc(&request) { deadline::grpc } else { deadline::http };
+    let deadline = asked(request.headers(), app.request_timeout);
     request.headers_mut().insert(REQUEST_ID, id.clone());
     let mut response = next.run(request).await;
     let failure = response.extensions_mut().remove::<Failure>();
@@ -46,6 +52,15 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let duration_ms = millis(guard.finish(outcome));
+    match (visits, deadline) {
+        (Some(visits), Ok(deadline)) if outcome == Outcome::Overloaded && !app.readiness.is_draining() => {
+            if let Some(hold) = app.pace.hold(&visits, Instant::now(), deadline) {
+                response.extensions_mut().insert(hold);
+            }
+        }
+        (Some(visits), _) if protocol != Protocol::Health => visits.welcome(),
+        _ => {}
+    }
     let request_id = id.to_str().unwrap_or_default();
     let faults = failure.as_ref().and_then(|f| f.detail.clone()).into_iter();
     for detail in faults.chain(served.iter().flat_map(|s| s.faults.clone())) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::bodies::Bodies;
 use super::control::ModelControl;
 use super::keys::Keys;
+use super::pace::Pace;
 use super::readiness::Readiness;
 use super::traces::Traces;
 use crate::infer::registry::Registry;
@@ -23,6 +24,8 @@ pub(super) struct App {
     pub(super) write_timeout: Duration,
     /// What bodies are held to.
     pub(super) bodies: Bodies,
+    /// When refusals go out.
+    pub(super) pace: Pace,
     /// Who may ask; none: everybody.
     pub(super) keys: Option<Arc<Keys>>,
     /// Origins whose pages may ask; `*`: all.

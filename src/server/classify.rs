@@ -94,6 +94,8 @@ async fn classify(
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     // before the body: a wrong name should not cost an upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
+    // nor should a refusal
+    model.has_room(deadline)?;
     let limit = model.scheduler().queue_limit();
     // what it takes is held until it is answered
     let Upload { images: uploaded, top_k, charge: _charge } =

@@ -20,6 +20,7 @@ mod http;
 mod keys;
 pub mod oip;
 mod openapi;
+mod pace;
 mod page;
 mod readiness;
 mod reload;
@@ -44,6 +45,7 @@ use self::bodies::Bodies;
 pub use self::bodies::Limits;
 use self::control::ModelControl;
 pub use self::keys::KeysError;
+use self::pace::Pace;
 use self::readiness::Readiness;
 use self::reload::Reloader;
 pub use self::tls::{TlsError, TlsOptions};
@@ -287,6 +289,7 @@ impl Server {
             request_timeout: options.request_timeout,
             write_timeout: options.write_timeout,
             bodies: Bodies::new(options.body_limit, options.body_memory, &metrics),
+            pace: Pace::new(metrics.held_refusals.clone()),
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),

@@ -172,6 +172,8 @@ async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -
     // before the body: a wrong name should not cost an upload
     let model = describe::find(&app, &path.model, path.version.as_deref())?;
     let length = framing::json_length(request.headers())?;
+    // nor should a refusal
+    model.has_room(deadline)?;
     let Held { bytes, mut charge } = whole(&app.bodies, request, deadline).await?;
     let limits = inference::limits(&model);
     let parsed = app.bodies.threads.run(length.unwrap_or(bytes.len()), deadline, move || {

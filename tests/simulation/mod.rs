@@ -14,6 +14,7 @@
 //! `make simulate` runs 100,000 schedules, `make test` 1,000. A failure says its seed: `NFOLD_SEED=… cargo test --lib
 //! simulation` runs that schedule again. `make mutants` puts old faults back and expects them to be found.
 
+mod overload;
 mod random;
 mod scenario;
 mod system;

@@ -8,6 +8,7 @@ mod heart;
 mod images;
 mod logs;
 mod memory;
+mod pace;
 mod panics;
 mod refusals;
 mod repository;

@@ -43,6 +43,10 @@ const LAST_MESSAGES: Duration = Duration::from_secs(1);
 pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Response {
     let answered = async {
         let until = deadline::grpc(request.headers(), app.request_timeout)?;
+        // a refusal should not cost an upload; among several models only the message says which one is asked
+        if let [model] = app.registry.all().as_slice() {
+            model.has_room(until)?;
+        }
         let mut messages = Messages::new(app.bodies.clone(), app.request_timeout, request)?;
         let message = messages.only(until).await?;
         serve(&app, message, until, false).await.map_err(|unread| unread.error)

@@ -1,0 +1,147 @@
+//! Refusals of clients that come straight back: their 429 waits a moment before it goes out.
+//!
+//! A refusal costs little, but a client that tries again at once gets thousands of them a second, and what they cost is taken
+//! from those that could be answered. So a client (a connection) that was told to come later and comes within a second
+//! waits in a line that lets so many go a second; the first refusal is never held, so that a balancer hears of it at once. What is
+//! held is the answer alone: its request has been thrown away.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::metrics::IntGauge;
+
+/// Refusals of returning clients a second: fewer cost nothing worth speaking of, and none of them is held.
+const RATE: u32 = 200;
+/// Longest that one is held.
+const LONGEST: Duration = Duration::from_secs(2);
+/// A client that comes within that after a refusal comes straight back; `retry-after` is no shorter.
+const STRAIGHT: Duration = Duration::from_secs(1);
+/// Most that are held at once; more are answered at once.
+const HELD: usize = 2048;
+
+/// When a connection's last refusal went out, or will; none: its last request was not refused.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Visits(Arc<Mutex<Option<Instant>>>);
+
+impl Visits {
+    fn set(&self, refused: Option<Instant>) -> Option<Instant> {
+        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), refused)
+    }
+
+    /// A request was answered, one way or another, but not refused.
+    pub(super) fn welcome(&self) {
+        self.set(None);
+    }
+}
+
+/// The line of refusals.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// When the next one may go.
+    next: Mutex<Instant>,
+    room: Arc<Semaphore>,
+    held: IntGauge,
+}
+
+/// A refusal that waits.
+#[derive(Debug, Clone)]
+pub(super) struct Hold {
+    pub(super) until: Instant,
+    _counted: Arc<Counted>,
+}
+
+#[derive(Debug)]
+struct Counted {
+    held: IntGauge,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.held.dec();
+    }
+}
+
+impl Pace {
+    pub(super) fn new(held: IntGauge) -> Self {
+        Self { next: Mutex::new(Instant::now()), room: Arc::new(Semaphore::new(HELD)), held }
+    }
+
+    /// A request is refused that wants its answer by `deadline`; none: the refusal goes out at once.
+    pub(super) fn hold(&self, visits: &Visits, now: Instant, deadline: Instant) -> Option<Hold> {
+        let straight_back = visits.set(Some(now)).is_some_and(|refused| now < refused + STRAIGHT);
+        if !straight_back {
+            return None;
+        }
+        let room = self.room.clone().try_acquire_owned().ok()?;
+        // half of what is left: the answer takes its way, too
+        let latest = now + (deadline.saturating_duration_since(now) / 2).min(LONGEST);
+        let until = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            let until = (*next).clamp(now, latest);
+            *next = ((*next).max(now) + Duration::from_secs(1) / RATE).min(now + LONGEST);
+            until
+        };
+        visits.set(Some(until));
+        self.held.inc();
+        let counted = Counted { held: self.held.clone(), _room: room };
+        (until > now).then(|| Hold { until, _counted: Arc::new(counted) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn pace() -> (Pace, Metrics) {
+        let metrics = Metrics::new();
+        (Pace::new(metrics.held_refusals.clone()), metrics)
+    }
+
+    #[test]
+    fn who_comes_straight_back_waits_in_line() {
+        let ((pace, metrics), start) = (pace(), Instant::now());
+        let patient = start + Duration::from_secs(10);
+        let crowd: Vec<_> = (0..800).map(|_| Visits::default()).collect();
+        assert!(crowd.iter().all(|visits| pace.hold(visits, start, patient).is_none()), "the first is never held");
+        let holds: Vec<_> = crowd.iter().map(|visits| pace.hold(visits, start, patient)).collect();
+        assert!(holds[0].is_none(), "nobody is before it");
+        let until: Vec<_> = holds.iter().flatten().map(|hold| hold.until - start).collect();
+        assert_eq!((until.len(), until[0], until[99]), (799, 5 * MS, 500 * MS));
+        assert!(until[399..].iter().all(|&until| until == LONGEST));
+        assert_eq!(metrics.held_refusals.get(), 799);
+        drop(holds);
+        assert_eq!((metrics.held_refusals.get(), pace.room.available_permits()), (0, HELD));
+    }
+
+    #[test]
+    fn nobody_else_waits() {
+        let ((pace, _), start) = (pace(), Instant::now());
+        let patient = start + Duration::from_secs(10);
+        let visits = Visits::default();
+        let held =
+            |visits: &Visits, ms: u32, deadline| pace.hold(visits, start + ms * MS, deadline).map(|hold| hold.until);
+        for ms in [0, 1001, 2002] {
+            assert_eq!(held(&visits, ms, patient), None, "it stays away for a second");
+        }
+        // the line is long
+        *pace.next.lock().expect("no panic under it") = start + 2800 * MS;
+        assert_eq!(held(&visits, 2003, patient), Some(start + 2800 * MS));
+        assert_eq!(held(&visits, 2100, start + 2500 * MS), Some(start + 2300 * MS), "half of its time");
+        visits.welcome();
+        assert_eq!(held(&visits, 2400, patient), None, "it was answered since");
+        let holds: Vec<_> = (0..HELD)
+            .map(|_| {
+                visits.set(Some(start));
+                pace.hold(&visits, start + 10 * MS, patient)
+            })
+            .collect();
+        assert!(holds.iter().all(Option::is_some));
+        assert_eq!(held(&visits, 20, patient), None, "no more than {HELD} are held");
+    }
+}
