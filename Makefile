@@ -6,8 +6,11 @@
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
-#   make check-all         tests that are too long for every change: all published checkpoints up to 80 M parameters fold
-#   make soak              overload for three minutes, mixed load for ten, watching memory
+#   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
+#   make check-all         what is too long for every change: all published checkpoints up to 80 M parameters, and the long
+#                          runs: simulate, mutants, fuzz (5 minutes a door), soak, rehearsal
+#   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
+#                          memory and descriptors
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
 #   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
 #   make check-deny        licences, sources and duplicates of the dependencies
@@ -24,7 +27,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: bench demo test simulate mutants compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
+.PHONY: bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	cargo build --quiet --locked
@@ -75,8 +78,15 @@ simulate:
 mutants:
 	tests/simulation/mutants/run
 
+TIME ?= 60
+
+fuzz:
+	NFOLD_FUZZ_SECONDS=$(TIME) cargo test --locked --lib -- --nocapture fuzz::
+
 check-all: ort
 	cargo test --locked --test tests -- --ignored --nocapture golden::
+	$(MAKE) simulate mutants soak rehearsal
+	$(MAKE) fuzz TIME=300
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::

@@ -47,3 +47,7 @@ pub mod pb;
 pub mod printable;
 
 pub mod cli;
+
+#[cfg(test)]
+#[path = "../tests/fuzz/mod.rs"]
+mod fuzz;

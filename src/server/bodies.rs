@@ -8,7 +8,7 @@ pub(super) mod base64;
 pub(super) mod budget;
 pub(super) mod coding;
 mod form;
-mod inflate;
+pub(super) mod inflate;
 pub(super) mod intake;
 pub(super) mod json;
 pub(super) mod threads;

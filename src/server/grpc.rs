@@ -72,6 +72,17 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     Ok(routes.layer(axum::middleware::from_fn_with_state(app, access::account)))
 }
 
+/// What is made of a message, for the fuzzer.
+#[cfg(test)]
+pub(super) fn read_message(
+    message: &Bytes,
+    limits: &super::bodies::Limits,
+    room: super::oip::framing::Room<'_>,
+) -> Result<super::oip::inference::Inference, ApiError> {
+    let read = wire::envelope(message).and_then(|_| wire::read(message, limits, room));
+    read.map(|(inference, _)| inference).map_err(|unread| unread.error)
+}
+
 /// Whether a call's client sends messages when it likes; the others send one, at once.
 pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
     const STREAMS: [&str; 2] = ["/ModelStreamInfer", "/ServerReflectionInfo"];

@@ -26,7 +26,7 @@ pub(super) async fn check(request: Request, next: Next) -> Response {
 }
 
 /// Why a request is refused.
-fn fault<B>(request: &axum::http::Request<B>) -> Option<ApiError> {
+pub(super) fn fault<B>(request: &axum::http::Request<B>) -> Option<ApiError> {
     let headers = request.headers();
     too_large(headers).or_else(|| line_too_long(request)).or_else(|| ambiguous(request))
 }

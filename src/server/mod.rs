@@ -14,6 +14,9 @@ mod control;
 mod deadline;
 mod descriptors;
 mod doors;
+#[cfg(test)]
+#[path = "../../tests/fuzz/server.rs"]
+mod fuzz;
 mod grpc;
 mod head;
 mod http;

@@ -17,7 +17,7 @@ const PIECE: usize = 16 * 1024;
 
 /// What has come out so far.
 #[derive(Debug)]
-pub(super) struct Inflated {
+pub(in crate::server) struct Inflated {
     pub(super) bytes: Vec<u8>,
     pub(super) charge: Charge,
     limit: usize,
@@ -45,14 +45,14 @@ impl Write for Inflated {
 }
 
 /// A stream that is being inflated.
-pub(super) enum Inflater {
+pub(in crate::server) enum Inflater {
     Gzip { member: GzDecoder<Inflated>, members: usize, begun: bool },
     Zlib { stream: Decompress, out: Inflated, begun: bool, ended: bool },
 }
 
 impl Inflater {
     /// Of gzip: at most `limit` bytes, charged to `charge`.
-    pub(super) fn gzip(limit: usize, charge: Charge) -> Self {
+    pub(in crate::server) fn gzip(limit: usize, charge: Charge) -> Self {
         let out = Inflated { bytes: Vec::new(), charge, limit, refused: None };
         Self::Gzip { member: GzDecoder::new(out), members: 1, begun: false }
     }
@@ -64,7 +64,7 @@ impl Inflater {
     }
 
     /// Takes the next compressed bytes.
-    pub(super) fn push(&mut self, mut piece: &[u8]) -> Result<(), ApiError> {
+    pub(in crate::server) fn push(&mut self, mut piece: &[u8]) -> Result<(), ApiError> {
         match self {
             Self::Gzip { member, members, begun } => {
                 while !piece.is_empty() {
@@ -116,7 +116,7 @@ impl Inflater {
     }
 
     /// Everything, if it was whole.
-    pub(super) fn finish(self) -> Result<(Vec<u8>, Charge), ApiError> {
+    pub(in crate::server) fn finish(self) -> Result<(Vec<u8>, Charge), ApiError> {
         let out = match self {
             Self::Gzip { mut member, begun, .. } => {
                 if begun {

@@ -99,7 +99,12 @@ pub(in crate::server) async fn read(
     }
 }
 
-fn read_form(body: &Bytes, boundary: &str, most: usize, charge: Charge) -> Result<Upload, ApiError> {
+pub(in crate::server) fn read_form(
+    body: &Bytes,
+    boundary: &str,
+    most: usize,
+    charge: Charge,
+) -> Result<Upload, ApiError> {
     let (mut images, mut top_k) = (Vec::new(), None);
     for form::Part { name, is_file, bytes } in form::parts(body, boundary, most)? {
         match (is_file, name.as_str()) {
@@ -123,7 +128,7 @@ fn read_form(body: &Bytes, boundary: &str, most: usize, charge: Charge) -> Resul
     some_images(Upload { images, top_k, charge })
 }
 
-fn read_json(body: &Bytes, most: usize, mut charge: Charge) -> Result<Upload, ApiError> {
+pub(in crate::server) fn read_json(body: &Bytes, most: usize, mut charge: Charge) -> Result<Upload, ApiError> {
     let other = |e: serde_json::Error| {
         let text =
             format!("the body is not the JSON that is taken, {{\"images\":[{{\"b64\":\"…\"}}],\"top_k\":5}}: {e}");
