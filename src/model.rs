@@ -19,6 +19,7 @@ pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
 pub use self::source::{Source, SourceSetting};
 use crate::files::{self, DraftFolder};
+use crate::printable::brief;
 
 /// File name of the folded graph inside a version folder.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -229,7 +230,7 @@ impl Manifest {
         let text = regular_file::read(&path, MANIFEST_LIMIT).map_err(io("read", &path))?;
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
-            Err(e) => return Err(ModelError::BadManifest { path, reason: e.to_string() }),
+            Err(e) => return Err(ModelError::BadManifest { path, reason: brief(e) }),
         };
         match manifest.check() {
             Ok(()) => Ok(manifest),

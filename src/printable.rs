@@ -15,6 +15,17 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
+/// What an error says, without the rest of what may be as long as the file that it is about.
+pub fn brief(error: impl std::fmt::Display) -> String {
+    const MOST: usize = 1000;
+    let mut text = error.to_string();
+    if let Some((end, _)) = text.char_indices().nth(MOST) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 fn is_control(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -22,6 +33,13 @@ fn is_control(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_are_brief() {
+        assert_eq!(brief("short"), "short");
+        assert_eq!(brief("γ".repeat(1000)), "γ".repeat(1000));
+        assert_eq!(brief("γ".repeat(1001)), format!("{}…", "γ".repeat(1000)));
+    }
 
     #[test]
     fn terminals_get_no_control_characters() {

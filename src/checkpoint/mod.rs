@@ -31,6 +31,7 @@ use self::settings::{Layer, Origin, Settings};
 use self::store::Tensors;
 use crate::model::{CropMode, Interpolation, Preprocessing, Source, SourceSetting};
 use crate::nets::{self, NetError, Network};
+use crate::printable::brief;
 
 /// File name of the configuration inside a checkpoint folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -233,7 +234,7 @@ impl Checkpoint {
         let mut config = match &at.config {
             Some(file) => Some(
                 Config::parse(&files::text(file)?)
-                    .map_err(|reason| CheckpointError::Config { path: file.clone(), reason })?,
+                    .map_err(|reason| CheckpointError::Config { path: file.clone(), reason: brief(reason) })?,
             ),
             None => None,
         };

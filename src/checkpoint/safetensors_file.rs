@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::store::{Entry, Number, SourceFile};
+use crate::printable::brief;
 
 /// Most bytes of a header: tens of thousands of tensors fit.
 const LARGEST_HEADER: u64 = 16 << 20;
@@ -52,7 +53,7 @@ pub fn read(source: &SourceFile, file: usize) -> Result<Header, HeaderError> {
     let mut header = vec![0; length as usize];
     source.read_at(8, &mut header)?;
     // as the format's own reader does it: checks shapes, sizes, and that tensors follow each other without a hole
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| bad(brief(e)))?;
     let start = 8 + length;
     let (mut entries, mut end) = (BTreeMap::new(), 0);
     for (name, info) in metadata.tensors() {

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use self::pickle::{Arena, Id, Node, PickleError};
 use super::store::{Entry, Number, SourceFile};
+use crate::printable::brief;
 
 /// Bytes of an archive that may be read to find its entries: thousands of tensors take a fiftieth.
 const DIRECTORY: u64 = 8 << 20;
@@ -105,7 +106,7 @@ impl Seek for Limited {
 }
 
 fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
-    let damaged = |e: zip::result::ZipError| TorchError::Archive(e.to_string());
+    let damaged = |e: zip::result::ZipError| TorchError::Archive(brief(e));
     let mut archive = zip::ZipArchive::new(Limited { file: source.reader()?, left: DIRECTORY }).map_err(damaged)?;
     let mut places = HashMap::new();
     let names: Vec<String> =

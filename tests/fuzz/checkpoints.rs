@@ -128,7 +128,8 @@ fn config_json() {
         "\u{1b}[31m",
     ];
     run(&Door { name: "config", seeds, words, longest: 64 * 1024 }, |bytes| {
-        let (parsed, cost) = counted(|| Config::parse(bytes));
+        // as `Checkpoint` tells it
+        let (parsed, cost) = counted(|| Config::parse(bytes).map_err(crate::printable::brief));
         let outcome = match parsed {
             Ok(_) => "a configuration".to_string(),
             Err(text) => {

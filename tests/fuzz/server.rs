@@ -64,7 +64,7 @@ fn judge_upload(
     };
     drop(result);
     assert_eq!(metrics.body_bytes.get(), 0, "all is given back");
-    Verdict { outcome, cost, bytes: 64 * 1024 + 4 * bytes.len(), allocations: 2000 }
+    Verdict { outcome, cost, bytes: 64 * 1024 + 4 * bytes.len(), allocations: 4000 }
 }
 
 #[test]

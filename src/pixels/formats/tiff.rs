@@ -115,7 +115,8 @@ pub(super) fn read<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Page<'a>
     }
     let count = one(tag::SAMPLES, 1)?;
     if bits.iter().any(|other| *other != bits[0]) {
-        return unsupported(format!("TIFF with samples of {bits:?} bits is not read"));
+        let (first, count) = (&bits[..bits.len().min(8)], bits.len());
+        return unsupported(format!("TIFF with {count} samples of {first:?} … bits is not read"));
     }
     if !(1..=6).contains(&count) {
         return unsupported(format!("TIFF with {count} samples a pixel is not read"));
