@@ -1,12 +1,14 @@
 //! Hours of mixed load in minutes: memory must not grow. What would show it if it did is tried on a client that really
 //! takes memory, or a silent test would prove nothing.
 
-use std::io::Write as _;
-use std::net::TcpStream;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::connections::{frame, hello, request};
 use crate::process::{Server, ask, connect, data, exchange};
+use crate::wall::calls::{self, gzip};
 
 /// Clients of every kind, one thread each, until `over`. Counts the photographs answered.
 fn load(server: &Server, over: &AtomicBool, answered: &AtomicUsize) {
@@ -98,6 +100,131 @@ fn soak(seconds: f64, limit: f64) {
     assert!(answered > 10, "{answered} photographs");
     assert!(calm < limit, "memory grows by {calm:.0} bytes a second");
     assert!(taken > 2.0 * limit, "the control is not seen: {taken:.0} bytes a second");
+}
+
+/// Sends bytes that no client would, and reads what comes for a moment.
+fn insult(address: SocketAddr, bytes: &[u8]) {
+    let mut stream = connect(address).unwrap();
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+    // whoever is refused early may find the connection closed
+    let _ = stream.write_all(bytes);
+    let _ = stream.read(&mut [0; 4096]);
+}
+
+/// An attack of every sort, one after the other: what is small and becomes large, what is never finished, what floods, what is
+/// damaged. Each ends in a refusal or an answer, and is done with when its connection is.
+fn attacks(server: &Server) -> Vec<Box<dyn Fn() + Send + Sync>> {
+    let (http, grpc, admin, pid) = (server.http, server.grpc, server.admin, server.pid());
+    let cat = data("cat.jpg");
+    let refused = move |headers: &[(&str, &str)], body: &[u8]| {
+        let answer = ask(http, "POST", "/v1/classify", headers, body).unwrap();
+        assert!((400..500).contains(&answer.status), "{answer:?}");
+    };
+    const JSON: (&str, &str) = ("content-type", "application/json");
+    const GZIP: (&str, &str) = ("content-encoding", "gzip");
+    let images = gzip(format!("{{\"images\":[{}{{}}]}}", "{\"b64\":\"\"},".repeat(1_000_000)).as_bytes());
+    let deep = gzip("{\"images\":".repeat(1_000_000).as_bytes());
+    let zeros = gzip(&vec![0; 70 << 20]);
+    let form = gzip(
+        "--x\r\nContent-Disposition: form-data; name=\"a\"; filename=\"a\"\r\n\r\n\r\n".repeat(100_000).as_bytes(),
+    );
+    let flood = [hello(1 << 20), frame(6, 0, 0, &[0; 8]).repeat(20_000)].concat();
+    let ask_and_reset = |i: u32| {
+        let whole = request("GET", "/v2/health/live", "text/plain", b"");
+        [frame(1, 5, 2 * i + 1, &whole[9..whole.len() - 9]), frame(3, 0, 2 * i + 1, &8_u32.to_be_bytes())].concat()
+    };
+    let resets = [hello(1 << 20), (0..500).flat_map(ask_and_reset).collect()].concat();
+    let half = format!("POST /v1/classify HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n", cat.len()).into_bytes();
+    let half = [half, cat[..cat.len() / 2].to_vec()].concat();
+    let damaged: Vec<Vec<u8>> = (0..50)
+        .map(|i| {
+            let mut cat = cat.clone();
+            let at = 20 + i * (cat.len() - 40) / 50;
+            cat[at..at + 8].copy_from_slice(&[0xff; 8]);
+            cat
+        })
+        .collect();
+    let message = calls::frame(&calls::ld(5, &[0; 100_000]));
+    vec![
+        Box::new(move || refused(&[JSON, GZIP], &images)),
+        Box::new(move || refused(&[JSON, GZIP], &deep)),
+        Box::new(move || refused(&[GZIP], &zeros)),
+        Box::new(move || refused(&[("content-type", "multipart/form-data; boundary=x"), GZIP], &form)),
+        Box::new(move || [http, grpc].into_iter().for_each(|door| insult(door, &flood))),
+        Box::new(move || [http, grpc].into_iter().for_each(|door| insult(door, &resets))),
+        Box::new(move || insult(http, &half)),
+        Box::new(move || [http, grpc, admin].into_iter().for_each(|door| insult(door, &[0; 70_000]))),
+        Box::new(move || {
+            let head = format!("GET / HTTP/1.1\r\nhost: t\r\nx: {}\r\n\r\n", "y".repeat(100_000));
+            [http, grpc, admin].into_iter().for_each(|door| insult(door, head.as_bytes()));
+        }),
+        Box::new(move || {
+            for cat in &damaged {
+                assert!(ask(http, "POST", "/v1/classify", &[], cat).unwrap().status <= 415, "a damaged photograph");
+            }
+        }),
+        Box::new(move || {
+            for path in [calls::INFER, calls::STREAM] {
+                calls::call(grpc, path, &[], message.clone());
+            }
+        }),
+        Box::new(move || {
+            let silent: Vec<_> = (0..100).map(|_| connect(http).unwrap()).collect();
+            assert!(descriptors(pid) > silent.len() / 2, "they are seen");
+        }),
+    ]
+}
+
+fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// The same load with all attacks in a loop beside it. `limit` in bytes a second.
+fn siege(seconds: f64, limit: f64) {
+    let server = Server::start(&["--request-timeout", "1h"]);
+    let (over, answered, rounds) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    let attacks = attacks(&server);
+    attacks.iter().for_each(|attack| attack());
+    let (slope, before) = std::thread::scope(|scope| {
+        let loading = scope.spawn(|| load(&server, &over, &answered));
+        std::thread::sleep(Duration::from_secs(1));
+        let before = descriptors(server.pid());
+        let attacking = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                attacks.iter().for_each(|attack| attack());
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let slope = watch(&server, seconds);
+        over.store(true, Ordering::Relaxed);
+        loading.join().unwrap();
+        attacking.join().unwrap();
+        (slope, before)
+    });
+    // connections that were left open on this side end within their time
+    let (mut after, until) = (descriptors(server.pid()), Instant::now() + Duration::from_secs(40));
+    while after > before && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(200));
+        after = descriptors(server.pid());
+    }
+    let (answered, rounds) = (answered.into_inner(), rounds.into_inner());
+    println!("{answered} photographs answered and {rounds} rounds of attacks; memory grew by {:.1} KB/s", slope / 1e3);
+    println!("descriptors: {before} before, {after} after");
+    assert!(answered > 10 && rounds > 0, "{answered} photographs, {rounds} rounds");
+    assert!(slope < limit, "memory grows by {slope:.0} bytes a second");
+    assert!(after <= before, "descriptors: {before} before, {after} after");
+}
+
+#[test]
+#[ignore = "three minutes"]
+fn a_siege_leaves_nothing_behind() {
+    siege(180.0, 20e3);
+}
+
+#[test]
+#[ignore = "ten minutes"]
+fn a_long_siege_leaves_nothing_behind() {
+    siege(600.0, 10e3);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
 //! what it costs others (latency of health on every port), and how it ends.
 
-mod calls;
+pub mod calls;
 mod connections;
 mod floods;
 mod heart;
