@@ -175,6 +175,7 @@ impl House {
     fn start(repository: &str, model: &str, cores: usize) -> Result<Self> {
         let runtime = server::runtime()?;
         let registry = RegistryOptions {
+            max_input_pixels: 1024 * 1024,
             skip_broken: false,
             repository: repository.into(),
             models: vec![(model.into(), None)],

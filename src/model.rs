@@ -340,6 +340,23 @@ impl ModelDir {
         Ok(bytes)
     }
 
+    /// The graph, and the folder with the manifest that was written for it. Where the version was replaced since its manifest
+    /// was read, both are read again, once.
+    pub fn with_onnx(mut self) -> Result<(Self, Vec<u8>), ModelError> {
+        let onnx = match self.read_onnx() {
+            Ok(onnx) => onnx,
+            Err(error) => {
+                let now = Manifest::read(&self.path)?;
+                if now == self.manifest {
+                    return Err(error);
+                }
+                self.manifest = now;
+                self.read_onnx()?
+            }
+        };
+        Ok((self, onnx))
+    }
+
     /// Most bytes of the graph: twice its weights in single precision and 64 MiB, and never more than ONNX allows.
     fn most_bytes(&self) -> u64 {
         self.manifest.fold.folded_parameters.saturating_mul(8).saturating_add(64 << 20).min((1 << 31) - 1)

@@ -107,7 +107,8 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
         images = images.into_iter().skip(index).step_by(count).collect();
     }
     let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
-    let graph = Fitted::for_this_cpu(model.read_onnx()?);
+    let (model, onnx) = model.with_onnx()?;
+    let graph = Fitted::for_this_cpu(onnx);
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or(cores, usize::from);
     let workers = threads.clamp(1, images.len().max(1));

@@ -43,8 +43,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
         let manifest = fold(&checkpoint, &FoldOptions::default())?.manifest;
         ("checkpoint", checkpoint.name, manifest)
     } else {
-        let model = open(args, path)?;
-        model.read_onnx()?;
+        let (model, _) = open(args, path)?.with_onnx()?;
         ("model", format!("{} version {}", model.name, model.version), model.manifest)
     };
     warn(&manifest);

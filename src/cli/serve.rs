@@ -32,6 +32,10 @@ pub struct ServeArgs {
     /// rollout passes with a broken model
     #[arg(help_heading = "Models", long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
     skip_broken_models: bool,
+    /// Most pixels of a model's input, height times width: at the start a batch of such images is run, and takes memory for their
+    /// feature maps; a model with a larger input does not start
+    #[arg(help_heading = "Models", long, value_name = "PIXELS", env = "NFOLD_MAX_INPUT_PIXELS", default_value_t = 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=4096 * 4096))]
+    max_input_pixels: u64,
     /// Address of the HTTP port, such as 127.0.0.1:8000, localhost:8000 or :8000; port 0 picks a free one
     #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000", value_parser = addresses::listen)]
     http: SocketAddr,
@@ -127,7 +131,8 @@ pub struct ServeArgs {
     /// Most bytes of a request body, decompressed
     #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
-    /// Most bytes of all request bodies in memory at once, on both ports; more are refused with 429
+    /// Most bytes that requests hold at once, on both ports: bodies, what is inflated of them, the images and numbers made of
+    /// base64 and text, and answers until they are written; more are refused with 429
     #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_memory: u64,
     /// Client connections open at once, on each port; for more, the one ends that has done nothing for the longest
@@ -260,6 +265,7 @@ impl ServeArgs {
                     ..GpuOptions::default()
                 },
             },
+            max_input_pixels: self.max_input_pixels,
             skip_broken: self.skip_broken_models,
             pad_channels: !self.no_channel_padding,
             graph_cache: self.graph_cache.map(GraphCache::new),

@@ -143,7 +143,8 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
                 bail!("`{}` is folded for one size; leave --size out, or name its checkpoint", model.name);
             }
             let name = format!("{}/{}", model.name, model.version);
-            let profile = look_into(&model.read_onnx()?, &model.manifest, &name, args)?;
+            let (model, onnx) = model.with_onnx()?;
+            let profile = look_into(&onnx, &model.manifest, &name, args)?;
             findings.profiles.push(profile);
         }
     }

@@ -28,6 +28,22 @@ pub enum LoadError {
     /// The manifest's golden answer belongs to another input than this program makes.
     #[error("the golden input of model `{0}` can't be made by this version of nfold; fold the checkpoint again")]
     Golden(String),
+    /// An input that would take more memory than is meant for it.
+    #[error(
+        "model `{name}` version {version} takes images of {height}x{width}, more than the {most} pixels of --max-input-pixels; fold it for a smaller size (nfold fold --size), or raise that limit, and the memory for it"
+    )]
+    Input {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: u64,
+        /// Height of its input, in pixels.
+        height: u32,
+        /// Width of its input, in pixels.
+        width: u32,
+        /// What is taken, in pixels.
+        most: u64,
+    },
     /// A graph that nfold did not write.
     #[error("the graph of model `{name}` version {version} is refused: {reason}")]
     Graph {

@@ -405,9 +405,9 @@ impl Registry {
     /// Says of each folder that is no model why not: once, and again if it was something else meanwhile.
     fn say_what_is_left_out(&self, listing: &Listing) {
         let left_out: BTreeSet<String> = listing.left_out.iter().map(ToString::to_string).collect();
-        let said = std::mem::replace(&mut self.notes().said, left_out.clone());
-        for folder in left_out.difference(&said) {
-            tracing::warn!(folder, "left out of what is served: {folder}");
+        let said = std::mem::replace(&mut self.notes().said, left_out);
+        for folder in listing.left_out.iter().filter(|folder| !said.contains(&folder.to_string())) {
+            tracing::warn!(path = %folder.path.display(), "left out of what is served: {folder}");
         }
     }
 

@@ -30,6 +30,8 @@ pub struct RegistryOptions {
     pub elastic_threads: usize,
     /// How images are queued and batched.
     pub scheduler: SchedulerOptions,
+    /// Most pixels of a model's input: a batch of them is made at the start, and their feature maps are many times as large.
+    pub max_input_pixels: u64,
     /// Serve the rest when models don't start.
     pub skip_broken: bool,
 }
@@ -65,7 +67,25 @@ impl Source for RegistryOptions {
     /// The graph's digest is checked, every worker opens its session and warms it.
     fn open(&self, dir: &ModelDir, metrics: &Metrics) -> Result<LiveModel, LoadError> {
         let options = self;
-        let onnx = dir.read_onnx()?;
+        // it may have been replaced since its manifest was read
+        let (dir, onnx) = dir.clone().with_onnx()?;
+        let dir = &dir;
+        let p = &dir.manifest.preprocessing;
+        let (height, width, most) = (p.height, p.width, options.max_input_pixels);
+        if u64::from(height) * u64::from(width) > most {
+            return Err(LoadError::Input { name: dir.name.clone(), version: dir.version, height, width, most });
+        }
+        let max_batch = options.scheduler.max_batch;
+        tracing::info!(
+            model = dir.name,
+            version = dir.version,
+            height,
+            width,
+            max_batch,
+            "warming model {} version {} with batches of up to {max_batch} images of {height}x{width}",
+            dir.name,
+            dir.version
+        );
         own_data::check(&onnx).map_err(|reason| LoadError::Graph {
             name: dir.name.clone(),
             version: dir.version,
@@ -83,7 +103,7 @@ impl Source for RegistryOptions {
                 engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
             }
         }
-        // `read_onnx` has checked the digest
+        // `with_onnx` has checked the digest
         let mut identity = dir.manifest.onnx_sha256.clone();
         let pads = options.pad_channels && engine.provider == Provider::Cpu;
         if let Some(block) = engine::channel_block().filter(|_| pads) {

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nfold::model::{self, ModelDir};
 use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto, StringStringEntryProto, TensorProto};
 use prost::Message as _;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::{MIB, under_attack};
-use crate::cli::{nfold, refused, text, with_demo};
+use crate::cli::{nfold, project, refused, text, with_demo};
 use crate::fakes::eventually;
 use crate::process::{Answer, Server, data};
 
@@ -388,4 +389,49 @@ fn a_pipe_in_the_graph_cache_is_as_good_as_no_graph() {
     let server =
         Server::start_in(std::mem::replace(&mut kept, tempfile::tempdir().unwrap()), &["--graph-cache", "cache"]);
     assert_eq!(version(&server, MODEL), 1);
+}
+
+/// Whoever reads a version while it is replaced gets the old one or the new one, not a bit of both.
+#[test]
+fn a_version_that_is_replaced_between_its_files_is_read_again() {
+    let folder = with_demo();
+    let repository = folder.path().join("repository");
+    let before = ModelDir::open_version(&repository, MODEL, 1).unwrap();
+    let fold = ["fold", &project("models/nf_regnet_cifar10"), "--replace", "--size", "96"];
+    let folded = nfold(&fold, folder.path());
+    assert!(folded.status.success(), "{}", text(&folded.stderr));
+    let (now, onnx) = before.clone().with_onnx().unwrap();
+    assert_eq!((before.manifest.preprocessing.height, now.manifest.preprocessing.height), (64, 96));
+    assert_eq!(model::sha256(&onnx), now.manifest.onnx_sha256);
+    // what fits to no manifest is still refused
+    fs::write(before.onnx(), "no graph").unwrap();
+    let broken = [before.with_onnx(), now.with_onnx()].map(|read| read.unwrap_err().to_string());
+    assert!(broken.iter().all(|error| error.contains("`model.onnx` has sha256")), "{broken:?}");
+}
+
+/// Warming it would take gigabytes, before anybody asks for anything.
+#[test]
+fn a_model_with_a_huge_input_fails_alone() {
+    let server = Server::start(&WATCH);
+    let fold =
+        ["fold", &project("models/nf_regnet_cifar10"), "--name", "huge", "--repository", "away", "--size", "dynamic"];
+    let folded = nfold(&fold, server.folder());
+    assert!(folded.status.success(), "{}", text(&folded.stderr));
+    let huge = server.folder().join("away/huge/1");
+    edit(&huge, |manifest| {
+        manifest["preprocessing"]["height"] = 4096.into();
+        manifest["preprocessing"]["width"] = 4096.into();
+    });
+    let (_, cost) = under_attack(&server, || {
+        fs::rename(server.folder().join("away/huge"), server.folder().join("repository/huge")).unwrap();
+        eventually("it is refused", || !server.logged("4096x4096, more than the 1048576 pixels").is_empty());
+    });
+    assert!(cost.growth < 64 * MIB && cost.failed == 0, "{cost:?}");
+    assert_eq!(version(&server, MODEL), 1);
+    // and the start of a server that is to serve it
+    let any = "127.0.0.1:0";
+    let serve = ["serve", "--model", "huge", "--http", any, "--grpc", any, "--admin", any];
+    let start = nfold(&serve, server.folder());
+    assert_eq!(start.status.code(), Some(1));
+    assert!(text(&start.stderr).contains("--max-input-pixels"), "{}", text(&start.stderr));
 }
