@@ -73,6 +73,8 @@ struct State {
     reports: VecDeque<Result<Warm, StartError>>,
     /// Threads that have not ended.
     alive: usize,
+    /// Workers that have not died of a panic.
+    workers: usize,
     /// Who waits for a report, or for threads to end.
     waiting: Vec<Waker>,
 }
@@ -117,6 +119,7 @@ impl Shared {
             sleepers: Vec::new(),
             reports: VecDeque::new(),
             alive: 0,
+            workers: options.workers,
             waiting: Vec::new(),
         };
         Self { state: Mutex::new(state), wide: Mutex::new(None), slots, options, job }
@@ -347,6 +350,20 @@ impl Shared {
         let mut state = self.lock();
         state.alive = state.alive.saturating_sub(1);
         tell(state);
+    }
+
+    /// A thread died of a panic outside of what is guarded. Others do what it was woken for; with the last worker, all that
+    /// waits is given up, and nothing more is taken.
+    pub(super) fn died(&self, thread: usize, is_worker: bool) {
+        let mut state = self.lock();
+        state.sleepers.retain(|sleeper| sleeper.thread != thread);
+        state.workers = state.workers.saturating_sub(usize::from(is_worker));
+        if state.workers == 0 {
+            state.queue.phase = Phase::Aborted;
+            state.queue.give_up_all();
+        }
+        let now = self.now();
+        self.release(state, now);
     }
 
     /// A worker is warm, or says why not.

@@ -3,7 +3,7 @@
 //! A worker owns its engine (running takes `&mut`) and survives a panic in it: the engine is reopened, the batch retried
 //! one by one. A decoder has no engine. What to do next is the queue's decision.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use super::error::InferError;
@@ -40,13 +40,24 @@ pub(super) fn main(shared: &Shared, thread: usize, role: Role) {
             }
         },
     };
+    let Some(mut lane) = lane else { return shared.ended() };
+    let caller = Caller { thread, waker: shared.system().current() };
+    let worked = catch_unwind(AssertUnwindSafe(|| work(shared, &caller, &mut lane)));
+    let is_worker = lane.is_some();
     if let Some(lane) = lane {
-        work(shared, &Caller { thread, waker: shared.system().current() }, lane);
+        // a model without any engine is not ready
+        lane.close(shared);
+    }
+    if worked.is_err() {
+        shared.died(thread, is_worker);
     }
     shared.ended();
+    if let Err(panic) = worked {
+        resume_unwind(panic);
+    }
 }
 
-fn work(shared: &Shared, caller: &Caller, mut lane: Option<Lane>) {
+fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
     let mut done = Done::Nothing;
     loop {
         let able = Able {
@@ -55,7 +66,7 @@ fn work(shared: &Shared, caller: &Caller, mut lane: Option<Lane>) {
             runs: lane.as_ref().is_some_and(Lane::runs),
             reopen_at: lane.as_ref().and_then(Lane::reopen_at),
         };
-        done = match (shared.next(caller, able, done), &mut lane) {
+        done = match (shared.next(caller, able, done), lane.as_mut()) {
             (Task::Prepare(entry), _) => catch_unwind(AssertUnwindSafe(|| prepare(shared, entry)))
                 .unwrap_or(Done::Prepared(None, Duration::ZERO)),
             (Task::Run { images, alone }, Some(lane)) => {
@@ -73,9 +84,6 @@ fn work(shared: &Shared, caller: &Caller, mut lane: Option<Lane>) {
             (Task::Run { .. } | Task::Reopen, None) => Done::Nothing,
             (Task::Stop, _) => break,
         };
-    }
-    if let Some(lane) = lane {
-        lane.close(shared);
     }
 }
 

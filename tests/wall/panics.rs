@@ -1,4 +1,4 @@
-//! Panics where nothing should panic: in the task of a call, in what it logs. Each is told to whoever
+//! Panics where nothing should panic: in the task of a call, in what it logs, in a compute thread. Each is told to whoever
 //! waits, logged and counted, and leaves nothing held; everybody else goes on.
 
 use std::io::Write as _;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nfold::infer::system::{Os, System};
 use nfold::metrics::{Outcome, Protocol};
+use nfold::server::{Options, ServeError};
 use tokio::runtime::Runtime;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
@@ -18,9 +19,9 @@ use tracing_subscriber::{Layer, Registry};
 use super::calls::{INFER, call, frame};
 use super::streams::{ended, error_of, message, run, stream};
 use crate::fakes::{eventually, options};
-use crate::serve::{House, house_on, local, png};
+use crate::serve::{House, ask, house_on, local, png};
 
-/// Name of the I/O threads.
+/// Name of the I/O threads; compute threads are named after their model.
 const IO: &str = "told-io";
 
 fn here() -> String {
@@ -32,6 +33,8 @@ fn here() -> String {
 struct Faulty {
     /// When an I/O thread asks for the time: in the middle of a call's admission.
     call: AtomicBool,
+    /// When a compute thread wakes up.
+    compute: AtomicBool,
 }
 
 impl System for Faulty {
@@ -50,6 +53,7 @@ impl System for Faulty {
 
     fn park(&self, until: Option<Instant>) {
         Os.park(until);
+        assert!(!here().starts_with("m/1-") || !self.compute.swap(false, Ordering::SeqCst), "told to panic");
     }
 
     fn sleep(&self, duration: Duration) {
@@ -87,7 +91,7 @@ struct Stage {
     lines: Arc<Mutex<Vec<String>>>,
 }
 
-fn stage(breaks_at: &'static str) -> Stage {
+fn stage(server: Options, workers: usize, breaks_at: &'static str) -> Stage {
     let (system, lines) = (Arc::new(Faulty::default()), Arc::<Mutex<Vec<String>>>::default());
     let log = Log { lines: lines.clone(), breaks_at };
     let dispatch = tracing::Dispatch::new(tracing_subscriber::registry().with(log));
@@ -95,7 +99,7 @@ fn stage(breaks_at: &'static str) -> Stage {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime: Runtime =
         runtime.worker_threads(2).thread_name(IO).on_thread_start(begin).enable_all().build().unwrap();
-    let house = house_on(runtime, system.clone(), local(), options(1, 4, 16));
+    let house = house_on(runtime, system.clone(), server, options(workers, 4, 16));
     Stage { house, system, lines }
 }
 
@@ -113,7 +117,7 @@ impl Stage {
 
 #[test]
 fn a_panic_in_a_streams_task_ends_that_stream_alone() {
-    let stage = stage("");
+    let stage = stage(local(), 1, "");
     let house = &stage.house;
     run(async {
         let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
@@ -145,7 +149,7 @@ fn a_panic_in_a_streams_task_ends_that_stream_alone() {
 /// Outside of what is done for a message.
 #[test]
 fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
-    let stage = stage("message 2 of stream sick");
+    let stage = stage(local(), 1, "message 2 of stream sick");
     let house = &stage.house;
     run(async {
         let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
@@ -162,7 +166,7 @@ fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
 
 #[test]
 fn a_panic_in_any_other_call_is_its_answer() {
-    let stage = stage("");
+    let stage = stage(local(), 1, "");
     let house = &stage.house;
     let sick = |answer: &dyn Fn()| {
         stage.system.call.store(true, Ordering::SeqCst);
@@ -188,4 +192,34 @@ fn a_panic_in_any_other_call_is_its_answer() {
     assert_eq!(house.classify("", &[], &png(1)).status, 200);
     assert_eq!(ended(&call(house.grpc, INFER, &[], frame(&message(0)))), (0, ""));
     stage.house.end().unwrap();
+}
+
+/// What a compute thread was woken for is done by others.
+#[test]
+fn a_compute_thread_that_dies_leaves_its_work_to_the_others() {
+    let stage = stage(local(), 2, "");
+    let engines = || stage.house.metrics.engine_workers.with_label_values(&["m", "1"]).get();
+    assert_eq!(engines(), 2);
+    stage.system.compute.store(true, Ordering::SeqCst);
+    for _ in 0..8 {
+        assert_eq!(stage.house.classify("", &[], &png(1)).status, 200);
+    }
+    assert_eq!(engines(), 1);
+    stage.nothing_is_held();
+    stage.house.end().unwrap();
+}
+
+/// With the last one, nobody waits for an answer that can't come, readiness says so, and the server ends to be restarted.
+#[test]
+fn a_model_whose_last_compute_thread_died_is_not_ready() {
+    let stage = stage(Options { fault_limit: Duration::from_secs(2), ..local() }, 1, "");
+    stage.system.compute.store(true, Ordering::SeqCst);
+    let started = Instant::now();
+    let answer = stage.house.classify("", &[], &png(1));
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    stage.nothing_is_held();
+    assert_eq!(ask(stage.house.admin, "GET /readyz", &[], b"").status, 503);
+    let ended = stage.house.thread.join().unwrap();
+    assert!(matches!(&ended, Err(ServeError::Fault(fault)) if fault.contains("no working engine")), "{ended:?}");
 }

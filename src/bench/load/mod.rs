@@ -155,7 +155,7 @@ async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> (
         })
         .collect();
     for caller in callers {
-        let _ = caller.await;
+        unless_panicked(caller.await);
     }
     finish(recorder, |r| r.step("closed", None, Some(connections), plan.max_lag_ms))
 }
@@ -189,10 +189,15 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (
         }
         calls
     });
-    for call in generator.await.unwrap_or_default() {
-        let _ = call.await;
+    for call in unless_panicked(generator.await).unwrap_or_default() {
+        unless_panicked(call.await);
     }
     finish(recorder, |r| r.step("open", Some(rate), None, plan.max_lag_ms))
+}
+
+/// What a task came to. A panic of its goes on here: figures without it would be wrong.
+fn unless_panicked<T>(joined: Result<T, tokio::task::JoinError>) -> Option<T> {
+    joined.map_err(|error| error.try_into_panic().map(|panic| std::panic::resume_unwind(panic))).ok()
 }
 
 /// A server whose address makes no client is one that can't be reached.
