@@ -438,3 +438,17 @@ async fn watch(registry: &Registry, options: &Options) -> String {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_ports_task_that_panics_is_noticed() {
+        let lives = tokio::spawn(std::future::pending::<()>());
+        let dies = tokio::spawn(async { std::panic::resume_unwind(Box::new("told to panic")) });
+        let port = dead(|| [("http", lives.is_finished()), ("grpc", dies.is_finished())]);
+        assert_eq!(tokio::time::timeout(Duration::from_secs(20), port).await, Ok("grpc"));
+        lives.abort();
+    }
+}
