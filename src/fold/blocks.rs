@@ -7,7 +7,7 @@ use crate::checkpoint::Reader;
 use crate::graph::{GraphBuilder, Map};
 use crate::model::BlockScalars;
 use crate::nets::batch_normed::{BatchNormedPlan, Shortcut};
-use crate::nets::nf::{NfBlock, NfPlan, Place};
+use crate::nets::nf::{AttentionPoint, NfBlock, NfPlan};
 use crate::nets::resnet::ResNetPlan;
 use crate::nets::{Attention, Conv, Norm, scaled_ws};
 
@@ -78,8 +78,8 @@ impl<'a> Emitter<'a> {
             true => Some(self.reader.take_scalar(&format!("{name}.skipinit_gain"))?),
             false => None,
         };
-        let middle = block.attention.as_ref().filter(|(place, _)| *place == Place::Middle).map(|(_, a)| a);
-        let last = block.attention.as_ref().filter(|(place, _)| *place == Place::Last).map(|(_, a)| a);
+        let middle = block.attention.as_ref().filter(|(point, _)| *point == AttentionPoint::Middle).map(|(_, a)| a);
+        let last = block.attention.as_ref().filter(|(point, _)| *point == AttentionPoint::Last).map(|(_, a)| a);
         let middle_gain = if middle.is_some() { block.attn_gain } else { 1.0 };
         let last_gain = if last.is_some() { block.attn_gain } else { 1.0 };
         let tail = block.alpha * last_gain * skip.unwrap_or(1.0);

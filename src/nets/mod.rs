@@ -225,7 +225,7 @@ impl Network {
     /// Plans `architecture` (a tag after a dot is ignored) with timm's `model_args` laid over its configuration.
     pub fn plan(architecture: &str, model_args: &Map<String, Value>) -> Result<Self, NetError> {
         let name = base_name(architecture);
-        if let Some(config) = nf::variant(name) {
+        if let Some(config) = nf::variants::variant(name) {
             return Ok(Self::NormFree(nf::NfPlan::new(name, config, model_args)?));
         }
         if let Some(config) = resnet::variant(name) {
@@ -347,13 +347,13 @@ impl Colours {
 pub fn evaluation(architecture: &str) -> Option<Evaluation> {
     let name = base_name(architecture);
     let opponents = || regnet::evaluation(name).or_else(|| efficientnet::evaluation(name));
-    let own = nf::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents);
+    let own = nf::variants::evaluation(name).or_else(|| resnet::evaluation(name)).or_else(opponents);
     own.or_else(|| published::evaluation(name))
 }
 
 /// Names of all supported architectures.
 pub fn architectures() -> Vec<&'static str> {
-    [&nf::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS, &efficientnet::VARIANTS].concat()
+    [&nf::variants::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS, &efficientnet::VARIANTS].concat()
 }
 
 /// The three supported names most like `name`, comma-separated.
