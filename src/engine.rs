@@ -58,6 +58,15 @@ pub enum EngineError {
         /// What ONNX Runtime said.
         reason: String,
     },
+    /// Where a graph's operators run can't be seen.
+    #[error(
+        "where its operators run can't be seen: ONNX Runtime has no temporary folder for its profile ({reason}); let the server \
+         write to /tmp, or set TMPDIR"
+    )]
+    NoProfile {
+        /// What the system said.
+        reason: String,
+    },
     /// A part of the graph runs elsewhere than asked.
     #[error(
         "of `{model}`, {there} operators run on {provider} and {elsewhere}; serve it with --allow-fallback if that is fast enough, or with another --provider"
@@ -403,7 +412,7 @@ impl MapBackend {
 /// Runs the graph once and says which provider ran which part of it. For this the graph is opened anew: profiling is slow.
 pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
     let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
-    let folder = DraftFolder::scratch().map_err(|e| bad(format!("no temporary folder for its profile: {e}")))?;
+    let folder = DraftFolder::scratch().map_err(|e| EngineError::NoProfile { reason: e.to_string() })?;
     // a CUDA graph has no operators to tell of
     let gpu = GpuOptions { cuda_graph: false, ..options.gpu.clone() };
     let options = EngineOptions { gpu, ..options.clone() };

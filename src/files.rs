@@ -112,11 +112,21 @@ impl DraftFolder {
         Self::with_mode(parent, 0o777)
     }
 
-    /// A folder for files that nobody else will see and that never get another name, in the system's temporary folder.
+    /// A folder for files that nobody else will see and that never get another name, in the system's temporary folder, or
+    /// in shared memory where that can't be written: containers run on read-only roots.
     pub fn scratch() -> io::Result<Self> {
-        let parent = std::env::temp_dir();
-        sweep(&parent);
-        Self::with_mode(&parent, 0o700)
+        Self::scratch_in(&[std::env::temp_dir(), PathBuf::from("/dev/shm")])
+    }
+
+    /// In the first of these that can be written; else why not in the first.
+    fn scratch_in(parents: &[PathBuf]) -> io::Result<Self> {
+        let make = |parent: &PathBuf| {
+            sweep(parent);
+            Self::with_mode(parent, 0o700)
+        };
+        let mut made = parents.iter().map(make);
+        let first = made.next().unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
+        first.or_else(|error| made.find_map(Result::ok).ok_or(error))
     }
 
     fn with_mode(parent: &Path, mode: u32) -> io::Result<Self> {
@@ -360,6 +370,16 @@ mod tests {
         let mut names: Vec<_> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn scratch_goes_where_it_can() {
+        let folder = tempfile::tempdir().expect("folder");
+        let gone = folder.path().join("gone");
+        let made = DraftFolder::scratch_in(&[gone.clone(), folder.path().into()]).expect("the second");
+        assert!(made.path().starts_with(folder.path()));
+        let error = DraftFolder::scratch_in(&[gone.clone(), gone]).map(drop).expect_err("neither");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

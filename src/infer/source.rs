@@ -97,10 +97,16 @@ impl Source for RegistryOptions {
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
             let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
-            let placement = engine::place(&onnx, &what, &engine, &batch).map_err(refused(dir))?;
-            metrics.placed(&dir.name, dir.version, &placement);
-            if !engine.gpu.allow_fallback {
-                engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
+            match engine::place(&onnx, &what, &engine, &batch) {
+                // nothing is wrong with the model: serve it, and say what was not seen
+                Err(error @ EngineError::NoProfile { .. }) => tracing::warn!(model = what, "{what}: {error}"),
+                Err(error) => return Err(refused(dir)(error)),
+                Ok(placement) => {
+                    metrics.placed(&dir.name, dir.version, &placement);
+                    if !engine.gpu.allow_fallback {
+                        engine::check_placement(&placement, engine.provider, &what).map_err(refused(dir))?;
+                    }
+                }
             }
         }
         // `with_onnx` has checked the digest

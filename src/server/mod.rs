@@ -33,7 +33,7 @@ mod tls;
 #[cfg_attr(not(feature = "otel"), path = "no_traces.rs")]
 mod traces;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -215,11 +215,11 @@ impl Server {
         let traces = traces.map(Arc::new);
         let reloader = Reloader::open(options.tls.clone(), options.api_key_file.clone(), metrics.clone())?;
         let refuse = |port, address| move |source| ServeError::Bind { address, port, source };
-        let (http, http_address) = reserve(options.http).map_err(refuse("http", options.http))?;
-        let (grpc, grpc_address) = reserve(options.grpc).map_err(refuse("grpc", options.grpc))?;
+        let (http, http_address) = on_every_family(options.http, reserve).map_err(refuse("http", options.http))?;
+        let (grpc, grpc_address) = on_every_family(options.grpc, reserve).map_err(refuse("grpc", options.grpc))?;
         let admin_failed = refuse("admin", options.admin);
-        let bind = || TcpListener::bind(options.admin).and_then(|l| l.local_addr().map(|address| (l, address)));
-        let (admin, admin_address) = bind().map_err(admin_failed)?;
+        let bind = |address| TcpListener::bind(address).and_then(|l| l.local_addr().map(|address| (l, address)));
+        let (admin, admin_address) = on_every_family(options.admin, bind).map_err(admin_failed)?;
         Ok(Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, admin_address })
     }
 
@@ -392,6 +392,22 @@ fn page_of(address: SocketAddr, tls: bool) -> String {
     }
 }
 
+/// `[::]` takes IPv4 as well as IPv6. Where a machine has no IPv6 at all, it is every address that there is.
+fn on_every_family<T>(address: SocketAddr, bind: impl Fn(SocketAddr) -> std::io::Result<T>) -> std::io::Result<T> {
+    match bind(address) {
+        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && lacks_family(&error) => {
+            let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+            tracing::info!(%address, "this machine has no IPv6, so the server listens on {address}");
+            bind(address)
+        }
+        bound => bound,
+    }
+}
+
+fn lacks_family(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EAFNOSUPPORT) || error.kind() == std::io::ErrorKind::AddrNotAvailable
+}
+
 /// An address of our own, not yet listening.
 fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -450,5 +466,21 @@ mod tests {
         let port = dead(|| [("http", lives.is_finished()), ("grpc", dies.is_finished())]);
         assert_eq!(tokio::time::timeout(Duration::from_secs(20), port).await, Ok("grpc"));
         lives.abort();
+    }
+
+    #[test]
+    fn without_ipv6_every_address_is_ipv4() {
+        let no_ipv6 = |address: SocketAddr| match address {
+            SocketAddr::V6(_) => Err(std::io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
+            SocketAddr::V4(_) => Ok(address),
+        };
+        let of = |text: &str, bind: &dyn Fn(SocketAddr) -> std::io::Result<SocketAddr>| {
+            on_every_family(text.parse().expect("an address"), bind).map(|a| a.to_string()).map_err(|e| e.kind())
+        };
+        assert_eq!(of("[::]:8000", &no_ipv6).as_deref(), Ok("0.0.0.0:8000"));
+        assert_eq!(of("[::]:8000", &Ok).as_deref(), Ok("[::]:8000"));
+        assert!(of("[::1]:8000", &no_ipv6).is_err(), "an address that was named");
+        let taken = |_| Err(std::io::ErrorKind::AddrInUse.into());
+        assert_eq!(of("[::]:8000", &taken), Err(std::io::ErrorKind::AddrInUse));
     }
 }
