@@ -87,7 +87,7 @@ fn flags_variables_and_ports_exist() {
             // a default, or the port of an address in the same file, or in the runtime that the file is for
             let by_default = serve.text.contains(&format!("0.0.0.0:{digits}]"));
             let addressed =
-                [&text, &texts()["kserve/runtime.yaml"]].iter().any(|t| t.contains(&format!("0.0.0.0:{digits}")));
+                [&text, &texts()["kserve/runtime.yaml"]].iter().any(|t| t.contains(&format!("[::]:{digits}")));
             assert!(by_default || addressed, "{file}: nothing listens on {digits}");
             checked += 1;
         }
