@@ -2,6 +2,8 @@
 #   make demo    fold the demo checkpoint and classify real photographs
 #   make test    every test, and what of them was skipped for want of what
 #   make serve   the demo model behind HTTP on port 8000 (optimised build)
+#   make check-readme      every block of README.md, in order, on a clean copy; check-readme-quick: without building
+#   make dist              packages for machines without Rust, into dist/; check-dist: each in a clean root
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
@@ -22,18 +24,23 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
-DEMO := target/debug/nfold
+# a program that is built already; else demo and serve build theirs
+PROGRAM ?=
+DEMO := $(or $(PROGRAM),target/debug/nfold)
+SERVE := $(or $(PROGRAM),target/release/nfold)
+# apart from ./repository, which is the reader's
+DEMO_REPOSITORY := target/demo
 PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,$(firstword $(wildcard tests/data/cifar10/$(c)/*.jpg)))
 
 BENCH := target/bench
 
-.PHONY: bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
-	cargo build --quiet --locked
-	$(DEMO) fold models/nf_regnet_cifar10 --replace
+	$(if $(PROGRAM),,cargo build --quiet --locked)
+	$(DEMO) fold models/nf_regnet_cifar10 --repository $(DEMO_REPOSITORY) --replace
 	@echo
-	$(DEMO) classify --top-k 3 $(PHOTOGRAPHS)
+	$(DEMO) classify --repository $(DEMO_REPOSITORY) --top-k 3 $(PHOTOGRAPHS)
 
 test: ort target/python/onnx
 	set -o pipefail; cargo test --locked 2>&1 | tee target/test.log
@@ -41,6 +48,22 @@ test: ort target/python/onnx
 	set -o pipefail; $(PYTHON) tests/clients/run.py $(DEMO) 2>&1 | tee -a target/test.log
 	@grep -hoE '(SKIP|SKIPPED):? .*|test .* \.\.\. ignored.*' target/test.log | sort | uniq > target/skipped.log; \
 	if [ -s target/skipped.log ]; then echo "skipped:"; sed 's/^/  /' target/skipped.log; else echo "nothing was skipped"; fi
+
+# every block of README.md on a clean copy, builds included
+check-readme:
+	$(PYTHON) tests/readme.py
+
+# the same with the debug build, in some seconds
+check-readme-quick: ort
+	cargo build --quiet --locked
+	$(PYTHON) tests/readme.py --quick $(DEMO)
+
+# wheel, tarball, .deb, SBOM and checksums into dist/
+dist:
+	deploy/package/build
+
+check-dist: dist
+	$(PYTHON) tests/packages.py dist
 
 compare-pillow: target/pillow/installed
 	cargo build --quiet --locked --example pixels
@@ -61,9 +84,9 @@ target/pillow/installed:
 	touch $@
 
 serve: ort
-	cargo build --release --locked
-	target/release/nfold fold models/nf_regnet_cifar10 --replace
-	target/release/nfold serve
+	$(if $(PROGRAM),,cargo build --release --locked)
+	$(SERVE) fold models/nf_regnet_cifar10 --repository $(DEMO_REPOSITORY) --replace
+	$(SERVE) serve --repository $(DEMO_REPOSITORY)
 
 rehearsal: ort
 	cargo test --release --locked --test tests -- --ignored --nocapture --test-threads 1 rehearsal::
@@ -85,6 +108,7 @@ fuzz:
 
 check-all: ort
 	cargo test --locked --test tests -- --ignored --nocapture golden::
+	$(MAKE) check-dist check-readme
 	$(MAKE) simulate mutants soak rehearsal
 	$(MAKE) fuzz TIME=300
 

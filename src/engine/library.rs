@@ -39,8 +39,12 @@ fn start() -> Result<Environment, EngineFault> {
     builder.with_name("nfold").with_telemetry(false).build().map_err(|e| unusable(e.to_string()))
 }
 
-/// `ORT_DYLIB_PATH`, beside the executable, `.ort/` (`.ort-gpu/` in GPU builds) of the working directory and of the
-/// executable's ancestors (so that a development build finds the project's), then the system's own search.
+/// Release of ONNX Runtime that nfold is tested with; that of the wheel which nfold's own wheel depends on.
+const RELEASE: &str = "1.28.0";
+
+/// `ORT_DYLIB_PATH`; beside the executable; where packages put it (see [`of_packages`]); `.ort/` (`.ort-gpu/` in GPU builds)
+/// of the working directory and of the executable's ancestors, so that a development build finds the project's; then the
+/// system's folders.
 fn find_library() -> Result<PathBuf, EngineFault> {
     if let Some(named) = std::env::var_os(LIBRARY_VARIABLE).filter(|v| !v.is_empty()) {
         let path = PathBuf::from(named);
@@ -52,8 +56,12 @@ fn find_library() -> Result<PathBuf, EngineFault> {
     let file = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };
     let folders: &[&str] = if cfg!(feature = "gpu") { &[".ort-gpu", ".ort"] } else { &[".ort"] };
     let mut looked = Vec::new();
-    if let Ok(executable) = std::env::current_exe() {
-        looked.extend(executable.parent().map(|folder| folder.join(file)));
+    // a link to the program (pipx, uv) leads to the environment that the library is in
+    if let Ok(executable) = std::env::current_exe().and_then(|path| path.canonicalize()) {
+        if let Some(folder) = executable.parent() {
+            looked.push(folder.join(file));
+            looked.extend(of_packages(folder, file));
+        }
         let roots = std::iter::once(PathBuf::from(".")).chain(executable.ancestors().skip(1).map(Path::to_path_buf));
         looked.extend(roots.flat_map(|root| folders.iter().map(move |f| root.join(f).join(file))));
     }
@@ -68,17 +76,39 @@ fn find_library() -> Result<PathBuf, EngineFault> {
     }
 }
 
+/// Where packages put the library of a program in `bin`: `lib/nfold` (Debian), the `onnxruntime` wheel in the
+/// `site-packages` of the same Python environment, or beside `bin` (`pip install --target`).
+fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
+    let Some(prefix) = bin.parent().filter(|_| bin.ends_with("bin")) else {
+        return Vec::new();
+    };
+    let wheel = match cfg!(target_os = "macos") {
+        true => format!("onnxruntime/capi/libonnxruntime.{RELEASE}.dylib"),
+        false => format!("onnxruntime/capi/libonnxruntime.so.{RELEASE}"),
+    };
+    let mut paths = vec![prefix.join("lib/nfold").join(file), prefix.join(&wheel)];
+    for lib in ["lib", "lib64"] {
+        // one folder for each Python of this environment: python3.11
+        let Ok(entries) = prefix.join(lib).read_dir() else { continue };
+        let pythons = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("python3."));
+        for python in pythons {
+            paths.extend(["site-packages", "dist-packages"].map(|packages| python.path().join(packages).join(&wheel)));
+        }
+    }
+    paths
+}
+
 /// How to get the library: a clone of the project fetches it, anybody else has its wheel.
 pub(super) fn how_to_get() -> String {
     const FETCH: &str = "deploy/onnxruntime/fetch";
     let executable = std::env::current_exe().unwrap_or_default();
     let mut roots = std::iter::once(Path::new(".")).chain(executable.ancestors().skip(1));
     match roots.find(|root| root.join(FETCH).is_file() && root.join("Makefile").is_file()) {
-        Some(root) if root == Path::new(".") => "fetch 1.28.0 with `make ort`".into(),
-        Some(root) => format!("fetch 1.28.0 with `make ort` in `{}`", root.display()),
+        Some(root) if root == Path::new(".") => format!("fetch {RELEASE} with `make ort`"),
+        Some(root) => format!("fetch {RELEASE} with `make ort` in `{}`", root.display()),
         None => format!(
-            "get 1.28.0 with `pip install onnxruntime==1.28.0` and set {LIBRARY_VARIABLE} to the wheel's \
-             onnxruntime/capi/libonnxruntime.so.1.28.0"
+            "get {RELEASE} with `pip install onnxruntime=={RELEASE}` and set {LIBRARY_VARIABLE} to the wheel's \
+             onnxruntime/capi/libonnxruntime.so.{RELEASE}"
         ),
     }
 }
