@@ -16,7 +16,7 @@
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
 #   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
 #   make check-deny        licences, sources and duplicates of the dependencies
-#   make check-manifests   deploy/ against the Kubernetes schemas
+#   make check-manifests   deploy/ against the Kubernetes schemas, and the check of clusters against stubs of one
 #   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
 #   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
@@ -117,6 +117,7 @@ soak: ort
 
 check-manifests: target/manifests/installed
 	PYTHONPATH=target/manifests $(PYTHON) deploy/check-manifests
+	$(PYTHON) deploy/check-cluster --self-test
 
 # licences, sources and duplicates of what is built in; known advisories too, where their database can be reached
 check-deny: target/deny/bin/cargo-deny

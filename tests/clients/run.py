@@ -16,6 +16,8 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import documents
@@ -202,7 +204,45 @@ def uploads(server):
             locked.stop()
 
 
+def cluster_load(server):
+    """The load of deploy/check-cluster: its four kinds of clients, and what it reads of them, from a server that stops, too."""
+    sys.path.insert(0, str(ROOT / "deploy"))
+    loader = SourceFileLoader("check_cluster", str(ROOT / "deploy" / "check-cluster"))
+    check = module_from_spec(spec_from_loader("check_cluster", loader))
+    sys.dont_write_bytecode = True
+    loader.exec_module(check)
+    run = check.Check(check.arguments(["--image", "a", "--models-image", "a", "--client-image", "a", "--rate", "10"]), None, None)
+    given = {"/given/client.py": ROOT / "deploy" / "check_cluster_client.py", "/given/1-photograph.jpg": check.PHOTOGRAPH}
+    def started(at, kind, seconds):
+        words, expected = run.words(kind, "127.0.0.1", seconds)
+        ports = {f"127.0.0.1:{check.HTTP_PORT}": at.addresses["http"], f"127.0.0.1:{check.GRPC_PORT}": at.addresses["grpc"]}
+        words = [str({**given, **ports}.get(word, word)) for word in words]
+        command = words if words[0] == "python3" else [str(at.program), *words]
+        return kind, expected, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def counted(kind, expected, process):
+        log = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, log
+        return {"client": kind, "expected": expected, **check.counts(log)}
+    loads = [counted(*begun) for begun in [started(server, kind, 3) for kind in run.kinds()]]
+    assert [load["client"] for load in loads] == ["kept", "unary", "fresh", "stream"]
+    # other tests may have the machine: refusals and slowness are allowed here
+    wrong = check.judge(loads, {}, refused=0.2, slowest_s=10)
+    assert not wrong and check.tally(loads, False)["sent"] >= 4 * 29, (wrong, loads)
+    stopping = Server(server.program, server.folder, "--drain-hold", "500ms")
+    try:
+        begun = [started(stopping, kind, 6) for kind in ("fresh", "stream")]
+        time.sleep(2)
+    finally:
+        stopping.stop()
+    lost = [counted(*each) for each in begun]
+    for load in lost:
+        assert load["outcomes"].get("ok", 0) > 0 and load["outcomes"].get("transport", 0) > 0, lost
+    assert lost[1]["moved"] == 1, f"UNAVAILABLE at the end of the stream was not understood: {lost}"
+    assert check.judge(lost, {}), "what was lost was not seen"
+
+
 CHECKS = {
+    "check-cluster": cluster_load,
     "uploads": uploads,
     "examples": examples,
     "tritonclient": script("triton", TRITON),
