@@ -7,7 +7,7 @@
 #   docker run --read-only -p 8000:8000 -v "$PWD/repository:/models:ro" nfold
 #
 # Pin the three base images by digest where you build: --build-arg RUNTIME_CPU=…@sha256:…
-# deploy/check-dockerfile replays all of this where no registry is at hand, and tests/dockerfile.rs lints it.
+# deploy/check-dockerfile replays all of this where no registry can be reached, and tests/dockerfile.rs lints it.
 
 ARG VARIANT=cpu
 ARG RUST=docker.io/library/rust:1.95.0-slim-bookworm

@@ -140,7 +140,7 @@ fn play(setting: &Setting, arrivals: &[Arrival]) {
                 }
                 Err(other) => panic!("{other}"),
             };
-            assert!(depth.get() <= limit, "{} images in the house, {limit} may be", depth.get());
+            assert!(depth.get() <= limit, "{} images admitted, {limit} may be", depth.get());
             let (fault, patience, leaves) = (setting.fault, arrival.patience, arrival.leaves);
             clients.spawn(async move {
                 let mut seen = Seen::default();

@@ -62,7 +62,7 @@ fn without_a_key_only_health_and_pages_answer() {
         request.metadata_mut().insert("authorization", bearer.parse().unwrap());
         assert_eq!(client.server_metadata(request).await.unwrap().into_inner().name, "nfold");
     });
-    // with its connection: the server waits for clients that don't say goodbye
+    // with its connection: the server waits for clients that don't close in order
     drop(runtime);
     eventually("counted", || house.requests(Protocol::Grpc, Outcome::Unauthenticated) == 1);
 

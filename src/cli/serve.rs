@@ -109,7 +109,7 @@ pub struct ServeArgs {
     /// to serve then, `report` logs and publishes the difference, `off` skips the test
     #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
     invariance: InvarianceArg,
-    /// How long an image may wait for company although an engine is free; batches form under load without it
+    /// How long an image may wait for others to share its batch although an engine is free; batches form under load without it
     #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
     max_queue_delay: Duration,
     /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After

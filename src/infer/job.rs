@@ -21,7 +21,7 @@ pub struct SchedulerOptions {
     pub decoders: usize,
     /// Most images in one engine run.
     pub max_batch: usize,
-    /// How long an image may wait for company while an engine is free. Zero: not at all; batches then form from what
+    /// How long an image may wait for others while an engine is free. Zero: not at all; batches then form from what
     /// waits when a worker becomes free.
     pub max_queue_delay: Duration,
     /// Most images admitted and not yet answered.

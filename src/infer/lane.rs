@@ -1,7 +1,7 @@
 //! A compute thread's engine: opened, warmed, run, and opened again after a panic in it.
 //!
 //! What an engine goes through before it may answer: the model's golden answer, an encoded image, real runs of every
-//! shape that can occur, and the same images alone and in company. Knows nothing of queues and callers.
+//! shape that can occur, and the same images alone and in a batch. Knows nothing of queues and callers.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};

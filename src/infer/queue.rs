@@ -319,7 +319,7 @@ pub(super) enum Step {
 /// What there is for a free engine.
 enum Take {
     Batch(Vec<Prepared>),
-    /// Nothing before that moment: the oldest image may wait for company until then.
+    /// Nothing before that moment: the oldest image may wait for others until then.
     At(Instant),
     Nothing,
 }
@@ -496,7 +496,7 @@ impl Queue {
     /// So many images leave the threads, well or badly.
     pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
         let reckoned = self.reckoned(images, options);
-        // an engine that may wait for company is busy only if it has that
+        // an engine that may wait for more images is busy only if it has that
         let each = if options.max_queue_delay.is_zero() { 1 } else { options.max_batch };
         let waiting = self.raw.len() + self.ready.len() + self.decoding;
         self.speed.leave(images, reckoned, now, waiting >= each * self.engines.max(1));
@@ -581,7 +581,7 @@ impl Queue {
     /// engines and batches grow only with the queue.
     fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
         if !options.max_queue_delay.is_zero() {
-            // nobody waits for company that has gone
+            // nobody waits for images that have gone
             self.ready.evict(now, &mut self.given_up);
         }
         if self.ready.is_empty() {

@@ -407,7 +407,7 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let mut shown = Vec::with_capacity(outputs.len());
     for output in &outputs {
         if let (OutputData::Logits(values), false) = (&output.data, output.binary) {
-            // JSON has no word for them
+            // JSON cannot express them
             check_finite(values).map_err(|e| InferError::BadTensor(e.to_string()))?;
         }
         let bytes = output.binary.then(|| output.data.to_bytes());
