@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nfold::metrics::{Outcome, Phase, Protocol, RunResult};
+use nfold::metrics::{Metrics, Outcome, Phase, Protocol, RunResult};
 
 use crate::cli::nfold;
 use crate::process::{Server, ask};
@@ -117,25 +117,13 @@ fn probe_paths_exist_on_the_admin_port() {
     assert!(checked >= 8, "{checked}");
 }
 
-/// What src/metrics.rs declares: name, whether it is a histogram, labels.
+/// Every metric: name, whether it is a histogram, labels.
 fn declared() -> BTreeMap<String, (bool, BTreeSet<String>)> {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/metrics.rs")).unwrap();
-    let mut metrics: BTreeMap<String, (bool, BTreeSet<String>)> = BTreeMap::new();
-    for kind in ["counters(", "counter(", "histograms(", "histogram(", "int_gauges(", "gauges(", "int_gauge(", "gauge("]
-    {
-        for (at, _) in text.match_indices(kind) {
-            let whole_word = !text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
-            let call = &text[at + kind.len()..];
-            let Some(call) = call.trim_start().strip_prefix("r,").filter(|_| whole_word) else { continue };
-            let mut strings = call[..call.find("),\n").unwrap()].split('"').skip(1).step_by(2);
-            let name = format!("nfold_{}", strings.next().unwrap());
-            let _help = strings.next();
-            let labels: BTreeSet<String> = strings.map(String::from).collect();
-            metrics.insert(name, (kind.starts_with("histogram"), labels));
-        }
-    }
-    assert!(metrics.len() >= 15 && metrics["nfold_queue_depth"].1.contains("model"), "{metrics:?}");
-    metrics
+    let declarations = Metrics::DECLARATIONS.iter().map(|metric| {
+        let labels = metric.labels.iter().map(|l| l.to_string()).collect();
+        (format!("nfold_{}", metric.name), (metric.buckets.is_some(), labels))
+    });
+    declarations.collect()
 }
 
 #[test]
