@@ -9,8 +9,9 @@
 #   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
 #   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
-#   make check-all         what is too long for every change: all published checkpoints up to 80 M parameters, and the long
-#                          runs: simulate, mutants, fuzz (5 minutes a door), soak, rehearsal
+#   make check-all         what is too long for every change: all sets of features, all published checkpoints up to 80 M
+#                          parameters, and the long runs: simulate, mutants, fuzz (5 minutes a door), soak, rehearsal
+#   make check-features    every set of features compiles without a warning
 #   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
 #                          memory and descriptors
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
@@ -34,7 +35,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(if $(PROGRAM),,cargo build --quiet --locked)
@@ -106,11 +107,15 @@ TIME ?= 60
 fuzz:
 	NFOLD_FUZZ_SECONDS=$(TIME) cargo test --locked --lib -- --nocapture fuzz::
 
-check-all: ort
+check-all: ort check-features
 	cargo test --locked --test tests -- --ignored --nocapture golden::
 	$(MAKE) check-dist check-readme
 	$(MAKE) simulate mutants soak rehearsal
 	$(MAKE) fuzz TIME=300
+
+# every set of features compiles without a warning, the default one being `make test`'s
+check-features:
+	for features in gpu otel gpu,otel; do cargo clippy --locked --all-targets --features $$features -- -D warnings || exit 1; done
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::
