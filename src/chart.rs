@@ -228,7 +228,7 @@ impl<'a> Drawing<'a> {
             escape(&self.panel.y.label)
         );
         for (value, label) in &self.panel.rules {
-            let Some(at) = self.y.place(*value) else { continue };
+            let Some(at) = self.y.drawn_at(*value) else { continue };
             let _ = write!(out, "<path class=\"rule\" d=\"M{left:.1} {at:.1}H{right:.1}\"/>");
             let label = escape(label);
             let _ = writeln!(
@@ -247,14 +247,14 @@ impl<'a> Drawing<'a> {
 
     fn series(&self, out: &mut String, series: &Series, look: usize) {
         let class = look_class(look);
-        let places: Vec<Option<(f64, f64)>> =
-            series.points.iter().map(|p| Some((self.x.place(p.0)?, self.y.place(p.1)?))).collect();
+        let points: Vec<Option<(f64, f64)>> =
+            series.points.iter().map(|p| Some((self.x.drawn_at(p.0)?, self.y.drawn_at(p.1)?))).collect();
         let _ = writeln!(out, "<g><title>{}</title>", escape(&series.name));
         if series.line {
             let mut path = String::new();
             let mut pen = 'M';
-            for place in &places {
-                match place {
+            for point in &points {
+                match point {
                     Some((x, y)) => {
                         let _ = write!(path, "{pen}{x:.1} {y:.1}");
                         pen = 'L';
@@ -264,13 +264,15 @@ impl<'a> Drawing<'a> {
             }
             let _ = writeln!(out, "<path class=\"line {class}\"{} d=\"{path}\"/>", thickness(look));
         }
-        for (place, interval) in places.iter().zip(&series.intervals) {
-            if let (Some((x, _)), Some(low), Some(high)) = (place, self.y.place(interval.0), self.y.place(interval.1)) {
+        for (point, interval) in points.iter().zip(&series.intervals) {
+            if let (Some((x, _)), Some(low), Some(high)) =
+                (point, self.y.drawn_at(interval.0), self.y.drawn_at(interval.1))
+            {
                 let _ = writeln!(out, "<path class=\"interval {class}\" d=\"M{x:.1} {low:.1}V{high:.1}\"/>");
             }
         }
-        for (i, place) in places.iter().enumerate() {
-            let Some((x, y)) = *place else { continue };
+        for (i, point) in points.iter().enumerate() {
+            let Some((x, y)) = *point else { continue };
             let marked = match &series.marks {
                 Marks::None => false,
                 Marks::All => true,
@@ -291,7 +293,7 @@ impl<'a> Drawing<'a> {
     }
 }
 
-/// An axis with its ends and its place on the page.
+/// An axis with the values and the pixels at its ends.
 #[derive(Debug, Clone)]
 struct Ruler {
     scale: Scale,
@@ -332,7 +334,7 @@ impl Ruler {
     }
 
     /// Where a value lies, if it can be drawn.
-    fn place(&self, value: f64) -> Option<f64> {
+    fn drawn_at(&self, value: f64) -> Option<f64> {
         let drawable = value.is_finite() && (self.scale == Scale::Linear || value > 0.0);
         // far outside a given range: keep the document's numbers small
         drawable.then(|| self.at(value).clamp(-9999.0, 9999.0))

@@ -262,10 +262,10 @@ impl OrtBackend {
             return Self::open_fitted(graph(), what, options);
         }
         // threads and spinning change how a graph runs, not what it is
-        let place = cache.place(&[identity, &runtime_build()?, options.provider.name(), "all"]);
-        let path = place.display();
+        let folder = cache.folder(&[identity, &runtime_build()?, options.provider.name(), "all"]);
+        let path = folder.display();
         let _alone = cache.alone();
-        let cached = cache.read(&place).unwrap_or_else(|reason| {
+        let cached = cache.read(&folder).unwrap_or_else(|reason| {
             tracing::warn!(%path, reason, "graph cache: `{path}` can't be used: {reason}; making it anew");
             None
         });
@@ -273,7 +273,7 @@ impl OrtBackend {
             let opened = Self::builder(what, options, GraphOptimizationLevel::Disable)
                 .map_err(|e| e.to_string())
                 .and_then(|builder| {
-                    let entry = ("session.model_external_initializers_file_folder_path", place.to_string_lossy());
+                    let entry = ("session.model_external_initializers_file_folder_path", folder.to_string_lossy());
                     configure(builder, [entry]).map_err(|e| e.to_string())
                 })
                 .and_then(|mut builder| builder.commit_from_memory(&onnx).map_err(|e| e.to_string()))
@@ -285,7 +285,7 @@ impl OrtBackend {
                 }
                 Err(reason) => {
                     tracing::warn!(%path, reason, "graph cache: `{path}` is refused: {reason}; making it anew");
-                    if let Err(error) = cache.discard(&place) {
+                    if let Err(error) = cache.discard(&folder) {
                         tracing::warn!(%path, %error, "graph cache: `{path}` can't be removed: {error}");
                     }
                 }
@@ -301,7 +301,7 @@ impl OrtBackend {
             ];
             let builder = configure(builder, entries).map_err(|e| e.to_string())?;
             let backend = Self::commit(builder, graph, what).map_err(|e| e.to_string())?;
-            match cache.keep(draft, &place) {
+            match cache.keep(draft, &folder) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
                 Err(error) => tracing::warn!(%path, %error, "graph cache: `{path}` can't be written: {error}"),
             }
@@ -410,7 +410,7 @@ impl MapBackend {
 }
 
 /// Runs the graph once and says which provider ran which part of it. For this the graph is opened anew: profiling is slow.
-pub fn place(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
+pub fn placement(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
     let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
     let folder = DraftFolder::scratch().map_err(|e| EngineError::NoProfile { reason: e.to_string() })?;
     // a CUDA graph has no operators to tell of

@@ -385,9 +385,10 @@ impl GraphBuilder {
             ShortcutPool::Average2 => {
                 (height, width) = (x.height.div_ceil(2), x.width.div_ceil(2));
                 attributes.extend([ints("strides", &[2, 2]), int("count_include_pad", 0)]);
-                attributes.push(match self.emission.dynamic {
-                    true => int("ceil_mode", 1),
-                    false => ints("pads", &[0, 0, x.height % 2, x.width % 2]),
+                attributes.push(if self.emission.dynamic {
+                    int("ceil_mode", 1)
+                } else {
+                    ints("pads", &[0, 0, x.height % 2, x.width % 2])
                 });
             }
             ShortcutPool::AverageSame => {

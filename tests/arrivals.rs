@@ -140,7 +140,7 @@ fn play(setting: &Setting, arrivals: &[Arrival]) {
                 }
                 Err(other) => panic!("{other}"),
             };
-            assert!(depth.get() <= limit, "{} images admitted, {limit} may be", depth.get());
+            assert!(depth.get() <= limit, "{} images are admitted, {limit} may be", depth.get());
             let (fault, patience, leaves) = (setting.fault, arrival.patience, arrival.leaves);
             clients.spawn(async move {
                 let mut seen = Seen::default();
@@ -157,9 +157,9 @@ fn play(setting: &Setting, arrivals: &[Arrival]) {
             });
         }
         while let Some(client) = clients.join_next().await {
-            let its = client.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-            seen.answered += its.answered;
-            seen.internal += its.internal;
+            let of_client = client.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+            seen.answered += of_client.answered;
+            seen.internal += of_client.internal;
         }
     });
     eventually("every slot is back", || depth.get() == 0);

@@ -193,9 +193,9 @@ fn weights_lie_in_blocks() {
             for (at, value) in values.iter().enumerate() {
                 let (pixel, at) = (at % (height * width), at / (height * width));
                 let (column, row) = (at % columns, at / columns);
-                let place = row / block * columns / unit + column / unit;
-                let place = (place * height * width + pixel) * unit + column % unit;
-                assert_eq!(moved[place * block + row % block], *value, "{} in blocks of {block}", tensor.name);
+                let target = row / block * columns / unit + column / unit;
+                let target = (target * height * width + pixel) * unit + column % unit;
+                assert_eq!(moved[target * block + row % block], *value, "{} in blocks of {block}", tensor.name);
                 seen += 1;
             }
         }

@@ -87,39 +87,39 @@ fn base_images_and_stages_are_sound() {
 fn instructions_keep_the_rules() {
     let file = read();
     for (stage, Instruction { keyword, arguments }) in file.all() {
-        let place = format!("stage {}: {keyword} {arguments}", stage.name);
+        let step = format!("stage {}: {keyword} {arguments}", stage.name);
         match keyword.as_str() {
             "RUN" => {
                 for word in ["sudo ", "curl ", "wget ", "apt-get upgrade", "latest", "cd "] {
-                    assert!(!arguments.contains(word), "{place}");
+                    assert!(!arguments.contains(word), "{step}");
                 }
-                assert!(!arguments.contains("| ") || arguments.contains("pipefail"), "{place}: a pipe hides failures");
-                assert!(!arguments.contains("cargo ") || arguments.contains("--locked"), "{place}");
+                assert!(!arguments.contains("| ") || arguments.contains("pipefail"), "{step}: a pipe hides failures");
+                assert!(!arguments.contains("cargo ") || arguments.contains("--locked"), "{step}");
                 assert!(
                     !arguments.contains("apt-get install") || arguments.contains("--no-install-recommends"),
-                    "{place}"
+                    "{step}"
                 );
-                assert!(!stage.name.starts_with("runtime") && stage.name != "nfold", "{place}: there is no shell");
+                assert!(!stage.name.starts_with("runtime") && stage.name != "nfold", "{step}: there is no shell");
             }
             "COPY" => {
                 let words: Vec<&str> = arguments.split_whitespace().collect();
                 match words[0].strip_prefix("--from=") {
                     Some(from) => {
-                        assert!(file.stages.iter().any(|s| s.name == from && s.name != stage.name), "{place}")
+                        assert!(file.stages.iter().any(|s| s.name == from && s.name != stage.name), "{step}")
                     }
                     None => words[..words.len() - 1].iter().for_each(|w| in_context(w)),
                 }
             }
-            "WORKDIR" => assert!(arguments.starts_with('/'), "{place}"),
+            "WORKDIR" => assert!(arguments.starts_with('/'), "{step}"),
             "ENV" | "ARG" => {
                 for secret in ["PASSWORD", "TOKEN", "SECRET", "KEY"] {
-                    assert!(!arguments.to_uppercase().contains(secret), "{place}");
+                    assert!(!arguments.to_uppercase().contains(secret), "{step}");
                 }
             }
-            "ENTRYPOINT" | "CMD" => assert!(arguments.starts_with("[\""), "{place}: needs a shell"),
-            "EXPOSE" => arguments.split(' ').for_each(|p| assert!(p.parse::<u16>().is_ok(), "{place}")),
+            "ENTRYPOINT" | "CMD" => assert!(arguments.starts_with("[\""), "{step}: needs a shell"),
+            "EXPOSE" => arguments.split(' ').for_each(|p| assert!(p.parse::<u16>().is_ok(), "{step}")),
             "LABEL" | "USER" | "HEALTHCHECK" | "STOPSIGNAL" => {}
-            _ => panic!("{place}: an instruction that this project does not use"),
+            _ => panic!("{step}: an instruction that this project does not use"),
         }
     }
 }

@@ -85,8 +85,8 @@ fn a_hit_is_what_is_in_the_file() {
 }
 
 /// A graph's two files.
-fn parts(place: &Path) -> (PathBuf, PathBuf) {
-    let (graph, weights): (Vec<_>, Vec<_>) = files(place).into_iter().partition(|f| f.ends_with("graph"));
+fn parts(folder: &Path) -> (PathBuf, PathBuf) {
+    let (graph, weights): (Vec<_>, Vec<_>) = files(folder).into_iter().partition(|f| f.ends_with("graph"));
     assert_eq!((graph.len(), weights.len()), (1, 1));
     (graph[0].clone(), weights[0].clone())
 }
@@ -96,9 +96,9 @@ fn a_damaged_file_is_made_anew() {
     let folder = tempfile::tempdir().unwrap();
     let onnx = folded("nf_regnet_small");
     let cold = cached(&onnx, "x", 1, folder.path());
-    let place = files(folder.path()).pop().unwrap();
+    let entry = files(folder.path()).pop().unwrap();
     let size = |file: PathBuf| std::fs::metadata(file).unwrap().len();
-    let sizes = || (size(parts(&place).0), size(parts(&place).1));
+    let sizes = || (size(parts(&entry).0), size(parts(&entry).1));
     let whole = sizes();
     assert!(whole.1 > 1 << 16, "large weights are beside the graph: {whole:?}");
     // whole, but no graph
@@ -115,31 +115,31 @@ fn a_damaged_file_is_made_anew() {
     let recovers = |what: &str| {
         assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "{what}");
         assert_eq!(sizes(), whole, "made anew");
-        let stamp = std::fs::metadata(parts(&place).0).unwrap().modified().unwrap();
+        let stamp = std::fs::metadata(parts(&entry).0).unwrap().modified().unwrap();
         assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "{what}");
-        assert_eq!(std::fs::metadata(parts(&place).0).unwrap().modified().unwrap(), stamp, "and good for the next");
+        assert_eq!(std::fs::metadata(parts(&entry).0).unwrap().modified().unwrap(), stamp, "and good for the next");
         assert_eq!(files(folder.path()).len(), 1, "no draft is left behind");
     };
     for damage in damages {
         for is_graph in [true, false] {
-            let (graph, weights) = parts(&place);
+            let (graph, weights) = parts(&entry);
             let file = if is_graph { graph } else { weights };
             std::fs::write(&file, damage(std::fs::read(&file).unwrap())).unwrap();
             recovers(&format!("{}", file.display()));
         }
     }
-    let (graph, weights) = parts(&place);
+    let (graph, weights) = parts(&entry);
     std::fs::write(&graph, sealed(&std::fs::read(weights).unwrap())).unwrap();
     recovers("no graph");
-    std::fs::remove_file(parts(&place).1).unwrap();
+    std::fs::remove_file(parts(&entry).1).unwrap();
     recovers("no weights");
     // a folder that can't be made or written, and a file where the folder should be
     let other = tempfile::tempdir().unwrap();
     let in_the_way = other.path().join("file");
     std::fs::write(&in_the_way, "").unwrap();
     assert_eq!(cached(&onnx, "x", 1, &in_the_way.join("cache")), cold);
-    std::fs::remove_dir_all(&place).unwrap();
-    std::fs::write(&place, "").unwrap();
+    std::fs::remove_dir_all(&entry).unwrap();
+    std::fs::write(&entry, "").unwrap();
     recovers("a file where the folder should be");
     if Path::new("/proc/self").exists() {
         assert_eq!(cached(&onnx, "x", 1, Path::new("/proc/nfold-cache")), cold, "a read-only file system");

@@ -105,9 +105,9 @@ impl Browser {
         }
     }
 
-    /// The model at a place of the chooser.
-    fn pick(&self, place: usize) {
-        let picked = format!("document.querySelector('#model').selectedIndex = {place}");
+    /// Picks the model at an index of the chooser.
+    fn pick(&self, index: usize) {
+        let picked = format!("document.querySelector('#model').selectedIndex = {index}");
         self.value(&format!("({picked}, document.querySelector('#model').dispatchEvent(new Event('change')))"));
     }
 
@@ -311,9 +311,9 @@ fn the_chooser_lists_what_is_served() {
 
     browser.choose(&[&project("tests/data/cat.jpg"), &project("tests/data/cifar10/ship/0000.jpg")]);
     let mut answers = std::collections::BTreeSet::new();
-    for (place, title) in all.iter().enumerate() {
-        if place > 0 {
-            browser.pick(place);
+    for (index, title) in all.iter().enumerate() {
+        if index > 0 {
+            browser.pick(index);
         }
         let (name, version) = title.split_once(", ").unwrap();
         let version = match (version.strip_prefix("version "), name) {

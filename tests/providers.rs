@@ -1,7 +1,8 @@
 //! Execution providers: where the parts of a graph run, and what is said when that is not where they should.
 
 use nfold::engine::{
-    Backend as _, Batch, BoundBackend, EngineOptions, Fitted, GpuOptions, OrtBackend, Provider, check_placement, place,
+    Backend as _, Batch, BoundBackend, EngineOptions, Fitted, GpuOptions, OrtBackend, Provider, check_placement,
+    placement,
 };
 use nfold::model::ModelDir;
 
@@ -13,7 +14,7 @@ fn every_operator_is_counted_where_it_runs() {
     let dir = ModelDir::open(&folder.path().join("repository"), None, None).unwrap();
     let p = &dir.manifest.preprocessing;
     let batch = Batch::zeros(2, p.height as usize, p.width as usize);
-    let placement = place(&dir.read_onnx().unwrap(), "demo", &EngineOptions::default(), &batch).unwrap();
+    let placement = placement(&dir.read_onnx().unwrap(), "demo", &EngineOptions::default(), &batch).unwrap();
     assert_eq!(placement.keys().collect::<Vec<_>>(), ["CPUExecutionProvider"]);
     assert!(placement["CPUExecutionProvider"] > 20, "{placement:?}");
     check_placement(&placement, Provider::Cpu, "demo").unwrap();

@@ -245,9 +245,10 @@ fn cell<'a>(
         let pads = contender.pad_channels && provider == Provider::Cpu;
         let graph = if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) };
         let bound = contender.settings.iter().any(|s| matches!(s, Setting::Bound | Setting::Graph));
-        let backend = match bound || provider != Provider::Cpu {
-            true => Timed::Bound(BoundBackend::open(&graph, &contender.label(), &options, &[batch])?, plan.transfers),
-            false => Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?),
+        let backend = if bound || provider != Provider::Cpu {
+            Timed::Bound(BoundBackend::open(&graph, &contender.label(), &options, &[batch])?, plan.transfers)
+        } else {
+            Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?)
         };
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros(batch, contender.height, contender.width);

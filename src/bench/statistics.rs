@@ -41,8 +41,8 @@ impl Summary {
 /// samples.
 pub fn quantile(sorted: &[f64], q: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-    let place = q.clamp(0.0, 1.0) * last as f64;
-    let (low, share) = (place.floor() as usize, place.fract());
+    let rank = q.clamp(0.0, 1.0) * last as f64;
+    let (low, share) = (rank.floor() as usize, rank.fract());
     sorted[low] + share * (sorted[(low + 1).min(last)] - sorted[low])
 }
 

@@ -370,9 +370,12 @@ impl Assembly<'_> {
         let mut layers = std::mem::take(&mut self.config.layers);
         let own = layers.iter().any(|l| matches!(l.origin, Origin::Training { .. }));
         layers.insert(0, Layer { origin: Origin::CommandLine, settings: of_command_line });
-        let in_file = |reason: String| match told {
-            true => CheckpointError::Config { path: CONFIG_FILE.into(), reason },
-            false => CheckpointError::Preprocessing(reason),
+        let in_file = |reason: String| {
+            if told {
+                CheckpointError::Config { path: CONFIG_FILE.into(), reason }
+            } else {
+                CheckpointError::Preprocessing(reason)
+            }
         };
         let (resolved, _) = settings::resolve(&layers, None).map_err(in_file)?;
         self.warn(&network, &labels, &resolved, told, own);

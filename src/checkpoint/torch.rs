@@ -108,7 +108,7 @@ impl Seek for Limited {
 fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     let damaged = |e: zip::result::ZipError| TorchError::Archive(brief(e));
     let mut archive = zip::ZipArchive::new(Limited { file: source.reader()?, left: DIRECTORY }).map_err(damaged)?;
-    let mut places = HashMap::new();
+    let mut indices = HashMap::new();
     let names: Vec<String> =
         archive.file_names().map(|name| name.map(|n| n.into_owned())).collect::<Result<_, _>>().map_err(damaged)?;
     for (at, name) in names.into_iter().enumerate() {
@@ -116,11 +116,11 @@ fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
         if outside {
             return Err(TorchError::Archive(format!("entry `{name}` points out of it")));
         }
-        if places.insert(name.clone(), at).is_some() {
+        if indices.insert(name.clone(), at).is_some() {
             return Err(TorchError::Archive(format!("it has `{name}` twice")));
         }
     }
-    let has = |end: &str| places.keys().any(|name| name.ends_with(end));
+    let has = |end: &str| indices.keys().any(|name| name.ends_with(end));
     if has("/constants.pkl") || has("/version.json") {
         return Err(TorchError::Kind(
             "it is a TorchScript program, not a state dictionary; save model.state_dict()".into(),
@@ -130,12 +130,12 @@ fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
         return Err(TorchError::Kind("it is a NumPy archive, not a state dictionary of timm".into()));
     }
     let inner = |name: &&String| name.matches('/').count() <= 1 && (*name == "data.pkl" || name.ends_with("/data.pkl"));
-    let Some(root) = places.keys().find(inner).cloned() else {
+    let Some(root) = indices.keys().find(inner).cloned() else {
         return Err(TorchError::Kind("it is a zip archive without `data.pkl`, so not of torch.save".into()));
     };
     let prefix = root.trim_end_matches("data.pkl").to_string();
     let mut span = |name: &str| -> Result<Option<Span>, TorchError> {
-        let Some(&at) = places.get(&format!("{prefix}{name}")) else { return Ok(None) };
+        let Some(&at) = indices.get(&format!("{prefix}{name}")) else { return Ok(None) };
         let entry = archive.by_index_raw(at).map_err(damaged)?;
         let bad = |reason: &str| Err(TorchError::Archive(format!("entry `{name}` {reason}")));
         if entry.compression() != zip::CompressionMethod::Stored || entry.encrypted() {
@@ -170,9 +170,9 @@ fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
         if let Some(span) = found.get(key) {
             return Ok(Some(*span));
         }
-        let place = span(&format!("data/{key}"))?;
-        found.extend(place.map(|place| (key.to_string(), place)));
-        Ok(place)
+        let span = span(&format!("data/{key}"))?;
+        found.extend(span.map(|span| (key.to_string(), span)));
+        Ok(span)
     })
 }
 
@@ -228,10 +228,10 @@ fn pickles(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
 const PLAIN: [&str; 3] = ["state_dict", "model", "model_state_dict"];
 const AVERAGED: [&str; 4] = ["state_dict_ema", "model_ema", "ema_state_dict", "ema"];
 
-/// Where a storage is by its key.
-type Place<'a> = &'a mut dyn FnMut(&str) -> Result<Option<Span>, TorchError>;
+/// Finds a storage in the file by its key; none where the file has no such storage.
+type FindStorage<'a> = &'a mut dyn FnMut(&str) -> Result<Option<Span>, TorchError>;
 
-fn contents(arena: &Arena, root: Id, use_ema: bool, place: Place<'_>) -> Result<Contents, TorchError> {
+fn contents(arena: &Arena, root: Id, use_ema: bool, find: FindStorage<'_>) -> Result<Contents, TorchError> {
     let Some(pairs) = arena.pairs(root) else {
         return Err(TorchError::NoState("no dictionary".into()));
     };
@@ -250,9 +250,10 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, place: Place<'_>) -> Result<
         (true, None, None) => return Err(TorchError::NoEma),
         (false, ..) => {
             let keys: Vec<&str> = pairs.iter().filter_map(|(key, _)| arena.text(*key)).take(12).collect();
-            return Err(TorchError::NoState(match keys.is_empty() {
-                true => "nothing that has a name".into(),
-                false => format!("`{}`", keys.join("`, `")),
+            return Err(TorchError::NoState(if keys.is_empty() {
+                "nothing that has a name".into()
+            } else {
+                format!("`{}`", keys.join("`, `"))
             }));
         }
     };
@@ -279,7 +280,7 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, place: Place<'_>) -> Result<
         };
         match arena.get(value) {
             Node::Tensor { storage, offset, shape, strides } => {
-                let entry = entry(arena, *storage, *offset, shape, strides, place)?;
+                let entry = entry(arena, *storage, *offset, shape, strides, find)?;
                 let entry = entry.ok_or_else(|| TorchError::Outside(name.into()))?;
                 out.entries.insert(name.into(), entry);
             }
@@ -289,17 +290,17 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, place: Place<'_>) -> Result<
     Ok(out)
 }
 
-/// A tensor's place in the file; `None` where it reaches out of its storage, or that out of the file.
+/// Where a tensor lies in the file; `None` where it reaches out of its storage, or that out of the file.
 fn entry(
     arena: &Arena,
     storage: Id,
     offset: u64,
     shape: &[u64],
     strides: &[u64],
-    place: Place<'_>,
+    find: FindStorage<'_>,
 ) -> Result<Option<Entry>, TorchError> {
     let Node::Storage { kind, key, .. } = arena.get(storage) else { return Ok(None) };
-    let Some(span) = place(key)? else { return Ok(None) };
+    let Some(span) = find(key)? else { return Ok(None) };
     let (number, size) = number(kind);
     let held = span.len / size;
     let checked = || {
@@ -310,7 +311,9 @@ fn entry(
         }
         let end = if count == 0 { offset } else { reach.checked_add(offset)?.checked_add(1)? };
         // a tensor has no more values than its storage: none is spread by strides of 0
-        (end <= held && count <= held).then_some(())?;
+        if end > held || count > held {
+            return None;
+        }
         span.offset.checked_add(offset.checked_mul(size)?)
     };
     let Some(start) = checked() else { return Ok(None) };

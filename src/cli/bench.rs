@@ -121,9 +121,10 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
-    let named: Vec<&str> = match args.models.is_empty() && args.onnx.is_empty() {
-        true => DEFAULT.to_vec(),
-        false => args.models.iter().map(String::as_str).collect(),
+    let named: Vec<&str> = if args.models.is_empty() && args.onnx.is_empty() {
+        DEFAULT.to_vec()
+    } else {
+        args.models.iter().map(String::as_str).collect()
     };
     let mut contenders = Vec::with_capacity(named.len() + args.onnx.len());
     for text in named {
@@ -166,9 +167,10 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     })?;
     bar.finish_and_clear();
     let mut out = io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
-        false => print(&mut out, &report)?,
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?
+    } else {
+        print(&mut out, &report)?
     }
     if let Some(folder) = &args.report {
         report::write_engine(folder, &report)?;

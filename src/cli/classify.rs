@@ -261,8 +261,8 @@ fn bar(images: usize) -> ProgressBar {
 }
 
 /// What happened in all, on stderr: one image needs no summary, a failure always has its line.
-fn summary(images: usize, printer: &Printer<'_>, format: Format, args: &ClassifyArgs, took: Duration) {
-    let (failed, seconds) = (printer.failed, took.as_secs_f64());
+fn summary(images: usize, printer: &Printer<'_>, format: Format, args: &ClassifyArgs, elapsed: Duration) {
+    let (failed, seconds) = (printer.failed, elapsed.as_secs_f64());
     let speed = images as f64 / seconds.max(1e-3);
     match failed {
         0 if images == 1 => {}

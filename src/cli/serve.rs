@@ -364,9 +364,10 @@ fn model(text: &str) -> Result<(String, Option<u64>), String> {
 fn origin(text: &str) -> Result<String, String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let plain = |host: &str| !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-    match text == "*" || host.is_some_and(plain) {
-        true => Ok(text.into()),
-        false => Err("not an origin, such as https://example.org or http://localhost:3000".into()),
+    if text == "*" || host.is_some_and(plain) {
+        Ok(text.into())
+    } else {
+        Err("not an origin, such as https://example.org or http://localhost:3000".into())
     }
 }
 

@@ -135,9 +135,10 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
         if network.join(CONFIG_FILE).is_file() {
             checkpoint(network, args, &mut findings)?;
         } else {
-            let model = match network.join(MANIFEST_FILE).is_file() {
-                true => ModelDir::open_path(network)?,
-                false => ModelDir::open(&args.repository, Some(&network.to_string_lossy()), args.model_version)?,
+            let model = if network.join(MANIFEST_FILE).is_file() {
+                ModelDir::open_path(network)?
+            } else {
+                ModelDir::open(&args.repository, Some(&network.to_string_lossy()), args.model_version)?
             };
             if args.size.is_some() {
                 bail!("`{}` is folded for one size; leave --size out, or name its checkpoint", model.name);

@@ -198,8 +198,8 @@ impl Engine {
         let mut binding = self.session.create_binding()?;
         let mut run = RunOptions::new()?;
         let Some(memory) = &self.device.memory else {
-            let place = if resident { self.device.memory()? } else { host()? };
-            binding.bind_output_to_device(self.output.as_str(), &place)?;
+            let memory = if resident { self.device.memory()? } else { host()? };
+            binding.bind_output_to_device(self.output.as_str(), &memory)?;
             return Ok(Bound { shape, input, binding, fixed: None, run, records: false });
         };
         let classes = self.session.outputs().first().and_then(|o| o.dtype().tensor_shape()?.get(1).copied());

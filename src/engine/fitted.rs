@@ -131,11 +131,11 @@ mod tests {
         environment().expect("ONNX Runtime");
         let weight =
             Weight { name: "w".into(), dims: vec![2, 3], memory: (0..9).map(|v| v as f32).collect(), start: 3 };
-        let place = weight.values().as_ptr();
+        let pointer = weight.values().as_ptr();
         let (name, value) = value(weight).expect("a value");
         let (shape, values) = value.try_extract_tensor::<f32>().expect("single precision");
         assert_eq!((name.as_str(), &shape[..], values), ("w", &[2, 3][..], &[3.0, 4.0, 5.0, 6.0, 7.0, 8.0][..]));
-        assert_eq!(values.as_ptr(), place, "copied");
+        assert_eq!(values.as_ptr(), pointer, "copied");
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl GraphCache {
 
     /// The folder of the graph that `parts` describe, be it there or not. What a rewritten graph depends on beyond them is
     /// added: the processor's instruction sets.
-    pub(super) fn place(&self, parts: &[&str]) -> PathBuf {
+    pub(super) fn folder(&self, parts: &[&str]) -> PathBuf {
         let mut digest = Sha256::new();
         for part in [FORMAT, std::env::consts::ARCH, &instructions().join(",")].iter().chain(parts) {
             digest.update((part.len() as u64).to_le_bytes());
@@ -67,13 +67,13 @@ impl GraphCache {
     }
 
     /// The graph there, without its weights; none if there is none, and an error if graph or weights aren't whole.
-    pub(super) fn read(&self, place: &Path) -> Result<Option<Vec<u8>>, String> {
-        let mut bytes = match regular_file::read(&place.join(GRAPH), GRAPH_LIMIT) {
+    pub(super) fn read(&self, folder: &Path) -> Result<Option<Vec<u8>>, String> {
+        let mut bytes = match regular_file::read(&folder.join(GRAPH), GRAPH_LIMIT) {
             Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !place.exists() => return Ok(None),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !folder.exists() => return Ok(None),
             Err(e) => return Err(e.to_string()),
         };
-        let weights = weights_in(place)
+        let weights = weights_in(folder)
             .and_then(|path| checksum(&path))
             .map_err(|e| format!("its weights can't be read: {e}"))?;
         let end = bytes.len().saturating_sub(MARK.len() + 8);
@@ -92,14 +92,14 @@ impl GraphCache {
     }
 
     /// Removes the graph there.
-    pub(super) fn discard(&self, place: &Path) -> std::io::Result<()> {
+    pub(super) fn discard(&self, folder: &Path) -> std::io::Result<()> {
         // out of every reader's way first, and as a whole
         let old = self.draft()?;
-        std::fs::rename(place, old.0.path().join("old"))
+        std::fs::rename(folder, old.0.path().join("old"))
     }
 
     /// Seals a draft and gives it its name. If another process was first, its graph stays.
-    pub(super) fn keep(&self, draft: Draft, place: &Path) -> std::io::Result<()> {
+    pub(super) fn keep(&self, draft: Draft, folder: &Path) -> std::io::Result<()> {
         let (graph, weights) = (draft.graph(), draft.0.path().join(draft.weights()));
         // a graph without large weights has no file of them yet
         OpenOptions::new().create(true).append(true).open(&weights)?.sync_all()?;
@@ -107,13 +107,13 @@ impl GraphCache {
         let mut file = OpenOptions::new().append(true).open(&graph)?;
         file.write_all(&seal)?;
         file.sync_all()?;
-        match self.read(place) {
+        match self.read(folder) {
             Ok(Some(_)) => return Ok(()),
             Ok(None) => {}
             // a folder can't be renamed onto a full one
-            Err(_) => self.discard(place)?,
+            Err(_) => self.discard(folder)?,
         }
-        draft.0.publish(place, false)
+        draft.0.publish(folder, false)
     }
 }
 
@@ -150,8 +150,8 @@ fn sweep_old(folder: &Path) {
 }
 
 /// The weights' file in a graph's folder.
-fn weights_in(place: &Path) -> std::io::Result<PathBuf> {
-    let paths = std::fs::read_dir(place)?.map(|entry| entry.map(|e| e.path()));
+fn weights_in(folder: &Path) -> std::io::Result<PathBuf> {
+    let paths = std::fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path()));
     let mut weights = paths.filter(|p| p.as_ref().map_or(true, |p| p.extension().is_some_and(|e| e == WEIGHTS)));
     weights.next().unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
 }
@@ -215,55 +215,56 @@ mod tests {
     #[test]
     fn every_part_counts_and_none_runs_into_the_next() {
         let cache = GraphCache::new("nowhere");
-        let places = [&["ab", "c"][..], &["a", "bc"], &["abc"], &["ab", "c", ""], &["ab", "d"]].map(|p| cache.place(p));
-        for (i, a) in places.iter().enumerate() {
-            assert!(places[i + 1..].iter().all(|b| a != b), "{a:?}");
+        let folders =
+            [&["ab", "c"][..], &["a", "bc"], &["abc"], &["ab", "c", ""], &["ab", "d"]].map(|p| cache.folder(p));
+        for (i, a) in folders.iter().enumerate() {
+            assert!(folders[i + 1..].iter().all(|b| a != b), "{a:?}");
         }
-        assert_eq!(cache.place(&["ab", "c"]), places[0]);
+        assert_eq!(cache.folder(&["ab", "c"]), folders[0]);
     }
 
     #[test]
     fn what_is_kept_comes_back_whole_or_is_told() {
-        let folder = tempfile::tempdir().expect("folder");
-        let cache = GraphCache::new(folder.path().join("made"));
-        let place = cache.place(&["x"]);
-        assert_eq!(cache.read(&place), Ok(None));
+        let temporary = tempfile::tempdir().expect("folder");
+        let cache = GraphCache::new(temporary.path().join("made"));
+        let folder = cache.folder(&["x"]);
+        assert_eq!(cache.read(&folder), Ok(None));
         for (graph, weights) in [(&b""[..], None), (b"graph", None), (b"graph", Some(b"weights"))] {
             let draft = cache.draft().expect("draft");
             std::fs::write(draft.graph(), graph).expect("written");
             if let Some(weights) = weights {
                 std::fs::write(draft.0.path().join(draft.weights()), weights).expect("written");
             }
-            cache.keep(draft, &place).expect("kept");
-            assert_eq!(cache.read(&place), Ok(Some(graph.to_vec())));
+            cache.keep(draft, &folder).expect("kept");
+            assert_eq!(cache.read(&folder), Ok(Some(graph.to_vec())));
             if weights.is_none() {
-                std::fs::remove_dir_all(&place).expect("removed");
+                std::fs::remove_dir_all(&folder).expect("removed");
             }
         }
         let first = |other: &[u8]| {
             let draft = cache.draft().expect("draft");
             std::fs::write(draft.graph(), other).expect("written");
-            cache.keep(draft, &place).expect("kept");
-            cache.read(&place)
+            cache.keep(draft, &folder).expect("kept");
+            cache.read(&folder)
         };
         assert_eq!(first(b"another process's"), Ok(Some(b"graph".to_vec())), "who was first stays");
-        for path in [place.join(GRAPH), weights_in(&place).expect("weights")] {
+        for path in [folder.join(GRAPH), weights_in(&folder).expect("weights")] {
             let file = path.display();
             let whole = std::fs::read(&path).expect("file");
             for cut in 0..whole.len() {
                 std::fs::write(&path, &whole[..cut]).expect("written");
-                assert!(cache.read(&place).is_err(), "{file} {cut}");
+                assert!(cache.read(&folder).is_err(), "{file} {cut}");
                 let mut flipped = whole.clone();
                 flipped[cut] ^= 1;
                 std::fs::write(&path, flipped).expect("written");
-                assert!(cache.read(&place).is_err(), "{file} {cut}");
+                assert!(cache.read(&folder).is_err(), "{file} {cut}");
             }
             std::fs::remove_file(&path).expect("removed");
-            assert!(cache.read(&place).is_err(), "no {file}");
+            assert!(cache.read(&folder).is_err(), "no {file}");
             std::fs::write(&path, whole).expect("written");
-            assert_eq!(cache.read(&place), Ok(Some(b"graph".to_vec())));
+            assert_eq!(cache.read(&folder), Ok(Some(b"graph".to_vec())));
         }
         drop(cache.draft().expect("draft"));
-        assert_eq!(std::fs::read_dir(folder.path().join("made")).expect("folder").count(), 1, "drafts go");
+        assert_eq!(std::fs::read_dir(temporary.path().join("made")).expect("folder").count(), 1, "drafts go");
     }
 }

@@ -48,9 +48,10 @@ const RELEASE: &str = "1.28.0";
 fn find_library() -> Result<PathBuf, EngineFault> {
     if let Some(named) = std::env::var_os(LIBRARY_VARIABLE).filter(|v| !v.is_empty()) {
         let path = PathBuf::from(named);
-        return match path.is_file() {
-            true => Ok(absolute(&path)),
-            false => Err(EngineFault::Missing(format!("{LIBRARY_VARIABLE}={}", path.display()))),
+        return if path.is_file() {
+            Ok(absolute(&path))
+        } else {
+            Err(EngineFault::Missing(format!("{LIBRARY_VARIABLE}={}", path.display())))
         };
     }
     let file = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };

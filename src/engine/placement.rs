@@ -34,9 +34,10 @@ pub(super) fn read(profile: &[u8]) -> Result<Placement, String> {
     for event in events.into_iter().filter(|e| e.cat == "Node" && !e.args.provider.is_empty()) {
         nodes.entry(event.args.provider).or_default().insert(event.name);
     }
-    match nodes.is_empty() {
-        true => Err("its profile names no operator".into()),
-        false => Ok(nodes.into_iter().map(|(provider, names)| (provider, names.len())).collect()),
+    if nodes.is_empty() {
+        Err("its profile names no operator".into())
+    } else {
+        Ok(nodes.into_iter().map(|(provider, names)| (provider, names.len())).collect())
     }
 }
 

@@ -74,10 +74,7 @@ impl<'a> Emitter<'a> {
     /// convolution that follows an activation.
     fn nf_block(&mut self, x: &Map, block: &NfBlock, plan: &NfPlan) -> Result<(Map, BlockScalars), FoldError> {
         let (gamma, act, name) = (plan.gamma_in_act, plan.activation, &block.name);
-        let skip = match block.skipinit {
-            true => Some(self.reader.take_scalar(&format!("{name}.skipinit_gain"))?),
-            false => None,
-        };
+        let skip = if block.skipinit { Some(self.reader.take_scalar(&format!("{name}.skipinit_gain"))?) } else { None };
         let middle = block.attention.as_ref().filter(|(point, _)| *point == AttentionPoint::Middle).map(|(_, a)| a);
         let last = block.attention.as_ref().filter(|(point, _)| *point == AttentionPoint::Last).map(|(_, a)| a);
         let middle_gain = if middle.is_some() { block.attn_gain } else { 1.0 };

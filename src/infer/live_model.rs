@@ -196,11 +196,11 @@ impl LiveModel {
             let started = Instant::now();
             let checked = if by_hand { Ok(()) } else { check_finite(&logits) };
             let finished = checked.and_then(|()| finish(logits));
-            let took = started.elapsed();
-            self.metrics.phase(Phase::Postprocess, took);
+            let elapsed = started.elapsed();
+            self.metrics.phase(Phase::Postprocess, elapsed);
             answers.push(match finished {
                 Ok(answer) => {
-                    request.answered(&timings, took);
+                    request.answered(&timings, elapsed);
                     Ok((answer, timings))
                 }
                 Err(error) if by_hand => Err(InferError::BadTensor(error.to_string())),

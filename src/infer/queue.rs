@@ -475,10 +475,7 @@ impl Queue {
         }
         // with few before it, there is nothing to lose by trying
         let ended = if few { wait } else { self.drain_time(used + 1, options) };
-        match now.checked_add(ended).is_some_and(|ended| ended <= deadline) {
-            true => Ok(()),
-            false => Err(busy(wait)),
-        }
+        if now.checked_add(ended).is_some_and(|ended| ended <= deadline) { Ok(()) } else { Err(busy(wait)) }
     }
 
     /// The refusal of an image because of those before it.

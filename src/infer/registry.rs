@@ -199,13 +199,12 @@ impl Registry {
                 ModelError::NoModel { name: name.into(), repository: self.repository.clone(), available }.into()
             );
         };
-        let loaded = match self.serves(source, name, version) {
-            true => Ok(()),
-            false => {
-                let loaded = self.load_version(source, name, version, By::Name, metrics);
-                metrics.reloaded(name, loaded.is_ok());
-                loaded
-            }
+        let loaded = if self.serves(source, name, version) {
+            Ok(())
+        } else {
+            let loaded = self.load_version(source, name, version, By::Name, metrics);
+            metrics.reloaded(name, loaded.is_ok());
+            loaded
         };
         if loaded.is_ok() {
             let versions = versions(source, &listing, name);

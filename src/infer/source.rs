@@ -97,7 +97,7 @@ impl Source for RegistryOptions {
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
             let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
-            match engine::place(&onnx, &what, &engine, &batch) {
+            match engine::placement(&onnx, &what, &engine, &batch) {
                 // nothing is wrong with the model: serve it, and say what was not seen
                 Err(error @ EngineError::NoProfile { .. }) => tracing::warn!(model = what, "{what}: {error}"),
                 Err(error) => return Err(refused(dir)(error)),
@@ -117,10 +117,8 @@ impl Source for RegistryOptions {
             identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
         }
         // once for all engines, and not at all where the cache has it
-        let graph = Arc::new(LazyLock::new(move || match pads {
-            true => Fitted::for_this_cpu(onnx),
-            false => Fitted::as_it_is(onnx),
-        }));
+        let graph =
+            Arc::new(LazyLock::new(move || if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) }));
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (graph, what) = (graph.clone(), what.clone());
             let (cache, identity) = (options.graph_cache.clone(), identity.clone());

@@ -155,12 +155,13 @@ impl Encoded<'_> {
     /// show that their kind is not read.
     pub fn decode(&self, needed: impl Fn(u32, u32) -> [u32; 2]) -> Result<Picture, ImageError> {
         let Self { decoder, bytes, orientation, .. } = *self;
-        let needed = |width: u32, height: u32| match is_turned(orientation) {
-            true => {
+        let needed = |width: u32, height: u32| {
+            if is_turned(orientation) {
                 let [across, down] = needed(height, width);
                 [down, across]
+            } else {
+                needed(width, height)
             }
-            false => needed(width, height),
         };
         let decode = || match &self.header {
             Header::Jpeg(markers) => jpeg::decode(bytes, markers, &decoder.limits, decoder.jpeg, needed),

@@ -79,7 +79,7 @@ impl Claim {
     pub fn try_take(&mut self) -> Option<Share> {
         let memory = self.memory.clone();
         let mut state = memory.lock();
-        self.take(&mut state)
+        self.try_claim(&mut state)
     }
 
     /// Takes the memory, waiting for it as long as it needs. For threads that have nothing else to do.
@@ -87,14 +87,14 @@ impl Claim {
         let memory = self.memory.clone();
         let mut state = memory.lock();
         loop {
-            match self.take(&mut state) {
+            match self.try_claim(&mut state) {
                 Some(share) => return share,
                 None => state = memory.freed.wait(state).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
 
-    fn take(&mut self, state: &mut State) -> Option<Share> {
+    fn try_claim(&mut self, state: &mut State) -> Option<Share> {
         let (total, bytes) = (self.memory.total, self.bytes);
         let small = self.memory.is_small(bytes);
         let fits = if small {

@@ -40,7 +40,7 @@ struct Layout {
     block: usize,
     /// Operators so far; those that went into others left a gap.
     nodes: Vec<Option<NodeProto>>,
-    /// Place of the operator that makes a map.
+    /// Index of the operator that makes a map.
     makers: HashMap<String, usize>,
     /// Channels of each map in blocks.
     maps: HashMap<String, usize>,
@@ -68,13 +68,13 @@ impl Layout {
         }
         let (nodes, makers) = (Vec::with_capacity(graph.node.len()), HashMap::new());
         let mut layout = Self { block, nodes, makers, maps: HashMap::new(), readers, filters: HashMap::new() };
-        graph.node.iter().try_for_each(|node| layout.take(node.clone(), &source))?;
+        graph.node.iter().try_for_each(|node| layout.add(node.clone(), &source))?;
         let plain = graph.output.iter().all(|value| !layout.maps.contains_key(&value.name));
         plain.then_some(layout)
     }
 
     /// The next operator of the graph, in its order.
-    fn take(&mut self, node: NodeProto, source: &Source<'_>) -> Option<()> {
+    fn add(&mut self, node: NodeProto, source: &Source<'_>) -> Option<()> {
         let [output] = node.output.as_slice() else { return None };
         let (output, first) = (output.clone(), node.input.first()?.clone());
         let channels = self.maps.get(&first).copied();
@@ -148,7 +148,9 @@ impl Layout {
         let (&[_, channels, height, width], []) = shape else { return None };
         let channels = usize::try_from(i64::from_le_bytes(channels)).ok()?;
         let one = 1_i64.to_le_bytes();
-        (height == one && width == one && channels > 0 && channels.is_multiple_of(self.block)).then_some(())?;
+        if height != one || width != one || channels == 0 || !channels.is_multiple_of(self.block) {
+            return None;
+        }
         let output = node.output.first_mut()?;
         let plain = format!("{output}.plain");
         let map = std::mem::replace(output, plain.clone());
@@ -191,7 +193,9 @@ impl Layout {
     /// The sum of two maps, as part of a convolution that makes one of them where that is possible.
     fn sum(&mut self, node: NodeProto) -> Option<NodeProto> {
         let [a, b] = node.input.as_slice() else { return None };
-        (self.maps.get(a) == Some(self.maps.get(b)?)).then_some(())?;
+        if self.maps.get(a)? != self.maps.get(b)? {
+            return None;
+        }
         for (term, other) in [(a, b), (b, a)] {
             if let Some(mut convolution) = self.withdraw(term, 3) {
                 convolution.input.resize(3, String::new());
@@ -205,13 +209,15 @@ impl Layout {
     /// `x · sigmoid(x)` as one operator, or a map times its gate for every pixel.
     fn product(&mut self, mut node: NodeProto) -> Option<NodeProto> {
         let [x, factor] = node.input.as_slice() else { return None };
-        (self.maps.get(x) == Some(self.maps.get(factor)?)).then_some(())?;
-        let place = *self.makers.get(factor)?;
-        let maker = self.nodes.get(place)?.as_ref()?;
+        if self.maps.get(x)? != self.maps.get(factor)? {
+            return None;
+        }
+        let index = *self.makers.get(factor)?;
+        let maker = self.nodes.get(index)?.as_ref()?;
         match maker.op_type.as_str() {
             "Upsample" => Some(node),
             "Sigmoid" if maker.input.first() == Some(x) && self.readers.get(factor) == Some(&1) => {
-                self.nodes[place] = None;
+                self.nodes[index] = None;
                 node.input.truncate(1);
                 node.attribute.push(float("alpha", 1.0));
                 Some(NodeProto { op_type: "QuickGelu".into(), domain: FUSED.into(), ..node })
@@ -238,8 +244,12 @@ fn upsampling(mut node: NodeProto, source: &Source<'_>) -> Option<NodeProto> {
     let scales = values(source.constants.get(node.input.get(2)?.as_str())?)?;
     let &[1.0, 1.0, height, width] = &*scales else { return None };
     let said = |name: &str, value: &str| node.attribute.iter().any(|a| a.name == name && a.s == value.as_bytes());
-    let alike = said("mode", "nearest") && said("coordinate_transformation_mode", "asymmetric");
-    (alike && said("nearest_mode", "floor") && height.fract() == 0.0 && width.fract() == 0.0).then_some(())?;
+    let alike = said("mode", "nearest")
+        && said("coordinate_transformation_mode", "asymmetric")
+        && said("nearest_mode", "floor");
+    if !alike || height.fract() != 0.0 || width.fract() != 0.0 {
+        return None;
+    }
     node.attribute.retain(|a| a.name != "nearest_mode");
     node.attribute.push(ints("scales", &[1, 1, height as usize, width as usize]));
     node.input.truncate(1);

@@ -125,7 +125,9 @@ impl Widths {
         let channels = usize::try_from(*weight.dims.first()?).ok()?;
         let read = if reads == Reads::All { usize::try_from(*weight.dims.get(1)?).ok()? } else { channels };
         // what doesn't fit together is no graph to pad, and would ask for memory by a number that nothing bears out
-        (self.sets[self.root(input)].channels == read).then_some(())?;
+        if self.sets[self.root(input)].channels != read {
+            return None;
+        }
         match reads {
             Reads::All => Some(self.add(Set { channels, unit: self.block, fixed: false })),
             Reads::One => Some(input),
@@ -179,18 +181,18 @@ impl Widths {
 
     /// Pads weights, biases and what the graph says of shapes.
     fn apply(&self, graph: &mut GraphProto) -> Option<()> {
-        let places: HashMap<String, usize> =
+        let indices: HashMap<String, usize> =
             graph.initializer.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let mut done = HashSet::new();
         let mut widen = |tensors: &mut [TensorProto], name: &str, rows, columns, column: &dyn Fn(usize) -> usize| {
-            let place = *places.get(name)?;
+            let index = *indices.get(name)?;
             // a tensor with two readers would be padded twice
-            if done.insert(place) { widen(&mut tensors[place], rows, columns, column) } else { None }
+            if done.insert(index) { widen(&mut tensors[index], rows, columns, column) } else { None }
         };
         for node in &mut graph.node {
             match (node.op_type.as_str(), node.input.as_slice()) {
                 ("Conv", [x, weight, bias @ ..]) => {
-                    let reads = match graph.initializer.get(*places.get(weight)?)? {
+                    let reads = match graph.initializer.get(*indices.get(weight)?)? {
                         tensor if tensor.dims.len() == 3 => continue,
                         tensor => Reads::of(node, tensor)?,
                     };
@@ -203,7 +205,7 @@ impl Widths {
                             (size * merged, output / (size * merged), merged)
                         }
                     };
-                    // a group's place among those it is merged with
+                    // where a group stands among those it is merged with
                     let size = columns / merged;
                     let column = |row: usize| if merged == 1 { 0 } else { row / size % merged * size };
                     widen(&mut graph.initializer, weight, output, columns, &column)?;
@@ -211,17 +213,20 @@ impl Widths {
                         widen(&mut graph.initializer, bias, output, 1, &|_| 0)?;
                     }
                     let group = node.attribute.iter_mut().find(|a| a.name == "group");
-                    group.map_or((groups == 1).then_some(()), |group| {
-                        group.i = groups as i64;
-                        Some(())
-                    })?;
+                    match group {
+                        Some(group) => group.i = groups as i64,
+                        None if groups == 1 => {}
+                        None => return None,
+                    }
                 }
                 ("Gemm", [x, weight, ..]) => {
-                    let tensor = graph.initializer.get(*places.get(weight)?)?;
+                    let tensor = graph.initializer.get(*indices.get(weight)?)?;
                     let rows = usize::try_from(*tensor.dims.first()?).ok()?;
                     let by_rows = node.attribute.iter().any(|a| a.name == "transB" && a.i == 1);
                     let set = self.of(x)?;
-                    (by_rows && tensor.dims.get(1) == Some(&(set.channels as i64))).then_some(())?;
+                    if !by_rows || tensor.dims.get(1) != Some(&(set.channels as i64)) {
+                        return None;
+                    }
                     widen(&mut graph.initializer, weight, rows, set.padded(), &|_| 0)?;
                 }
                 _ => {}
@@ -279,8 +284,8 @@ impl Widening<'_> {
         let mut wide = vec![T::default(); self.rows.checked_mul(self.columns)?.checked_mul(self.cell)?];
         for (r, values) in values.chunks(self.row.max(1)).enumerate() {
             let start = r.checked_mul(self.columns)?.checked_add((self.column)(r))?.checked_mul(self.cell)?;
-            let place = wide.get_mut(start..start.checked_add(values.len())?)?;
-            place.iter_mut().zip(values).for_each(|(place, value)| *place = read(*value));
+            let target = wide.get_mut(start..start.checked_add(values.len())?)?;
+            target.iter_mut().zip(values).for_each(|(target, value)| *target = read(*value));
         }
         Some(wide)
     }

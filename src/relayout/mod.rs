@@ -33,6 +33,8 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: bool, from: usize) -> Opti
     let mut model = padded.or_else(|| ModelProto::decode(onnx).ok())?;
     let filters = if lays_out { lay_out(&mut model, block) } else { None };
     let laid_out = filters.is_some();
-    (changed || laid_out).then_some(())?;
+    if !changed && !laid_out {
+        return None;
+    }
     Some(InBlocks { graph: detach_weights(model, &filters.unwrap_or_default(), from)?, laid_out })
 }

@@ -123,7 +123,7 @@ async fn classify(
         };
         results.push(match answer {
             Ok(classified) => {
-                served.took(&classified.timings);
+                served.add_timings(&classified.timings);
                 ImageAnswer::Predictions(classified.predictions.into_iter().map(PredictionBody::from).collect())
             }
             // a request of one image has no neighbours to save

@@ -58,10 +58,11 @@ pub(super) fn routes(app: Arc<App>) -> Router {
 }
 
 fn cors(origins: &[String]) -> CorsLayer {
-    let origins = match origins.iter().any(|origin| origin == "*") {
-        true => AllowOrigin::any(),
+    let origins = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
         // the command line has checked them
-        false => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+        AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
     };
     CorsLayer::new()
         .allow_origin(origins)

@@ -29,8 +29,8 @@ impl Served {
         Self { model, version, images, timings: Timings::default(), faults: Vec::new() }
     }
 
-    /// One image took that long: images of one request are worked on side by side.
-    pub(super) fn took(&mut self, b: &Timings) {
+    /// An image of the request was answered in these times: since images are worked on side by side, the longest counts.
+    pub(super) fn add_timings(&mut self, b: &Timings) {
         let a = &mut self.timings;
         a.decode = a.decode.max(b.decode);
         a.preprocess = a.preprocess.max(b.preprocess);

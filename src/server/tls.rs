@@ -81,9 +81,12 @@ fn configure(options: &TlsOptions) -> Result<Arc<ServerConfig>, TlsError> {
     };
     let chain = certificates(&options.cert, "certificate (--tls-cert)")?;
     let bad_key = |reason: String| file(&options.key, "private key of the certificate (--tls-key)", reason);
-    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| match is_encrypted(&options.key) {
-        true => bad_key("it is encrypted; decrypt it with `openssl pkey -in KEY -out DECRYPTED`".into()),
-        false => bad_key(e.to_string()),
+    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| {
+        if is_encrypted(&options.key) {
+            bad_key("it is encrypted; decrypt it with `openssl pkey -in KEY -out DECRYPTED`".into())
+        } else {
+            bad_key(e.to_string())
+        }
     })?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())

@@ -76,7 +76,8 @@ impl Traces {
             ]);
             let phases =
                 [("decode", t.decode), ("preprocess", t.preprocess), ("queue", t.queue), ("inference", t.inference)];
-            attributes.extend(phases.map(|(phase, took)| KeyValue::new(format!("nfold.{phase}_ms"), millis(took))));
+            attributes
+                .extend(phases.map(|(phase, elapsed)| KeyValue::new(format!("nfold.{phase}_ms"), millis(elapsed))));
         }
         let tracer = self.provider.tracer("nfold");
         let builder = tracer.span_builder(name.to_string());

@@ -124,9 +124,8 @@ fn sparkline(values: &[f64]) -> String {
     let shown = values.len().min(SPARK_WIDTH);
     (0..shown)
         .map(|i| values[i * values.len() / shown])
-        .map(|v| match v.is_finite() {
-            true => HEIGHTS[((length(v) - low) / span * 7.0).round().clamp(0.0, 7.0) as usize],
-            false => '!',
+        .map(|v| {
+            if v.is_finite() { HEIGHTS[((length(v) - low) / span * 7.0).round().clamp(0.0, 7.0) as usize] } else { '!' }
         })
         .collect()
 }

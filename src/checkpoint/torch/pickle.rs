@@ -240,7 +240,7 @@ impl Input<'_> {
     }
 
     /// So many bytes: checked against the budget before they are asked for.
-    fn take(&mut self, count: u64) -> Result<Vec<u8>, PickleError> {
+    fn read(&mut self, count: u64) -> Result<Vec<u8>, PickleError> {
         self.spend(count)?;
         let mut bytes = Vec::new();
         let read = self.input.take(count).read_to_end(&mut bytes).map_err(|_| PickleError::Truncated)?;
@@ -249,7 +249,7 @@ impl Input<'_> {
 
     fn text(&mut self, count: u64) -> Result<Node, PickleError> {
         // torch's own text is UTF-8, Python's may hold lone surrogates
-        Ok(Node::Str(String::from_utf8_lossy(&self.take(count)?).into_owned()))
+        Ok(Node::Str(String::from_utf8_lossy(&self.read(count)?).into_owned()))
     }
 
     fn line(&mut self) -> Result<String, PickleError> {
@@ -433,8 +433,8 @@ impl Machine<'_> {
                 b'b' => {
                     let state = self.pop()?;
                     let target = *self.stack.last().ok_or(EMPTY)?;
-                    if let Some(Node::Object { state: place, .. }) = self.arena.nodes.get_mut(target) {
-                        *place = Some(state);
+                    if let Some(Node::Object { state: slot, .. }) = self.arena.nodes.get_mut(target) {
+                        *slot = Some(state);
                     }
                 }
                 b'Q' => {
@@ -474,7 +474,7 @@ impl Machine<'_> {
     }
 
     fn long(&mut self, count: u64) -> Result<(), PickleError> {
-        let bytes = self.input.take(count)?;
+        let bytes = self.input.read(count)?;
         let node = match bytes.len() {
             0 => Node::Int(0),
             1..=8 => {
@@ -491,7 +491,7 @@ impl Machine<'_> {
     }
 
     fn opaque(&mut self, count: u64) -> Result<(), PickleError> {
-        self.input.take(count)?;
+        self.input.read(count)?;
         self.push(Node::Opaque)
     }
 

@@ -152,9 +152,10 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         anyhow::Ok(load::run(&plan, payloads, &|what| say(format_args!("{what}"))).await)
     })?;
     let mut out = io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
-        false => print(&mut out, &report)?,
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?
+    } else {
+        print(&mut out, &report)?
     }
     if let Some(folder) = &args.report {
         report::write_load(folder, &report, &recorders)?;

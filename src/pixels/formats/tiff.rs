@@ -288,14 +288,14 @@ impl Page<'_> {
                 );
                 // the last strip ends with the image, tiles don't
                 let rows = if self.tiled { self.chunk[1] as usize } else { (height - top).min(self.chunk[1] as usize) };
-                let place = Place { left, top, rows, plane };
+                let position = Position { left, top, rows, plane };
                 let input = self.input(number + plane * (across * down) as usize)?;
                 if self.compression == Compression::Jpeg {
-                    self.paste_jpeg(input, place, limits, &mut data)?;
+                    self.paste_jpeg(input, position, limits, &mut data)?;
                     continue;
                 }
                 if self.compression == Compression::None && !self.mirrored {
-                    self.paste(input.get(..row * rows).ok_or_else(truncated)?, row, place, &mut data);
+                    self.paste(input.get(..row * rows).ok_or_else(truncated)?, row, position, &mut data);
                     continue;
                 }
                 buffer.clear();
@@ -311,7 +311,7 @@ impl Page<'_> {
                 if self.predictor == 2 {
                     self.undo_differences(&mut buffer, row);
                 }
-                self.paste(&buffer, row, place, &mut data);
+                self.paste(&buffer, row, position, &mut data);
             }
         }
         let (width, height) = (self.width, self.height);
@@ -364,17 +364,17 @@ impl Page<'_> {
     }
 
     /// Puts a chunk's pixels into the image.
-    fn paste(&self, chunk: &[u8], row: usize, place: Place, data: &mut [u8]) {
+    fn paste(&self, chunk: &[u8], row: usize, position: Position, data: &mut [u8]) {
         let (width, stored) = (self.width as usize, self.stored() as usize);
-        let pixels = (width - place.left).min(self.chunk[0] as usize);
+        let pixels = (width - position.left).min(self.chunk[0] as usize);
         let bytes = (self.bits / 8) as usize;
         let count = self.in_chunk() as usize;
         let high = if self.bits == 16 && !self.directory.big_endian { 1 } else { 0 };
-        let lines = data.chunks_exact_mut(stored * width).skip(place.top).take(place.rows);
+        let lines = data.chunks_exact_mut(stored * width).skip(position.top).take(position.rows);
         for (line, chunk) in lines.zip(chunk.chunks_exact(row)) {
-            let line = &mut line[stored * place.left..][..stored * pixels];
+            let line = &mut line[stored * position.left..][..stored * pixels];
             if self.planar {
-                for (x, out) in line.iter_mut().skip(place.plane).step_by(stored).enumerate() {
+                for (x, out) in line.iter_mut().skip(position.plane).step_by(stored).enumerate() {
                     *out = chunk[x * bytes + high];
                 }
                 continue;
@@ -430,7 +430,13 @@ impl Page<'_> {
     }
 
     /// A strip or tile that is a JPEG of its own, with the tables of all before it.
-    fn paste_jpeg(&self, input: &[u8], place: Place, limits: &ImageLimits, data: &mut [u8]) -> Result<(), ImageError> {
+    fn paste_jpeg(
+        &self,
+        input: &[u8],
+        position: Position,
+        limits: &ImageLimits,
+        data: &mut [u8],
+    ) -> Result<(), ImageError> {
         let tables = self.directory.raw(tag::JPEG_TABLES).unwrap_or_default();
         let tables = tables.strip_prefix(b"\xFF\xD8").unwrap_or_default();
         let tables = tables.strip_suffix(b"\xFF\xD9").unwrap_or(tables);
@@ -447,13 +453,13 @@ impl Page<'_> {
             return Err(corrupt("a strip is larger than it should be"));
         }
         let (width, stored) = (self.width as usize, self.stored() as usize);
-        let pixels = (width - place.left).min(size[0] as usize);
+        let pixels = (width - position.left).min(size[0] as usize);
         let mut rgb = vec![0; 3 * pixels];
         let mut scratch = Scratch::default();
-        let lines = data.chunks_exact_mut(stored * width).skip(place.top);
+        let lines = data.chunks_exact_mut(stored * width).skip(position.top);
         for (y, line) in lines.take(size[1] as usize).enumerate() {
             components.row(y, 0..pixels, &mut scratch, &mut rgb);
-            let line = &mut line[stored * place.left..][..stored * pixels];
+            let line = &mut line[stored * position.left..][..stored * pixels];
             let step = if stored == 1 { 3 } else { 1 };
             line.iter_mut().zip(rgb.iter().step_by(step)).for_each(|(out, sample)| *out = *sample);
             if self.kind == (Kind::Grey { inverted: true }) {
@@ -466,7 +472,7 @@ impl Page<'_> {
 
 /// Where a strip or tile belongs.
 #[derive(Clone, Copy)]
-struct Place {
+struct Position {
     left: usize,
     top: usize,
     rows: usize,

@@ -65,9 +65,10 @@ fn check_frames(bytes: &[u8]) -> Result<(), ImageError> {
             return Err(wrong());
         }
     }
-    match chunks(file).filter_map(|(name, body)| size_of(name, body)).any(|size| size != canvas) {
-        true => Err(wrong()),
-        false => Ok(()),
+    if chunks(file).filter_map(|(name, body)| size_of(name, body)).any(|size| size != canvas) {
+        Err(wrong())
+    } else {
+        Ok(())
     }
 }
 

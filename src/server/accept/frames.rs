@@ -72,7 +72,7 @@ impl Frames {
             bytes = &bytes[1..];
             if self.filled == self.head.len() {
                 self.filled = 0;
-                if !self.take() {
+                if !self.pay() {
                     return true;
                 }
             }
@@ -85,7 +85,7 @@ impl Frames {
     }
 
     /// Pays for the frame whose head is there, or says that it can't be paid for.
-    fn take(&mut self) -> bool {
+    fn pay(&mut self) -> bool {
         const DATA: u8 = 0;
         const HEADERS: u8 = 1;
         const END_STREAM: u8 = 1;

@@ -167,12 +167,13 @@ pub(in crate::server) fn flag(parameters: &Parameters, name: &str) -> Result<Opt
 
 /// What parameters mean for every tensor: that its data lies in shared memory is refused.
 pub(in crate::server) fn refuse_shared_memory(parameters: &Parameters, tensor: &str) -> Result<(), ApiError> {
-    match parameters.contains_key("shared_memory_region") {
-        false => Ok(()),
-        true => Err(invalid(format!(
+    if parameters.contains_key("shared_memory_region") {
+        Err(invalid(format!(
             "tensor `{}` is in shared memory, which this server does not use; send its data in the request",
             tensor.escape_debug()
-        ))),
+        )))
+    } else {
+        Ok(())
     }
 }
 
@@ -230,8 +231,8 @@ pub(in crate::server) async fn run(
     };
     let mut rows = Vec::with_capacity(count);
     for (i, answer) in model.infer(images, Terms { deadline, priority }, finish).await?.into_iter().enumerate() {
-        let (row, timings) = answer.map_err(|error| place(error, i, count))?;
-        served.took(&timings);
+        let (row, timings) = answer.map_err(|error| numbered(error, i, count))?;
+        served.add_timings(&timings);
         rows.push(row);
     }
     let made = model.clone();
@@ -250,9 +251,12 @@ fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) 
         None => (all, OutputData::Logits(rows.iter().flat_map(|(logits, _)| logits.iter().copied()).collect())),
         Some(k) => {
             let k = k.min(all);
-            let class = |logits: &[f32], index: usize, label: &str| match labels.is_empty() {
-                true => format!("{:.6}:{index}", logits[index]),
-                false => format!("{:.6}:{index}:{label}", logits[index]),
+            let class = |logits: &[f32], index: usize, label: &str| {
+                if labels.is_empty() {
+                    format!("{:.6}:{index}", logits[index])
+                } else {
+                    format!("{:.6}:{index}:{label}", logits[index])
+                }
             };
             let row = |(logits, top): &Row| -> Vec<String> {
                 top.iter().take(k).map(|p| class(logits, p.index, &p.label)).collect()
@@ -275,8 +279,8 @@ fn size(model: &LiveModel, wanted: &[Wanted], images: usize) -> usize {
     images * wanted.iter().map(row).sum::<usize>()
 }
 
-/// An image's error, with the image's place where there are several.
-fn place(error: InferError, index: usize, images: usize) -> ApiError {
+/// An image's error, with its index where the request has several images.
+fn numbered(error: InferError, index: usize, images: usize) -> ApiError {
     let mut error = ApiError::from(error);
     if images > 1 && error.code != Code::Internal {
         error.message = format!("image {index} of the batch: {}", error.message);
@@ -352,9 +356,10 @@ fn at_most(images: usize, limit: usize) -> Result<usize, ApiError> {
 }
 
 fn sized(found: usize, due: usize, what: &str) -> Result<(), ApiError> {
-    match found == due {
-        true => Ok(()),
-        false => Err(invalid(format!("input `{INPUT}` has {found} {what}, its shape needs {due}"))),
+    if found == due {
+        Ok(())
+    } else {
+        Err(invalid(format!("input `{INPUT}` has {found} {what}, its shape needs {due}")))
     }
 }
 
