@@ -6,7 +6,7 @@
 #   make dist              packages for machines without Rust, into dist/; check-dist: each in a clean root
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make test-otel         spans at a collector (cargo feature otel)
-#   make simulate          100,000 schedules of the serving heart on a simulated clock (make test: 1,000)
+#   make simulate          100,000 schedules of the scheduler on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
 #   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
 #   make check-all         what is too long for every change: all sets of features, all published checkpoints up to 80 M

@@ -20,7 +20,7 @@
 //!
 //! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `engine`, `pixels` → `relayout` →
 //! `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`, `files`);
-//! `tests/layers.rs` holds the house to that.
+//! `tests/layers.rs` tests that.
 #![forbid(unsafe_code)]
 
 pub mod files;

@@ -230,7 +230,7 @@ fn a_client_that_gives_no_window_loses_its_connection_on_both_ports() {
 }
 
 #[test]
-fn clients_that_never_say_goodbye_don_t_hold_up_the_stop() {
+fn clients_that_leave_connections_open_don_t_hold_up_the_stop() {
     let house = house(local(), options(1, 4, 8));
     let mut idle = open(house.grpc);
     let live = request("POST", "/inference.GRPCInferenceService/ServerLive", "application/grpc", &[0; 5]);

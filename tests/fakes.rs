@@ -32,7 +32,7 @@ pub enum Fault {
     /// Too few logits.
     Short,
     /// Logits that depend on how many images run together.
-    Company,
+    Batched,
 }
 
 /// Strings that pull the engines of one model.
@@ -103,7 +103,7 @@ impl Backend for Puppet {
             _ => {}
         }
         let nan = |i: &[f32]| if fault == Some(Fault::Nan) && i[0] == MARK { f32::NAN } else { i[0] };
-        let third = if fault == Some(Fault::Company) { batch.images as f32 } else { 0.0 };
+        let third = if fault == Some(Fault::Batched) { batch.images as f32 } else { 0.0 };
         let data = images.iter().flat_map(|i| [nan(i), i[1], third]).collect();
         Ok(Logits { images: batch.images, classes: CLASSES, data })
     }

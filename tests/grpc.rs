@@ -256,7 +256,7 @@ fn overload_deadline_and_a_client_that_goes_away() {
         let mut client = h.client();
         let gone = tokio::spawn(async move { client.model_infer(fp32(&tensor(0.0))).await });
         eventually("it is here", || h.house.metrics.inflight_requests.get() == 2);
-        // the dead image of the first made room for it
+        // the expired image of the first made room for it
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(h.house.depth(), 2);
         let full = h.client().model_infer(fp32(&tensor(0.0))).await.unwrap_err();

@@ -209,7 +209,7 @@ fn cancelled_images_are_not_computed_and_make_room() {
     let busy = stage.occupy();
     let gone = [stage.submit(7.0).unwrap(), stage.submit(8.0).unwrap()];
     drop(gone);
-    let next = stage.submit(9.0).expect("the dead make room");
+    let next = stage.submit(9.0).expect("expired images make room");
     stage.strings.release();
     answer(busy).unwrap();
     assert_eq!(answer(next).unwrap().logits[0], 9.0);
@@ -484,7 +484,7 @@ fn batches_are_padded_to_buckets_and_the_padding_counted() {
 fn answers_that_depend_on_company_are_found_at_the_start() {
     let begin = |invariance| {
         let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
-        *strings.fault.lock().unwrap() = Some(Fault::Company);
+        *strings.fault.lock().unwrap() = Some(Fault::Batched);
         let started = Scheduler::start(job(&strings, &metrics), SchedulerOptions { invariance, ..options(2, 4, 10) });
         (started.map(drop), metrics.invariance_max_abs_diff.with_label_values(&["m", "1"]).get())
     };

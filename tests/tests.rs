@@ -62,7 +62,7 @@ mod grpc;
 /// API keys, TLS, CORS, slow clients.
 mod secure;
 
-/// Unreadable heads, clients that don't take their answers, goodbyes.
+/// Unreadable heads, clients that don't read their answers, how connections end.
 mod connections;
 
 /// The program as operators meet it: real model, real signals.

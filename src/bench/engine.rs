@@ -29,10 +29,10 @@ const SETTLE: Duration = Duration::from_millis(80);
 /// many stretches.
 const STRETCH: Duration = Duration::from_millis(100);
 const STRETCHES: usize = 20;
-/// What two stretches may differ by.
+/// Largest relative difference of two stretches that counts as none.
 const STEADY: f64 = 0.01;
 
-/// How to time.
+/// How contenders are timed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     /// Images in a run.
@@ -71,7 +71,7 @@ pub struct Report {
     pub schema: String,
     /// Where and with what.
     pub machine: Machine,
-    /// How.
+    /// How it was measured.
     pub plan: Plan,
     /// Share of processor time that a hypervisor gave to others meanwhile.
     pub stolen_share: Option<f64>,

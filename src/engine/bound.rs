@@ -1,6 +1,6 @@
-//! Engines on a GPU: a session for each number of images, its input written to memory that the device reads by itself, both
-//! ends bound once, and a CUDA graph that replays what its first run did. Runs on the CPU as well, where it gains nothing:
-//! so that it is tested on machines without a GPU.
+//! Engines on a GPU: a session for each number of images. Its input lies in host memory that the device reads by itself,
+//! input and output are bound once, and a CUDA graph replays the kernels of the first run. All but the graph runs on the
+//! CPU too, without gain, so that it is tested on machines without a GPU.
 //!
 //! Why a session for each number: ONNX Runtime keeps cuDNN's plan of a convolution for the last shape only, and makes all
 //! of them anew when the shape changes: 50 ms and more for a network that runs in 7.
@@ -36,7 +36,7 @@ fn alone<T>(work: impl FnOnce() -> T) -> T {
 pub struct BoundBackend {
     /// Ascending by number of images.
     engines: Vec<Engine>,
-    /// The one that was staged last.
+    /// Index of the session whose input was staged last.
     staged: Option<usize>,
     /// Logits stay on the device: for timing the graph alone.
     resident: bool,

@@ -1,4 +1,4 @@
-//! Every way an answer can fail, as the engine room sees it: one variant per cause. What a protocol makes of it
+//! Every way an answer can fail: one variant per cause. What a protocol makes of it
 //! (status codes, headers) is the edge's business.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ pub enum InferError {
     /// The bytes are no image that can be taken: [`ImageError`] says why.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Numbers that a client sent in place of an image, and that the network made into something that can't be told.
+    /// A client's own tensor, for which the network computes NaN or infinity.
     #[error("{0}; send finite, normalised values")]
     BadTensor(String),
     /// One request holds more images than may ever be admitted at once.

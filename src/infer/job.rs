@@ -26,10 +26,10 @@ pub struct SchedulerOptions {
     pub max_queue_delay: Duration,
     /// Most images admitted and not yet answered.
     pub queue_limit: usize,
-    /// An image that would wait longer, by the measured speed, is refused at once: under overload a queue that is full of
-    /// late answers serves nobody. Two images per worker are always taken.
+    /// An image that would wait longer, by the measured speed, is refused at once: under overload a queue
+    /// that is full of late answers serves nobody. Two images per worker are always taken.
     pub max_queue_wait: Duration,
-    /// The same where the queue is no burst but stands: the wait has been above this for half a second.
+    /// Replaces `max_queue_wait` in a standing queue: one whose wait has been above this for half a second.
     pub standing_wait: Duration,
     /// What an encoded image may cost at most, and how it is decoded.
     pub decoder: Decoder,

@@ -27,9 +27,8 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Opens an engine and warms it; whatever panics on the way is told like any other failure. The first worker of a model
-    /// also does what need not be done for each of its twins: the golden answer, every batch size, and the engine that has
-    /// all cores.
+    /// Opens an engine and warms it; a panic on the way is reported like any other failure. The first worker of a model
+    /// also does what is done once for all of them: the golden answer, every batch size, and the engine that has all cores.
     pub(super) fn open(shared: &Shared, number: usize) -> Result<(Self, Warm), StartError> {
         let opened = catch_unwind(AssertUnwindSafe(|| {
             let mut lane = Self { number, engine: Some((shared.job.open)()?), reopen: None };
@@ -101,7 +100,7 @@ impl Lane {
         result.inspect_err(logged).ok()
     }
 
-    /// After a panic: what it leaves behind is not to be trusted.
+    /// Gives up the engine after a panic: its state can't be trusted.
     pub(super) fn lose(&mut self, shared: &Shared) {
         if self.engine.is_some() {
             self.discard();
@@ -173,7 +172,7 @@ fn measured(
     metrics.batch_size.observe(images as f64);
     metrics.padding.inc_by((padded - images) as u64);
     metrics.run(count);
-    // how fast a machine is that has nothing else to do says nothing of a busy one
+    // a run on an idle machine says nothing about the speed of a busy one
     let cost = (cores == Cores::Own).then(|| took / images.max(1) as u32);
     shared.ran(worker, images, result.is_ok(), cost);
     (count, result)
@@ -265,7 +264,7 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
 /// a setting that spoils every image is found before the first client finds it.
 fn photograph(shared: &Shared) -> Result<Vec<f32>, String> {
     let job = &shared.job;
-    // its own limits: those for clients may be smaller than it
+    // limits of its own: those for clients may be smaller than this image
     let side = |pixels: usize| (2 * pixels).clamp(16, 2048).next_multiple_of(4) as u32;
     let file = bitmap(side(job.preprocessor.width()), side(job.preprocessor.height()));
     let image = Decoder::default().decode(&file, job.exif_orientation, |w, h| job.preprocessor.resized(w, h));

@@ -1,8 +1,8 @@
 //! All live models: loaded, replaced while they serve, taken out of service, drained.
 //!
 //! **Who decides what is served.** At the start, on SIGHUP and with `--watch`, the repository: what it holds (of the models
-//! asked for) is served, what has gone from it is not. In between, whoever loads or unloads a model by name: that model stays
-//! as he left it, whatever the repository holds, until its folder changes (a version comes, goes, or has other files) or the
+//! asked for) is served, what has gone from it is not. In between, requests that load or unload a model by name: that model stays
+//! as they left it, whatever the repository holds, until its folder changes (a version comes, goes, or has other files) or the
 //! server starts again. A model that was loaded by name is from then on one of those that are asked for, until it is
 //! unloaded.
 
@@ -385,7 +385,7 @@ impl Registry {
         Ok(wanted.into_iter().collect())
     }
 
-    /// Models that stay as somebody left them who loaded or unloaded them by name: those whose folders are as they were then.
+    /// Models that were loaded or unloaded by name and stay so: those whose folders have not changed since.
     fn controlled(&self, source: &dyn Source, listing: &Listing) -> BTreeSet<String> {
         let mut notes = self.notes();
         notes.controlled.retain(|name, then| {

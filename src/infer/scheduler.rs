@@ -114,7 +114,7 @@ impl Scheduler {
         let left = self.shared.join(deadline);
         let mut threads = self.threads();
         for i in (0..threads.len()).rev() {
-            // a hung engine can't be joined; where none is left, each has said its last word
+            // a hung engine's thread can't be joined; where none is left, each join returns at once
             if left == 0 || threads[i].is_finished() {
                 let _ = threads.swap_remove(i).join();
             }

@@ -1,12 +1,12 @@
 //! What a model's threads and callers share: the queue behind its lock, who sleeps, and who wakes whom.
 //!
-//! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before the moment its
-//! timer is set to; and whoever changes the queue under the lock looks, before he lets the lock go, at what there is to do
-//! now ([`Queue::demand`]), and wakes for it sleepers that can do it, less those that are woken already and on their way.
-//! Changes are: images come, get ready, expire, are taken; engines are won and lost; the phase. A thread that has a task goes
-//! through the same door, so that work it leaves behind finds the next sleeper, and so does one that goes to sleep after it
-//! gave up images. That a busy thread will look again by itself is never relied on, but for what it has just brought along
-//! (`Done`): it decides under the same lock. A wake-up can't get lost between lock and sleep, see [`System::park`].
+//! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before its timer ends.
+//! Whoever changes the queue asks [`Queue::demand`], before releasing the lock, what there is to do now, and wakes as many
+//! sleepers that can do it, less those that were woken and have not looked yet. Changes are: images come, are decoded,
+//! expire, are taken; engines open and fail; the phase. A thread that takes a task asks too, so that the work it leaves
+//! finds the next sleeper, and so does one that goes to sleep after it gave up images. Nothing relies on a busy thread to
+//! look again, except for what it hands over (`Done`): it decides under the same lock. A wake-up can't get lost between
+//! lock and sleep, see [`System::park`].
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -127,7 +127,7 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.job.system.step();
-        // no code that can panic runs under the lock; if some ever does, a queue in doubt beats a dead server
+        // no code that can panic runs under the lock; should some ever do, the server goes on with the queue as it is
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -413,7 +413,7 @@ impl Shared {
     }
 }
 
-/// Wakes who waits for a thread's news.
+/// Wakes those that wait for a thread's report.
 fn tell(mut state: MutexGuard<'_, State>) {
     let waiting = std::mem::take(&mut state.waiting);
     drop(state);

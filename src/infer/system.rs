@@ -1,6 +1,6 @@
-//! What the serving heart needs of the operating system: the time, threads, and waiting.
+//! What scheduling needs of the operating system: the time, threads, and waiting.
 //!
-//! The heart reads no clock and blocks on nothing but what is here, so that a simulation can stand in for the system,
+//! Scheduling reads no clock and blocks on nothing but what is here, so that a simulation can stand in for the system,
 //! decide who runs next and let time pass as it likes. A thread that waits for something says so under the lock of that
 //! something (its [`Waker`] goes there), lets the lock go, and parks; who makes it true takes the waker out under the same
 //! lock and wakes it. A wake-up between the two is kept, as by [`std::thread::park`], and one without a reason is allowed:

@@ -146,7 +146,7 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
     Done::Prepared(None, took)
 }
 
-/// Why an image is no tensor yet.
+/// Why an image could not be made a tensor.
 enum Unprepared {
     Refused(ImageError),
     /// There is no memory to decode it in at the moment.

@@ -171,7 +171,7 @@ impl Encoded<'_> {
             Header::WebP => webp::decode(bytes),
             Header::Bmp => bmp::decode(bytes),
         };
-        // decoders of others: a file on which one of them fails is its own fault, and nobody else's
+        // these decoders are libraries: a panic in one of them fails this file alone
         let failed = |_| {
             let detail = "the decoder of its format fails on it".to_owned();
             Err(ImageError::Invalid { reason: "corrupt", detail })

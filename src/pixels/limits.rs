@@ -1,4 +1,4 @@
-//! What an untrusted image may cost, why one is refused, and what comes out.
+//! What an untrusted image may cost, why one is refused, and the decoded image.
 //!
 //! Owns the limits and the errors of this room. Must not know a format.
 

@@ -3,7 +3,7 @@
 //! The limits on one image can't bound their sum: every thread may decode one. An image's need is known from its header
 //! (see `Decoder::needs`), so it is claimed before anything is allocated and given back when the pixels are a tensor.
 //! Large images come one after the other where they don't fit together, in the order in which they asked; small ones keep
-//! a part that large ones can't take, and pass them. Knows no format, and nothing of who waits.
+//! a part that large ones can't take, and pass them. Knows no format and no queue.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -65,17 +65,17 @@ impl DecodeMemory {
     }
 }
 
-/// What an image needs, before it has it. Dropped unserved, it leaves the line.
+/// The memory that an image needs and does not hold yet. Dropped, it leaves the line.
 #[derive(Debug)]
 pub struct Claim {
     memory: Arc<DecodeMemory>,
     bytes: u64,
-    /// A large image's place in the line.
+    /// A large image's turn, once it waits.
     turn: Option<u64>,
 }
 
 impl Claim {
-    /// Takes the memory if there is room and nobody's turn comes first; else a large image keeps its place in the line.
+    /// Takes the memory if there is room and no other image's turn comes first; else a large image keeps its turn.
     pub fn try_take(&mut self) -> Option<Share> {
         let memory = self.memory.clone();
         let mut state = memory.lock();

@@ -124,7 +124,7 @@ impl Widths {
         let reads = Reads::of(node, weight)?;
         let channels = usize::try_from(*weight.dims.first()?).ok()?;
         let read = if reads == Reads::All { usize::try_from(*weight.dims.get(1)?).ok()? } else { channels };
-        // what doesn't fit together is no graph to pad, and would ask for memory by a number that nothing bears out
+        // a graph whose shapes disagree is not padded: a wrong shape could ask for any amount of memory
         if self.sets[self.root(input)].channels != read {
             return None;
         }

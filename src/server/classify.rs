@@ -92,9 +92,9 @@ async fn classify(
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    // before the body: a wrong name should not cost an upload
+    // checked before the body is read, so that a wrong name costs no upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
-    // nor should a refusal
+    // nor does a refusal
     model.has_room(deadline)?;
     let limit = model.scheduler().queue_limit();
     // what it takes is held until it is answered

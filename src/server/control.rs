@@ -1,4 +1,4 @@
-//! Loading and unloading of models on a client's word: off unless the operator switches it on.
+//! Loading and unloading of models at a client's request: off unless the operator switches it on.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

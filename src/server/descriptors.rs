@@ -52,7 +52,7 @@ pub(super) fn share(asked: usize) -> Shares {
     shares
 }
 
-/// The limit from now on; none: there is none, or nobody knows.
+/// The limit from now on; none where the system has none or does not tell.
 #[cfg(unix)]
 fn raise() -> Option<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

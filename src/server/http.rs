@@ -95,7 +95,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
     ApiError::internal(format!("a handler panicked: {text}")).into_response()
 }
 
-/// Both body styles that clients look for.
+/// Has both fields that clients look for.
 #[derive(Serialize, ToSchema)]
 struct HealthAnswer {
     live: bool,

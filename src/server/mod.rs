@@ -421,7 +421,7 @@ fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     Ok((socket, address))
 }
 
-/// Ends with the name of a port once its task has ended: all requests to it would be refused, and the others would not tell.
+/// Ends with the name of a port once its task has ended: its requests are refused, and no other port shows it.
 async fn dead<const N: usize>(ports: impl Fn() -> [(&'static str, bool); N]) -> &'static str {
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {

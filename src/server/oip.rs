@@ -169,10 +169,10 @@ async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelSta
 async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    // before the body: a wrong name should not cost an upload
+    // checked before the body is read, so that a wrong name costs no upload
     let model = describe::find(&app, &path.model, path.version.as_deref())?;
     let length = framing::json_length(request.headers())?;
-    // nor should a refusal
+    // nor does a refusal
     model.has_room(deadline)?;
     let Held { bytes, mut charge } = whole(&app.bodies, request, deadline).await?;
     let limits = inference::limits(&model);

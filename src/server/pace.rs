@@ -1,7 +1,7 @@
 //! Refusals of clients that come straight back: their 429 waits a moment before it goes out.
 //!
-//! A refusal costs little, but a client that tries again at once gets thousands of them a second, and what they cost is taken
-//! from those that could be answered. So a client (a connection) that was told to come later and comes within a second
+//! A refusal costs little, but a client that tries again at once gets thousands of them a second, which takes processor time
+//! from requests that could be answered. So a client (a connection) that was told to come later and comes within a second
 //! waits in a line that lets so many go a second; the first refusal is never held, so that a balancer hears of it at once. What is
 //! held is the answer alone: its request has been thrown away.
 

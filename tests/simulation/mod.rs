@@ -1,9 +1,9 @@
-//! A deterministic simulation of the serving heart: admission, queue, deadlines, cancellation, priorities, batching, the
+//! A deterministic simulation of scheduling: admission, queue, deadlines, cancellation, priorities, batching, the
 //! elastic engine, reload and drain run as they are, on a system whose clock and threads obey a seed.
 //!
 //! `shuttle` was looked at first. It explores schedules of threads, but it has no clock, and its timed waits never time out
 //! (`shuttle-std` 0.1: "this method never times out"), while half of what is to be found here has to do with deadlines, queue
-//! delays and reopened engines. So the heart has a seam of its own ([`System`](crate::infer::system::System): time, threads,
+//! delays and reopened engines. So scheduling has an interface of its own ([`System`](crate::infer::system::System): time, threads,
 //! parking), and the coroutines below it are those of `generator`, which loom and shuttle stand on. With a clock of our own a
 //! schedule of ten simulated minutes takes half a millisecond.
 //!

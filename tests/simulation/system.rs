@@ -1,6 +1,6 @@
 //! Time, threads and waiting that obey a seed.
 //!
-//! A thread is a coroutine; one runs at a time, and gives way only where the heart would touch a lock, park or sleep. Who
+//! A thread is a coroutine; one runs at a time, and gives way only where the scheduler would touch a lock, park or sleep. Who
 //! goes on then is drawn by lot, and time passes only when nobody can go on, or when the lot says that a thread was held up
 //! (decoding, page faults, a neighbour's load). So a schedule is a function of its seed.
 
@@ -184,7 +184,7 @@ impl Simulated {
                 }
             }
         };
-        // what is stuck can't be unwound: it would go on where the heart catches panics
+        // what is stuck can't be unwound: it would go on where the worker catches panics
         threads.into_values().for_each(std::mem::forget);
         outcome
     }
@@ -195,7 +195,7 @@ impl Simulated {
         let current = state.current;
         state.tasks[current].status = status;
         drop(state);
-        // the `scope` that is preferred to it would have to be handed through the heart
+        // the `scope` that is preferred to it would have to be handed through the scheduler
         #[expect(deprecated)]
         generator::yield_with(());
     }

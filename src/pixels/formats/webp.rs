@@ -1,4 +1,4 @@
-//! WebP through the `image` crate, whose decoder sizes its buffers by what a frame says of itself: that is checked first.
+//! WebP through the `image` crate, whose decoder allocates by the size in a frame's header: that size is checked first.
 
 use std::io::Cursor;
 

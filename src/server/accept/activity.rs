@@ -1,4 +1,4 @@
-//! What goes on on one connection: requests whose answers are not wholly written yet, answers that wait for their client,
+//! What happens on one connection: requests whose answers are not wholly written yet, answers that wait for their client,
 //! and since when nothing useful happened.
 //!
 //! Bodies and their bytes carry a mark until they are written or dropped, so that the count is exact for HTTP/2 too, where a
@@ -43,7 +43,7 @@ pub(super) struct Activity {
     unflushed: AtomicBool,
     /// Reads and writes that moved bytes.
     moves: AtomicU64,
-    /// HTTP/2: only requests count as life, since its clients ping.
+    /// HTTP/2: only requests count as activity, since its clients ping.
     multiplexed: AtomicBool,
     /// The client may still be sending a body that nobody will read.
     unread: AtomicBool,
@@ -51,7 +51,7 @@ pub(super) struct Activity {
     waiting: Mutex<HashMap<u64, Waiting>>,
     /// Names pieces.
     pieces: AtomicU64,
-    /// Somebody else needs the room.
+    /// Another connection needs the room: this one is to end.
     evicted: Notify,
     /// It is about to end anyway.
     leaving: AtomicBool,

@@ -1,4 +1,4 @@
-//! HTTP/2 frames of a client that ask for nothing: how many are taken for what its requests and their bytes allow.
+//! HTTP/2 frames that carry no request: how many a client may send for its requests and their bytes.
 //!
 //! Frames such as PING and SETTINGS cost their sender nothing, and the library answers every one of them. A client needs
 //! some of them for each request and each part of a body or an answer; far more than that is a flood.

@@ -1,5 +1,5 @@
-//! The bytes of one connection: a client that does not take its answer, one that floods, and how the last answer gets
-//! through to one that is still sending. TLS, if any, is below.
+//! The bytes of one connection: a client that does not take its answer, one that floods, and how the last answer reaches
+//! a client that is still sending. TLS, if any, is below.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

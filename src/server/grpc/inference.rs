@@ -43,7 +43,7 @@ const LAST_MESSAGES: Duration = Duration::from_secs(1);
 pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Response {
     let answered = async {
         let until = deadline::grpc(request.headers(), app.request_timeout)?;
-        // a refusal should not cost an upload; among several models only the message says which one is asked
+        // refuse before the upload where possible: of several models only the message names the one that is meant
         if let [model] = app.registry.all().as_slice() {
             model.has_room(until)?;
         }

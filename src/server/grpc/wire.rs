@@ -1,5 +1,5 @@
 //! `ModelInferRequest` read off the wire: tensors stay slices of the message, and everything else is counted before it is
-//! kept. The generated type would hold each of millions of empty entries, which are two bytes here, in a hundred there.
+//! kept. The generated type holds an empty entry, two bytes on the wire, in a hundred bytes of memory.
 //!
 //! Reads whatever the generated type reads: later scalars win, repeated fields may be packed or not, unknown fields are
 //! skipped.

@@ -177,7 +177,7 @@ pub(in crate::server) fn index(app: &App, ready: bool) -> pb::RepositoryIndexRes
     pb::RepositoryIndexResponse { models: models.collect() }
 }
 
-/// A model can answer now, or why it can't: what is wrong with others is not its business.
+/// Whether this model can answer now, or why it can't; other models don't count.
 pub(in crate::server) fn ready(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let model = find(app, name, version)?;
     let code = if app.readiness.is_draining() { Code::ShuttingDown } else { Code::NotReady };
