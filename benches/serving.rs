@@ -16,11 +16,11 @@ use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
 use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
-use nfold::infer::job::{Invariance, SchedulerOptions};
+use nfold::infer::job::SchedulerOptions;
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::top_k::top_k;
 use nfold::model::{Interpolation, ModelDir};
-use nfold::pixels::{DecodeMemory, Decoder, Preprocessor, resize};
+use nfold::pixels::{Decoder, Preprocessor, resize};
 use nfold::server::{self, Control, Options, Server};
 
 const WINDOW: Duration = Duration::from_secs(2);
@@ -183,20 +183,7 @@ impl House {
             graph_cache: None,
             pad_channels: true,
             elastic_threads: cores,
-            scheduler: SchedulerOptions {
-                workers: cores,
-                decoders: 0,
-                max_batch: 8,
-                max_queue_delay: Duration::ZERO,
-                queue_limit: 256,
-                max_queue_wait: Duration::from_secs(1),
-                standing_wait: Duration::from_millis(100),
-                decoder: Decoder::default(),
-                decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
-                buckets: Vec::new(),
-                invariance: Invariance::Report,
-                one_by_one: false,
-            },
+            scheduler: SchedulerOptions { workers: cores, ..SchedulerOptions::default() },
         };
         let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
         let server = {

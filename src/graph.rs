@@ -12,7 +12,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
 use half::f16;
 use prost::Message as _;
 
-use crate::model::{Gate, INPUT, Precision};
+use crate::model::{Gate, INPUT, OUTPUT, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, ShortcutPool};
 use crate::pb::onnx::{self as pb, AttributeProto, AttributeType, NodeProto, TensorProto, ValueInfoProto};
@@ -26,7 +26,7 @@ const BATCH: &str = "batch";
 /// ONNX element types.
 pub(crate) const FLOAT: i32 = 1;
 const INT64: i32 = 7;
-const FLOAT16: i32 = 10;
+pub(crate) const FLOAT16: i32 = 10;
 const DOUBLE: i32 = 11;
 
 /// What can't be written.
@@ -464,11 +464,11 @@ impl GraphBuilder {
         let flat = self.node("Flatten", "head.flatten", &[&pooled.name], vec![]);
         self.parameters += (classes * x.chs + classes) as u64;
         self.macs = self.macs.saturating_add((classes * x.chs) as u64);
-        let output = if self.emission.precision == Precision::Fp32 { "logits" } else { name };
+        let output = if self.emission.precision == Precision::Fp32 { OUTPUT } else { name };
         let logits = self.node("Gemm", output, &[&flat, weight, bias], vec![int("transB", 1)]);
         match self.emission.precision {
             Precision::Fp32 => logits,
-            Precision::Fp16 => self.node("Cast", "logits", &[&logits], vec![int("to", FLOAT.into())]),
+            Precision::Fp16 => self.node("Cast", OUTPUT, &[&logits], vec![int("to", FLOAT.into())]),
         }
     }
 
@@ -486,7 +486,7 @@ impl GraphBuilder {
         metadata: &[(&str, String)],
         to: &mut dyn Write,
     ) -> Result<(), GraphError> {
-        self.outputs.push(typed("logits", FLOAT, &[dim(BATCH), fixed(classes)]));
+        self.outputs.push(typed(OUTPUT, FLOAT, &[dim(BATCH), fixed(classes)]));
         self.write(metadata, to)
     }
 

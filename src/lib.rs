@@ -15,7 +15,7 @@
 //! * [`mod@bench`]: graphs timed in process, load on a server, and the report.
 //! * [`spp`]: signal propagation plots: statistics of hidden activations, block by block.
 //! * [`server`]: the edge: HTTP, health, metrics.
-//! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up. [`mod@printable`]: text without control characters.
+//! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up. [`mod@printable`]: text without control characters. [`panics`]: what a panic says.
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
 //! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `engine`, `pixels` → `relayout` →
@@ -43,6 +43,7 @@ pub mod spp;
 pub mod chart;
 pub mod logging;
 pub mod metrics;
+pub mod panics;
 pub mod pb;
 pub mod printable;
 

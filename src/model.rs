@@ -27,6 +27,8 @@ pub const MODEL_FILE: &str = "model.onnx";
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the folded graph's input, float32 `[batch, 3, height, width]`.
 pub const INPUT: &str = "input";
+/// Name of a graph's one output: logits `[N, classes]`.
+pub const OUTPUT: &str = "logits";
 /// Version of the manifest's own layout; readers refuse a higher one.
 pub const MANIFEST_FORMAT: u32 = 1;
 
@@ -472,7 +474,12 @@ pub fn fingerprint(repository: &Path, name: &str, version: u64) -> String {
 /// SHA-256 of `bytes` in hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest as _;
-    sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    hex(&sha2::Sha256::digest(bytes))
+}
+
+/// A digest in lower-case hexadecimal.
+pub fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Refuses a name that could not be a folder of the repository and a segment of a URL.

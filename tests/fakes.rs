@@ -6,11 +6,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use nfold::engine::{Backend, BackendError, Batch, Logits};
-use nfold::infer::job::{Invariance, OpenBackend, SchedulerOptions};
+use nfold::infer::job::{OpenBackend, SchedulerOptions};
 use nfold::infer::registry::Engines;
 use nfold::metrics::{Metrics, Outcome};
 use nfold::model::{Manifest, ModelDir};
-use nfold::pixels::{DecodeMemory, Decoder};
 
 /// Height and width of the fake network's input.
 pub const SIDE: usize = 2;
@@ -125,17 +124,11 @@ pub fn engines(strings: &Arc<Strings>) -> Engines {
 pub fn options(workers: usize, max_batch: usize, queue_limit: usize) -> SchedulerOptions {
     SchedulerOptions {
         workers,
-        decoders: 0,
         max_batch,
-        max_queue_delay: Duration::ZERO,
         queue_limit,
         max_queue_wait: Duration::from_secs(60),
         standing_wait: Duration::from_secs(60),
-        decoder: Decoder::default(),
-        decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
-        buckets: Vec::new(),
-        invariance: Invariance::Report,
-        one_by_one: false,
+        ..SchedulerOptions::default()
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 21] = [
+const ROOMS: [(&str, &[&str]); 22] = [
     ("main", &["cli"]),
     (
         "cli",
@@ -29,9 +29,9 @@ const ROOMS: [(&str, &[&str]); 21] = [
     ),
     ("fold", &["checkpoint", "graph", "nets", "model", "pb"]),
     ("bench", &["infer", "engine", "chart", "files", "model", "pb"]),
-    ("server", &["infer", "pixels", "model", "metrics", "pb", "printable"]),
+    ("server", &["infer", "pixels", "model", "metrics", "pb", "panics", "printable"]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
-    ("infer", &["engine", "pixels", "model", "metrics"]),
+    ("infer", &["engine", "pixels", "model", "metrics", "panics"]),
     ("engine", &["relayout", "model", "files"]),
     ("relayout", &["graph", "nets", "model", "pb"]),
     ("pixels", &["model"]),
@@ -43,6 +43,7 @@ const ROOMS: [(&str, &[&str]); 21] = [
     ("metrics", &["logging"]),
     ("logging", &[]),
     ("chart", &[]),
+    ("panics", &[]),
     ("pb", &[]),
     ("printable", &[]),
     ("lib", &[]),

@@ -9,7 +9,6 @@ use nfold::model::{CropMode, Interpolation, Preprocessing};
 use nfold::pixels::{Decoder, ImageError, ImageLimits, Picture, Preprocessor, RgbImage, Scale, decode};
 use proptest::prelude::*;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 use crate::bombs::{Bomb, bombs};
 
@@ -71,7 +70,7 @@ pub fn encoded(name: &str) -> Vec<u8> {
 }
 
 pub fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    nfold::model::sha256(bytes)
 }
 
 /// The same as in make_goldens.py.

@@ -72,24 +72,22 @@ pub fn load_csv(report: &load::Report) -> String {
         Outcome::Transport,
         Outcome::Timeout,
     ];
-    let mut out = String::from(
-        "kind,connections,rate,multiple,ok,refused,deadline,client_error,server_error,transport,timeout,throughput,\
-         goodput,p50_ms,p90_ms,p99_ms,p999_ms,max_ms,lag_p99_ms,valid\n",
-    );
+    let header = "kind,connections,rate,multiple,ok,refused,deadline,client_error,server_error,transport,timeout,throughput,\
+         goodput,p50_ms,p90_ms,p99_ms,p999_ms,max_ms,lag_p99_ms,valid";
+    let mut lines = vec![header.split(',').map(String::from).collect()];
     for s in &report.steps {
         let real = |v: Option<f64>| v.map_or_else(String::new, |v| format!("{v:.3}"));
         let latency = s.latency_ms.as_ref();
-        let mut fields = vec![field(&s.kind), s.connections.map_or_else(String::new, |c| c.to_string())];
+        let mut fields = vec![s.kind.clone(), s.connections.map_or_else(String::new, |c| c.to_string())];
         fields.extend([real(s.rate), real(s.multiple)]);
         fields.extend(outcomes.map(|o| s.outcomes.get(&o).copied().unwrap_or(0).to_string()));
         fields.extend([real(Some(s.throughput)), real(Some(s.goodput))]);
         fields.extend([real(latency.map(|l| l.p50)), real(latency.map(|l| l.p90))]);
         fields.extend([real(latency.and_then(|l| l.p99)), real(latency.and_then(|l| l.p999))]);
         fields.extend([real(latency.map(|l| l.max)), real(Some(s.lag_ms[1])), s.valid.to_string()]);
-        out.push_str(&fields.join(","));
-        out.push('\n');
+        lines.push(fields);
     }
-    out
+    csv_of(lines)
 }
 
 /// A report of this folder, where it is there and of this layout.
@@ -114,16 +112,15 @@ pub fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> 
 
 /// One line a row; empty fields where a figure is not known.
 pub fn engine_csv(report: &engine::Report) -> String {
-    let mut out = String::from(
-        "model,variant,height,width,batch,threads,parameters,gmacs,onnx_bytes,load_ms,runs,median_ms,p90_ms,p99_ms,\
-         images_per_s,gflops,peak_share,speed,speed_low,speed_high,top1,top1_weights\n",
-    );
+    let header = "model,variant,height,width,batch,threads,parameters,gmacs,onnx_bytes,load_ms,runs,median_ms,p90_ms,p99_ms,\
+         images_per_s,gflops,peak_share,speed,speed_low,speed_high,top1,top1_weights";
+    let mut lines = vec![header.split(',').map(String::from).collect()];
     for r in &report.rows {
         let real = |v: Option<f64>| v.map_or_else(String::new, |v| format!("{v:.4}"));
         let speed = |pick: fn(&super::statistics::Ratio) -> f64| real(r.speed.as_ref().map(pick));
         let fields = [
-            field(&r.model),
-            field(&r.variant),
+            r.model.clone(),
+            r.variant.clone(),
             r.height.to_string(),
             r.width.to_string(),
             r.batch.to_string(),
@@ -143,17 +140,20 @@ pub fn engine_csv(report: &engine::Report) -> String {
             speed(|s| s.low),
             speed(|s| s.high),
             real(r.published.as_ref().map(|p| p.top1)),
-            r.published.as_ref().map_or_else(String::new, |p| field(&p.weights)),
+            r.published.as_ref().map_or_else(String::new, |p| p.weights.clone()),
         ];
-        out.push_str(&fields.join(","));
-        out.push('\n');
+        lines.push(fields.into());
     }
-    out
+    csv_of(lines)
 }
 
-/// A CSV field (RFC 4180).
-pub fn field(text: &str) -> String {
-    if text.contains(['"', ',', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into() }
+/// Lines as comma-separated values (RFC 4180).
+fn csv_of(lines: Vec<Vec<String>>) -> String {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    for line in lines {
+        writer.write_record(line).expect("lines are of one length, and memory takes them");
+    }
+    String::from_utf8(writer.into_inner().expect("memory needs no flushing")).expect("fields are text")
 }
 
 #[cfg(test)]
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn fields_are_quoted_where_they_must() {
-        assert_eq!(field("a@1"), "a@1");
-        assert_eq!(field("a,\"b\""), "\"a,\"\"b\"\"\"");
+        let lines = ["a@1,,x", "a,\"b\""].map(|text| vec![text.to_string(), String::new()]);
+        assert_eq!(csv_of(lines.to_vec()), "\"a@1,,x\",\n\"a,\"\"b\"\"\",\n");
     }
 }

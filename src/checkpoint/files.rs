@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::store::{SourceFile, Tensors};
 use super::torch::{self, Training};
 use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE, read, safetensors_file};
-use crate::model::regular_file;
+use crate::model::{hex, regular_file};
 
 /// File name of torch's weights in a folder of the hub.
 const TORCH_FILE: &str = "pytorch_model.bin";
@@ -207,10 +207,6 @@ fn shards(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
 /// A file's own name, for messages.
 pub fn shown(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::files::{self, DraftFolder};
 
-use crate::model::regular_file;
+use crate::model::{hex, regular_file};
 
 /// Changes with everything that this program does differently when it writes a graph.
 const FORMAT: &str = "nfold-graph/2";
@@ -62,8 +62,7 @@ impl GraphCache {
             digest.update((part.len() as u64).to_le_bytes());
             digest.update(part);
         }
-        let name: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        self.folder.join(name)
+        self.folder.join(hex(&digest.finalize()))
     }
 
     /// The graph there, without its weights; none if there is none, and an error if graph or weights aren't whole.

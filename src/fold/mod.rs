@@ -19,7 +19,7 @@ pub use crate::graph::half_emulation::{LARGEST as LARGEST_HALF, PEAK};
 
 use crate::graph::half_emulation;
 use crate::graph::{Emission, GraphBuilder, GraphError};
-use crate::model::{FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision};
+use crate::model::{FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision, hex};
 use crate::nets::Network;
 use blocks::Emitter;
 
@@ -227,7 +227,7 @@ impl Emitted<'_> {
         if to.len >= 1 << 31 {
             return Err(FoldError::TooLarge(to.len));
         }
-        manifest.onnx_sha256 = to.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        manifest.onnx_sha256 = hex(&to.hash.finalize());
         Ok(FoldedFile { len: to.len, manifest })
     }
 }

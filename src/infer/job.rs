@@ -44,6 +44,26 @@ pub struct SchedulerOptions {
     pub one_by_one: bool,
 }
 
+impl Default for SchedulerOptions {
+    /// One worker, and otherwise what `nfold serve` begins with on a CPU.
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            decoders: 0,
+            max_batch: 8,
+            max_queue_delay: Duration::ZERO,
+            queue_limit: 256,
+            max_queue_wait: Duration::from_secs(1),
+            standing_wait: Duration::from_millis(100),
+            decoder: Decoder::default(),
+            decode_memory: DecodeMemory::new(DecodeMemory::DEFAULT),
+            buckets: Vec::new(),
+            invariance: Invariance::Report,
+            one_by_one: false,
+        }
+    }
+}
+
 impl SchedulerOptions {
     /// Images in the engine run that `images` need, padding included.
     pub(super) fn padded(&self, images: usize) -> usize {

@@ -3,7 +3,6 @@
 //! What an engine goes through before it may answer: the model's golden answer, an encoded image, real runs of every
 //! shape that can occur, and the same images alone and in a batch. Knows nothing of queues and callers.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use super::shared::{Shared, Warm};
 use super::top_k::top_k;
 use crate::engine::{Backend, Batch, Logits, verify};
 use crate::metrics::{Phase, RunResult};
+use crate::panics::message;
 use crate::pixels::Decoder;
 
 /// Shortest and longest pause between two tries to reopen an engine.
@@ -189,12 +189,6 @@ fn check(logits: &Logits, batch: &Batch, classes: usize) -> Result<(), String> {
         "{} images of {classes} classes were due, logits [{}, {}] came",
         batch.images, logits.images, logits.classes
     ))
-}
-
-/// What a panic says.
-pub(super) fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
 
 fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartError> {

@@ -13,12 +13,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::error::InferError;
-use super::lane::message;
 pub use super::live_model::{Classified, Engines, LiveModel, LoadError};
 pub use super::source::{RegistryOptions, Source};
 use super::system::{Os, System, Turns};
 use crate::metrics::Metrics;
 use crate::model::{Listing, ModelDir, ModelError};
+use crate::panics::message;
 
 /// Why the models can't be served.
 #[derive(Debug, thiserror::Error)]

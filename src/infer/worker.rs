@@ -7,12 +7,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 use super::error::InferError;
-use super::lane::{Lane, message};
+use super::lane::Lane;
 use super::queue::{Able, Entry, Memory, Parked, Prepared, Task};
 use super::request::{Input, Output, Timings};
 use super::shared::{Caller, Done, Shared};
 use crate::engine::Batch;
 use crate::metrics::Phase;
+use crate::panics::message;
 use crate::pixels::{Claim, ImageError};
 
 /// What a thread is for.

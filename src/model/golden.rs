@@ -48,7 +48,7 @@ pub fn images(size: (usize, usize)) -> impl Iterator<Item = Vec<f32>> {
 pub fn digest(image: &[f32]) -> String {
     let mut hash = Sha256::new();
     image.iter().for_each(|value| hash.update(value.to_le_bytes()));
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    super::hex(&hash.finalize())
 }
 
 /// Compares the answers of two graphs to the same [`images`].

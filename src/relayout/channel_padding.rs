@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use bytes::Bytes;
 use prost::Message as _;
 
+use crate::graph::{FLOAT, FLOAT16};
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
 /// The graph with every map's channels padded to whole blocks; its single-precision weights are in `float_data`. `None`
@@ -251,8 +252,8 @@ fn widen(tensor: &mut TensorProto, rows: usize, columns: usize, column: &dyn Fn(
     let shape = Widening { had: had_rows.checked_mul(row)?, row, rows, columns, cell, column };
     let raw = std::mem::take(&mut tensor.raw_data);
     match tensor.data_type {
-        1 => tensor.float_data = shape.widen(&raw, |v: [u8; 4]| f32::from_le_bytes(v))?,
-        10 => tensor.raw_data = shape.widen(&raw, |v: [u8; 2]| v)?.into_flattened().into(),
+        FLOAT => tensor.float_data = shape.widen(&raw, |v: [u8; 4]| f32::from_le_bytes(v))?,
+        FLOAT16 => tensor.raw_data = shape.widen(&raw, |v: [u8; 2]| v)?.into_flattened().into(),
         _ => return None,
     }
     tensor.dims[0] = rows as i64;

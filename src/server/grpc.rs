@@ -34,6 +34,7 @@ use super::doors;
 use super::oip::describe;
 use super::status::{ApiError, Code, Failure, cut};
 use super::{head, keys};
+use crate::panics;
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
@@ -166,9 +167,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> HttpResponse {
 }
 
 fn panicked_with(panic: &(dyn Any + Send)) -> ApiError {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    ApiError::internal(format!("a gRPC handler panicked: {text}"))
+    ApiError::internal(format!("a gRPC handler panicked: {}", panics::message(panic)))
 }
 
 struct Service(Arc<App>);

@@ -23,6 +23,7 @@ use super::bodies::coding::Coding;
 use super::served::SERVER_TIMING;
 use super::status::{ApiError, Code, ErrorBody};
 use super::{classify, head, keys, oip, openapi, page};
+use crate::panics;
 
 /// Answers above this many bytes are compressed for clients that say they like it.
 const COMPRESS_ABOVE: u64 = 1024;
@@ -90,9 +91,7 @@ async fn known_encoding(request: Request, next: Next) -> Response {
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    ApiError::internal(format!("a handler panicked: {text}")).into_response()
+    ApiError::internal(format!("a handler panicked: {}", panics::message(panic.as_ref()))).into_response()
 }
 
 /// Has both fields that clients look for.

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{Profile, Signal};
+use crate::model::OUTPUT;
 
 /// What counts as sick.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,7 +57,7 @@ pub fn examine(profile: &Profile, limits: &Limits) -> Vec<Problem> {
     if lost.is_none() && profile.finite_logits == Some(false) {
         found.push(Problem {
             network: profile.network.clone(),
-            block: "logits".into(),
+            block: OUTPUT.into(),
             kind: "not_finite",
             detail: "hold NaN or infinite values, though every block is finite".into(),
         });

@@ -11,11 +11,9 @@ use prost::Message as _;
 use super::statistics::ChannelMoments;
 use super::{Profile, Signal, SppError, mark_stages};
 use crate::engine::{Batch, EngineOptions, MapBackend, MapView};
+use crate::graph::{FLOAT, FLOAT16};
+use crate::model::OUTPUT;
 use crate::pb::onnx::{GraphProto, ModelProto, TensorTypeProto, TypeProto, ValueInfoProto};
-
-/// ONNX element types.
-const FLOAT: i32 = 1;
-const FLOAT16: i32 = 10;
 
 /// What is known of a residual block before it runs.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,7 +85,7 @@ impl Exposed {
                         residual.add(map.shape, map.data);
                     }
                 }
-                if map.name == "logits" {
+                if map.name == OUTPUT {
                     finite &= map.data.iter().all(|v| v.is_finite());
                 }
             })?;

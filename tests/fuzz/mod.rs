@@ -222,9 +222,8 @@ pub fn run(door: &Door, judge: impl Fn(&[u8]) -> Verdict) {
                 std::fs::create_dir_all(&folder).expect("a folder");
                 let kept = folder.join(door.name);
                 std::fs::write(&kept, input).expect("a file");
-                let said = panic.downcast_ref::<String>().cloned();
-                let said = said.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
-                panic!("{} ({whence}), kept as {}: {}", door.name, kept.display(), said.unwrap_or_default());
+                let said = crate::panics::message(panic.as_ref());
+                panic!("{} ({whence}), kept as {}: {said}", door.name, kept.display());
             }
         }
     };

@@ -8,7 +8,7 @@ use super::random::Random;
 use super::system::Simulated;
 use crate::engine::{Backend, BackendError, Batch, Logits};
 use crate::infer::error::InferError;
-use crate::infer::job::{Invariance, Job, SchedulerOptions};
+use crate::infer::job::{Job, SchedulerOptions};
 use crate::infer::request::{Input, Terms, Ticket};
 use crate::infer::scheduler::Scheduler;
 use crate::infer::system::System;
@@ -98,20 +98,7 @@ fn serve(seed: u64, serving: Serving, arrivals: Vec<Arrival>) -> Vec<End> {
             metrics: Metrics::new().model("m", 1, "simulated"),
             system: inside.clone(),
         };
-        let options = SchedulerOptions {
-            workers,
-            decoders: 0,
-            max_batch: 8,
-            max_queue_delay: Duration::ZERO,
-            queue_limit,
-            max_queue_wait: 1000 * MS,
-            standing_wait,
-            decoder: Default::default(),
-            decode_memory: crate::pixels::DecodeMemory::new(crate::pixels::DecodeMemory::DEFAULT),
-            buckets: Vec::new(),
-            invariance: Invariance::Report,
-            one_by_one: false,
-        };
+        let options = SchedulerOptions { workers, queue_limit, standing_wait, ..SchedulerOptions::default() };
         let scheduler = Scheduler::start(job, options).expect("a scheduler");
         let start = inside.elapsed();
         let mut tickets = Vec::with_capacity(arrivals.len());

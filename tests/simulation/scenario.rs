@@ -205,11 +205,10 @@ impl Scenario {
             queue_limit: random.between(2, 16) as usize,
             max_queue_wait: random.one(&[50, 1000, 100_000]) * MS,
             standing_wait: random.one(&[20, 100, 100_000]) * MS,
-            decoder: Default::default(),
-            decode_memory: crate::pixels::DecodeMemory::new(crate::pixels::DecodeMemory::DEFAULT),
             buckets: if random.once_in(4) { vec![1, 3] } else { Vec::new() },
             invariance: random.one(&[Invariance::Off, Invariance::Report]),
             one_by_one: random.once_in(2),
+            ..SchedulerOptions::default()
         };
         let rare = |random: &mut Random| random.one(&[0, 0, 0, 5, 20]);
         let faults = Faults {

@@ -123,9 +123,7 @@ impl Simulated {
             for (task, body) in std::mem::take(&mut self.lock().born) {
                 let (system, run) = (self.myself.clone(), move || {
                     if let Err(panic) = catch_unwind(AssertUnwindSafe(body)) {
-                        let text = panic.downcast_ref::<String>().cloned();
-                        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
-                        return Some(text.unwrap_or_default());
+                        return Some(crate::panics::message(panic.as_ref()));
                     }
                     None
                 });

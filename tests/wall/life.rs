@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::Copy;
 use crate::cli::{golden, nfold, project, refused, skip, text, with_demo};
@@ -165,8 +164,7 @@ fn is_whole(version: &Path) -> bool {
     let Ok(manifest) = std::fs::read(version.join("manifest.json")) else { return false };
     let Ok(manifest) = serde_json::from_slice::<Value>(&manifest) else { return false };
     let Ok(onnx) = std::fs::read(version.join("model.onnx")) else { return false };
-    let digest: String = Sha256::digest(onnx).iter().map(|byte| format!("{byte:02x}")).collect();
-    manifest["onnx_sha256"] == digest
+    manifest["onnx_sha256"] == nfold::model::sha256(&onnx)
 }
 
 #[test]

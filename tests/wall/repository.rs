@@ -12,7 +12,6 @@ use nfold::model::{self, ModelDir};
 use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto, StringStringEntryProto, TensorProto};
 use prost::Message as _;
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use super::{MIB, under_attack};
 use crate::cli::{nfold, project, refused, text, with_demo};
@@ -48,8 +47,7 @@ fn looks() {
 fn edit(folder: &Path, change: impl FnOnce(&mut Value)) {
     let path = folder.join("manifest.json");
     let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    let digest = Sha256::digest(fs::read(folder.join("model.onnx")).unwrap());
-    manifest["onnx_sha256"] = digest.iter().map(|b| format!("{b:02x}")).collect::<String>().into();
+    manifest["onnx_sha256"] = nfold::model::sha256(&fs::read(folder.join("model.onnx")).unwrap()).into();
     manifest.as_object_mut().unwrap().remove("golden");
     change(&mut manifest);
     fs::write(path, manifest.to_string()).unwrap();

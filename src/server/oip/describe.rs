@@ -6,9 +6,9 @@ use std::sync::Arc;
 use super::super::app::App;
 use super::super::status::{ApiError, Code};
 use super::datatype::Datatype;
-use super::inference::{INPUT, OUTPUT};
 use crate::infer::registry::LiveModel;
 use crate::metrics::statistics::Total;
+use crate::model::{INPUT, OUTPUT};
 use crate::pb::open_inference as pb;
 
 /// The extensions that are spoken, by the names that clients look for.

@@ -16,11 +16,11 @@ use super::super::served::SERVER_TIMING;
 use super::super::status::{ApiError, cut};
 use super::datatype::Datatype;
 use super::inference::{
-    Answered, Contents, INPUT, Inference, InputTensor, OutputData, Parameters, Wanted, invalid, refuse_shared_memory,
-    whole,
+    Answered, Contents, Inference, InputTensor, OutputData, Parameters, Wanted, invalid, refuse_shared_memory, whole,
 };
 use crate::infer::error::InferError;
 use crate::infer::top_k::check_finite;
+use crate::model::INPUT;
 
 /// How many bytes of a body are JSON; the tensors' bytes follow. 0: the body is one input and no JSON.
 pub(in crate::server) const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");

@@ -19,12 +19,8 @@ use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
 use crate::infer::request::{Input, Terms};
 use crate::infer::top_k::{Prediction, top_k};
+use crate::model::{INPUT, OUTPUT};
 use crate::pixels::RawTensor;
-
-/// The models' one input, as the folded graph names it.
-pub const INPUT: &str = "input";
-/// The models' one output, as the folded graph names it.
-pub const OUTPUT: &str = "logits";
 
 /// Named values beside a request or a tensor.
 pub type Parameters = BTreeMap<String, Value>;
