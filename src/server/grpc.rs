@@ -3,6 +3,7 @@
 //! The calls that run a model read the wire themselves (`inference`); the others are the generated services, with messages of
 //! some kilobytes at most. The request path and what is told about models are those of HTTP.
 
+mod fields;
 mod frames;
 mod health;
 mod inference;
