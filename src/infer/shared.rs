@@ -235,12 +235,12 @@ impl Shared {
             Done::Nothing => {}
             Done::Prepared(prepared, took) => {
                 state.queue.decoding -= 1;
-                if took > Duration::ZERO {
-                    state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
-                }
-                match prepared {
-                    Some(prepared) => state.queue.ready.push(prepared),
-                    None => state.queue.leave(1, self.now(), &self.options),
+                // one that is none costs nothing: it tells neither what images cost nor how fast they leave
+                if let Some(prepared) = prepared {
+                    if took > Duration::ZERO {
+                        state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
+                    }
+                    state.queue.ready.push(prepared);
                 }
             }
             Done::Parked(parked) => {

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::{HeaderValue, Version, header};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -49,7 +50,13 @@ const HEAD_LIMIT_HTTP2: u32 = 4 * HEAD_LIMIT as u32;
 /// Most headers of a request.
 const HEADERS: usize = 128;
 /// Requests under way on one HTTP/2 connection.
-const STREAMS: u32 = 256;
+const STREAMS: u32 = 100;
+/// Bytes of an HTTP/2 connection, and of each of its streams, that a client may send before they were read; what h2 holds of
+/// bodies that nobody reads is no more than that.
+const WINDOW: u32 = 512 * 1024;
+/// Longest that a new connection waits for one that is quiet; then the longest quiet of those that ask for nothing goes, however
+/// short that is.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How long a connection must have done nothing before it makes room on a full port: that many milliseconds for each
 /// that may be open, so that a port turns over 1000 silent connections a second, however few fit.
@@ -174,12 +181,13 @@ fn quiet(limits: &Limits) -> Duration {
 
 /// Room for one more connection: free, or that of the quietest, or, where none is quiet, of the next that ends.
 async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Option<OwnedSemaphorePermit> {
-    let mut asked = false;
+    let (mut asked, came) = (false, Instant::now());
     loop {
         if let Ok(permit) = room.clone().try_acquire_owned() {
             return Some(permit);
         }
-        asked = asked || crowd.evict(quiet(limits), limits.longest_work);
+        let least = if came.elapsed() < PATIENCE { quiet(limits) } else { Duration::ZERO };
+        asked = asked || crowd.evict(least, limits.longest_work);
         let wait = if asked { LAST_MOMENTS } else { LOOK_AGAIN };
         match tokio::time::timeout(wait, room.clone().acquire_owned()).await {
             Ok(permit) => return permit.ok(),
@@ -258,7 +266,8 @@ async fn serve<S>(
         .max_headers(HEADERS);
     let mut http2 = builder.http2();
     http2.timer(TokioTimer::new()).keep_alive_interval(limits.head_timeout);
-    http2.max_header_list_size(HEAD_LIMIT_HTTP2).max_concurrent_streams(STREAMS).adaptive_window(true);
+    http2.max_header_list_size(HEAD_LIMIT_HTTP2).max_concurrent_streams(STREAMS);
+    http2.initial_connection_window_size(WINDOW).initial_stream_window_size(WINDOW);
     let (first, mut seen) = watch::channel(false);
     let wire = Wire::new(stream, activity.clone(), limits.write_timeout);
     let (under_way, limits_of_bodies) = (activity.clone(), limits.clone());
@@ -267,6 +276,7 @@ async fn serve<S>(
         first.send_replace(true);
         request.extensions_mut().insert(visits.clone());
         let mark = under_way.request(&request);
+        let http1 = request.version() <= Version::HTTP_11;
         let (request, remains) = remains::watch(request, &under_way, &limits_of_bodies);
         let answer = routes.clone().oneshot(request);
         let mut stopping = stopping.clone();
@@ -276,7 +286,11 @@ async fn serve<S>(
                 remains.throw_away().await;
             }
             if let Some(hold) = response.extensions_mut().remove::<Hold>() {
-                let _ = tokio::time::timeout_at(hold.until.into(), stopping.wait_for(|stopping| *stopping)).await;
+                let stopped = tokio::time::timeout_at(hold.until.into(), stopping.wait_for(|stopping| *stopping)).await;
+                if http1 && stopped.is_ok() {
+                    // the server ends meanwhile: the next request of this client would not be read
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
             }
             Ok::<_, std::convert::Infallible>(mark.answer(response))
         }

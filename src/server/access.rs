@@ -58,7 +58,8 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
                 response.extensions_mut().insert(hold);
             }
         }
-        (Some(visits), _) if protocol != Protocol::Health => visits.welcome(),
+        // nothing but an image that was admitted: what costs nothing would buy the next refusal free
+        (Some(visits), _) if outcome == Outcome::Ok && served.is_some() => visits.welcome(),
         _ => {}
     }
     let request_id = id.to_str().unwrap_or_default();

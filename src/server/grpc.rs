@@ -23,6 +23,7 @@ use axum::routing::post;
 use bytes::Bytes;
 use http_body::Frame;
 use http_body_util::BodyExt as _;
+use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code as StatusCode, Request, Response, Status, Streaming};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -35,6 +36,7 @@ use super::doors;
 use super::oip::describe;
 use super::status::{ApiError, Code, Failure, cut};
 use super::{head, keys};
+use crate::infer::error::InferError;
 use crate::panics;
 use crate::pb::open_inference as pb;
 use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
@@ -107,19 +109,37 @@ async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
     ApiError::new(Code::UnsupportedMediaType, text).into_response()
 }
 
+/// Streams of reflection open at once, over all connections.
+const MOST_REFLECTIONS: usize = 16;
+static REFLECTIONS: Semaphore = Semaphore::const_new(MOST_REFLECTIONS);
+
 /// Hands messages without tensors to the generated services: limited, inflated and with their deadlines.
 async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next: Next) -> HttpResponse {
+    // its answers are the whole description of the services, for as many questions as there are
+    let reflects = request.uri().path().ends_with("/ServerReflectionInfo");
+    let room = if reflects { Some(REFLECTIONS.try_acquire()) } else { None };
+    let room = match room.transpose() {
+        Ok(room) => room,
+        Err(_) => {
+            let text = format!("{MOST_REFLECTIONS} streams of reflection are open; try again later");
+            return refused(ApiError::new(Code::Overloaded, text));
+        }
+    };
     let bodies = Bodies { limit: SMALL.min(app.bodies.limit), ..app.bodies.clone() };
     let first = std::time::Instant::now() + app.request_timeout;
     let refusal = Arc::new(OnceLock::new());
-    let refused_with = refusal.clone();
+    let (refused_with, closing) = (refusal.clone(), app.clone());
     let plain = Messages::replace(bodies, app.request_timeout, request, |messages| {
         // a call begins with a message; those of a stream come when they come
         let messages = futures_util::stream::try_unfold((messages, Some(first)), move |(mut messages, until)| {
-            let refusal = refused_with.clone();
+            let (refusal, closing) = (refused_with.clone(), closing.clone());
             async move {
                 let message = async {
-                    let more = messages.arrives(until).await?;
+                    let more = tokio::select! {
+                        more = messages.arrives(until) => more?,
+                        // a client that asks for nothing more must not hold up the end
+                        () = closing.readiness.closed() => return Err(ApiError::from(InferError::ShuttingDown)),
+                    };
                     Ok(if more { Some(messages.read(until).await?) } else { None })
                 };
                 let message: Result<_, ApiError> = message.await;
@@ -134,8 +154,8 @@ async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next:
         Err(error) => return refused(error),
     };
     // the service of reflection ends its stream well, whatever ended its messages
-    let true_end = move |frame: Frame<Bytes>| match (frame.is_trailers(), refusal.get()) {
-        (true, Some(status)) => {
+    let true_end = move |frame: Frame<Bytes>| match (frame.is_trailers(), refusal.get(), &room) {
+        (true, Some(status), _) => {
             let mut trailers = HeaderMap::new();
             // sanitised text: it is always a header's value
             let _ = status.add_header(&mut trailers);

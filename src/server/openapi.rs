@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::http::header;
 use axum::routing::get;
+use bytes::Bytes;
 use utoipa::OpenApi;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::path::{Operation, PathItem};
@@ -43,8 +44,9 @@ pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi,
         api.components.get_or_insert_default().add_security_scheme("api_key", bearer);
         api.security = Some(vec![utoipa::openapi::SecurityRequirement::new("api_key", Vec::<String>::new())]);
     }
-    let text: Arc<str> = api.to_json().unwrap_or_default().into();
-    let document = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], text.to_string()) });
+    // one copy for all clients, however many read it slowly
+    let text = Bytes::from(api.to_json().unwrap_or_default());
+    let document = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], text) });
     let docs: Router<Arc<App>> = SwaggerUi::new("/docs").config(Config::from("/openapi.json")).into();
     let docs = docs.layer(axum::middleware::map_response(page::guard_docs));
     routes.route("/openapi.json", document).merge(docs)

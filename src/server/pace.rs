@@ -21,16 +21,29 @@ const STRAIGHT: Duration = Duration::from_secs(1);
 /// Most that are held at once; more are answered at once.
 const HELD: usize = 2048;
 
-/// When a connection's last refusal went out, or will; none: its last request was not refused.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Visits(Arc<Mutex<Option<Instant>>>);
+/// Most that are held of one connection: the rest of its HTTP/2 streams stay free.
+const HELD_EACH: usize = 16;
+
+/// What a connection was told.
+#[derive(Debug, Clone)]
+pub(super) struct Visits {
+    /// When its last refusal went out, or will; none: its last request was not refused.
+    refused: Arc<Mutex<Option<Instant>>>,
+    room: Arc<Semaphore>,
+}
+
+impl Default for Visits {
+    fn default() -> Self {
+        Self { refused: Arc::default(), room: Arc::new(Semaphore::new(HELD_EACH)) }
+    }
+}
 
 impl Visits {
     fn set(&self, refused: Option<Instant>) -> Option<Instant> {
-        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), refused)
+        std::mem::replace(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner), refused)
     }
 
-    /// A request was answered, one way or another, but not refused.
+    /// An image was admitted and answered.
     pub(super) fn welcome(&self) {
         self.set(None);
     }
@@ -55,7 +68,7 @@ pub(super) struct Hold {
 #[derive(Debug)]
 struct Counted {
     held: IntGauge,
-    _room: OwnedSemaphorePermit,
+    _room: [OwnedSemaphorePermit; 2],
 }
 
 impl Drop for Counted {
@@ -75,7 +88,8 @@ impl Pace {
         if !straight_back {
             return None;
         }
-        let room = self.room.clone().try_acquire_owned().ok()?;
+        let own = visits.room.clone().try_acquire_owned().ok()?;
+        let room = [own, self.room.clone().try_acquire_owned().ok()?];
         // half of what is left: the answer takes its way, too
         let latest = now + (deadline.saturating_duration_since(now) / 2).min(LONGEST);
         let until = {
@@ -135,13 +149,16 @@ mod tests {
         assert_eq!(held(&visits, 2100, start + 2500 * MS), Some(start + 2300 * MS), "half of its time");
         visits.welcome();
         assert_eq!(held(&visits, 2400, patient), None, "it was answered since");
-        let holds: Vec<_> = (0..HELD)
-            .map(|_| {
-                visits.set(Some(start));
-                pace.hold(&visits, start + 10 * MS, patient)
-            })
-            .collect();
+        let hold = |visits: &Visits| {
+            visits.set(Some(start));
+            pace.hold(visits, start + 10 * MS, patient)
+        };
+        let of_one: Vec<_> = (0..HELD_EACH).map(|_| hold(&visits)).collect();
+        assert!(of_one.iter().all(Option::is_some));
+        assert!(hold(&visits).is_none(), "no more than {HELD_EACH} of one connection");
+        drop(of_one);
+        let holds: Vec<_> = (0..HELD).map(|_| hold(&Visits::default())).collect();
         assert!(holds.iter().all(Option::is_some));
-        assert_eq!(held(&visits, 20, patient), None, "no more than {HELD} are held");
+        assert!(hold(&visits).is_none(), "no more than {HELD} are held");
     }
 }

@@ -218,6 +218,36 @@ fn a_full_port_makes_room() {
 }
 
 /// Who works is not sent away for who comes.
+/// Clients that ask for something cheap so often that none is ever quiet for long.
+#[test]
+fn a_port_full_of_busy_askers_makes_room() {
+    const ASKERS: usize = 32;
+    let server = Server::start(&["--connections", "32"]);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..ASKERS {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let Ok(mut kept) = crate::process::connect(server.http) else { continue };
+                    while crate::process::exchange(&mut kept, "GET", "/v2/health/live", &[], &[]).is_ok()
+                        && !over.load(std::sync::atomic::Ordering::Relaxed)
+                    {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        for _ in 0..5 {
+            let asked = Instant::now();
+            let answer = ask(server.http, "GET", "/v2/models/nf_regnet_cifar10", &[], &[]).unwrap();
+            assert_eq!(answer.status, 200);
+            assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
 #[test]
 fn a_full_port_lets_its_requests_finish() {
     let house = house(Options { connections: 2, ..local() }, options(1, 1, 8));

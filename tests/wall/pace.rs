@@ -57,3 +57,57 @@ fn who_comes_straight_back_waits_a_moment() {
     assert_eq!(cost.failed, 0, "{cost:?}");
     crate::fakes::eventually("nothing is held", || metric(server.admin, "nfold_held_refusals") == 0);
 }
+
+/// What costs nothing buys no refusal free.
+#[test]
+fn other_requests_between_do_not_help() {
+    let server = Server::start(&["--workers", "1", "--elastic-threads", "0", "--queue-limit", "4"]);
+    let (over, cat) = (AtomicBool::new(false), &data("cat.jpg"));
+    let (refused, http) = (AtomicUsize::new(0), server.http);
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let mut kept = connect(http).unwrap();
+                while !over.load(Ordering::Relaxed) {
+                    let status = exchange(&mut kept, "POST", "/v1/classify", &[], cat).unwrap().status;
+                    refused.fetch_add(usize::from(status == 429), Ordering::Relaxed);
+                    assert_eq!(exchange(&mut kept, "GET", "/nothing", &[], &[]).unwrap().status, 404);
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        over.store(true, Ordering::Relaxed);
+    });
+    // as they are answered now and then, some of their refusals are firsts
+    let refused = refused.into_inner();
+    assert!((16..=200 * 5).contains(&refused), "{refused}");
+}
+
+/// Refusals that are held when the server is told to stop: nobody asks again on a connection that is being closed.
+#[test]
+fn the_end_of_a_hold_loses_no_request() {
+    let server = Server::start(&["--workers", "1", "--elastic-threads", "0", "--queue-limit", "4"]);
+    let (http, cat) = (server.http, &data("cat.jpg"));
+    let lost = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let mut kept = connect(http).unwrap();
+                loop {
+                    match exchange(&mut kept, "POST", "/v1/classify", &[], cat) {
+                        Ok(answer) if answer.header("connection") == Some("close") => break,
+                        Ok(_) => {}
+                        Err(_) => {
+                            lost.fetch_add(1, Ordering::Relaxed);
+                            break;
+                        }
+                    }
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        server.signal("-TERM");
+    });
+    assert_eq!(lost.into_inner(), 0, "requests without an answer");
+    assert!(server.wait().success());
+}
