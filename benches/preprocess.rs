@@ -28,8 +28,8 @@ fn main() {
             crop_pct: f64::from(SIZE) / f64::from(SHORT),
             crop_mode: CropMode::Center,
             interpolation: Interpolation::Bicubic,
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
+            mean: vec![0.485, 0.456, 0.406],
+            std: vec![0.229, 0.224, 0.225],
             exif_orientation: false,
         };
         let preprocessor = Preprocessor::new(&whole);

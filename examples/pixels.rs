@@ -57,8 +57,8 @@ fn median(decoder: &Decoder, bytes: &[u8], rounds: usize) -> Result<f64, ImageEr
         crop_pct: 0.9,
         crop_mode: CropMode::Center,
         interpolation: Interpolation::Bicubic,
-        mean: [0.485, 0.456, 0.406],
-        std: [0.229, 0.224, 0.225],
+        mean: vec![0.485, 0.456, 0.406],
+        std: vec![0.229, 0.224, 0.225],
         exif_orientation: false,
     });
     let mut tensor = vec![0.0; preprocessor.tensor_len()];

@@ -99,7 +99,7 @@ pub enum BackendError {
     /// The batch does not have the shape the graph wants.
     #[error("batch of shape {found:?} does not fit the graph: {reason}")]
     Shape {
-        /// Shape offered, `[N, 3, H, W]`.
+        /// Shape offered, `[N, C, H, W]`.
         found: [usize; 4],
         /// What ONNX Runtime said.
         reason: String,
@@ -109,7 +109,8 @@ pub enum BackendError {
     Run(String),
 }
 
-/// Images ready for the network: float32 `[images, 3, height, width]`, RGB, normalised.
+/// Images ready for the network: float32 `[images, channels, height, width]`, normalised; channels of RGB unless the network
+/// has others.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// Number of images.
@@ -118,19 +119,31 @@ pub struct Batch {
     pub height: usize,
     /// Width in pixels.
     pub width: usize,
-    /// `images × 3 × height × width` values, row-major.
+    /// `images × channels × height × width` values, row-major.
     pub data: Vec<f32>,
 }
 
 impl Batch {
-    /// A batch of zeros.
+    /// A batch of zeros, of RGB images.
     pub fn zeros(images: usize, height: usize, width: usize) -> Self {
-        Self { images, height, width, data: vec![0.0; images * 3 * height * width] }
+        Self::zeros_of(images, [3, height, width])
     }
 
-    /// Values of image `i`: `[3, height, width]`.
+    /// A batch of zeros, of tensors `[channels, height, width]`.
+    pub fn zeros_of(images: usize, shape: [usize; 3]) -> Self {
+        let [_, height, width] = shape;
+        Self { images, height, width, data: vec![0.0; images * shape.iter().product::<usize>()] }
+    }
+
+    /// What `data` is by its length: `[images, channels, height, width]`. It may not fill that.
+    pub fn shape(&self) -> [usize; 4] {
+        let pixels = (self.images * self.height * self.width).max(1);
+        [self.images, self.data.len() / pixels, self.height, self.width]
+    }
+
+    /// Values of image `i`: `[channels, height, width]`.
     pub fn image_mut(&mut self, i: usize) -> &mut [f32] {
-        let len = 3 * self.height * self.width;
+        let len = self.data.len() / self.images.max(1);
         &mut self.data[i * len..(i + 1) * len]
     }
 }
@@ -223,7 +236,7 @@ pub struct OrtBackend {
 impl OrtBackend {
     /// Opens a session on ONNX bytes; `what` names them in messages.
     ///
-    /// The graph has one float32 input `[N, 3, H, W]` and its first output is float32 `[N, classes]`.
+    /// The graph has one float32 input `[N, C, H, W]` and its first output is float32 `[N, classes]`.
     pub fn open(onnx: &[u8], what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
         let mut builder = Self::builder(what, options, GraphOptimizationLevel::All)?;
         Self::of(builder.commit_from_memory(onnx).map_err(refused(what))?, what)
@@ -459,7 +472,7 @@ fn prepare(
 
 impl Backend for OrtBackend {
     fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
-        let found = [batch.images, 3, batch.height, batch.width];
+        let found = batch.shape();
         let failed = |e: ort::Error| BackendError::Run(e.to_string());
         let view = TensorRef::from_array_view((found, batch.data.as_slice()))
             .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;

@@ -162,10 +162,10 @@ impl GraphBuilder {
         self.store = Some(file);
     }
 
-    /// A classifier's graph so far: its input map, `input`, float32 `[batch, 3, H, W]`.
-    pub fn new(emission: Emission) -> (Self, Map) {
+    /// A classifier's graph so far: its input map, `input`, float32 `[batch, channels, H, W]`.
+    pub fn new(emission: Emission, channels: usize) -> (Self, Map) {
         let mut graph = Self::empty(emission);
-        let mut input = graph.input(INPUT, 3, emission.height as usize, emission.width as usize);
+        let mut input = graph.input(INPUT, channels, emission.height as usize, emission.width as usize);
         if emission.precision == Precision::Fp16 {
             let cast = graph.node("Cast", "input.fp16", &["input"], vec![int("to", FLOAT16.into())]);
             input.name = cast;
@@ -407,6 +407,12 @@ impl GraphBuilder {
         Map { name, chs: x.chs, height: 1, width: 1 }
     }
 
+    /// Maximum over height and width: `[N, C, 1, 1]`.
+    pub fn global_max_pool(&mut self, x: &Map, name: &str) -> Map {
+        let name = self.node("GlobalMaxPool", name, &[&x.name], vec![]);
+        Map { name, chs: x.chs, height: 1, width: 1 }
+    }
+
     /// 1-D convolution over the channels of a `[N, C, 1, 1]` map, then a sigmoid, shape kept. `weight` is
     /// `[1, 1, kernel]`.
     pub fn channel_conv(&mut self, x: &Map, weight: &str, kernel: usize, name: &str) -> Result<Map, GraphError> {
@@ -458,21 +464,28 @@ impl GraphBuilder {
         self.emission.gate == Gate::Resize && !self.emission.dynamic
     }
 
-    /// Mean over the map, then `weight` (`[classes, C]`) and `bias`: the logits.
-    pub fn classifier(&mut self, x: &Map, weight: &str, bias: &str, classes: usize, name: &str) -> String {
-        let pooled = self.global_average_pool(x, "head.global_pool");
-        let flat = self.node("Flatten", "head.flatten", &[&pooled.name], vec![]);
-        self.parameters += (classes * x.chs + classes) as u64;
-        self.macs = self.macs.saturating_add((classes * x.chs) as u64);
+    /// The logits: `bias`, and of every term a `[N, C, 1, 1]` map times its weights (`[classes, C]`).
+    pub fn classifier(&mut self, terms: &[(Map, String)], bias: &str, classes: usize, name: &str) -> String {
         let output = if self.emission.precision == Precision::Fp32 { OUTPUT } else { name };
-        let logits = self.node("Gemm", output, &[&flat, weight, bias], vec![int("transB", 1)]);
+        self.parameters += classes as u64;
+        let mut logits = bias.to_string();
+        for (i, (map, weight)) in terms.iter().enumerate() {
+            let (flat, sum) = match (i, i + 1 == terms.len()) {
+                (0, true) => ("head.flatten".into(), output.into()),
+                (_, last) => (format!("head.flatten{i}"), if last { output.into() } else { format!("{name}.term{i}") }),
+            };
+            let flat = self.node("Flatten", &flat, &[&map.name], vec![]);
+            self.parameters += (classes * map.chs) as u64;
+            self.macs = self.macs.saturating_add((classes * map.chs) as u64);
+            logits = self.node("Gemm", &sum, &[&flat, weight, &logits], vec![int("transB", 1)]);
+        }
         match self.emission.precision {
             Precision::Fp32 => logits,
             Precision::Fp16 => self.node("Cast", OUTPUT, &[&logits], vec![int("to", FLOAT.into())]),
         }
     }
 
-    /// A classifier as ONNX bytes: input `input` `[batch, 3, H, W]`, output `logits` `[batch, classes]`, both float32.
+    /// A classifier as ONNX bytes: input `input` `[batch, channels, H, W]`, output `logits` `[batch, classes]`, both float32.
     pub fn finish(self, classes: usize, metadata: &[(&str, String)]) -> Result<Vec<u8>, GraphError> {
         let mut bytes = Vec::with_capacity(usize::try_from(self.kept).unwrap_or(0) + (64 << 10));
         self.finish_to(classes, metadata, &mut bytes)?;

@@ -15,7 +15,7 @@ use std::{fmt, fs};
 use serde::{Deserialize, Serialize};
 
 pub use self::golden::Golden;
-pub use self::preprocessing::{CropMode, Interpolation, Preprocessing};
+pub use self::preprocessing::{Colors, CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
 pub use self::source::{Source, SourceSetting};
 use crate::files::{self, DraftFolder};
@@ -25,7 +25,7 @@ use crate::printable::brief;
 pub const MODEL_FILE: &str = "model.onnx";
 /// File name of the manifest inside a version folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
-/// Name of the folded graph's input, float32 `[batch, 3, height, width]`.
+/// Name of the folded graph's input, float32 `[batch, channels, height, width]`.
 pub const INPUT: &str = "input";
 /// Name of a graph's one output: logits `[N, classes]`.
 pub const OUTPUT: &str = "logits";

@@ -284,7 +284,7 @@ fn contradictory_configurations_are_refused() {
         ("`depth`", |c| c["model_args"]["depth"] = json!(3)),
         ("3 label_names for 10 classes", |c| c["label_names"] = json!(["a", "b", "c"])),
         ("num_classes is 11", |c| c["num_classes"] = json!(11)),
-        ("`in_chans`", |c| c["model_args"]["in_chans"] = json!(1)),
+        ("`in_chans`", |c| c["model_args"]["in_chans"] = json!(17)),
         ("pretrained_cfg", |c| c["pretrained_cfg"]["std"] = json!([0.0, 0.1, 0.1])),
         ("pretrained_cfg", |c| c["pretrained_cfg"]["input_size"] = json!([3, 1_000_000, 64])),
     ];
@@ -333,7 +333,7 @@ fn fresh_checkpoints_fold() {
         let dropped = folded.manifest.fold.blocks.iter().filter(|b| b.dropped).count();
         assert_eq!(dropped, if architecture == "dm_nfnet_f0" { 4 } else { 0 }, "{architecture}");
         let open = |onnx: &[u8]| OrtBackend::open(onnx, architecture, &EngineOptions::default()).unwrap();
-        let logits = |onnx: &[u8]| answers(&mut open(onnx), 1, (64, 64)).unwrap();
+        let logits = |onnx: &[u8]| answers(&mut open(onnx), 1, [3, 64, 64]).unwrap();
         let found = compare(&logits(&unfolded.onnx), &logits(&folded.onnx));
         assert!(found.max_abs_diff <= 1e-5 * found.logit_span, "{architecture}: {found:?}");
     }

@@ -119,7 +119,7 @@ fn tensor(image: &RgbImage, preprocessing: &Preprocessing) -> Vec<f32> {
     tensor_of(&Picture::from(image.clone()), preprocessing)
 }
 
-fn tensor_of(image: &Picture, preprocessing: &Preprocessing) -> Vec<f32> {
+pub fn tensor_of(image: &Picture, preprocessing: &Preprocessing) -> Vec<f32> {
     let preprocessor = Preprocessor::new(preprocessing);
     // what a batch buffer holds before must not matter
     let mut tensor = vec![f32::NAN; preprocessor.tensor_len()];
@@ -135,8 +135,8 @@ fn a_side_that_border_mode_shrinks_to_nothing_keeps_one_pixel() {
         crop_pct: 1.0,
         crop_mode: CropMode::Border,
         interpolation: Interpolation::Bicubic,
-        mean: [0.5; 3],
-        std: [0.5; 3],
+        mean: vec![0.5; 3],
+        std: vec![0.5; 3],
         exif_orientation: false,
     };
     let white = RgbImage { width: 640, height: 1, data: vec![255; 640 * 3] };
@@ -313,8 +313,8 @@ proptest! {
             crop_pct: f64::from(size) / (f64::from(whole) + 0.5),
             crop_mode: CropMode::Squash,
             interpolation: filter,
-            mean: [0.0; 3],
-            std: [1.0; 3],
+            mean: vec![0.0; 3],
+            std: vec![1.0; 3],
             exif_orientation: false,
         };
         let resized = resize(&image, whole, whole, filter);

@@ -36,7 +36,7 @@ fn configurations_are_read_as_timm_reads_them() {
         let read = Config::parse(config.to_string().as_bytes()).unwrap_or_else(|e| panic!("{what}: {e}"));
         assert_eq!(read.architecture, timm["architecture"].as_str().unwrap(), "{what}");
         assert_eq!(read.model_args["num_classes"], timm["num_classes"], "{what}");
-        let (p, _) = settings::resolve(&read.layers, None).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let (p, _) = settings::resolve(&read.layers, None, 3).unwrap_or_else(|e| panic!("{what}: {e}"));
         assert_eq!(json!([3, p.height, p.width]), timm["input_size"], "{what}");
         assert_eq!(json!([p.crop_mode, p.interpolation]), json!([timm["crop_mode"], timm["interpolation"]]), "{what}");
         assert_eq!(json!(p.crop_pct).as_f64(), timm["crop_pct"].as_f64(), "{what}");
@@ -95,7 +95,10 @@ fn a_training_record_tells_what_it_was_told() {
     let checkpoint = open(&OpenOptions::default());
     assert_eq!((checkpoint.architecture.as_str(), checkpoint.name.as_str()), ("nf_regnet_b0", "model_best"));
     let (p, source) = checkpoint.preprocessing(None).unwrap();
-    assert_eq!((p.height, p.width, p.crop_pct, p.mean, p.std), (96, 96, 0.8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.25]));
+    assert_eq!(
+        (p.height, p.width, p.crop_pct, p.mean, p.std),
+        (96, 96, 0.8, vec![0.5, 0.4, 0.3], vec![0.2, 0.2, 0.25])
+    );
     let origin = |name: &str| source.settings.iter().find(|s| s.setting == name).unwrap().origin.clone();
     assert_eq!(origin("size"), "args.img_size in model_best.pth.tar");
     assert_eq!(origin("crop_mode"), "timm's settings of nf_regnet_b0");
@@ -127,7 +130,7 @@ fn options_override_the_checkpoint() {
     let checkpoint = Checkpoint::open_with(&goldens_folder().join("nf_regnet_tanh"), &options).unwrap();
     assert_eq!(checkpoint.labels, ["a", "b", "c", "d", "e", "f", "g"]);
     let (p, source) = checkpoint.preprocessing(None).unwrap();
-    assert_eq!((p.height, p.width, p.mean, p.crop_pct), (40, 60, [0.25; 3], 0.9));
+    assert_eq!((p.height, p.width, p.mean, p.crop_pct), (40, 60, vec![0.25; 3], 0.9));
     let from: Vec<&str> = source.settings.iter().map(|s| s.origin.as_str()).collect();
     assert!(from.contains(&"--img-size") && from.contains(&"--mean"), "{from:?}");
     assert!(from.contains(&"pretrained_cfg.crop_pct in config.json"), "{from:?}");
@@ -211,19 +214,25 @@ fn imagenets_names_come_with_its_tag() {
     assert!(source.warnings.iter().any(|w| w.contains("trained further for 7 classes")), "{source:?}");
 }
 
-/// Channels that can't be served are named for what they are.
+/// One channel has timm's settings for one; colours' become their average; more channels than are served are named.
 #[test]
 fn channels_are_named() {
-    let copy = Copy::of("nf_regnet_tanh");
+    let copy = Copy::of("nf_regnet_grey");
+    let open = || Checkpoint::open(Path::new(&copy.folder())).map_err(|e| e.to_string());
+    let (p, _) = open().unwrap().preprocessing(None).unwrap();
+    assert_eq!((p.height, p.mean, p.std), (256, vec![0.449], vec![0.226]));
     copy.config(|c| {
-        c["pretrained_cfg"]["input_size"] = json!([1, 192, 192]);
-        c["pretrained_cfg"]["test_input_size"] = json!([1, 256, 256]);
-        c["pretrained_cfg"]["mean"] = json!([0.449]);
-        c["pretrained_cfg"]["std"] = json!([0.226]);
-        c["model_args"]["in_chans"] = json!(1);
+        c["pretrained_cfg"]["mean"] = json!([0.25, 0.5, 0.75]);
     });
+    let (p, source) = open().unwrap().preprocessing(None).unwrap();
+    assert_eq!(p.mean, [0.5]);
+    assert!(source.settings.iter().any(|s| s.origin.contains("averaged over colours")), "{source:?}");
+    copy.config(|c| c["pretrained_cfg"]["std"] = json!([0.5, 0.5]));
+    let error = open().unwrap_err();
+    assert!(error.contains("std has 2 values for 1 channels"), "{error}");
+    copy.config(|c| c["model_args"]["in_chans"] = json!(17));
     let here = tempfile::tempdir().unwrap();
-    refused(&nfold(&["fold", &copy.folder()], here.path()), "`in_chans` = 1 can't be used");
+    refused(&nfold(&["fold", &copy.folder()], here.path()), "`in_chans` = 17 can't be used");
 }
 
 #[test]

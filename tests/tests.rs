@@ -8,6 +8,8 @@ mod gpu_check;
 /// Damaged, hostile, half-precision and fresh checkpoints.
 mod checkpoint;
 
+/// Networks of other channels than RGB's.
+mod channels;
 /// What people have instead of a folder from the hub: dialects, files, hostile ones.
 mod sources;
 

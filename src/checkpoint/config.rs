@@ -346,7 +346,7 @@ mod tests {
     }
 
     fn preprocessing(json: &str) -> Result<Preprocessing, String> {
-        Ok(resolve(&parse(json)?.layers, None)?.0)
+        Ok(resolve(&parse(json)?.layers, None, 3)?.0)
     }
 
     #[test]
@@ -365,7 +365,7 @@ mod tests {
     #[test]
     fn defaults_are_timms() {
         let p = preprocessing(r#"{"architecture": "resnet18"}"#).expect("resolves");
-        assert_eq!((p.height, p.crop_pct, p.mean), (224, 0.875, [0.485, 0.456, 0.406]));
+        assert_eq!((p.height, p.crop_pct, p.mean), (224, 0.875, vec![0.485, 0.456, 0.406]));
     }
 
     #[test]

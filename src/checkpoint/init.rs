@@ -63,14 +63,19 @@ fn config(options: &InitOptions, network: &Network) -> Result<Value, NetError> {
     let name = nets::base_name(&options.architecture);
     let evaluation = nets::evaluation(name)
         .ok_or_else(|| NetError::UnknownArchitecture { name: name.into(), nearest: nets::nearest(name) })?;
-    let square = |side: u32| json!([3, side, side]);
+    let channels = network.in_chans();
+    let square = |side: u32| json!([channels, side, side]);
+    let by_channel = |colors: [f64; 3]| match channels {
+        3 => colors.to_vec(),
+        _ => vec![colors.iter().sum::<f64>() / 3.0; channels],
+    };
     let mut pretrained = json!({
         "input_size": square(evaluation.input),
         "interpolation": evaluation.interpolation,
         "crop_pct": evaluation.crop_pct,
         "crop_mode": evaluation.crop_mode,
-        "mean": evaluation.norm.mean(),
-        "std": evaluation.norm.std(),
+        "mean": by_channel(evaluation.norm.mean()),
+        "std": by_channel(evaluation.norm.std()),
         "num_classes": network.classes(),
     });
     if let Some(side) = evaluation.test_input {

@@ -268,7 +268,7 @@ impl Checkpoint {
     /// Preprocessing as timm resolves it for evaluation, and where every setting came from. `size` (height, width)
     /// overrides the size alone.
     pub fn preprocessing(&self, size: Option<(u32, u32)>) -> Result<(Preprocessing, Source), String> {
-        let (preprocessing, origins) = settings::resolve(&self.layers, size)?;
+        let (preprocessing, origins) = settings::resolve(&self.layers, size, self.network.in_chans())?;
         let mut source = self.source.clone();
         source.settings.extend(origins);
         Ok((preprocessing, source))
@@ -377,7 +377,7 @@ impl Assembly<'_> {
                 CheckpointError::Preprocessing(reason)
             }
         };
-        let (resolved, _) = settings::resolve(&layers, None).map_err(in_file)?;
+        let (resolved, _) = settings::resolve(&layers, None, network.in_chans()).map_err(in_file)?;
         self.warn(&network, &labels, &resolved, told, own);
         let tag = self.config.tag.filter(|tag| !is_retrained(tag, network.classes()));
         let architecture = match tag {
@@ -480,7 +480,8 @@ impl Assembly<'_> {
         let (classes, name) = (network.classes(), &self.config.architecture);
         let warnings = &mut self.source.warnings;
         let by_hand = self.options.settings != Settings::default();
-        let published = of_architecture(name).and_then(|layer| Some(settings::resolve(&[layer], None).ok()?.0));
+        let published =
+            of_architecture(name).and_then(|layer| Some(settings::resolve(&[layer], None, network.in_chans()).ok()?.0));
         if !told && !own && !by_hand {
             warnings.push(format!(
                 "the file says nothing about preprocessing, so timm's settings of {name} are used; if the weights were trained with others, give --img-size, --mean, --std, --crop-pct, --interpolation"

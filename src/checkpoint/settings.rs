@@ -80,9 +80,14 @@ const DEFAULT_CROP_PCT: f64 = 0.875;
 const DEFAULT: &str = "timm's default";
 
 /// Preprocessing as timm resolves it for evaluation, as its `validate.py` does: a layer's test size and its crop share
-/// before its plain ones (`resolve_data_config(use_test_size=True)`). `size` (height, width) overrides the size alone.
+/// before its plain ones (`resolve_data_config(use_test_size=True)`). `size` (height, width) overrides the size alone;
+/// `channels` are those of the network's input.
 /// Returns the settings with their origins.
-pub fn resolve(layers: &[Layer], size: Option<(u32, u32)>) -> Result<(Preprocessing, Vec<SourceSetting>), String> {
+pub fn resolve(
+    layers: &[Layer],
+    size: Option<(u32, u32)>,
+    channels: usize,
+) -> Result<(Preprocessing, Vec<SourceSetting>), String> {
     let mut origins = Vec::new();
     let mut note = |setting: &str, origin: String| origins.push(SourceSetting { setting: setting.into(), origin });
     // timm treats 0 and an empty list as absent
@@ -105,14 +110,14 @@ pub fn resolve(layers: &[Layer], size: Option<(u32, u32)>) -> Result<(Preprocess
     let (interpolation, from) =
         first(layers, [("interpolation", &|s| s.interpolation)]).unwrap_or((Interpolation::Bicubic, DEFAULT.into()));
     note("interpolation", from);
-    let channels = |values: Option<&Vec<f64>>| values.filter(|v| !v.is_empty()).cloned();
+    let given = |values: Option<&Vec<f64>>| values.filter(|v| !v.is_empty()).cloned();
     let (mean, from) =
-        first(layers, [("mean", &|s| channels(s.mean.as_ref()))]).unwrap_or((IMAGENET_MEAN.to_vec(), DEFAULT.into()));
-    let mean = by_channel("mean", &mean, &from)?;
+        first(layers, [("mean", &|s| given(s.mean.as_ref()))]).unwrap_or((IMAGENET_MEAN.to_vec(), DEFAULT.into()));
+    let (mean, from) = by_channel("mean", mean, channels, from)?;
     note("mean", from);
     let (std, from) =
-        first(layers, [("std", &|s| channels(s.std.as_ref()))]).unwrap_or((IMAGENET_STD.to_vec(), DEFAULT.into()));
-    let std = by_channel("std", &std, &from)?;
+        first(layers, [("std", &|s| given(s.std.as_ref()))]).unwrap_or((IMAGENET_STD.to_vec(), DEFAULT.into()));
+    let (std, from) = by_channel("std", std, channels, from)?;
     note("std", from);
     let resolved =
         Preprocessing { height, width, crop_pct, crop_mode, interpolation, mean, std, exif_orientation: false };
@@ -137,12 +142,18 @@ fn first<T, const N: usize>(layers: &[Layer], fields: [Field<'_, T>; N]) -> Opti
         .find_map(|layer| fields.iter().find_map(|(name, read)| Some((read(&layer.settings)?, layer.origin.of(name)))))
 }
 
-/// One value for each of three channels; a single one is all of them.
-fn by_channel(name: &str, values: &[f64], from: &str) -> Result<[f64; 3], String> {
-    match *values {
-        [all] => Ok([all; 3]),
-        [r, g, b] => Ok([r, g, b]),
-        _ => Err(format!("{name} has {} values for 3 channels ({from})", values.len())),
+/// One value for each of the channels; a single one is all of them. Those of three colours become their average for a network
+/// of other channels, as timm's loader has it, and so it is said.
+fn by_channel(name: &str, values: Vec<f64>, channels: usize, from: String) -> Result<(Vec<f64>, String), String> {
+    match values.len() {
+        found if found == channels => Ok((values, from)),
+        1 => Ok((vec![values[0]; channels], from)),
+        3 => {
+            let plural = if channels == 1 { "" } else { "s" };
+            let average = values.iter().sum::<f64>() / 3.0;
+            Ok((vec![average; channels], format!("{from}, averaged over colours for {channels} channel{plural}")))
+        }
+        found => Err(format!("{name} has {found} values for {channels} channels ({from})")),
     }
 }
 
@@ -172,20 +183,28 @@ mod tests {
             ),
             layer(Origin::Architecture("a".into()), Settings { std: Some(vec![0.2; 3]), ..Settings::default() }),
         ];
-        let (p, origins) = resolve(&layers, None).expect("resolves");
-        assert_eq!((p.height, p.width, p.crop_pct, p.mean, p.std), (96, 64, 0.9, [0.5; 3], [0.2; 3]));
+        let (p, origins) = resolve(&layers, None, 3).expect("resolves");
+        assert_eq!((p.height, p.width, p.crop_pct, p.mean, p.std), (96, 64, 0.9, vec![0.5; 3], vec![0.2; 3]));
         let from = |name: &str| origins.iter().find(|o| o.setting == name).map(|o| o.origin.as_str());
         assert_eq!(from("size"), Some("pretrained_cfg.test_input_size"));
         assert_eq!(from("mean"), Some("--mean"));
         assert_eq!(from("std"), Some("timm's settings of a"));
         assert_eq!(from("crop_pct"), Some("pretrained_cfg.crop_pct"));
         assert_eq!(from("interpolation"), Some("timm's default"));
-        assert_eq!(resolve(&layers, Some((7, 8))).expect("resolves").0.height, 7);
+        assert_eq!(resolve(&layers, Some((7, 8)), 3).expect("resolves").0.height, 7);
+    }
+
+    #[test]
+    fn colours_become_grey_by_their_average() {
+        let (grey, origins) = resolve(&[], None, 1).expect("resolves");
+        assert_eq!((grey.mean, grey.std), (vec![(0.485 + 0.456 + 0.406) / 3.0], vec![(0.229 + 0.224 + 0.225) / 3.0]));
+        let said = |o: &SourceSetting| o.setting == "mean" && o.origin.contains("averaged over colours for 1 channel");
+        assert!(origins.iter().any(said), "{origins:?}");
     }
 
     #[test]
     fn channels_must_fit() {
         let two = [layer(Origin::CommandLine, Settings { std: Some(vec![0.5; 2]), ..Settings::default() })];
-        assert!(resolve(&two, None).expect_err("two").contains("std has 2 values"));
+        assert!(resolve(&two, None, 3).expect_err("two").contains("std has 2 values"));
     }
 }

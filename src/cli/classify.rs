@@ -25,7 +25,7 @@ use super::images::ImageArgs;
 use super::printable::{self, say};
 use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use crate::infer::top_k::top_k;
-use crate::model::ModelDir;
+use crate::model::{Colors, ModelDir};
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 
 /// More images than this are answered as JSON lines, with a progress bar.
@@ -107,6 +107,13 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
         images = images.into_iter().skip(index).step_by(count).collect();
     }
     let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
+    let channels = model.manifest.preprocessing.channels();
+    if Colors::of_channels(channels).is_none() {
+        bail!(
+            "`{}` takes {channels} channels, and an image has 1 or 3 (grey, RGB); serve it, and send tensors to /v2",
+            model.name
+        );
+    }
     let (model, onnx) = model.with_onnx()?;
     let graph = Fitted::for_this_cpu(onnx);
     let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -200,7 +207,7 @@ fn one(
     let need = image.need();
     let share = memory.claim(need.bytes + preprocessor.scratch(need.width, need.height)).wait();
     let image = image.decode(|width, height| preprocessor.resized(width, height)).map_err(refused)?;
-    let mut batch = Batch::zeros(1, preprocessor.height(), preprocessor.width());
+    let mut batch = Batch::zeros_of(1, manifest.preprocessing.shape());
     preprocessor.apply(&image, batch.image_mut(0));
     drop((image, share));
     let logits = backend.run(&batch).map_err(|e| ("engine", e.to_string()))?;

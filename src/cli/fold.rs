@@ -155,9 +155,9 @@ fn verify(
     let answers = |q: Question<'_>| {
         let logits = if q.unfolded {
             let mut backend = OrtBackend::open_file_as_written(q.path, q.what, &engine)?;
-            verify::answers_together(&mut backend, q.images, q.size)
+            verify::answers_together(&mut backend, q.images, q.shape)
         } else {
-            verify::answers(&mut OrtBackend::open_file(q.path, q.what, &engine)?, q.images, q.size)
+            verify::answers(&mut OrtBackend::open_file(q.path, q.what, &engine)?, q.images, q.shape)
         };
         logits.map_err(|e| EngineError::BadModel { model: q.what.into(), reason: e.to_string() })
     };
@@ -197,11 +197,11 @@ fn in_half(
     let mut session = MapBackend::open_as_written(&emulated, "the graph in half precision", engine)?;
     drop(emulated);
     let p = &manifest.preprocessing;
-    let (height, width) = (p.height as usize, p.width as usize);
-    let noise = verify::images((height, width)).take(4);
+    let [channels, height, width] = p.shape();
+    let noise = verify::images(p.shape()).take(4);
     let (mut logits, mut largest) = (Vec::new(), (0.0, String::new()));
-    for (i, data) in noise.chain(verify::plain_images((height, width), p.mean, p.std)).enumerate() {
-        let input = MapView { name: INPUT, shape: [1, 3, height, width], data: &data };
+    for (i, data) in noise.chain(verify::plain_images(p)).enumerate() {
+        let input = MapView { name: INPUT, shape: [1, channels, height, width], data: &data };
         session.run(&[input], |output| match output.name.strip_suffix(fold::PEAK) {
             Some(map) => {
                 let peak = output.data.first().map_or(0.0, |v| f64::from(*v));

@@ -95,7 +95,7 @@ pub fn describe(m: &Manifest) -> String {
     };
     line("architecture", m.architecture.clone());
     let dynamic = if m.graph_height.is_none() { " (dynamic)" } else { "" };
-    line("input", format!("3x{}x{}{dynamic}, {} classes", p.height, p.width, m.classes));
+    line("input", format!("{}x{}x{}{dynamic}, {} classes", p.channels(), p.height, p.width, m.classes));
     if !m.labels.is_empty() {
         line("labels", labels(&m.labels));
     }

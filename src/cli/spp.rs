@@ -264,15 +264,15 @@ fn look_into(onnx: &[u8], manifest: &Manifest, name: &str, args: &SppArgs) -> an
             Ok(exposed.profile(&format!("photographs of {}", folder.display()), batches.iter())?)
         }
         None => {
-            let batches = noise(args.seed, (p.height as usize, p.width as usize), args.count);
+            let batches = noise(args.seed, p.shape(), args.count);
             Ok(exposed.profile("unit Gaussian noise", batches.iter())?)
         }
     }
 }
 
-fn noise(seed: u64, (height, width): (usize, usize), count: usize) -> Vec<Batch> {
+fn noise(seed: u64, shape: [usize; 3], count: usize) -> Vec<Batch> {
     let batch = |first: usize| {
-        let mut batch = Batch::zeros(BATCH.min(count - first), height, width);
+        let mut batch = Batch::zeros_of(BATCH.min(count - first), shape);
         (0..batch.images).for_each(|i| gaussian_image(seed, first + i, &mut batch, i));
         batch
     };
@@ -299,10 +299,13 @@ fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result
     }
     let count = count.min(files.len());
     let preprocessor = Preprocessor::new(p);
+    if !preprocessor.takes_images() {
+        bail!("the network takes {} channels, which no photograph has; leave --images out", p.channels());
+    }
     let decoder = Decoder::default();
     let mut batches = Vec::new();
     for first in (0..count).step_by(BATCH) {
-        let mut batch = Batch::zeros(BATCH.min(count - first), preprocessor.height(), preprocessor.width());
+        let mut batch = Batch::zeros_of(BATCH.min(count - first), p.shape());
         for i in 0..batch.images {
             let path = &files[(first + i) * files.len() / count];
             let bytes = fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;

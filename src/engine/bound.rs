@@ -151,7 +151,7 @@ impl Engine {
     }
 
     fn stage(&mut self, batch: &Batch, resident: bool) -> Result<(), BackendError> {
-        let shape = [batch.images, 3, batch.height, batch.width];
+        let shape = batch.shape();
         let bound = match self.bound.take().filter(|bound| bound.shape == shape) {
             Some(bound) => bound,
             None => self.bind(shape, resident).map_err(|e| BackendError::Run(format!("binding {shape:?}: {e}")))?,

@@ -29,13 +29,15 @@ pub struct GpuOptions {
     pub profiles: Vec<Profile>,
 }
 
-/// A range of input shapes, `[images, 3, height, width]`; built for the largest.
+/// A range of input shapes, `[images, channels, height, width]`; built for the largest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Profile {
     /// Fewest images.
     pub least: usize,
     /// Most images.
     pub most: usize,
+    /// Channels.
+    pub channels: usize,
     /// Height in pixels.
     pub height: usize,
     /// Width in pixels.
@@ -46,7 +48,7 @@ impl GpuOptions {
     /// `NAME:NxCxHxW` for every profile, comma-separated, as TensorRT's options want shapes.
     #[cfg_attr(not(feature = "gpu"), allow(dead_code, reason = "asked for by TensorRT only"))]
     fn shapes(&self, input: &str, images: impl Fn(&Profile) -> usize) -> String {
-        let shape = |p: &Profile| format!("{input}:{}x3x{}x{}", images(p), p.height, p.width);
+        let shape = |p: &Profile| format!("{input}:{}x{}x{}x{}", images(p), p.channels, p.height, p.width);
         self.profiles.iter().map(shape).collect::<Vec<_>>().join(",")
     }
 }
@@ -100,7 +102,7 @@ mod tests {
 
     #[test]
     fn profiles_are_told_as_tensorrt_wants_them() {
-        let profile = |least, most| Profile { least, most, height: 192, width: 160 };
+        let profile = |least, most| Profile { least, most, channels: 3, height: 192, width: 160 };
         let gpu = GpuOptions { profiles: vec![profile(1, 1), profile(4, 8)], ..GpuOptions::default() };
         assert_eq!(gpu.shapes("input", |p| p.least), "input:1x3x192x160,input:4x3x192x160");
         assert_eq!(gpu.shapes("input", |p| p.most), "input:1x3x192x160,input:8x3x192x160");

@@ -1,32 +1,33 @@
 //! Asks a graph what the model's contract asks it ([`crate::model::golden`]).
 
 use super::{Backend, BackendError, Batch};
+use crate::model::Preprocessing;
 pub use crate::model::golden::{Difference, compare, digest, images, tolerance};
 
 /// A graph's logits on the first `count` [`images`], run one by one.
-pub fn answers(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
+pub fn answers(graph: &mut dyn Backend, count: usize, shape: [usize; 3]) -> Result<Vec<f32>, BackendError> {
     let mut logits = Vec::new();
-    for data in images(size).take(count) {
-        logits.extend(graph.run(&Batch { images: 1, height: size.0, width: size.1, data })?.data);
+    for data in images(shape).take(count) {
+        logits.extend(graph.run(&Batch { images: 1, height: shape[1], width: shape[2], data })?.data);
     }
     Ok(logits)
 }
 
 /// As [`answers`], of all images in one run.
-pub fn answers_together(graph: &mut dyn Backend, count: usize, size: (usize, usize)) -> Result<Vec<f32>, BackendError> {
-    let data = images(size).take(count).flatten().collect();
-    Ok(graph.run(&Batch { images: count, height: size.0, width: size.1, data })?.data)
+pub fn answers_together(graph: &mut dyn Backend, count: usize, shape: [usize; 3]) -> Result<Vec<f32>, BackendError> {
+    let data = images(shape).take(count).flatten().collect();
+    Ok(graph.run(&Batch { images: count, height: shape[1], width: shape[2], data })?.data)
 }
 
-/// Images that are no noise: white, black, and a ramp between them from corner to corner; `[3, height, width]` each, of an
-/// image normalised with `mean` and `std`. Flat areas drive maps further than noise does.
-pub fn plain_images(size: (usize, usize), mean: [f64; 3], std: [f64; 3]) -> [Vec<f32>; 3] {
-    let (height, width) = size;
+/// Images that are no noise: white, black, and a ramp between them from corner to corner; `[channels, height, width]` each,
+/// of an image normalised as `p` says. Flat areas drive maps further than noise does.
+pub fn plain_images(p: &Preprocessing) -> [Vec<f32>; 3] {
+    let [_, height, width] = p.shape();
     let steps = (height + width).saturating_sub(2).max(1) as f64;
     let shades: [&dyn Fn(usize) -> f64; 3] =
         [&|_| 1.0, &|_| 0.0, &|at: usize| (at / width.max(1) + at % width.max(1)) as f64 / steps];
     shades.map(|shade| {
-        let channels = mean.iter().zip(std);
+        let channels = p.mean.iter().zip(&p.std);
         channels.flat_map(|(m, s)| (0..height * width).map(move |at| ((shade(at) - m) / s) as f32)).collect()
     })
 }

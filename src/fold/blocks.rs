@@ -9,7 +9,7 @@ use crate::model::BlockScalars;
 use crate::nets::batch_normed::{BatchNormedPlan, Shortcut};
 use crate::nets::nf::{AttentionPoint, NfBlock, NfPlan};
 use crate::nets::resnet::ResNetPlan;
-use crate::nets::{Attention, Conv, Norm, scaled_ws};
+use crate::nets::{Attention, Conv, Norm, Pool, scaled_ws};
 
 /// What a convolution's input and output are multiplied by. In a folded graph both go into its weights, the output's
 /// into its bias too.
@@ -66,7 +66,7 @@ impl<'a> Emitter<'a> {
             x = self.conv(&x, conv, Scales::NONE, None)?;
         }
         x = self.graph.activation(&x, plan.activation, "final_act");
-        self.head(&x, "head.fc", plan.classes, gamma)?;
+        self.head(&x, "head.fc", (plan.pool, plan.classes), gamma)?;
         Ok(scalars)
     }
 
@@ -157,7 +157,7 @@ impl<'a> Emitter<'a> {
             let sum = self.graph.add(&y, &x, &format!("{}.sum", block.name));
             x = self.graph.activation(&sum, act, &block.name);
         }
-        self.head(&x, "fc", plan.classes, 1.0)
+        self.head(&x, "fc", (plan.pool, plan.classes), 1.0)
     }
 
     /// A batch-normalised network whose blocks gate the input of their last convolution.
@@ -198,7 +198,7 @@ impl<'a> Emitter<'a> {
         if plan.final_conv.is_some() || plan.final_act {
             x = self.graph.activation(&x, act, "final_act");
         }
-        self.head(&x, plan.classifier, plan.classes, 1.0)
+        self.head(&x, plan.classifier, (plan.pool, plan.classes), 1.0)
     }
 
     /// Convolution, then attention where there is one, then the output's scale.
@@ -358,19 +358,39 @@ impl<'a> Emitter<'a> {
         Ok(all)
     }
 
-    /// Global average pooling and classifier; `input` is what the classifier's input is multiplied by.
-    fn head(&mut self, x: &Map, name: &str, classes: usize, input: f64) -> Result<(), FoldError> {
-        let mut weight = self.reader.take(&format!("{name}.weight"), &[classes, x.chs])?;
+    /// Global pooling and classifier; `input` (positive) is what the classifier's input is multiplied by.
+    fn head(&mut self, x: &Map, name: &str, (pool, classes): (Pool, usize), input: f64) -> Result<(), FoldError> {
+        let (chs, features) = (x.chs, pool.features(x.chs));
+        let weight = self.reader.take(&format!("{name}.weight"), &[classes, features])?;
         let bias = self.reader.take(&format!("{name}.bias"), &[classes])?;
-        let x = if self.unfolded {
-            self.scale(x, input)?
-        } else {
-            weight.iter_mut().for_each(|w| *w *= input);
-            x.clone()
+        // the mean of mean and maximum is half their sum
+        let share = if pool == Pool::AverageMax { 0.5 } else { 1.0 };
+        let (x, factor) = match self.unfolded {
+            true => (self.scale(x, input)?, 1.0),
+            false => (x.clone(), input * share),
         };
-        let weight = self.graph.constant(&format!("{name}.weight"), &[classes, x.chs], &weight)?;
+        let mean = |graph: &mut GraphBuilder| graph.global_average_pool(&x, "head.global_pool");
+        let maximum = |graph: &mut GraphBuilder| graph.global_max_pool(&x, "head.global_max");
+        let graph = &mut self.graph;
+        let pooled = match pool {
+            Pool::Average => vec![mean(graph)],
+            Pool::Max => vec![maximum(graph)],
+            Pool::Both => vec![mean(graph), maximum(graph)],
+            Pool::AverageMax => {
+                let (mean, maximum) = (mean(graph), maximum(graph));
+                let sum = graph.add(&mean, &maximum, "head.global_sum");
+                vec![if self.unfolded { self.scale(&sum, share)? } else { sum }]
+            }
+        };
         let bias = self.graph.constant(&format!("{name}.bias"), &[classes], &bias)?;
-        self.graph.classifier(&x, &weight, &bias, classes, name);
+        let mut terms = Vec::with_capacity(pooled.len());
+        for (i, map) in pooled.into_iter().enumerate() {
+            let leaf = if i == 0 { "weight" } else { "weight.max" };
+            let part = weight.chunks(features).flat_map(|row| &row[i * chs..(i + 1) * chs]);
+            let part: Vec<f64> = part.map(|w| w * factor).collect();
+            terms.push((map, self.graph.constant(&format!("{name}.{leaf}"), &[classes, chs], &part)?));
+        }
+        self.graph.classifier(&terms, &bias, classes, name);
         Ok(())
     }
 

@@ -152,14 +152,15 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
     preprocessing.exif_orientation = options.exif_orientation;
     let dynamic = options.size == Size::Dynamic;
     let gate = if dynamic { Gate::Broadcast } else { options.gate };
-    let (mut graph, input) = GraphBuilder::new(Emission {
+    let emission = Emission {
         height: preprocessing.height,
         width: preprocessing.width,
         dynamic,
         precision: options.precision,
         gate,
         same_padding: checkpoint.network.same_padding(),
-    });
+    };
+    let (mut graph, input) = GraphBuilder::new(emission, preprocessing.channels());
     if let Some(store) = store {
         graph.store_in(store);
     }

@@ -22,8 +22,8 @@ pub struct Question<'a> {
     pub what: &'a str,
     /// How many of the [`images`] to run.
     pub images: usize,
-    /// Their height and width.
-    pub size: (usize, usize),
+    /// Their channels, height and width.
+    pub shape: [usize; 3],
 }
 
 /// Why a fold is not written. `E`: what can go wrong while a graph runs.
@@ -76,9 +76,9 @@ pub fn verify<E: std::error::Error + 'static>(
 ) -> Result<(), VerifyError<E>> {
     let classes = manifest.classes as usize;
     let count = if manifest.fold.gmacs < 5.0 { 4 } else { 1 };
-    let size = (manifest.preprocessing.height as usize, manifest.preprocessing.width as usize);
+    let shape = manifest.preprocessing.shape();
     let mut ask = |path: &Path, unfolded: bool, what: &'static str, advice: &'static str| {
-        let logits = answers(Question { path, unfolded, what, images: count, size }).map_err(VerifyError::Engine)?;
+        let logits = answers(Question { path, unfolded, what, images: count, shape }).map_err(VerifyError::Engine)?;
         match logits.iter().position(|logit| !logit.is_finite()) {
             None => Ok(logits),
             Some(i) => Err(VerifyError::NotFinite {
@@ -109,7 +109,7 @@ pub fn verify<E: std::error::Error + 'static>(
         return Err(VerifyError::Apart { difference: found.max_abs_diff, tolerance, span: found.logit_span });
     }
     logits.truncate(classes);
-    let input = images(size).next().unwrap_or_default();
+    let input = images(shape).next().unwrap_or_default();
     manifest.golden = Some(Golden { input_sha256: digest(&input), logits, tolerance });
     manifest.fold.verification = Some(Verification {
         images: count as u32,

@@ -15,6 +15,14 @@ pub enum InferError {
     /// A client's own tensor, for which the network computes NaN or infinity.
     #[error("{0}; send finite, normalised values")]
     BadTensor(String),
+    /// An encoded image for a network that sees something else.
+    #[error(
+        "the model takes {channels} channels, and an image has 1 or 3 (grey, RGB): send a tensor to /v2, FP32, FP16 or UINT8"
+    )]
+    NoImages {
+        /// Channels of the network's input.
+        channels: usize,
+    },
     /// One request holds more images than may ever be admitted at once.
     #[error("{images} images in one request, at most {limit} are taken; send fewer at a time")]
     TooManyImages {
@@ -69,7 +77,9 @@ impl InferError {
             Self::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,
             Self::Image(ImageError::TooLarge { .. }) => Outcome::ImageTooLarge,
             Self::Image(_) => Outcome::InvalidImage,
-            Self::BadTensor(_) | Self::TooManyImages { .. } | Self::ModelNotNamed { .. } => Outcome::InvalidRequest,
+            Self::BadTensor(_) | Self::NoImages { .. } | Self::TooManyImages { .. } | Self::ModelNotNamed { .. } => {
+                Outcome::InvalidRequest
+            }
             Self::Overloaded { .. } => Outcome::Overloaded,
             Self::DeadlineExceeded => Outcome::DeadlineExceeded,
             Self::ShuttingDown => Outcome::ShuttingDown,

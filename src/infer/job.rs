@@ -94,7 +94,7 @@ pub enum Invariance {
 /// What a model must answer before it is served: one image's tensor and its logits, as they were when it was folded.
 #[derive(Debug, Clone)]
 pub struct Golden {
-    /// `[3, height, width]`.
+    /// `[channels, height, width]`.
     pub input: Vec<f32>,
     /// `[classes]`.
     pub logits: Vec<f32>,
@@ -106,7 +106,7 @@ pub struct Golden {
 pub struct Job {
     /// Name for threads and log lines.
     pub what: String,
-    /// From RGB image to tensor.
+    /// From image to tensor.
     pub preprocessor: Preprocessor,
     /// Turn images upright by their EXIF orientation.
     pub exif_orientation: bool,

@@ -207,7 +207,10 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     }
     if first {
         let started = shared.now();
-        let tensor = photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?;
+        let tensor = match shared.job.preprocessor.takes_images() {
+            true => photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?,
+            false => images[..shared.job.preprocessor.tensor_len()].to_vec(),
+        };
         warm.prepare_cost = shared.now().saturating_duration_since(started);
         let (logits, _) = run(shared, &tensor, |batch| lane.attempt(shared, batch))?;
         top_k(&logits, 1, &[]).map_err(|e| StartError::WarmUp { batch: 1, reason: e.to_string() })?;

@@ -314,7 +314,7 @@ impl Drop for Counted<'_> {
 fn golden(dir: &ModelDir, reduced: bool) -> Result<Option<Golden>, LoadError> {
     let Some(golden) = &dir.manifest.golden else { return Ok(None) };
     let p = &dir.manifest.preprocessing;
-    let input = verify::images((p.height as usize, p.width as usize)).next().unwrap_or_default();
+    let input = verify::images(p.shape()).next().unwrap_or_default();
     if verify::digest(&input) != golden.input_sha256 {
         return Err(LoadError::Golden(dir.name.clone()));
     }

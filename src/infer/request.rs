@@ -59,7 +59,7 @@ impl From<Instant> for Terms {
 pub enum Input {
     /// A JPEG, PNG … file.
     Encoded(Bytes),
-    /// A tensor ready for the network, `[3, height, width]`.
+    /// A tensor ready for the network, `[channels, height, width]`.
     Tensor(Vec<f32>),
     /// The same, or its pixels, in bytes.
     Raw(RawTensor),

@@ -170,6 +170,10 @@ impl Shared {
         if !inputs.iter().all(|input| input.fits(tensor_len)) {
             return Err(InferError::Internal(format!("a tensor does not have {tensor_len} values")));
         }
+        let preprocessor = &self.job.preprocessor;
+        if !preprocessor.takes_images() && inputs.iter().any(|input| matches!(input, Input::Encoded(_))) {
+            return Err(InferError::NoImages { channels: preprocessor.channels() });
+        }
         let now = self.now();
         if deadline <= now {
             return Err(InferError::DeadlineExceeded);

@@ -96,7 +96,7 @@ impl Source for RegistryOptions {
         let engine = engine_of(dir, options);
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
-            let batch = Batch::zeros(options.scheduler.padded(1), p.height as usize, p.width as usize);
+            let batch = Batch::zeros_of(options.scheduler.padded(1), p.shape());
             match engine::placement(&onnx, &what, &engine, &batch) {
                 // nothing is wrong with the model: serve it, and say what was not seen
                 Err(error @ EngineError::NoProfile { .. }) => tracing::warn!(model = what, "{what}: {error}"),
@@ -151,7 +151,8 @@ impl Source for RegistryOptions {
 fn engine_of(dir: &ModelDir, options: &RegistryOptions) -> EngineOptions {
     let mut engine = options.engine.clone();
     let (p, scheduler) = (&dir.manifest.preprocessing, &options.scheduler);
-    let profile = |least, most| Profile { least, most, height: p.height as usize, width: p.width as usize };
+    let [channels, height, width] = p.shape();
+    let profile = |least, most| Profile { least, most, channels, height, width };
     engine.gpu.profiles = match scheduler.buckets.as_slice() {
         [] => vec![profile(1, scheduler.max_batch)],
         buckets => buckets.iter().map(|&bucket| profile(bucket, bucket)).collect(),

@@ -12,7 +12,7 @@ use super::Precision;
 /// One input and its logits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Golden {
-    /// SHA-256 of the input `[3, height, width]`, float32 little-endian: a fixed pseudo-random image.
+    /// SHA-256 of the input `[channels, height, width]`, float32 little-endian: a fixed pseudo-random image.
     pub input_sha256: String,
     /// Its logits, `[classes]`.
     pub logits: Vec<f32>,
@@ -38,10 +38,10 @@ pub fn tolerance(precision: Precision, logit_span: f64) -> f64 {
     }
 }
 
-/// Unit Gaussian images of (height, width), `[3, height, width]` each: always the same ones.
-pub fn images(size: (usize, usize)) -> impl Iterator<Item = Vec<f32>> {
+/// Unit Gaussian images of a shape, `[channels, height, width]`: always the same ones.
+pub fn images(shape: [usize; 3]) -> impl Iterator<Item = Vec<f32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    std::iter::repeat_with(move || (0..3 * size.0 * size.1).map(|_| StandardNormal.sample(&mut rng)).collect())
+    std::iter::repeat_with(move || (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect())
 }
 
 /// SHA-256 of an image as little-endian bytes, in hexadecimal.

@@ -64,7 +64,10 @@ impl fmt::Display for Interpolation {
     }
 }
 
-/// Everything between a decoded RGB image and the network's input tensor, as timm resolves it from `pretrained_cfg`
+/// Input channels that a network may have.
+const CHANNELS: RangeInclusive<usize> = 1..=16;
+
+/// Everything between a decoded image and the network's input tensor, as timm resolves it from `pretrained_cfg`
 /// (`resolve_data_config` + `create_transform(is_training=False)`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,16 +82,52 @@ pub struct Preprocessing {
     pub crop_mode: CropMode,
     /// Resampling filter.
     pub interpolation: Interpolation,
-    /// Per-channel mean (R, G, B) on the 0..1 scale.
-    pub mean: [f64; 3],
-    /// Per-channel standard deviation (R, G, B) on the 0..1 scale.
-    pub std: [f64; 3],
+    /// Per-channel mean on the 0..1 scale: of red, green and blue, or of grey. As many as the network has input channels;
+    /// where those are neither 1 nor 3, no image can be prepared.
+    pub mean: Vec<f64>,
+    /// Per-channel standard deviation on the 0..1 scale, as many.
+    pub std: Vec<f64>,
     /// Turn the image upright by its EXIF orientation first. Off by default, as in timm.
     #[serde(default)]
     pub exif_orientation: bool,
 }
 
+/// What a channel of the network's input is of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colors {
+    /// One channel: grey, as Pillow's `convert("L")` weights colours.
+    Grey,
+    /// Red, green, blue.
+    Rgb,
+}
+
+impl Colors {
+    /// What images become for a network of so many input channels; nothing where no image can become that.
+    pub fn of_channels(channels: usize) -> Option<Self> {
+        match channels {
+            1 => Some(Self::Grey),
+            3 => Some(Self::Rgb),
+            _ => None,
+        }
+    }
+}
+
 impl Preprocessing {
+    /// Channels of the network's input.
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// Shape of one image's tensor: `[channels, height, width]`.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels(), self.height as usize, self.width as usize]
+    }
+
+    /// Values of one image's tensor.
+    pub fn tensor_len(&self) -> usize {
+        self.shape().iter().product()
+    }
+
     /// Refuses values that no image could be prepared with; the error names the field, its value and what is allowed.
     pub fn check(&self) -> Result<(), String> {
         for (name, side) in [("height", self.height), ("width", self.width)] {
@@ -105,7 +144,12 @@ impl Preprocessing {
             Err(format!("{name} {value:?} is outside {low}..={high}{scale}"))
         };
         inside("crop_pct", self.crop_pct, CROP_PCT, "")?;
-        for (mean, std) in self.mean.into_iter().zip(self.std) {
+        let (means, stds) = (self.mean.len(), self.std.len());
+        if means != stds || !CHANNELS.contains(&means) {
+            let (low, high) = CHANNELS.into_inner();
+            return Err(format!("mean has {means} values and std {stds}; as many are needed, {low} to {high}"));
+        }
+        for (&mean, &std) in self.mean.iter().zip(&self.std) {
             inside("mean", mean, MEAN, " (of pixels from 0 to 1)")?;
             inside("std", std, STD, " (of pixels from 0 to 1)")?;
         }
@@ -124,8 +168,8 @@ mod tests {
             crop_pct: 0.9,
             crop_mode: CropMode::Center,
             interpolation: Interpolation::Bicubic,
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
+            mean: vec![0.485, 0.456, 0.406],
+            std: vec![0.229, 0.224, 0.225],
             exif_orientation: false,
         }
     }
@@ -155,12 +199,20 @@ mod tests {
     }
 
     #[test]
+    fn mean_and_std_are_as_many() {
+        for (means, stds) in [(3, 1), (0, 0), (17, 17)] {
+            let reason = Preprocessing { mean: vec![0.5; means], std: vec![0.5; stds], ..usual() }.check();
+            assert!(reason.expect_err("refused").contains(&format!("mean has {means} values and std {stds}")));
+        }
+    }
+
+    #[test]
     fn what_is_in_use_passes() {
         for (crop_pct, mean, std) in [
-            (1.0, [0.0; 3], [1.0; 3]),
-            (0.875, [0.5; 3], [0.5; 3]),
-            (0.1, [124.0 / 255.0; 3], [1.0 / (0.0167 * 255.0); 3]),
-            (0.95, [0.0; 3], [1.0 / 255.0; 3]),
+            (1.0, vec![0.0; 3], vec![1.0; 3]),
+            (0.875, vec![0.5], vec![0.5]),
+            (0.1, vec![124.0 / 255.0; 3], vec![1.0 / (0.0167 * 255.0); 3]),
+            (0.95, vec![0.0; 16], vec![1.0 / 255.0; 16]),
         ] {
             assert_eq!(Preprocessing { crop_pct, mean, std, ..usual() }.check(), Ok(()));
         }

@@ -2,7 +2,7 @@
 //! straight branch with channel attention before its last convolution. Knows neither family's numbers.
 
 use super::activation::Activation;
-use super::{Attention, Conv, Init, Norm, TensorSpec};
+use super::{Attention, Conv, Init, Norm, Pool, TensorSpec};
 
 /// A network of either family, every convolution named and sized.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,8 +27,10 @@ pub struct BatchNormedPlan {
     pub zero_init_last: bool,
     /// TensorFlow's SAME padding, asymmetric where it must be.
     pub same_padding: bool,
-    /// Channels that the classifier sees.
+    /// Channels of the last map.
     pub num_features: usize,
+    /// What the classifier sees of them.
+    pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
 }
@@ -81,7 +83,7 @@ impl BatchNormedPlan {
             }
         }
         self.final_conv.iter().for_each(|c| conv(&mut out, c, 1.0));
-        let shape = [self.classes, self.num_features];
+        let shape = [self.classes, self.pool.features(self.num_features)];
         out.push(TensorSpec::new(format!("{}.weight", self.classifier), &shape, self.classifier_init));
         out.push(TensorSpec::new(format!("{}.bias", self.classifier), &shape[..1], Init::Constant(0.0)));
         out

@@ -6,7 +6,10 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
-use super::{Arguments, Attention, Colours, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
+use super::{
+    Arguments, Attention, Colours, Conv, Ends, Evaluation, Init, NetError, Norm, bad_argument, make_divisible,
+    output_stride,
+};
 
 /// A stage of the unscaled network.
 #[derive(Debug, Clone, Copy)]
@@ -149,44 +152,47 @@ impl EfficientNetConfig {
     /// Lays `args` over the configuration and plans the network.
     pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
         let mut args = Arguments::new(architecture, args);
-        let classes = args.classifier()?;
-        let mut output_stride = 32usize;
+        let ends = args.ends()?;
+        let output_stride = output_stride(&mut args)?;
         args.set("channel_multiplier", &mut self.channel_multiplier)?;
         args.set("depth_multiplier", &mut self.depth_multiplier)?;
         args.set("channel_divisor", &mut self.channel_divisor)?;
         args.set("act_layer", &mut self.act_layer)?;
         args.set("bn_eps", &mut self.bn_eps)?;
         args.set("pad_type", &mut self.pad_type)?;
-        args.set("output_stride", &mut output_stride)?;
         args.ignore(&["bn_momentum"]);
         args.finish()?;
         if !matches!(self.pad_type.as_str(), "" | "same") {
             return Err(bad_argument("pad_type", &self.pad_type.into(), "`same` or nothing".into()));
         }
-        if output_stride != 32 {
-            return Err(bad_argument("output_stride", &output_stride.into(), "only 32 is supported".into()));
-        }
-        self.network(classes)
+        self.network(ends, output_stride)
     }
 
-    fn network(&self, classes: usize) -> Result<BatchNormedPlan, NetError> {
+    fn network(&self, ends: Ends, output_stride: usize) -> Result<BatchNormedPlan, NetError> {
         let activation = self.check()?;
         let [stem_chs, features] =
             self.generation.ends().map(|(chs, scaled)| if scaled { self.channels(chs) } else { chs });
         let mut in_chs = stem_chs;
-        let stem = Conv::square("conv_stem".into(), (3, in_chs), 3, 2, self.norm("bn1".into()));
+        let stem = Conv::square("conv_stem".into(), (ends.in_chans, in_chs), 3, 2, self.norm("bn1".into()));
         let mut blocks = Vec::new();
         let stages = self.generation.stages();
         let last = stages.len() - 1;
+        let (mut net_stride, mut dilation) = (2, 1);
         for (s, stage) in stages.into_iter().enumerate() {
             let out_chs = self.channels(stage.channels);
             let fixed = self.generation == Generation::Lite && (s == 0 || s == last);
             let multiplier = if fixed { 1.0 } else { self.depth_multiplier };
             for index in 0..(stage.depth as f64 * multiplier).ceil() as usize {
-                let stride = if index == 0 { stage.stride } else { 1 };
-                let shape = BlockShape { name: format!("blocks.{s}.{index}"), chs: (in_chs, out_chs), stride, stage };
-                blocks.push(self.block(shape, activation));
-                in_chs = out_chs;
+                let mut stride = if index == 0 { stage.stride } else { 1 };
+                let mut next_dilation = dilation;
+                if net_stride * stride > output_stride {
+                    next_dilation *= stride;
+                    stride = 1;
+                }
+                net_stride *= stride;
+                let (name, chs) = (format!("blocks.{s}.{index}"), (in_chs, out_chs));
+                blocks.push(self.block(BlockShape { name, chs, stride, dilation, stage }, activation));
+                (in_chs, dilation) = (out_chs, next_dilation);
             }
         }
         Ok(BatchNormedPlan {
@@ -197,11 +203,12 @@ impl EfficientNetConfig {
             final_conv: Some(Conv::pointwise("conv_head".into(), in_chs, features, self.norm("bn2".into()))),
             final_act: true,
             classifier: "classifier",
-            classifier_init: Init::Uniform((classes as f64).sqrt().recip()),
+            classifier_init: Init::Uniform((ends.classes as f64).sqrt().recip()),
             zero_init_last: false,
             same_padding: self.pad_type == "same",
             num_features: features,
-            classes,
+            pool: ends.pool,
+            classes: ends.classes,
         })
     }
 
@@ -236,14 +243,15 @@ impl EfficientNetConfig {
     /// An inverted residual (`conv_pw`, `conv_dw`, `conv_pwl`), a depthwise-separable block (`conv_dw`, `conv_pw`), a fused one
     /// (`conv_exp`, `conv_pwl`), or one convolution (`conv`).
     fn block(&self, shape: BlockShape, activation: Activation) -> BatchNormedBlock {
-        let BlockShape { name, chs: (in_chs, out_chs), stride, stage } = shape;
+        let BlockShape { name, chs: (in_chs, out_chs), stride, dilation, stage } = shape;
         let Stage { kind, kernel, expansion, squeeze, .. } = stage;
         let mid = if kind == Separable { in_chs } else { make_divisible((in_chs * expansion) as f64, 8, 0.9) };
         let path = |leaf: &str| format!("{name}.{leaf}");
         let norm = |number: usize| self.norm(path(&format!("bn{number}")));
-        let depthwise =
-            |number| Conv { groups: mid, ..Conv::square(path("conv_dw"), (mid, mid), kernel, stride, norm(number)) };
-        let spatial = |leaf: &str, to| Conv::square(path(leaf), (in_chs, to), kernel, stride, norm(1));
+        let square =
+            |leaf: &str, chs, number| Conv { dilation, ..Conv::square(path(leaf), chs, kernel, stride, norm(number)) };
+        let depthwise = |number| Conv { groups: mid, ..square("conv_dw", (mid, mid), number) };
+        let spatial = |leaf: &str, to| square(leaf, (in_chs, to), 1);
         let point = |leaf: &str, from, to, number| Conv::pointwise(path(leaf), from, to, norm(number));
         let convs = match kind {
             Separable => vec![depthwise(1), point("conv_pw", mid, out_chs, 2)],
@@ -270,6 +278,7 @@ struct BlockShape {
     name: String,
     chs: (usize, usize),
     stride: usize,
+    dilation: usize,
     stage: Stage,
 }
 

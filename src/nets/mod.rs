@@ -249,6 +249,16 @@ impl Network {
         }
     }
 
+    /// Channels of the input.
+    pub fn in_chans(&self) -> usize {
+        let first = match self {
+            Self::NormFree(plan) => plan.stem.first(),
+            Self::ResNet(plan) => plan.stem.first(),
+            Self::BatchNormed(plan) => Some(&plan.stem),
+        };
+        first.map_or(3, |conv| conv.in_chs)
+    }
+
     /// Whether convolutions pad as TensorFlow's SAME does.
     pub fn same_padding(&self) -> bool {
         match self {
@@ -403,8 +413,8 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// Takes what all families share: classes, input channels, pooling.
-    fn classifier(&mut self) -> Result<usize, NetError> {
+    /// Takes what all families share: input channels, classes, pooling.
+    fn ends(&mut self) -> Result<Ends, NetError> {
         let (mut classes, mut in_chans, mut pool) = (1000usize, 3usize, "avg".to_string());
         self.set("num_classes", &mut classes)?;
         self.set("in_chans", &mut in_chans)?;
@@ -412,15 +422,19 @@ impl<'a> Arguments<'a> {
         self.ignore(&["drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "features_only", "zero_init_fc"]);
         let refuse = |name: &str, value: Value, reason: &str| Err(bad_argument(name, &value, reason.into()));
         if !(1..=1_000_000).contains(&classes) {
-            return refuse("num_classes", classes.into(), "a classifier with 1 to 1,000,000 classes is needed");
+            return refuse(
+                "num_classes",
+                classes.into(),
+                "a classifier with 1 to 1,000,000 classes is needed; features alone are not served",
+            );
         }
-        if in_chans != 3 {
-            return refuse("in_chans", in_chans.into(), "only RGB networks (3) are supported");
+        if !(1..=16).contains(&in_chans) {
+            return refuse("in_chans", in_chans.into(), "1 to 16 channels are supported");
         }
-        if !matches!(pool.as_str(), "avg" | "fast" | "fastavg") {
-            return refuse("global_pool", pool.into(), "only `avg` is supported");
-        }
-        Ok(classes)
+        let Some(pool) = Pool::parse(&pool) else {
+            return refuse("global_pool", pool.into(), "avg, max, avgmax and catavgmax are supported");
+        };
+        Ok(Ends { in_chans, pool, classes })
     }
 
     fn finish(self) -> Result<(), NetError> {
@@ -431,8 +445,58 @@ impl<'a> Arguments<'a> {
     }
 }
 
+/// What both ends of every network have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ends {
+    in_chans: usize,
+    pool: Pool,
+    classes: usize,
+}
+
+/// How the last map becomes the classifier's input (timm `SelectAdaptivePool2d`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pool {
+    /// Mean.
+    Average,
+    /// Maximum.
+    Max,
+    /// Half the sum of both.
+    AverageMax,
+    /// Both, the means first: twice as many inputs.
+    Both,
+}
+
+impl Pool {
+    /// By timm's name; `fast…` computes the same.
+    fn parse(name: &str) -> Option<Self> {
+        match name.strip_prefix("fast").unwrap_or(name) {
+            "avg" => Some(Self::Average),
+            "" if name == "fast" => Some(Self::Average),
+            "max" => Some(Self::Max),
+            "avgmax" => Some(Self::AverageMax),
+            "catavgmax" => Some(Self::Both),
+            _ => None,
+        }
+    }
+
+    /// Inputs of the classifier by the last map's channels.
+    pub fn features(self, channels: usize) -> usize {
+        if self == Self::Both { 2 * channels } else { channels }
+    }
+}
+
 fn bad_argument(name: &str, value: &Value, reason: String) -> NetError {
     NetError::BadArgument { name: name.into(), value: value.to_string(), reason }
+}
+
+/// Takes the stride of the last map: where it is less than 32, later stages are dilated instead.
+fn output_stride(args: &mut Arguments<'_>) -> Result<usize, NetError> {
+    let mut stride = 32usize;
+    args.set("output_stride", &mut stride)?;
+    match stride {
+        8 | 16 | 32 => Ok(stride),
+        other => Err(bad_argument("output_stride", &other.into(), "8, 16 or 32".into())),
+    }
 }
 
 /// Refuses stage lists that no real network has, before anything is sized by them.

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::{
-    Arguments, Attention, Conv, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
-    make_divisible,
+    Arguments, Attention, Conv, Ends, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec, bad_argument, check_stages,
+    make_divisible, output_stride,
 };
 
 /// timm's `NfCfg`: what makes one architecture of the family.
@@ -67,8 +67,10 @@ pub struct NfPlan {
     pub blocks: Vec<NfBlock>,
     /// 1x1 convolution before the last activation.
     pub final_conv: Option<Conv>,
-    /// Channels that the classifier sees.
+    /// Channels of the last map.
     pub num_features: usize,
+    /// What the classifier sees of them.
+    pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
 }
@@ -117,15 +119,11 @@ impl NfPlan {
     /// Lays `args` over `config` and plans the network.
     pub fn new(architecture: &str, mut config: NfConfig, args: &Map<String, Value>) -> Result<Self, NetError> {
         let mut args = Arguments::new(architecture, args);
-        let classes = args.classifier()?;
-        let mut output_stride = 32usize;
-        args.set("output_stride", &mut output_stride)?;
+        let ends = args.ends()?;
+        let output_stride = output_stride(&mut args)?;
         config.overlay(&mut args)?;
         args.finish()?;
-        if !matches!(output_stride, 8 | 16 | 32) {
-            return Err(bad_argument("output_stride", &output_stride.into(), "8, 16 or 32".into()));
-        }
-        config.plan(classes, output_stride)
+        config.plan(ends, output_stride)
     }
 
     /// Every tensor of a checkpoint, in module order.
@@ -161,7 +159,7 @@ impl NfPlan {
             }
         }
         self.final_conv.iter().for_each(|c| conv(&mut out, c, 1.0));
-        let head = [self.classes, self.num_features];
+        let head = [self.classes, self.pool.features(self.num_features)];
         out.push(TensorSpec::new("head.fc.weight".into(), &head, Init::Normal(0.01)));
         out.push(TensorSpec::new("head.fc.bias".into(), &[self.classes], Init::Constant(0.0)));
         out
@@ -223,11 +221,11 @@ impl NfConfig {
         make_divisible(channels as f64 * self.width_factor, self.ch_div, 0.9)
     }
 
-    fn plan(&self, classes: usize, output_stride: usize) -> Result<NfPlan, NetError> {
+    fn plan(&self, ends: Ends, output_stride: usize) -> Result<NfPlan, NetError> {
         let activation = self.check()?;
         let norm = self.norm(activation);
         let stem_chs = self.width(self.stem_chs.unwrap_or(self.channels[0]));
-        let (stem, stem_pool, stem_stride) = self.stem(stem_chs, &norm)?;
+        let (stem, stem_pool, stem_stride) = self.stem(ends.in_chans, stem_chs, &norm)?;
         let mut blocks = Vec::new();
         let (mut in_chs, mut net_stride, mut dilation, mut variance) = (stem_chs, stem_stride, 1, 1.0f64);
         for (stage, &depth) in self.depths.iter().enumerate() {
@@ -266,11 +264,12 @@ impl NfConfig {
             blocks,
             final_conv: features.map(|f| Conv::pointwise("final_conv".into(), in_chs, f, norm)),
             num_features: features.unwrap_or(in_chs),
-            classes,
+            pool: ends.pool,
+            classes: ends.classes,
         })
     }
 
-    fn stem(&self, out: usize, norm: &Norm) -> Result<(Vec<Conv>, bool, usize), NetError> {
+    fn stem(&self, in_chans: usize, out: usize, norm: &Norm) -> Result<(Vec<Conv>, bool, usize), NetError> {
         let (widths, strides): (Vec<usize>, &[usize]) = match self.stem_type.as_str() {
             "deep_quad" => (vec![out / 8, out / 4, out / 2, out], &[2, 1, 1, 2]),
             "deep_tiered" => (vec![3 * out / 8, out / 2, out], &[2, 1, 1]),
@@ -285,7 +284,7 @@ impl NfConfig {
             return Err(bad_argument("stem_chs", &out.into(), format!("too few for stem_type {}", self.stem_type)));
         }
         let kernel = if widths.len() > 1 || self.stem_type.contains("3x3") { 3 } else { 7 };
-        let inputs = std::iter::once(3).chain(widths.iter().copied());
+        let inputs = std::iter::once(in_chans).chain(widths.iter().copied());
         let name = |i: usize| if widths.len() == 1 { "stem.conv".into() } else { format!("stem.conv{}", i + 1) };
         let convs = inputs.zip(&widths).zip(strides).enumerate();
         let convs = convs.map(|(i, ((from, &to), &s))| Conv::square(name(i), (from, to), kernel, s, norm.clone()));

@@ -5,7 +5,9 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
-use super::{Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, bad_argument, make_divisible};
+use super::{
+    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, bad_argument, make_divisible, output_stride,
+};
 
 /// PyTorch's default of `BatchNorm2d`.
 const EPS: f64 = 1e-5;
@@ -43,8 +45,9 @@ impl RegNetConfig {
     /// Lays `args` over the configuration and plans the network.
     pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
         let mut args = Arguments::new(architecture, args);
-        let classes = args.classifier()?;
-        let (mut preact, mut downsample, mut output_stride) = (false, "conv1x1".to_string(), 32usize);
+        let ends = args.ends()?;
+        let output_stride = output_stride(&mut args)?;
+        let (mut preact, mut downsample) = (false, "conv1x1".to_string());
         args.set("depth", &mut self.depth)?;
         args.set("w0", &mut self.w0)?;
         args.set("wa", &mut self.wa)?;
@@ -59,7 +62,6 @@ impl RegNetConfig {
         args.set("act_layer", &mut self.act_layer)?;
         args.set("preact", &mut preact)?;
         args.set("downsample", &mut downsample)?;
-        args.set("output_stride", &mut output_stride)?;
         args.ignore(&["zero_init_last"]);
         args.finish()?;
         let refuse = |name: &str, value: Value, reason: &str| Err(bad_argument(name, &value, reason.into()));
@@ -69,20 +71,35 @@ impl RegNetConfig {
         if downsample != "conv1x1" {
             return refuse("downsample", downsample.into(), "only `conv1x1` is supported");
         }
-        if output_stride != 32 {
-            return refuse("output_stride", output_stride.into(), "only 32 is supported");
-        }
-        self.network(classes)
+        self.network(ends, output_stride)
     }
 
-    fn network(&self, classes: usize) -> Result<BatchNormedPlan, NetError> {
+    fn network(&self, ends: Ends, output_stride: usize) -> Result<BatchNormedPlan, NetError> {
         let activation = self.check()?;
-        let stem = Conv::square("stem.conv".into(), (3, self.stem_width), 3, 2, norm("stem.bn"));
+        let stem = Conv::square("stem.conv".into(), (ends.in_chans, self.stem_width), 3, 2, norm("stem.bn"));
         let (mut in_chs, mut blocks) = (self.stem_width, Vec::new());
+        let (mut net_stride, mut dilation) = (2, 1);
         for (s, stage) in self.stages()?.into_iter().enumerate() {
+            let stage_stride = if net_stride >= output_stride { 1 } else { 2 };
+            if stage_stride == 1 {
+                dilation *= 2;
+            }
+            net_stride *= stage_stride;
             for index in 0..stage.depth {
-                let stride = if index == 0 { 2 } else { 1 };
-                blocks.push(self.block(format!("s{}.b{}", s + 1, index + 1), in_chs, stage, stride, activation)?);
+                let shape = BlockShape {
+                    name: format!("s{}.b{}", s + 1, index + 1),
+                    in_chs,
+                    stage,
+                    stride: if index == 0 { stage_stride } else { 1 },
+                    // a stage's first block still has the dilation of the stage before
+                    first_dilation: match index {
+                        0 if dilation <= 2 => 1,
+                        0 => 2,
+                        _ => dilation,
+                    },
+                    dilation,
+                };
+                blocks.push(self.block(shape, activation)?);
                 in_chs = stage.width;
             }
         }
@@ -101,7 +118,8 @@ impl RegNetConfig {
             classifier_init: Init::Normal(0.01),
             zero_init_last: true,
             same_padding: false,
-            classes,
+            pool: ends.pool,
+            classes: ends.classes,
         })
     }
 
@@ -176,14 +194,8 @@ impl RegNetConfig {
         Ok(stages)
     }
 
-    fn block(
-        &self,
-        name: String,
-        in_chs: usize,
-        stage: Stage,
-        stride: usize,
-        activation: Activation,
-    ) -> Result<BatchNormedBlock, NetError> {
+    fn block(&self, shape: BlockShape, activation: Activation) -> Result<BatchNormedBlock, NetError> {
+        let BlockShape { name, in_chs, stage, stride, first_dilation, dilation } = shape;
         let Stage { width, group_size, .. } = stage;
         let mid = (width as f64 * self.bottle_ratio).round_ties_even() as usize;
         let groups = mid / group_size;
@@ -202,13 +214,17 @@ impl RegNetConfig {
         let grouped =
             Conv::square(format!("{name}.conv2.conv"), (mid, mid), 3, stride, norm(&format!("{name}.conv2.bn")));
         Ok(BatchNormedBlock {
-            convs: vec![point("conv1", in_chs, mid), Conv { groups, ..grouped }, point("conv3", mid, width)],
+            convs: vec![
+                point("conv1", in_chs, mid),
+                Conv { groups, dilation: first_dilation, ..grouped },
+                point("conv3", mid, width),
+            ],
             attention: (reduced > 0).then(|| Attention::SqueezeExcite {
                 fc1: fc("fc1", mid, reduced),
                 fc2: fc("fc2", reduced, mid),
                 activation,
             }),
-            shortcut: match in_chs == width && stride == 1 {
+            shortcut: match in_chs == width && stride == 1 && first_dilation == dilation {
                 true => Shortcut::Identity,
                 false => Shortcut::Conv(Conv { stride, ..point("downsample", in_chs, width) }),
             },
@@ -217,6 +233,18 @@ impl RegNetConfig {
             name,
         })
     }
+}
+
+/// What a block's place in the network decides.
+struct BlockShape {
+    name: String,
+    in_chs: usize,
+    stage: Stage,
+    stride: usize,
+    /// Of its 3x3 convolution.
+    first_dilation: usize,
+    /// Of the stage.
+    dilation: usize,
 }
 
 fn norm(layer: &str) -> Norm {

@@ -4,8 +4,8 @@ use serde_json::{Map, Value};
 
 use super::activation::{ACTIVATIONS, Activation};
 use super::{
-    Arguments, Attention, Conv, Evaluation, Init, NetError, Norm, ShortcutPool, TensorSpec, bad_argument, check_stages,
-    make_divisible,
+    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec, bad_argument,
+    check_stages, make_divisible, output_stride,
 };
 
 /// PyTorch's default of `BatchNorm2d`.
@@ -50,8 +50,10 @@ pub struct ResNetPlan {
     pub stem_pool: bool,
     /// Residual blocks in order.
     pub blocks: Vec<ResNetBlock>,
-    /// Channels that the classifier sees.
+    /// Channels of the last map.
     pub num_features: usize,
+    /// What the classifier sees of them.
+    pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
 }
@@ -79,7 +81,8 @@ impl ResNetPlan {
     /// Lays `args` over `config` and plans the network.
     pub fn new(architecture: &str, mut config: ResNetConfig, args: &Map<String, Value>) -> Result<Self, NetError> {
         let mut args = Arguments::new(architecture, args);
-        let classes = args.classifier()?;
+        let ends = args.ends()?;
+        let output_stride = output_stride(&mut args)?;
         args.set("layers", &mut config.layers)?;
         args.set("channels", &mut config.channels)?;
         args.set("stem_type", &mut config.stem_type)?;
@@ -96,7 +99,7 @@ impl ResNetPlan {
         }
         args.ignore(&["zero_init_last"]);
         args.finish()?;
-        config.plan(classes)
+        config.plan(ends, output_stride)
     }
 
     /// Every tensor of a checkpoint, in module order.
@@ -129,8 +132,9 @@ impl ResNetPlan {
             }
             block.downsample.iter().for_each(|c| conv(&mut out, c, 1.0));
         }
-        let bound = Init::Uniform((self.num_features as f64).sqrt().recip());
-        out.push(TensorSpec::new("fc.weight".into(), &[self.classes, self.num_features], bound));
+        let features = self.pool.features(self.num_features);
+        let bound = Init::Uniform((features as f64).sqrt().recip());
+        out.push(TensorSpec::new("fc.weight".into(), &[self.classes, features], bound));
         out.push(TensorSpec::new("fc.bias".into(), &[self.classes], bound));
         out
     }
@@ -159,9 +163,9 @@ impl ResNetConfig {
             .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
     }
 
-    fn plan(&self, classes: usize) -> Result<ResNetPlan, NetError> {
+    fn plan(&self, ends: Ends, output_stride: usize) -> Result<ResNetPlan, NetError> {
         let activation = self.check()?;
-        let mut stem = self.stem()?;
+        let mut stem = self.stem(ends.in_chans)?;
         if self.replace_stem_pool {
             let chs = stem.last().map_or(64, |c| c.out_chs);
             stem.push(Conv::square("maxpool.0".into(), (chs, chs), 3, 2, norm("maxpool.1".into())));
@@ -169,19 +173,30 @@ impl ResNetConfig {
         let expansion = if self.bottleneck { 4 } else { 1 };
         let mut in_chs = stem.last().map_or(64, |c| c.out_chs);
         let mut blocks = Vec::new();
+        let (mut net_stride, mut dilation, mut first_dilation) = (4, 1, 1);
         for (stage, (&depth, &planes)) in self.layers.iter().zip(&self.channels).enumerate() {
+            let mut stage_stride = if stage > 0 { 2 } else { 1 };
+            if net_stride >= output_stride {
+                dilation *= stage_stride;
+                stage_stride = 1;
+            }
+            net_stride *= stage_stride;
             for index in 0..depth {
                 let name = format!("layer{}.{index}", stage + 1);
-                let stride = if index == 0 && stage > 0 { 2 } else { 1 };
+                let stride = if index == 0 { stage_stride } else { 1 };
                 let out_chs = planes * expansion;
                 let downsample = index == 0 && (stride != 1 || in_chs != out_chs);
-                let pooled = downsample && self.avg_down && stride != 1;
+                let pool = match (downsample && self.avg_down, stride, dilation) {
+                    (false, ..) | (true, 1, 1) => ShortcutPool::None,
+                    (true, 1, _) => ShortcutPool::AverageSame,
+                    (true, ..) => ShortcutPool::Average2,
+                };
                 // the module is a sequence: [convolution, norm], or [pool, convolution, norm]
                 let first = if self.avg_down { 1 } else { 0 };
                 blocks.push(ResNetBlock {
-                    convs: self.branch(&name, in_chs, planes, stride)?,
+                    convs: self.branch(&name, in_chs, planes, (stride, first_dilation, dilation))?,
                     attention: self.attention(&name, out_chs)?,
-                    pool: if pooled { ShortcutPool::Average2 } else { ShortcutPool::None },
+                    pool,
                     downsample: downsample.then(|| Conv {
                         stride: if self.avg_down { 1 } else { stride },
                         ..Conv::pointwise(
@@ -193,17 +208,18 @@ impl ResNetConfig {
                     }),
                     name,
                 });
-                in_chs = out_chs;
+                (in_chs, first_dilation) = (out_chs, dilation);
             }
         }
         let stem_pool = !self.replace_stem_pool;
-        Ok(ResNetPlan { activation, stem, stem_pool, blocks, num_features: in_chs, classes })
+        let Ends { pool, classes, .. } = ends;
+        Ok(ResNetPlan { activation, stem, stem_pool, blocks, num_features: in_chs, pool, classes })
     }
 
-    fn stem(&self) -> Result<Vec<Conv>, NetError> {
+    fn stem(&self, in_chans: usize) -> Result<Vec<Conv>, NetError> {
         let w = self.stem_width;
         let first = match self.stem_type.as_str() {
-            "" => return Ok(vec![Conv::square("conv1".into(), (3, 64), 7, 2, norm("bn1".into()))]),
+            "" => return Ok(vec![Conv::square("conv1".into(), (in_chans, 64), 7, 2, norm("bn1".into()))]),
             "deep" => w,
             "deep_tiered" => 3 * (w / 4),
             other => return Err(bad_argument("stem_type", &other.into(), "one of ``, deep, deep_tiered".into())),
@@ -213,7 +229,11 @@ impl ResNetConfig {
         }
         let conv =
             |i: usize, chs, stride, layer: &str| Conv::square(format!("conv1.{i}"), chs, 3, stride, norm(layer.into()));
-        Ok(vec![conv(0, (3, first), 2, "conv1.1"), conv(3, (first, w), 1, "conv1.4"), conv(6, (w, 2 * w), 1, "bn1")])
+        Ok(vec![
+            conv(0, (in_chans, first), 2, "conv1.1"),
+            conv(3, (first, w), 1, "conv1.4"),
+            conv(6, (w, 2 * w), 1, "bn1"),
+        ])
     }
 
     fn attention(&self, block: &str, chs: usize) -> Result<Option<Attention>, NetError> {
@@ -231,12 +251,21 @@ impl ResNetConfig {
         }
     }
 
-    fn branch(&self, name: &str, in_chs: usize, planes: usize, stride: usize) -> Result<Vec<Conv>, NetError> {
-        let square = |i: usize, chs: (usize, usize), stride| {
-            Conv::square(format!("{name}.conv{i}"), chs, 3, stride, norm(format!("{name}.bn{i}")))
+    /// The third argument: stride and dilation of the first 3x3, dilation of the second.
+    fn branch(
+        &self,
+        name: &str,
+        in_chs: usize,
+        planes: usize,
+        (stride, first_dilation, dilation): (usize, usize, usize),
+    ) -> Result<Vec<Conv>, NetError> {
+        let square = |i: usize, chs: (usize, usize), stride, dilation| Conv {
+            dilation,
+            ..Conv::square(format!("{name}.conv{i}"), chs, 3, stride, norm(format!("{name}.bn{i}")))
         };
         if !self.bottleneck {
-            return Ok(vec![square(1, (in_chs, planes), stride), square(2, (planes, planes), 1)]);
+            let first = square(1, (in_chs, planes), stride, first_dilation);
+            return Ok(vec![first, square(2, (planes, planes), 1, dilation)]);
         }
         let width = planes * self.base_width / 64 * self.cardinality;
         if width == 0 || !width.is_multiple_of(self.cardinality) {
@@ -247,7 +276,7 @@ impl ResNetConfig {
             |i: usize, from, to| Conv::pointwise(format!("{name}.conv{i}"), from, to, norm(format!("{name}.bn{i}")));
         Ok(vec![
             point(1, in_chs, width),
-            Conv { groups: self.cardinality, ..square(2, (width, width), stride) },
+            Conv { groups: self.cardinality, ..square(2, (width, width), stride, first_dilation) },
             point(3, width, planes * 4),
         ])
     }

@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::formats::components::Scratch;
 use super::picture::Picture;
-use crate::model::Interpolation;
+use crate::model::{Colors, Interpolation};
 
 /// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
@@ -29,6 +29,7 @@ pub(super) fn resample(
     target: [usize; 2],
     window: [Range<usize>; 2],
     filter: Interpolation,
+    colors: Colors,
 ) -> Vec<u8> {
     let size = [image.width as usize, image.height as usize];
     let [columns, rows] = window;
@@ -36,14 +37,14 @@ pub(super) fn resample(
         return vec![0; RGB * columns.len() * rows.len()];
     }
     if filter == Interpolation::Nearest {
-        return nearest(image, size, target, columns, rows);
+        return nearest(image, size, target, columns, rows, colors);
     }
     let horizontal = (size[0] != target[0]).then(|| Taps::new(filter, size[0], target[0], columns.clone()));
     let vertical = (size[1] != target[1]).then(|| Taps::new(filter, size[1], target[1], rows.clone()));
     // what each pass needs of its input; a pass that is not needed copies
     let needed_columns = horizontal.as_ref().map_or(columns, Taps::span);
     let needed_rows = vertical.as_ref().map_or(rows, Taps::span);
-    let mut source = Source::new(image, needed_columns.clone());
+    let mut source = Source::new(image, needed_columns.clone(), colors);
     // Pillow since 13: the vertical pass goes first where it shrinks the image by more than twice what the other does
     let shrink = [0, 1].map(|axis| size[axis] as i64 - target[axis] as i64);
     let vertical_first = shrink[1] > 0 && shrink[1] > 2 * shrink[0];
@@ -68,14 +69,16 @@ pub(super) fn resample(
 struct Source<'a> {
     image: &'a Picture,
     columns: Range<usize>,
+    /// Grey: all three bytes of a pixel are its shade.
+    colors: Colors,
     /// Where an image that isn't RGB becomes so.
     band: Vec<u8>,
     scratch: Scratch,
 }
 
 impl<'a> Source<'a> {
-    fn new(image: &'a Picture, columns: Range<usize>) -> Self {
-        Source { image, columns, band: Vec::new(), scratch: Scratch::default() }
+    fn new(image: &'a Picture, columns: Range<usize>, colors: Colors) -> Self {
+        Source { image, columns, colors, band: Vec::new(), scratch: Scratch::default() }
     }
 
     /// Bytes of a row.
@@ -85,20 +88,28 @@ impl<'a> Source<'a> {
 
     fn view(&mut self, rows: Range<usize>) -> View<'_> {
         let line = self.line();
-        if let Some(data) = self.image.rgb() {
+        if let Some(data) = self.plain() {
             let stride = RGB * self.image.width as usize;
             return View { data, stride, left: RGB * self.columns.start, len: line, top: rows.start, rows: rows.len() };
         }
         self.band.resize(line * rows.len(), 0);
         for (out, y) in self.band.chunks_exact_mut(line).zip(rows) {
             self.image.row(y, self.columns.clone(), &mut self.scratch, out);
+            if self.colors == Colors::Grey {
+                grey(out);
+            }
         }
         View::packed(&self.band, line)
     }
 
+    /// The image's bytes, where they are what is resized.
+    fn plain(&self) -> Option<&'a [u8]> {
+        self.image.rgb().filter(|_| self.colors == Colors::Rgb)
+    }
+
     /// Rows that are made at a time.
     fn band_rows(&self) -> usize {
-        match self.image.rgb() {
+        match self.plain() {
             Some(_) => usize::MAX,
             None => (BAND / self.line().max(1)).next_multiple_of(kernels::ROWS),
         }
@@ -138,6 +149,14 @@ impl<'a> Source<'a> {
     }
 }
 
+/// Pillow's `convert("L")` of RGB pixels, in place: ITU-R 601 luma in 16-bit fixed point, in all three bytes.
+fn grey(pixels: &mut [u8]) {
+    for pixel in pixels.as_chunks_mut::<RGB>().0 {
+        let [red, green, blue] = pixel.map(u32::from);
+        *pixel = [((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16) as u8; RGB];
+    }
+}
+
 /// A rectangle of packed RGB rows in a larger image. All in bytes but `top` and `rows`.
 #[derive(Clone, Copy)]
 struct View<'a> {
@@ -173,6 +192,7 @@ fn nearest(
     target: [usize; 2],
     columns: Range<usize>,
     rows: Range<usize>,
+    colors: Colors,
 ) -> Vec<u8> {
     let positions = |axis: usize, range: Range<usize>| -> Vec<Option<usize>> {
         let step = size[axis] as f64 / target[axis] as f64;
@@ -187,10 +207,10 @@ fn nearest(
         found
     };
     if size == target {
-        return Source::new(image, columns).view(rows).to_vec();
+        return Source::new(image, columns, colors).view(rows).to_vec();
     }
     let columns = positions(0, columns);
-    let mut source = Source::new(image, 0..size[0]);
+    let mut source = Source::new(image, 0..size[0], colors);
     let mut out = Vec::with_capacity(RGB * columns.len() * rows.len());
     for y in positions(1, rows) {
         let row = y.map(|y| source.view(y..y + 1));

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::limits::RgbImage;
 use super::picture::Picture;
 use super::resample::{RGB, resample};
-use crate::model::{CropMode, Interpolation, Preprocessing};
+use crate::model::{Colors, CropMode, Interpolation, Preprocessing};
 
 /// Turns decoded images into input tensors as one [`Preprocessing`] says; built once, shared by threads.
 #[derive(Debug, Clone)]
@@ -19,10 +19,12 @@ pub struct Preprocessor {
     scale: [u64; 2],
     crop_mode: CropMode,
     filter: Interpolation,
+    /// What of an image the network sees; nothing where it can see none.
+    colors: Option<Colors>,
     /// Sample → normalised value, for each channel.
-    tables: [[f32; 256]; RGB],
-    /// Colour of padding where the resized image is smaller than the crop.
-    fill: [u8; RGB],
+    tables: Vec<[f32; 256]>,
+    /// Colour of padding where the resized image is smaller than the crop, for each channel.
+    fill: Vec<u8>,
 }
 
 /// Where the crop lies in the resized image, which never exists as a whole.
@@ -38,13 +40,13 @@ impl Preprocessor {
     /// Tables and sizes for `p`; as timm's `create_transform(is_training=False)` derives them.
     pub fn new(p: &Preprocessing) -> Self {
         let scale = [p.height, p.width].map(|side| ((f64::from(side) / p.crop_pct).floor() as u64).max(1));
-        let table = |channel: usize| {
-            let (mean, std) = (p.mean[channel] as f32, p.std[channel] as f32);
+        let table = |(&mean, &std): (&f64, &f64)| {
+            let (mean, std) = (mean as f32, std as f32);
             std::array::from_fn(|sample| (sample as f32 / 255.0 - mean) / std)
         };
-        let fill = match p.crop_mode {
-            CropMode::Border => p.mean.map(|mean| (255.0 * mean).round_ties_even() as u8),
-            CropMode::Center | CropMode::Squash => [0; RGB],
+        let fill = |&mean: &f64| match p.crop_mode {
+            CropMode::Border => (255.0 * mean).round_ties_even() as u8,
+            CropMode::Center | CropMode::Squash => 0,
         };
         Self {
             height: p.height as usize,
@@ -52,8 +54,9 @@ impl Preprocessor {
             scale,
             crop_mode: p.crop_mode,
             filter: p.interpolation,
-            tables: [table(0), table(1), table(2)],
-            fill,
+            colors: Colors::of_channels(p.channels()),
+            tables: p.mean.iter().zip(&p.std).map(table).collect(),
+            fill: p.mean.iter().map(fill).collect(),
         }
     }
 
@@ -67,9 +70,19 @@ impl Preprocessor {
         self.width
     }
 
-    /// Number of values of one image's tensor: 3 · height · width.
+    /// Channels of the tensor.
+    pub fn channels(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Whether an image can become the tensor: one of 1 or 3 channels.
+    pub fn takes_images(&self) -> bool {
+        self.colors.is_some()
+    }
+
+    /// Number of values of one image's tensor: channels · height · width.
     pub fn tensor_len(&self) -> usize {
-        RGB * self.height * self.width
+        self.channels() * self.height * self.width
     }
 
     /// Width and height to which an image of `width` × `height` pixels is resized, before the crop.
@@ -86,17 +99,19 @@ impl Preprocessor {
         (RGB * (between + 2 * self.width * self.height)) as u64
     }
 
-    /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: channels first (R, G, B),
-    /// row-major, each value `(sample / 255 − mean) / std` in single precision.
+    /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: channels first (R, G, B, or
+    /// grey), row-major, each value `(sample / 255 − mean) / std` in single precision.
     ///
     /// # Panics
-    /// When `out` is not [`tensor_len`](Self::tensor_len) long: the caller's mistake, never the image's.
+    /// When `out` is not [`tensor_len`](Self::tensor_len) long, or no image [can](Self::takes_images) become it: the
+    /// caller's mistake, never the image's.
     pub fn apply(&self, image: &Picture, out: &mut [f32]) {
         assert_eq!(out.len(), self.tensor_len(), "the output must hold one image's tensor");
+        let Some(colors) = self.colors else { panic!("no image can become {} channels", self.channels()) };
         let place = self.placement(image.width, image.height);
         let columns = overlap(place.offset[0], self.width, place.target[0]);
         let rows = overlap(place.offset[1], self.height, place.target[1]);
-        let pixels = resample(image, place.target, [columns.clone(), rows.clone()], self.filter);
+        let pixels = resample(image, place.target, [columns.clone(), rows.clone()], self.filter, colors);
         // where the crop of the resized image lies in the output
         let left = (columns.start as i64 - place.offset[0]) as usize;
         let top = (rows.start as i64 - place.offset[1]) as usize;
@@ -105,25 +120,34 @@ impl Preprocessor {
                 plane.fill(self.tables[channel][usize::from(self.fill[channel])]);
             }
         }
+        let lines = pixels.chunks_exact(RGB * columns.len().max(1)).enumerate();
+        let at = |y: usize| (top + y) * self.width + left..(top + y) * self.width + left + columns.len();
+        let [first, second, third] = self.tables.as_slice() else {
+            for (y, line) in lines {
+                for (pixel, shade) in line.chunks_exact(RGB).zip(&mut out[at(y)]) {
+                    *shade = self.tables[0][usize::from(pixel[0])];
+                }
+            }
+            return;
+        };
         let (red, rest) = out.split_at_mut(self.height * self.width);
         let (green, blue) = rest.split_at_mut(self.height * self.width);
-        for (y, line) in pixels.chunks_exact(RGB * columns.len().max(1)).enumerate() {
-            let at = (top + y) * self.width + left..(top + y) * self.width + left + columns.len();
-            let (red, green, blue) = (&mut red[at.clone()], &mut green[at.clone()], &mut blue[at]);
+        for (y, line) in lines {
+            let (red, green, blue) = (&mut red[at(y)], &mut green[at(y)], &mut blue[at(y)]);
             for (((pixel, red), green), blue) in line.chunks_exact(RGB).zip(red).zip(green).zip(blue) {
-                *red = self.tables[0][usize::from(pixel[0])];
-                *green = self.tables[1][usize::from(pixel[1])];
-                *blue = self.tables[2][usize::from(pixel[2])];
+                *red = first[usize::from(pixel[0])];
+                *green = second[usize::from(pixel[1])];
+                *blue = third[usize::from(pixel[2])];
             }
         }
     }
 
-    /// Normalises an image that has the tensor's size already, `[height, width, 3]`: no resize, no crop. The same values
+    /// Normalises an image that has the tensor's size already, `[height, width, channels]`: no resize, no crop. The same values
     /// that [`apply`](Self::apply) gives those pixels.
     pub fn normalise(&self, pixels: &[u8]) -> Vec<f32> {
         let mut out = Vec::with_capacity(pixels.len());
         for (channel, table) in self.tables.iter().enumerate() {
-            out.extend(pixels.iter().skip(channel).step_by(RGB).map(|&sample| table[usize::from(sample)]));
+            out.extend(pixels.iter().skip(channel).step_by(self.channels()).map(|&sample| table[usize::from(sample)]));
         }
         out
     }
@@ -170,5 +194,5 @@ fn overlap(offset: i64, len: usize, size: usize) -> Range<usize> {
 /// `image` resized to `width` × `height`: equal to Pillow 13's `Image.resize` on the same RGB pixels.
 pub fn resize(image: &Picture, width: u32, height: u32, filter: Interpolation) -> RgbImage {
     let (w, h) = (width as usize, height as usize);
-    RgbImage { width, height, data: resample(image, [w, h], [0..w, 0..h], filter) }
+    RgbImage { width, height, data: resample(image, [w, h], [0..w, 0..h], filter, Colors::Rgb) }
 }

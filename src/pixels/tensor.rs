@@ -10,11 +10,11 @@ use super::resize::Preprocessor;
 /// One image without its encoding. Multi-byte values are little-endian.
 #[derive(Debug, Clone)]
 pub enum RawTensor {
-    /// `[3, height, width]` of 4-byte floating point, normalised.
+    /// `[channels, height, width]` of 4-byte floating point, normalised.
     Fp32(Bytes),
-    /// `[3, height, width]` of 2-byte (IEEE half precision) floating point, normalised.
+    /// `[channels, height, width]` of 2-byte (IEEE half precision) floating point, normalised.
     Fp16(Bytes),
-    /// `[height, width, 3]` bytes of red, green, blue, of the network's size: normalised here, not resized.
+    /// `[height, width, channels]` bytes (red, green, blue, or grey), of the network's size: normalised here, not resized.
     Pixels(Bytes),
 }
 

@@ -80,7 +80,7 @@ impl Layout {
         let channels = self.maps.get(&first).copied();
         let (node, channels) = match (node.op_type.as_str(), channels) {
             ("Conv", channels) => self.convolution(node, channels, source)?,
-            ("MaxPool" | "AveragePool" | "GlobalAveragePool", Some(_)) => (blocked(node), channels),
+            ("MaxPool" | "AveragePool" | "GlobalAveragePool" | "GlobalMaxPool", Some(_)) => (blocked(node), channels),
             ("Resize", Some(_)) => (upsampling(node, source)?, channels),
             ("Relu" | "LeakyRelu" | "Sigmoid" | "Tanh", Some(_)) => (self.activation(node, &first), channels),
             ("Clip", Some(_)) => (self.clip(node, &first, source), channels),

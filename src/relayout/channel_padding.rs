@@ -102,7 +102,8 @@ impl Widths {
                 // the logits: no map
                 "Gemm" => continue,
                 "Reshape" => widths.fix(first),
-                "Resize" | "Clip" | "Flatten" | "Cast" | "AveragePool" | "MaxPool" | "GlobalAveragePool" => first,
+                "Resize" | "Clip" | "Flatten" | "Cast" | "AveragePool" | "MaxPool" | "GlobalAveragePool"
+                | "GlobalMaxPool" => first,
                 "Sigmoid" | "Relu" | "LeakyRelu" | "Elu" | "Selu" | "Gelu" | "HardSwish" | "Mish" | "Tanh" => first,
                 "Add" | "Mul" => {
                     let [_, second] = node.input.as_slice() else { return None };

@@ -14,7 +14,7 @@ pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
     let (wide, side) = (2 * block, SIDE as u32);
     let (precision, gate) = (Precision::Fp32, Gate::Resize);
     let emission = Emission { height: side, width: side, dynamic: false, precision, gate, same_padding: false };
-    let (mut g, image) = GraphBuilder::new(emission);
+    let (mut g, image) = GraphBuilder::new(emission, 3);
 
     let stem = conv(&mut g, &image, "stem", wide, 3, 1)?;
     let stem = g.activation(&stem, Activation::Silu, "stem.act");
@@ -47,7 +47,8 @@ pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
 
     let weight = g.constant("head.weight", &[wide, wide], &numbers(wide * wide, wide))?;
     let bias = g.constant("head.bias", &[wide], &numbers(wide, 1))?;
-    g.classifier(&x, &weight, &bias, wide, "head");
+    let pooled = g.global_average_pool(&x, "head.global_pool");
+    g.classifier(&[(pooled, weight)], &bias, wide, "head");
     g.finish(wide, &[])
 }
 

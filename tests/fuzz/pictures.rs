@@ -25,8 +25,8 @@ fn judge(bytes: &[u8]) -> Verdict {
             Interpolation::Lanczos,
             Interpolation::Nearest,
         ][lot % 4],
-        mean: [0.5; 3],
-        std: [0.5; 3],
+        mean: vec![0.5; 3],
+        std: vec![0.5; 3],
         exif_orientation: true,
     });
     let mut need = 0;

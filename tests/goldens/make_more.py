@@ -75,6 +75,38 @@ CASES |= {
     "tf_efficientnetv2_b_small": ("tf_efficientnetv2_b0", dict(channel_multiplier=0.3, depth_multiplier=0.5, **TENSORFLOW), [(1, 67, 64)]),
 }
 
+# input channels, poolings of the head, dilated networks with batch normalisation
+CASES |= {
+    "nf_regnet_grey": ("nf_regnet_b0", dict(TINY, in_chans=1, global_pool="max"), [(2, 48, 40)]),
+    "nf_resnet_channels": (
+        "nf_resnet26",
+        dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), stem_chs=16, in_chans=16, global_pool="avgmax"),
+        [(1, 63, 50)],
+    ),
+    "nfnet_both": ("nfnet_f0", dict(NFNET, in_chans=4, global_pool="catavgmax"), [(1, 64, 61)]),
+    "resnet50d_dilated": (
+        "resnet50d",
+        dict(RESNET, layers=(1, 2, 2, 2), stem_width=8, output_stride=8, global_pool="catavgmax", in_chans=2),
+        [(1, 65, 66)],
+    ),
+    "resnet18_dilated": ("resnet18", dict(RESNET, layers=(1, 2, 2, 2), output_stride=16, global_pool="max"), [(1, 64, 65)]),
+    "regnety_dilated": (
+        "regnety_008",
+        dict(depth=6, w0=24, wa=16.0, wm=1.6, group_size=12, stem_width=16, output_stride=8, in_chans=1),
+        [(1, 65, 64)],
+    ),
+    "efficientnet_dilated": (
+        "efficientnet_b0",
+        dict(channel_multiplier=0.25, depth_multiplier=0.5, output_stride=8, global_pool="avgmax", in_chans=5),
+        [(1, 65, 64)],
+    ),
+    "tf_efficientnet_dilated": (
+        "tf_efficientnet_b0",
+        dict(channel_multiplier=0.25, depth_multiplier=0.5, output_stride=16, **TENSORFLOW),
+        [(1, 65, 98)],
+    ),
+}
+
 
 def create(architecture, args):
     if "channel_multiplier" in args:  # timm's entry points fix an EfficientNet's multipliers
@@ -87,6 +119,11 @@ def create(architecture, args):
     return timm.create_model(architecture, num_classes=7, **args).eval()
 
 
+def channels(model):
+    """Of the input: its first convolution's."""
+    return next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d)).in_channels
+
+
 def disturb(model, gen):
     """Moves parameters and statistics off their initial values; statistics come from real activations."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -94,7 +131,7 @@ def disturb(model, gen):
         norm.momentum = None
     if norms:
         model.train()
-        model(torch.randn(32, 3, 64, 64, generator=gen))
+        model(torch.randn(32, channels(model), 64, 64, generator=gen))
         model.eval()
     for name, p in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
@@ -133,7 +170,7 @@ def main():
             wide.double()
             golden = {}
             for k, (n, h, w) in enumerate(sizes):
-                x = torch.randn(n, 3, h, w, generator=gen)
+                x = torch.randn(n, channels(model), h, w, generator=gen)
                 golden |= {f"input.{k}": x, f"logits.{k}": wide(x.double()), f"logits32.{k}": model(x)}
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}
         save_for_hf(model, out / name, model_config={}, model_args=lists, safe_serialization=True)
@@ -141,6 +178,8 @@ def main():
         span = (golden["logits.0"].max() - golden["logits.0"].min()).item()
         print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, span {span:.3f}")
 
+    if only:
+        return
     table = {"timm": timm.__version__}
     names = timm.list_models(["nf_regnet_*", "nf_*resnet*", "*nfnet*"]) + "resnet18 resnet18d resnet26 resnet26d resnet34 \
         resnet34d resnet50 resnet50d resnet101 resnet101d resnet152 resnet152d resnext50_32x4d \

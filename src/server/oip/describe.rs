@@ -66,7 +66,7 @@ pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadat
         name: model.name.clone(),
         versions: versions.collect(),
         platform: "onnx_onnxv1".into(),
-        inputs: vec![tensor(INPUT, &[3, p.height, p.width])],
+        inputs: vec![tensor(INPUT, &[p.channels() as u32, p.height, p.width])],
         outputs: vec![tensor(OUTPUT, &[manifest.classes])],
         properties: properties.map(|(name, value)| (name.into(), value)).into_iter().collect(),
     }
@@ -85,7 +85,7 @@ pub(in crate::server) fn config(model: &LiveModel) -> pb::ModelConfig {
             name: INPUT.into(),
             data_type: fp32,
             format: pb::model_input::Format::Nchw.into(),
-            dims: vec![3, p.height.into(), p.width.into()],
+            dims: vec![p.channels() as i64, p.height.into(), p.width.into()],
         }],
         output: vec![pb::ModelOutput {
             name: OUTPUT.into(),

@@ -196,8 +196,7 @@ impl Wanted {
 /// What a request to `model` may hold.
 pub(in crate::server) fn limits(model: &LiveModel) -> Limits {
     let preprocessing = &model.manifest.preprocessing;
-    let values = 3 * preprocessing.height as usize * preprocessing.width as usize;
-    Limits { images: model.scheduler().queue_limit(), values }
+    Limits { images: model.scheduler().queue_limit(), values: preprocessing.tensor_len() }
 }
 
 /// Runs an inference on `model`; `deadline` counts unless the request wants its answer sooner than that, from `arrived`.
@@ -303,10 +302,10 @@ fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>,
     if name != INPUT {
         return Err(invalid(format!("input `{}` does not exist; there is `{INPUT}`", name.escape_debug())));
     }
-    let (height, width) = (model.manifest.preprocessing.height as usize, model.manifest.preprocessing.width as usize);
-    let len = 3 * height * width;
+    let [channels, height, width] = model.manifest.preprocessing.shape();
+    let len = channels * height * width;
     let limit = model.scheduler().queue_limit();
-    let planes = |contents: &str| shaped(&shape, &[3, height, width], limit, contents);
+    let planes = |contents: &str| shaped(&shape, &[channels, height, width], limit, contents);
     match contents {
         Contents::Bare(bytes) if bytes.len() == 4 * len => Ok(vec![Input::Raw(RawTensor::Fp32(bytes))]),
         Contents::Bare(bytes) => Ok(vec![Input::Encoded(bytes)]),
@@ -324,13 +323,13 @@ fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>,
             Ok(split(bytes, count, 2 * len)?.map(|b| Input::Raw(RawTensor::Fp16(b))).collect())
         }
         Contents::Raw(Datatype::Uint8, bytes) => {
-            let count = shaped(&shape, &[height, width, 3], limit, "UINT8")?;
+            let count = shaped(&shape, &[height, width, channels], limit, "UINT8")?;
             Ok(split(bytes, count, len)?.map(|b| Input::Raw(RawTensor::Pixels(b))).collect())
         }
         Contents::Raw(Datatype::Bytes, bytes) => encoded(elements(&bytes, limit)?, &shape, limit),
         Contents::Elements(elements) => encoded(elements, &shape, limit),
         Contents::Raw(other, _) => Err(invalid(format!(
-            "input `{INPUT}` is not taken as {}; send FP32 or FP16 [N,3,{height},{width}] normalised, UINT8 [N,{height},{width},3] pixels, or BYTES [N] encoded images",
+            "input `{INPUT}` is not taken as {}; send FP32 or FP16 [N,{channels},{height},{width}] normalised, UINT8 [N,{height},{width},{channels}] pixels, or BYTES [N] encoded images",
             other.name()
         ))),
     }
