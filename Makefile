@@ -8,9 +8,10 @@
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the scheduler on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
+#   make mutation          faults of one expression each in the queue, the admission and the limits, each to be found by a test
 #   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
 #   make check-all         what is too long for every change: all sets of features, all published checkpoints up to 80 M
-#                          parameters, and the long runs: simulate, mutants, fuzz (5 minutes a door), soak, rehearsal
+#                          parameters, and the long runs: simulate, mutants, mutation, fuzz (5 minutes a door), soak, rehearsal
 #   make check-features    every set of features compiles without a warning
 #   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
 #                          memory and descriptors
@@ -35,7 +36,7 @@ PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck
 
 BENCH := target/bench
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants mutation fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(if $(PROGRAM),,cargo build --quiet --locked)
@@ -102,6 +103,9 @@ simulate:
 mutants:
 	tests/simulation/mutants/run
 
+mutation: ort
+	tests/mutation/run
+
 TIME ?= 60
 
 fuzz:
@@ -110,7 +114,7 @@ fuzz:
 check-all: ort check-features
 	cargo test --locked --test tests -- --ignored --nocapture golden::
 	$(MAKE) check-dist check-readme
-	$(MAKE) simulate mutants soak rehearsal
+	$(MAKE) simulate mutants mutation soak rehearsal
 	$(MAKE) fuzz TIME=300
 
 # every set of features compiles without a warning, the default one being `make test`'s

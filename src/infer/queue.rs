@@ -811,6 +811,14 @@ mod tests {
         let answers: Vec<_> = stage.replies.iter_mut().map(|reply| reply.try_recv()).collect();
         assert!(matches!(answers[1], Ok(Err(InferError::DeadlineExceeded))), "{answers:?}");
         assert_eq!(stage.queue.ready.len(), 1);
+        // 20 ms are left, decoding takes 20 and a run 10
+        stage.queue.prepare_cost = 20 * MS;
+        for deadline in [100, 10_000, 10_000] {
+            stage.encoded(0, deadline, 100);
+        }
+        let entry = stage.queue.take_raw(stage.start + 80 * MS, &stage.options).expect("two are in time");
+        assert_eq!(entry.pending.deadline, stage.at(10_000));
+        stage.answer(80);
     }
 
     #[test]
@@ -853,6 +861,14 @@ mod tests {
         assert_eq!(stage.queue.drain_time(6, &stage.options), 42 * MS, "the same threads decode");
         stage.options.decoders = 1;
         assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
+        stage.queue.prepare_cost = 40 * MS;
+        assert_eq!(stage.queue.drain_time(6, &stage.options), 240 * MS, "others do, and are slower");
+        for ms in (0..=1000).step_by(10) {
+            let now = stage.at(ms);
+            stage.queue.speed.leave(1, 5 * MS, now, true);
+        }
+        let wait = stage.queue.drain_time(6, &stage.options).as_millis();
+        assert!((470..=490).contains(&wait), "images leave half as fast as their parts say: {wait}");
         assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
     }
 
@@ -874,6 +890,53 @@ mod tests {
         stage.queue.leave(1, now, &stage.options);
         (0..100).for_each(|_| stage.queue.ran(1, 30 * MS, &stage.options));
         assert!((29..=30).contains(&stage.queue.run_cost.as_millis()));
+    }
+
+    #[test]
+    fn an_image_has_all_cores_only_if_nothing_else_is_there() {
+        let runs = |stage: &mut Stage| {
+            let able = Able { worker: Some(0), prepares: false, runs: true, reopen_at: None };
+            match stage.queue.next(able, stage.start, &stage.options) {
+                Step::Do(Task::Run { images, alone }) => Some((images.len(), alone)),
+                _ => None,
+            }
+        };
+        let mut stage = Stage::new(1, Duration::ZERO);
+        stage.decoded(0, 10_000);
+        assert_eq!(runs(&mut stage), Some((1, true)));
+        // now that worker is busy, for all that others know
+        stage.decoded(0, 10_000);
+        stage.queue.running = vec![None, Some(stage.start)];
+        assert_eq!(runs(&mut stage), Some((1, false)), "another engine runs");
+        stage.queue.running = vec![None, None];
+        stage.decoded(0, 10_000);
+        stage.decoded(0, 10_000);
+        assert_eq!(runs(&mut stage), Some((1, false)), "another image waits");
+        assert_eq!(runs(&mut stage), Some((1, false)), "its own last run is not over");
+    }
+
+    #[test]
+    fn as_many_are_wanted_as_there_is_work_for() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        (0..3).for_each(|_| stage.encoded(0, 10_000, 100));
+        let images = |stage: &Stage| stage.queue.demand(stage.start, &stage.options).images;
+        assert_eq!(images(&stage), 3);
+        // with decoders, no more than the engines want next
+        stage.options.decoders = 2;
+        assert_eq!(images(&stage), 3, "of four: two for each engine");
+        stage.queue.decoding = 2;
+        assert_eq!(images(&stage), 2);
+        stage.decoded(0, 10_000);
+        assert_eq!(images(&stage), 1);
+        stage.queue.decoding = 0;
+    }
+
+    #[test]
+    fn a_deadline_is_the_moment_at_which_nobody_waits_any_more() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        let image = stage.pending(0, 50, 100);
+        assert!(!image.is_expired(stage.at(49), Duration::ZERO) && image.is_expired(stage.at(50), Duration::ZERO));
+        assert!(!image.is_expired(stage.at(39), 10 * MS) && image.is_expired(stage.at(40), 10 * MS));
     }
 
     #[test]

@@ -144,3 +144,29 @@ pub(super) fn ends_early(error: &(dyn Error + 'static)) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_the_most_that_passes() {
+        let limits = ImageLimits { max_bytes: 10, max_side: 20, max_pixels: 300, max_decoded_bytes: 900 };
+        let reason = |checked: Result<(), ImageError>| checked.err().map(|error| error.reason());
+        assert_eq!(reason(limits.check_file(10)), None);
+        assert_eq!(reason(limits.check_file(11)), Some("too_large"));
+        assert_eq!(reason(limits.check_need(900)), None);
+        assert_eq!(reason(limits.check_need(901)), Some("too_much_memory"));
+        for (width, height, refused) in [
+            (15, 20, None),
+            (16, 20, Some("too_many_pixels")),
+            (20, 1, None),
+            (21, 1, Some("too_large")),
+            (1, 21, Some("too_large")),
+            (0, 1, Some("corrupt")),
+            (1, 0, Some("corrupt")),
+        ] {
+            assert_eq!(reason(limits.check_size(width, height)), refused, "{width} x {height}");
+        }
+    }
+}

@@ -100,7 +100,7 @@ impl Claim {
         let fits = if small {
             // while a large image waits, small ones keep to their part, so that it gets its turn
             let limit = if state.waiting.is_empty() { total - state.large } else { total / RESERVE };
-            state.small + bytes <= limit.min(total - state.large)
+            state.small + bytes <= limit
         } else {
             let turn = match self.turn {
                 Some(turn) => turn,
@@ -182,6 +182,25 @@ mod tests {
         assert_eq!(memory.used(), 152 * MIB);
         drop((second, third, small));
         assert_eq!(memory.used(), 0);
+    }
+
+    #[test]
+    fn an_image_that_just_fits_is_served_and_a_byte_more_waits() {
+        let memory = DecodeMemory::new(256 * MIB);
+        let all = memory.claim(1000 * MIB).try_take().expect("what needs more has all that one image may have");
+        assert_eq!(memory.used(), 224 * MIB);
+        let mut next = memory.claim(20 * MIB);
+        assert!(next.try_take().is_none());
+        let small = [16, 16].map(|mib| memory.claim(mib * MIB).try_take().expect("a sixteenth is small, and passes"));
+        drop((all, next));
+        assert!(memory.claim(224 * MIB + 1).try_take().is_some(), "beside the part for small ones");
+        let small = [small, [16, 16].map(|mib| memory.claim(mib * MIB).try_take().expect("nobody waits"))];
+        assert!(memory.claim(192 * MIB + 1).try_take().is_none(), "small ones may have more than their part");
+        let large = memory.claim(192 * MIB).try_take().expect("there is room");
+        drop(small);
+        assert!(memory.claim(32 * MIB + 1).try_take().is_none(), "there is room, but it is for small ones");
+        assert!(memory.claim(32 * MIB).try_take().is_some());
+        drop(large);
     }
 
     #[test]

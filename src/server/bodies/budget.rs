@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(metrics.body_bytes.get(), 100);
         drop((a, b));
         assert_eq!(metrics.body_bytes.get(), 0);
-        assert!(budget.charge().grow(100).is_ok());
+        assert!(budget.charge().grow(100).is_ok() && budget.charge().answer(100).is_ok());
         assert_eq!(budget.charge().answer(101).expect_err("never").code, Code::InvalidRequest);
     }
 }
