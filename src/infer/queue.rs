@@ -466,6 +466,10 @@ impl Queue {
         now: Instant,
         options: &SchedulerOptions,
     ) -> Result<(), InferError> {
+        // not the queue's fault: an empty one couldn't meet it either
+        if deadline <= now {
+            return Err(InferError::DeadlineExceeded);
+        }
         let wait = self.drain_time(used, options);
         let bounds = bounds(options);
         self.standing.look(wait, now, bounds);
@@ -953,6 +957,8 @@ mod tests {
         assert!(!admits(201, 10_000, 0));
         assert!(admits(20, 10_000, 600) && !admits(21, 10_000, 600), "it has stood for half a second");
         assert!(admits(3, 10_000, 600), "as always");
+        let late = stage.queue.admits(0, stage.start, stage.start, &stage.options);
+        assert!(matches!(late, Err(InferError::DeadlineExceeded)), "an idle server isn't busy: {late:?}");
     }
 
     /// Whoever floods, and with whatever priority, every class gets on as the documentation says.
