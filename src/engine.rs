@@ -352,6 +352,12 @@ impl OrtBackend {
         Ok(Self { session, input, output })
     }
 
+    /// Channels of the graph's input; `None` where it is no image's.
+    pub fn input_channels(&self) -> Option<usize> {
+        let &[_, channels, ..] = &self.session.inputs().first()?.dtype().tensor_shape()?[..] else { return None };
+        usize::try_from(channels).ok().filter(|&channels| channels > 0)
+    }
+
     /// Height and width that the graph's input is fixed to, in pixels; `None` where it takes any.
     pub fn input_size(&self) -> Option<(usize, usize)> {
         let &[_, _, height, width] = &self.session.inputs().first()?.dtype().tensor_shape()?[..] else { return None };

@@ -29,12 +29,13 @@ fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
     fold(&checkpoint, &FoldOptions { size, ..options }).unwrap().onnx
 }
 
-/// Logits of two images by the graph as it is.
+/// Logits of two random tensors by the graph as it is.
 fn logits(onnx: &[u8]) -> Vec<f32> {
-    let mut batch = Batch::zeros(2, SIDE as usize, SIDE as usize);
+    let mut backend = OrtBackend::open(onnx, "padded", &EngineOptions::default()).unwrap();
+    let mut batch = Batch::zeros_of(2, [backend.input_channels().unwrap(), SIDE as usize, SIDE as usize]);
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     batch.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
-    OrtBackend::open(onnx, "padded", &EngineOptions::default()).unwrap().run(&batch).unwrap().data
+    backend.run(&batch).unwrap().data
 }
 
 fn agree(name: &str, onnx: &[u8], padded: &[u8], tolerance: f32) {

@@ -12,6 +12,8 @@ pub struct Contender {
     pub variant: String,
     /// How its session differs from the others'.
     pub settings: Vec<Setting>,
+    /// Channels of its input.
+    pub channels: usize,
     /// Height of its input in pixels.
     pub height: usize,
     /// Width of its input in pixels.

@@ -251,7 +251,7 @@ fn cell<'a>(
             Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?)
         };
         let load_ms = started.elapsed().as_secs_f64() * 1e3;
-        let mut images = Batch::zeros(batch, contender.height, contender.width);
+        let mut images = Batch::zeros_of(batch, [contender.channels, contender.height, contender.width]);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
         let mut lane = Lane { contender, backend, batch: images, load_ms, samples: Vec::new(), rounds: Vec::new() };
         lane.warm_up(plan)?;

@@ -65,7 +65,7 @@ pub struct EngineArgs {
     /// Model repository that names are looked up in
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
     repository: PathBuf,
-    /// ONNX file to time as well, one float32 input [N, 3, H, W]; repeat for several
+    /// ONNX file to time as well, one float32 input [N, C, H, W]; repeat for several
     #[arg(long, env = "NFOLD_ONNX", value_name = "FILE[@H|@HxW][:onnx+SETTING…]", value_delimiter = ',')]
     onnx: Vec<String>,
     /// Hardware that runs the graphs

@@ -393,7 +393,7 @@ mod tests {
     fn arguments_are_refused_by_name() {
         for (args, what) in [
             (serde_json::json!({"pad_type": "valid"}), "`pad_type`"),
-            (serde_json::json!({"output_stride": 16}), "`output_stride`"),
+            (serde_json::json!({"output_stride": 5}), "`output_stride`"),
             (serde_json::json!({"channel_multiplier": 0.0}), "`channel_multiplier`"),
             (serde_json::json!({"depth_multiplier": -1.0}), "`depth_multiplier`"),
             (serde_json::json!({"channel_divisor": 0}), "`channel_divisor`"),

@@ -366,7 +366,7 @@ mod tests {
         for (args, what) in [
             (serde_json::json!({"preact": true}), "`preact`"),
             (serde_json::json!({"downsample": "avg"}), "`downsample`"),
-            (serde_json::json!({"output_stride": 16}), "`output_stride`"),
+            (serde_json::json!({"output_stride": 5}), "`output_stride`"),
             (serde_json::json!({"depth": 0}), "`depth`"),
             (serde_json::json!({"wm": 1.0}), "`wm`"),
             (serde_json::json!({"depth": 2}), "stage widths"),

@@ -86,7 +86,7 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
     Ok(Contender { published: published(&contender.model, contender.height, contender.width), ..contender })
 }
 
-/// `FILE[@SIZE][:onnx+SETTING…]`: any ONNX file with one float32 input `[N, 3, H, W]`.
+/// `FILE[@SIZE][:onnx+SETTING…]`: any ONNX file with one float32 input `[N, C, H, W]`.
 pub fn file(text: &str) -> anyhow::Result<Contender> {
     let (rest, settings) = match text.rsplit_once(":onnx+") {
         Some((rest, _)) => (rest, settings(text, &text[rest.len() + 1..])?.1),
@@ -94,7 +94,8 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
     };
     let (path, size) = sized(rest)?;
     let onnx = fs::read(path).map_err(|e| anyhow!("can't read `{path}`: {e}; --onnx names an ONNX file"))?;
-    let fixed = OrtBackend::open(&onnx, path, &EngineOptions::default())?.input_size();
+    let graph = OrtBackend::open(&onnx, path, &EngineOptions::default())?;
+    let (channels, fixed) = (graph.input_channels().unwrap_or(3), graph.input_size());
     let (height, width) = match (fixed, size) {
         (Some(fixed), Some(wanted)) if fixed != wanted => {
             bail!("`{path}` takes only {}x{}, not {}x{}", fixed.0, fixed.1, wanted.0, wanted.1)
@@ -106,6 +107,7 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
         model,
         variant: "onnx".into(),
         settings,
+        channels,
         height,
         width,
         onnx,
@@ -130,6 +132,7 @@ fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(us
     Contender {
         variant: variant.into(),
         settings: Vec::new(),
+        channels: manifest.preprocessing.channels(),
         height,
         width,
         onnx,
