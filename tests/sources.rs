@@ -135,7 +135,8 @@ fn options_override_the_checkpoint() {
     assert!(from.contains(&"--img-size") && from.contains(&"--mean"), "{from:?}");
     assert!(from.contains(&"pretrained_cfg.crop_pct in config.json"), "{from:?}");
 
-    let imagenet = OpenOptions { labels: Some(LabelChoice::Imagenet1k), ..OpenOptions::default() };
+    let imagenet =
+        OpenOptions { labels: Some(LabelChoice::ImageNet(labels::ImageNet::In1k)), ..OpenOptions::default() };
     let error = Checkpoint::open_with(&goldens_folder().join("nf_regnet_tanh"), &imagenet).unwrap_err().to_string();
     assert!(error.contains("1000 names for 7 classes"), "{error}");
     let other = OpenOptions { architecture: Some("nf_regnet_b1".into()), ..OpenOptions::default() };
@@ -202,7 +203,7 @@ fn imagenets_names_come_with_its_tag() {
     };
     set(1000);
     let checkpoint = Checkpoint::open(Path::new(&copy.folder())).unwrap();
-    assert_eq!(checkpoint.labels, labels::imagenet_1k());
+    assert_eq!(checkpoint.labels, labels::ImageNet::In1k.labels());
     assert_eq!(checkpoint.architecture, "nf_regnet_b0.ra2_in1k");
     // other classes: no names of ImageNet, no tag in the name, and a warning
     set(7);

@@ -1,23 +1,82 @@
 //! Class names in every form that checkpoints carry them: a list, a dictionary by class number (gaps keep their number),
 //! names that descriptions explain; and ImageNet's own, for checkpoints that are tagged with it.
 
+use std::io::Read as _;
+
+use flate2::read::GzDecoder;
 use serde_json::{Map, Value};
 
 /// ImageNet's 1000 classes in logit order, one a line: WordNet lemmas as timm has them (`imagenet-1k.LICENSE` beside).
 const IMAGENET_1K: &str = include_str!("labels/imagenet-1k.txt");
-/// Number of ImageNet's classes.
-pub const IMAGENET_1K_CLASSES: usize = 1000;
+/// All classes of the larger lists, ordered by synset, one a line: a letter whose bits, counted from `a`, say which lists have
+/// it (1: 12k, 2: 22k, 4: 21k), then its lemmas.
+const IMAGENET_21K: &[u8] = include_bytes!("labels/imagenet-21k.txt.gz");
 /// Most bytes that a file of names may have.
 const LARGEST_FILE: usize = 16 << 20;
 
-/// ImageNet's class names, in logit order.
-pub fn imagenet_1k() -> Vec<String> {
-    IMAGENET_1K.lines().map(String::from).collect()
+/// A list of ImageNet's classes that classifiers are trained on, as timm tells them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageNet {
+    /// The 1000 classes of the competition.
+    In1k,
+    /// Those of the 22k that have images enough.
+    In12k,
+    /// Google's choice of all.
+    In21k,
+    /// Nearly the same.
+    In22k,
 }
 
-/// Whether a pretrained tag says that the classifier was trained on ImageNet's 1000 classes, as in `ra2_in1k`.
-pub fn is_imagenet_1k(tag: &str) -> bool {
-    tag == "in1k" || tag.ends_with("_in1k")
+impl ImageNet {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::In1k, Self::In12k, Self::In21k, Self::In22k];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::In1k => "imagenet-1k",
+            Self::In12k => "imagenet-12k",
+            Self::In21k => "imagenet-21k",
+            Self::In22k => "imagenet-22k",
+        }
+    }
+
+    /// Number of classes.
+    pub fn classes(self) -> usize {
+        match self {
+            Self::In1k => 1000,
+            Self::In12k => 11_821,
+            Self::In21k => 21_843,
+            Self::In22k => 21_841,
+        }
+    }
+
+    /// The list that a pretrained tag says the classifier was trained on last, as in `ra2_in1k`.
+    pub fn of_tag(tag: &str) -> Option<Self> {
+        match tag.rsplit('_').next()? {
+            "in1k" => Some(Self::In1k),
+            "in12k" => Some(Self::In12k),
+            "in21k" => Some(Self::In21k),
+            "in22k" => Some(Self::In22k),
+            _ => None,
+        }
+    }
+
+    /// Class names, in logit order.
+    pub fn labels(self) -> Vec<String> {
+        let list = match self {
+            Self::In1k => return IMAGENET_1K.lines().map(String::from).collect(),
+            Self::In12k => 1,
+            Self::In22k => 2,
+            Self::In21k => 4,
+        };
+        let mut text = String::new();
+        // part of the program: a test reads it
+        let _ = GzDecoder::new(IMAGENET_21K).read_to_string(&mut text);
+        let mut entries = text.lines().filter_map(|line| line.split_at_checked(1));
+        let all = entries.by_ref().filter(|(lists, _)| lists.as_bytes()[0].wrapping_sub(b'a') & list != 0);
+        all.map(|(_, lemmas)| lemmas.to_string()).collect()
+    }
 }
 
 /// Names as a configuration writes them: `names` in a list or a dictionary by class number, each looked up in
@@ -200,9 +259,27 @@ mod tests {
     }
 
     #[test]
-    fn imagenet_has_its_classes() {
-        let names = imagenet_1k();
-        assert_eq!((names.len(), names[0].as_str()), (IMAGENET_1K_CLASSES, "tench, Tinca tinca"));
-        assert!(is_imagenet_1k("ra2_in1k") && is_imagenet_1k("in12k_ft_in1k") && !is_imagenet_1k("in21k"));
+    fn imagenets_lists_are_timms() {
+        assert_eq!(ImageNet::In1k.labels()[0], "tench, Tinca tinca");
+        // of timm 1.0.31: SHA-256 of the lemmas of its synsets, joined by line ends
+        for (list, digest) in [
+            (ImageNet::In12k, "5ebe3dde6550d38e4a45d3dfd5b60fd5684940f4393932616d73f4a8097cdc2c"),
+            (ImageNet::In21k, "1cc12d5969905d8d13e02c7db8f075bfb34f9cdf8fb6fe7608d34da5c4306f49"),
+            (ImageNet::In22k, "d0ec1485ef832e606c510ea3d94d39a6553726ec0c5ebcf40c4f32cf3e7bf303"),
+        ] {
+            assert_eq!(crate::model::sha256(list.labels().join("\n").as_bytes()), digest, "{list:?}");
+        }
+        for list in ImageNet::ALL {
+            assert_eq!(list.labels().len(), list.classes(), "{list:?}");
+        }
+        for (tag, list) in [
+            ("ra2_in1k", Some(ImageNet::In1k)),
+            ("in12k_ft_in1k", Some(ImageNet::In1k)),
+            ("in21k", Some(ImageNet::In21k)),
+            ("sw_in12k", Some(ImageNet::In12k)),
+            ("cifar", None),
+        ] {
+            assert_eq!(ImageNet::of_tag(tag), list, "{tag}");
+        }
     }
 }

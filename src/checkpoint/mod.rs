@@ -26,7 +26,7 @@ pub use reader::Reader;
 pub use torch::pickle;
 
 use self::files::shown;
-use self::labels::Names;
+use self::labels::{ImageNet, Names};
 use self::settings::{Layer, Origin, Settings};
 use self::store::Tensors;
 use crate::model::{CropMode, Interpolation, Preprocessing, Source, SourceSetting};
@@ -197,8 +197,8 @@ pub struct OpenOptions {
 /// Which class names to use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LabelChoice {
-    /// ImageNet's 1000.
-    Imagenet1k,
+    /// A list of ImageNet's.
+    ImageNet(ImageNet),
     /// Those of a file: one a line, or JSON.
     File(PathBuf),
 }
@@ -439,14 +439,13 @@ impl Assembly<'_> {
     fn labels(&mut self, classes: usize) -> Result<Vec<String>, CheckpointError> {
         let own = std::mem::take(&mut self.config.labels);
         let (names, from, path) = match &self.options.labels {
-            Some(LabelChoice::Imagenet1k) => {
-                let from = "--labels imagenet-1k".to_string();
-                if classes != labels::IMAGENET_1K_CLASSES {
-                    let reason = format!("1000 names for {classes} classes");
-                    return Err(CheckpointError::Labels { path: "imagenet-1k".into(), reason });
+            Some(LabelChoice::ImageNet(list)) => {
+                if classes != list.classes() {
+                    let reason = format!("{} names for {classes} classes", list.classes());
+                    return Err(CheckpointError::Labels { path: list.name().into(), reason });
                 }
-                self.source.settings.push(setting("labels", from));
-                return Ok(labels::imagenet_1k());
+                self.source.settings.push(setting("labels", format!("--labels {}", list.name())));
+                return Ok(list.labels());
             }
             Some(LabelChoice::File(path)) => {
                 let bad = |reason| CheckpointError::Labels { path: path.clone(), reason };
@@ -455,9 +454,9 @@ impl Assembly<'_> {
             }
             None if own.is_empty() => {
                 let tag = self.config.tag.as_deref().unwrap_or_default();
-                if classes == labels::IMAGENET_1K_CLASSES && labels::is_imagenet_1k(tag) {
+                if let Some(list) = ImageNet::of_tag(tag).filter(|list| list.classes() == classes) {
                     self.source.settings.push(setting("labels", format!("ImageNet's, by the tag {tag}")));
-                    return Ok(labels::imagenet_1k());
+                    return Ok(list.labels());
                 }
                 return Ok(Vec::new());
             }
@@ -492,17 +491,17 @@ impl Assembly<'_> {
             ));
         }
         if labels.is_empty() {
-            let hint = if classes == labels::IMAGENET_1K_CLASSES { "FILE, or imagenet-1k if they are" } else { "FILE" };
-            warnings.push(format!("classes have no names, so answers carry numbers; give names with --labels {hint}"));
+            let list = ImageNet::ALL.into_iter().find(|list| list.classes() == classes);
+            let or = list.map(|list| format!(", or {} if they are", list.name())).unwrap_or_default();
+            warnings
+                .push(format!("classes have no names, so answers carry numbers; give names with --labels FILE{or}"));
         }
     }
 }
 
 /// Whether weights that began with `tag` have other classes than it names by now.
 fn is_retrained(tag: &str, classes: usize) -> bool {
-    let trained = [("in1k", 1000), ("in12k", 11821), ("in22k", 21841), ("in21k", 21843)];
-    let last = tag.rsplit('_').next().unwrap_or(tag);
-    trained.iter().any(|(name, count)| last == *name && classes != *count)
+    ImageNet::of_tag(tag).is_some_and(|list| list.classes() != classes)
 }
 
 fn read(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {

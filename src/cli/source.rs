@@ -6,6 +6,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::{Map, Value};
 
+use crate::checkpoint::labels::ImageNet;
 use crate::checkpoint::settings::Settings;
 use crate::checkpoint::{LabelChoice, OpenOptions};
 use crate::model::{CropMode, Interpolation};
@@ -19,8 +20,9 @@ pub struct SourceArgs {
     /// timm's arguments of the network as a JSON object, over the checkpoint's own, such as '{"act_layer": "silu"}'
     #[arg(long, env = "NFOLD_MODEL_ARGS", value_name = "JSON", value_parser = super::init::parse_args)]
     model_args: Option<Map<String, Value>>,
-    /// Class names: a file with one a line or a JSON list, or `imagenet-1k` [default: the checkpoint's]
-    #[arg(long, env = "NFOLD_LABELS", value_name = "FILE|imagenet-1k")]
+    /// Class names: a file with one a line or a JSON list, or `imagenet-1k`, `-12k`, `-21k`, `-22k`
+    /// [default: the checkpoint's]
+    #[arg(long, env = "NFOLD_LABELS", value_name = "FILE|LIST")]
     labels: Option<PathBuf>,
     /// Take the averaged weights that training kept beside the others
     #[arg(long, env = "NFOLD_USE_EMA", value_parser = FalseyValueParser::new())]
@@ -48,9 +50,11 @@ pub struct SourceArgs {
 impl SourceArgs {
     /// What the options say.
     pub fn options(&self) -> OpenOptions {
-        let labels = self.labels.clone().map(|path| match path.to_str() {
-            Some("imagenet-1k") => LabelChoice::Imagenet1k,
-            _ => LabelChoice::File(path),
+        let labels = self.labels.clone().map(|path| {
+            match ImageNet::ALL.into_iter().find(|list| path.as_os_str() == list.name()) {
+                Some(list) => LabelChoice::ImageNet(list),
+                None => LabelChoice::File(path),
+            }
         });
         let list = |values: &[f64]| Some(values.to_vec()).filter(|v| !v.is_empty());
         OpenOptions {

@@ -50,8 +50,10 @@ pub enum Generation {
     V2Base,
     V2S,
     V2Rw,
+    V2RwM,
     V2M,
     V2L,
+    V2Xl,
 }
 
 use Kind::{Fused, Inverted, Plain, Separable};
@@ -100,6 +102,16 @@ const V2_L: [Stage; 7] = [
     stage(Inverted, [7, 3, 1, 6, 640], true),
 ];
 
+const V2_XL: [Stage; 7] = [
+    stage(Plain, [4, 3, 1, 1, 32], false),
+    stage(Fused, [8, 3, 2, 4, 64], false),
+    stage(Fused, [8, 3, 2, 4, 96], false),
+    stage(Inverted, [16, 3, 2, 4, 192], true),
+    stage(Inverted, [24, 3, 1, 6, 256], true),
+    stage(Inverted, [32, 3, 2, 6, 512], true),
+    stage(Inverted, [8, 3, 1, 6, 640], true),
+];
+
 impl Generation {
     fn stages(self) -> Vec<Stage> {
         match self {
@@ -113,8 +125,15 @@ impl Generation {
                 stages[5].channels = 272;
                 stages.to_vec()
             }
+            // its later stages are deepened by more than the others
+            Self::V2RwM => {
+                let depths = [3, 5, 5, 8, 15, 24];
+                let stages = Self::V2Rw.stages().into_iter().zip(depths);
+                stages.map(|(stage, depth)| Stage { depth, ..stage }).collect()
+            }
             Self::V2M => V2_M.to_vec(),
             Self::V2L => V2_L.to_vec(),
+            Self::V2Xl => V2_XL.to_vec(),
         }
     }
 
@@ -124,9 +143,9 @@ impl Generation {
             Self::B | Self::V2Base => [(32, true), (1280, true)],
             Self::Lite => [(32, false), (1280, false)],
             Self::V2S => [(24, true), (1280, true)],
-            Self::V2Rw => [(24, true), (1792, true)],
+            Self::V2Rw | Self::V2RwM => [(24, true), (1792, true)],
             Self::V2M => [(24, true), (1280, false)],
-            Self::V2L => [(32, true), (1280, false)],
+            Self::V2L | Self::V2Xl => [(32, true), (1280, false)],
         }
     }
 }
@@ -283,7 +302,7 @@ struct BlockShape {
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 34] = [
+pub const VARIANTS: [&str; 45] = [
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_b2",
@@ -318,6 +337,17 @@ pub const VARIANTS: [&str; 34] = [
     "tf_efficientnetv2_b3",
     "efficientnetv2_rw_s",
     "efficientnetv2_rw_t",
+    "efficientnet_b8",
+    "efficientnet_l2",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
+    "efficientnetv2_xl",
+    "efficientnetv2_rw_m",
+    "tf_efficientnet_b8",
+    "tf_efficientnet_l2",
+    "tf_efficientnetv2_xl",
 ];
 
 /// timm's configuration of an architecture.
@@ -337,6 +367,8 @@ pub fn variant(name: &str) -> Option<EfficientNetConfig> {
         "_b5" => (Generation::B, 1.6, 2.2),
         "_b6" => (Generation::B, 1.8, 2.6),
         "_b7" => (Generation::B, 2.0, 3.1),
+        "_b8" => (Generation::B, 2.2, 3.6),
+        "_l2" => (Generation::B, 4.3, 5.3),
         "_lite0" => (Generation::Lite, 1.0, 1.0),
         "_lite1" => (Generation::Lite, 1.0, 1.1),
         "_lite2" => (Generation::Lite, 1.1, 1.2),
@@ -349,7 +381,9 @@ pub fn variant(name: &str) -> Option<EfficientNetConfig> {
         "v2_s" => (Generation::V2S, 1.0, 1.0),
         "v2_m" => (Generation::V2M, 1.0, 1.0),
         "v2_l" => (Generation::V2L, 1.0, 1.0),
+        "v2_xl" => (Generation::V2Xl, 1.0, 1.0),
         "v2_rw_s" => (Generation::V2Rw, 1.0, 1.0),
+        "v2_rw_m" => (Generation::V2RwM, 1.2, 1.0),
         "v2_rw_t" => (Generation::V2S, 0.8, 0.9),
         _ => return None,
     };

@@ -7,7 +7,7 @@ use super::Evaluation;
 type Row = (&'static str, u32, Option<u32>, f64, Option<f64>, &'static str, &'static str, Colours);
 
 #[rustfmt::skip]
-const TABLE: [Row; 86] = [
+const TABLE: [Row; 113] = [
     ("resnet10t", 176, Some(224), 0.875, Some(0.95), "center", "bicubic", ImageNet),
     ("resnet14t", 176, Some(224), 0.875, Some(0.95), "center", "bicubic", ImageNet),
     ("resnet26t", 256, Some(320), 0.94, Some(1.0), "center", "bicubic", ImageNet),
@@ -94,6 +94,33 @@ const TABLE: [Row; 86] = [
     ("tf_efficientnetv2_b3", 240, Some(300), 0.9, None, "squash", "bicubic", Half),
     ("efficientnetv2_rw_s", 288, Some(384), 1.0, None, "center", "bicubic", ImageNet),
     ("efficientnetv2_rw_t", 224, Some(288), 1.0, None, "center", "bicubic", ImageNet),
+    ("resnetrs270", 256, Some(352), 1.0, None, "center", "bicubic", ImageNet),
+    ("resnetrs350", 288, Some(384), 1.0, None, "center", "bicubic", ImageNet),
+    ("resnetrs420", 320, Some(416), 1.0, None, "center", "bicubic", ImageNet),
+    ("resnet50c", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("resnet101c", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("resnet152c", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("resnet50s", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("resnet101s", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("resnet152s", 224, None, 0.875, None, "center", "bicubic", ImageNet),
+    ("seresnet200d", 256, Some(288), 0.875, Some(0.95), "center", "bicubic", ImageNet),
+    ("seresnet269d", 256, Some(288), 0.875, Some(0.95), "center", "bicubic", ImageNet),
+    ("seresnext101d_32x8d", 224, Some(288), 0.95, Some(1.0), "center", "bicubic", ImageNet),
+    ("ecaresnet269d", 320, Some(352), 0.95, Some(1.0), "center", "bicubic", ImageNet),
+    ("regnety_640", 384, None, 1.0, None, "center", "bicubic", ImageNet),
+    ("regnety_1280", 384, None, 1.0, None, "center", "bicubic", ImageNet),
+    ("regnety_2560", 384, None, 1.0, None, "center", "bicubic", ImageNet),
+    ("efficientnet_b8", 672, None, 0.954, None, "center", "bicubic", ImageNet),
+    ("efficientnet_l2", 800, None, 0.961, None, "center", "bicubic", ImageNet),
+    ("efficientnet_lite1", 240, None, 0.882, None, "center", "bicubic", ImageNet),
+    ("efficientnet_lite2", 260, None, 0.89, None, "center", "bicubic", ImageNet),
+    ("efficientnet_lite3", 300, None, 0.904, None, "center", "bicubic", ImageNet),
+    ("efficientnet_lite4", 380, None, 0.922, None, "center", "bicubic", ImageNet),
+    ("efficientnetv2_xl", 384, Some(512), 1.0, None, "center", "bicubic", ImageNet),
+    ("efficientnetv2_rw_m", 320, Some(416), 1.0, None, "center", "bicubic", ImageNet),
+    ("tf_efficientnet_b8", 672, None, 0.954, None, "center", "bicubic", Half),
+    ("tf_efficientnet_l2", 475, None, 0.936, None, "center", "bicubic", ImageNet),
+    ("tf_efficientnetv2_xl", 384, Some(512), 1.0, None, "squash", "bicubic", Half),
 ];
 
 /// timm's evaluation settings of an architecture.

@@ -252,7 +252,7 @@ fn norm(layer: &str) -> Norm {
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 27] = [
+pub const VARIANTS: [&str; 30] = [
     "regnety_002",
     "regnety_004",
     "regnety_006",
@@ -280,6 +280,9 @@ pub const VARIANTS: [&str; 27] = [
     "regnety_120",
     "regnety_160",
     "regnety_320",
+    "regnety_640",
+    "regnety_1280",
+    "regnety_2560",
 ];
 
 /// timm's configuration of an architecture.
@@ -309,6 +312,9 @@ pub fn variant(name: &str) -> Option<RegNetConfig> {
         "regnety_120" => (19, 168, 73.36, 2.37, 112),
         "regnety_160" => (18, 200, 106.23, 2.48, 112),
         "regnety_320" => (20, 232, 115.89, 2.53, 232),
+        "regnety_640" => (20, 352, 147.48, 2.4, 328),
+        "regnety_1280" => (27, 456, 160.83, 2.52, 264),
+        "regnety_2560" => (27, 640, 230.83, 2.53, 373),
         _ => return None,
     };
     Some(RegNetConfig {

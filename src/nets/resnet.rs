@@ -283,7 +283,7 @@ impl ResNetConfig {
 }
 
 /// Names of the family's architectures.
-pub const VARIANTS: [&str; 50] = [
+pub const VARIANTS: [&str; 63] = [
     "resnet18",
     "resnet18d",
     "resnet26",
@@ -334,6 +334,19 @@ pub const VARIANTS: [&str; 50] = [
     "resnetrs101",
     "resnetrs152",
     "resnetrs200",
+    "resnetrs270",
+    "resnetrs350",
+    "resnetrs420",
+    "resnet50c",
+    "resnet101c",
+    "resnet152c",
+    "resnet50s",
+    "resnet101s",
+    "resnet152s",
+    "seresnet200d",
+    "seresnet269d",
+    "seresnext101d_32x8d",
+    "ecaresnet269d",
 ];
 
 /// timm's configuration of an architecture, which its name spells: attention, width, depth, stem, groups.
@@ -351,13 +364,17 @@ pub fn variant(name: &str) -> Option<ResNetConfig> {
     let (depth, groups) = rest.split_once('_').unwrap_or((rest, ""));
     let stem = depth.trim_start_matches(|c: char| c.is_ascii_digit());
     let light = depth == "light";
-    let depth = if light { depth } else { depth.trim_end_matches(['d', 't']) };
+    let depth = if light { depth } else { depth.trim_end_matches(['c', 'd', 's', 't']) };
     let layers = match depth {
         "10" | "14" => [1, 1, 1, 1],
         "18" | "26" => [2, 2, 2, 2],
         "101" => [3, 4, 23, 3],
         "152" => [3, 8, 36, 3],
         "200" => [3, 24, 36, 3],
+        "269" => [3, 30, 48, 8],
+        "270" => [4, 29, 53, 4],
+        "350" => [4, 36, 72, 4],
+        "420" => [4, 44, 87, 4],
         "light" => [1, 1, 11, 3],
         _ => [3, 4, 6, 3],
     };
@@ -365,7 +382,7 @@ pub fn variant(name: &str) -> Option<ResNetConfig> {
     let groups = groups.strip_suffix('d').and_then(|g| g.split_once('x'));
     let groups = groups.and_then(|(count, width)| Some((count.parse().ok()?, width.parse().ok()?)));
     let (cardinality, base_width) = groups.unwrap_or((1, if wide { 128 } else { 64 }));
-    let (deep, tiered) = ((stem == "d" || scaled) && !light, stem == "t" && !light);
+    let (deep, tiered) = ((matches!(stem, "c" | "d" | "s") || scaled) && !light, stem == "t" && !light);
     Some(ResNetConfig {
         bottleneck: !matches!(depth, "10" | "18" | "34"),
         layers: layers.to_vec(),
@@ -378,8 +395,8 @@ pub fn variant(name: &str) -> Option<ResNetConfig> {
             ""
         }
         .into(),
-        stem_width: if deep || tiered || light { 32 } else { 64 },
-        avg_down: deep || tiered || light,
+        stem_width: if (deep && stem != "s") || tiered || light { 32 } else { 64 },
+        avg_down: (deep && !matches!(stem, "c" | "s")) || tiered || light,
         cardinality,
         base_width,
         act_layer: "relu".into(),

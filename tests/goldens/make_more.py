@@ -107,6 +107,9 @@ CASES |= {
     ),
 }
 
+# a deep stem without pooling on the shortcuts
+CASES["resnetc_small"] = ("resnet50c", dict(RESNET, layers=(1, 2, 1, 1), stem_width=8), [(1, 65, 66)])
+
 
 def create(architecture, args):
     if "channel_multiplier" in args:  # timm's entry points fix an EfficientNet's multipliers
@@ -195,7 +198,11 @@ def main():
         regnety_320 efficientnet_b5 efficientnet_b6 efficientnet_b7 tf_efficientnet_b0 tf_efficientnet_b1 tf_efficientnet_b2 tf_efficientnet_b3 \
         tf_efficientnet_b4 tf_efficientnet_b5 tf_efficientnet_b6 tf_efficientnet_b7 tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2 tf_efficientnet_lite3 \
         tf_efficientnet_lite4 efficientnet_lite0 efficientnetv2_s efficientnetv2_m efficientnetv2_l tf_efficientnetv2_s tf_efficientnetv2_m tf_efficientnetv2_l \
-        tf_efficientnetv2_b0 tf_efficientnetv2_b1 tf_efficientnetv2_b2 tf_efficientnetv2_b3 efficientnetv2_rw_s efficientnetv2_rw_t".split()
+        tf_efficientnetv2_b0 tf_efficientnetv2_b1 tf_efficientnetv2_b2 tf_efficientnetv2_b3 efficientnetv2_rw_s efficientnetv2_rw_t \
+        resnetrs270 resnetrs350 resnetrs420 resnet50c resnet101c resnet152c resnet50s \
+        resnet101s resnet152s seresnet200d seresnet269d seresnext101d_32x8d ecaresnet269d regnety_640 \
+        regnety_1280 regnety_2560 efficientnet_b8 efficientnet_l2 efficientnet_lite1 efficientnet_lite2 efficientnet_lite3 \
+        efficientnet_lite4 efficientnetv2_xl efficientnetv2_rw_m tf_efficientnet_b8 tf_efficientnet_l2 tf_efficientnetv2_xl".split()
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)
