@@ -6,6 +6,8 @@ PHOTOGRAPH = DEPLOY.parent / "tests" / "data" / "cat.jpg"
 REPLICAS = 2
 # of the Job: as many as it says, and images enough for a shard to take seconds
 SHARDS, COPIES = 8, 4000
+# InferenceServices for the check, and those of deploy/kserve that they are made of: REST, gRPC
+KSERVE = {"nfold-rest": "nf-regnet-cifar10", "nfold-grpc": "nf-regnet-cifar10-grpc"}
 LOCKED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 UNPRIVILEGED = {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
                 "seccompProfile": {"type": "RuntimeDefault"}}
@@ -31,7 +33,7 @@ def image_of(name, reference):
 
 
 def render(cluster, folder, options, namespace, what):
-    """The overlay or the Job, for these images and this namespace."""
+    """The overlay, the Job or KServe's objects, for these images and this namespace."""
     images = [image_of("nfold", options.image), image_of("nfold-models", options.models_image)]
     shared = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": namespace, "images": images}
     if what == "overlay":
@@ -49,6 +51,12 @@ def render(cluster, folder, options, namespace, what):
         if (DEPLOY / "kubernetes" / "overlays" / "cpu" / "images.yaml").is_file():
             shutil.copy(DEPLOY / "kubernetes" / "overlays" / "cpu" / "images.yaml", own)
             wanted["configurations"] = ["images.yaml"]
+    elif what == "kserve":
+        own = folder / "kserve"
+        own.mkdir(exist_ok=True)
+        for name in ("runtime.yaml", "inferenceservice.yaml"):
+            shutil.copy(DEPLOY / "kserve" / name, own)
+        wanted = {"resources": ["runtime.yaml", "inferenceservice.yaml"], "patches": kserve_patches(options)}
     else:
         own = folder / "job"
         own.mkdir(exist_ok=True)
@@ -79,3 +87,30 @@ def job_patch(options):
         {"op": "replace", "path": f"{path}/containers/0/resources/requests/cpu", "value": options.cpu or "250m"},
         {"op": "replace", "path": f"{path}/containers/0/env/1/value", "value": options.model},
     ]
+
+
+def kserve_patches(options):
+    """deploy/kserve for one namespace: the runtime for it alone, and a service for each protocol. Instead of a `storageUri`, which
+    needs storage of the cluster's, an init container puts the models where KServe's would. Two pods each: one is deleted."""
+    runtime = [{"op": "replace", "path": "/kind", "value": "ServingRuntime"}]
+    if options.cpu:
+        runtime.append({"op": "replace", "path": "/spec/containers/0/resources/requests/cpu", "value": options.cpu})
+    small = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}}
+    fill = {"name": "models", "image": "registry.example.com/nfold-models", "command": ["cp", "-r", "/repository/.", "/models"],
+            "resources": small, "securityContext": LOCKED, "volumeMounts": [{"name": "models", "mountPath": "/models"}]}
+    path = "/spec/predictor"
+    service = [
+        {"op": "remove", "path": f"{path}/model/storageUri"},
+        {"op": "add", "path": f"{path}/model/volumeMounts", "value": [{"name": "models", "mountPath": "/mnt/models", "readOnly": True}]},
+        {"op": "add", "path": f"{path}/volumes", "value": [{"name": "models", "emptyDir": {}}]},
+        {"op": "add", "path": f"{path}/initContainers", "value": [fill]},
+        {"op": "add", "path": f"{path}/securityContext", "value": UNPRIVILEGED},
+        {"op": "add", "path": f"{path}/minReplicas", "value": REPLICAS},
+        {"op": "add", "path": f"{path}/maxReplicas", "value": REPLICAS},
+    ]
+    patches = [{"target": {"kind": "ClusterServingRuntime"}, "patch": json.dumps(runtime), "options": {"allowKindChange": True}}]
+    for name, given in KSERVE.items():
+        named = [{"op": "replace", "path": "/metadata/name", "value": name}, *service]
+        patches.append({"target": {"kind": "InferenceService", "name": given}, "patch": json.dumps(named),
+                        "options": {"allowNameChange": True}})
+    return patches

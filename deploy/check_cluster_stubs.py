@@ -47,6 +47,12 @@ FAULTS = [
     ("job hangs", "job", "the Job does not end"),
     ("too late", "job", "nothing was shown"),
     ("lose", "job", "7 requests were lost"),
+    ("pending later", "kserve", "Insufficient cpu"),
+    ("refused object", "kserve", "no such field"),
+    ("lose", "kserve", "7 requests were lost"),
+    ("restarted", "kserve", "was restarted 1 times"),
+    ("never ends", "kserve", "is still there"),
+    ("not replaced", "kserve", "1 pods"),
     ("oom", "oom", "OOMKilled"),
     ("lose", "oom", "7 requests were lost"),
     ("restarted", "oom", "was restarted 1 times"),
@@ -58,9 +64,10 @@ ALLOWED = [("lose", "kill"), ("late", "kill"), ("refuse", "saturation"), ("refus
 class Cluster:
     """As much of kubectl as deploy/check-cluster asks for. `fault` begins with `step`."""
 
-    def __init__(self, check, fault=None, step=None, nodes=2, custom_metrics=True, interrupt=None):
+    def __init__(self, check, fault=None, step=None, nodes=2, custom_metrics=True, kserve=True, interrupt=None):
         self.check, self.fault, self.step, self.interrupt = check, fault, step, interrupt
         self.custom_metrics, self.time, self.current, self.serial = custom_metrics, 0.0, "install", 0
+        self.kserve, self.predictors = kserve, []
         self.nodes = {f"node-{i}": False for i in range(nodes)}
         self.namespaces, self.pods, self.metric, self.hpa = [], {}, 0, False
         self.replicas, self.revision, self.loaded = 0, 1, False
@@ -103,13 +110,20 @@ class Cluster:
             made["ready"] = 1e9 if never else self.time + (200 if self.has("slow") else READY_S)
             name = f"nfold-{self.serial}"
             live[name] = self.pods[name] = made
+        for service in self.predictors:
+            there = [p for p in self.pods.values() if p.get("service") == service and p["ends"] is None]
+            ever = any(p.get("service") == service for p in self.pods.values())
+            for _ in range(0 if ever and self.has("not replaced") else self.check.REPLICAS - len(there)):
+                made = self.pod(kind="predictor", service=service)
+                made["ready"] = 1e9 if never else made["ready"]
+                self.pods[f"{service}-{self.serial}"] = made
         if len(live) > self.replicas and all(p["ready"] <= self.time for p in live.values()):
             self.end((old or list(live))[0])
 
     def end(self, name, after=DRAIN_S):
         pod = self.pods[name]
         if pod["ends"] is None:
-            pod["ends"] = 1e9 if self.has("never ends") and pod["kind"] == "nfold" else self.time + after
+            pod["ends"] = 1e9 if self.has("never ends") and pod["kind"] != "load" else self.time + after
 
     def described(self, name, pod):
         ok, kind = pod["ready"] <= self.time, pod["kind"]
@@ -118,7 +132,7 @@ class Cluster:
             conditions.append({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "Insufficient cpu"})
         phase = "Running" if ok else "Pending"
         status = {"name": kind, "restartCount": pod["restarts"], "state": {"running": {}} if ok else {"waiting": {}}}
-        if self.has("restarted", "oom") and kind == "nfold" and self.loaded:
+        if self.has("restarted", "oom") and kind in ("nfold", "predictor") and self.loaded:
             status["restartCount"] += 1
             reason = "OOMKilled" if self.fault == "oom" else "Error"
             status["lastState"] = {"terminated": {"reason": reason}}
@@ -149,7 +163,8 @@ class Cluster:
         raise self.check.Wrong(text)
 
     def kustomize(self, folder):
-        return "kind: Job" if folder.endswith("job") else "kind: Deployment"
+        kinds = {"job": "Job", "kserve": "InferenceService"}
+        return f"kind: {kinds.get(folder.rsplit('/', 1)[-1], 'Deployment')}"
 
     def create(self, *_, given):
         document = json.loads(given)
@@ -169,7 +184,11 @@ class Cluster:
         return ""
 
     def apply(self, *_, given):
-        if "Job" in given:
+        if "InferenceService" in given:
+            if self.has("refused object"):
+                self.wrong("no such field")
+            self.predictors = list(self.check.KSERVE)
+        elif "Job" in given:
             for index in range(self.check.SHARDS):
                 self.shard(index, self.time + SHARD_S * (index // 4))
         else:
@@ -183,7 +202,14 @@ class Cluster:
 
     def get(self, kind, *words):
         if kind == "--raw":
-            return "{}" if self.custom_metrics else self.wrong("NotFound")
+            there = self.kserve if "kserve" in words[0] else self.custom_metrics
+            return "{}" if there else self.wrong("NotFound")
+        if kind == "clusterservingruntime":
+            return ""
+        if kind == "inferenceservice":
+            mine = [p for p in self.pods.values() if p.get("service") == words[0]]
+            ok = bool(mine) and all(p["ready"] <= self.time for p in mine)
+            return {"status": {"conditions": [{"type": "Ready", "status": str(ok)}]}} if mine else {}
         if kind == "namespace":
             return "namespace/mine" if self.has("there already") else ""
         if kind == "nodes":
@@ -191,15 +217,19 @@ class Cluster:
             return {"items": [{"metadata": {"name": name}, "spec": {"unschedulable": cordoned}, "status": status}
                               for name, cordoned in self.nodes.items()]}
         if kind == "service":
-            return {"spec": {"clusterIP": "fd00::1"}}
+            # KServe's may have no address of its own
+            own = {"nfold-grpc-predictor": "None"}.get(words[0], "fd00::1")
+            return {"spec": {"clusterIP": own, "ports": [{"port": 80}]}}
         if kind == "hpa":
             status = "False" if self.has("no metric") else "True"
             return {"status": {"conditions": [{"type": "ScalingActive", "status": status, "message": "unable to get metric"}]}}
         if kind == "pod":
             return self.described(words[0], self.pods[words[0]])
         if kind == "pods":
-            wanted = "nfold-job" if words[1].startswith("job-name") else "nfold"
-            items = [self.described(n, p) for n, p in self.pods.items() if p["kind"] == wanted]
+            key, _, value = words[1].partition("=")
+            wanted = {"job-name": "nfold-job", "serving.kserve.io/inferenceservice": "predictor"}.get(key, "nfold")
+            of = lambda pod: pod["kind"] == wanted and pod.get("service", value) == value
+            items = [self.described(n, p) for n, p in self.pods.items() if of(p)]
             # the Job's container has the name of the Deployment's
             for item in items:
                 item["status"]["containerStatuses"][0]["name"] = "nfold"
@@ -222,6 +252,11 @@ class Cluster:
             self.namespaces.remove(names[0])
         elif kind == "hpa":
             self.hpa = False
+        elif kind == "inferenceservice":
+            self.predictors = []
+            self.pods = {n: p for n, p in self.pods.items() if p["kind"] != "predictor"}
+        elif kind == "servingruntime":
+            pass
         elif kind == "job":
             self.pods = {n: p for n, p in self.pods.items() if p["kind"] != "nfold-job"}
         else:
@@ -231,7 +266,7 @@ class Cluster:
                     if self.has("too late"):
                         continue
                     self.shard(pod["index"], self.time + 1)
-                self.end(name, DRAIN_S if pod["kind"] == "nfold" else 1)
+                self.end(name, DRAIN_S if pod["kind"] in ("nfold", "predictor") else 1)
         return ""
 
     def scale(self, _, replicas):
@@ -349,7 +384,8 @@ def self_test(check):
         "a drain that was blocked", not any(c.nodes.values()), "its node is cordoned in the next step"))
     run(cluster, "--steps", "drain,kill")
     # what can't be run is named
-    by_name, rows, _ = run(Cluster(check, nodes=1, custom_metrics=False))
+    by_name, rows, _ = run(Cluster(check, nodes=1, custom_metrics=False, kserve=False))
+    expect("no KServe", by_name["kserve"]["verdict"] == "skipped" and "KServe" in by_name["kserve"]["reasons"][0], by_name["kserve"])
     expect("one node", by_name["drain"]["verdict"] == "skipped" and "1 nodes" in by_name["drain"]["reasons"][0], by_name["drain"])
     expect("no API", by_name["hpa"]["verdict"] == "skipped" and "custom metrics" in by_name["hpa"]["reasons"][0], by_name["hpa"])
     expect("skipped steps", check.passed(rows))
@@ -387,6 +423,11 @@ def rendered(check, options, expect):
         with tempfile.TemporaryDirectory() as folder:
             of = lambda what: check.render(check.Kubectl(chosen), pathlib.Path(folder), chosen, "vision", what)
             deployed, job = of("overlay"), of("job") if overlay == "cpu" else None
+            served = of("kserve")
+        expect(f"{overlay}: KServe", {"image: a/nfold:1", "image: a/models:1"} == {
+            line.strip(" -") for line in served.splitlines() if "image: " in line}, served)
+        expect(f"{overlay}: KServe", "ClusterServingRuntime" not in served and served.count("namespace: vision") == 3, served)
+        expect(f"{overlay}: KServe", all(f"name: {name}\n" in served for name in check.KSERVE) and "storageUri" not in served, served)
         for text in (deployed, job or deployed):
             images = {line.split("image: ")[1] for line in text.splitlines() if "image: " in line}
             expect(f"{overlay}: images", images == {"a/nfold:1", "a/models:1"}, images)
