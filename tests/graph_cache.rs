@@ -159,3 +159,32 @@ fn a_running_session_keeps_its_weights() {
     assert_eq!(cached(&onnx, "x", 1, folder.path()), cold, "made anew");
     assert_eq!(bits(&mut running), cold);
 }
+
+/// `serve --check` makes what a start loads, and listens nowhere.
+#[test]
+fn a_check_fills_the_cache_and_listens_nowhere() {
+    let demo = crate::cli::with_demo();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().to_string();
+    let check = || {
+        let ports = ["--http", port.as_str(), "--grpc", port.as_str(), "--admin", port.as_str()];
+        let output =
+            crate::cli::nfold(&[&["serve", "--check", "--graph-cache", "cache"], &ports[..]].concat(), demo.path());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = check();
+    assert!(code == Some(0) && said.contains("every model starts"), "{code:?} {said}");
+    let written = |path: &PathBuf| std::fs::metadata(path.join("graph")).unwrap().modified().unwrap();
+    let kept = files(&demo.path().join("cache"));
+    assert!(!kept.is_empty());
+    let before: Vec<_> = kept.iter().map(written).collect();
+    assert_eq!(check().0, Some(0));
+    assert_eq!(
+        files(&demo.path().join("cache")).iter().map(written).collect::<Vec<_>>(),
+        before,
+        "loaded, not made anew"
+    );
+    std::fs::write(demo.path().join("repository/nf_regnet_cifar10/1/model.onnx"), "no graph").unwrap();
+    let (code, said) = check();
+    assert!(code == Some(1) && said.contains("error: "), "{code:?} {said}");
+}

@@ -17,6 +17,7 @@ use crate::engine::{EngineOptions, GpuOptions, Provider};
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryOptions};
 use crate::logging::{self, LogFormat};
+use crate::metrics::Metrics;
 use crate::server::{self, Options, Server, TlsOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
@@ -32,6 +33,10 @@ pub struct ServeArgs {
     /// rollout passes with a broken model
     #[arg(help_heading = "Models", long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
     skip_broken_models: bool,
+    /// Open, verify and warm up every model as a start does, fill --graph-cache, and end without listening: exit code 0 if all
+    /// of them would be served
+    #[arg(help_heading = "Models", long, env = "NFOLD_CHECK", value_parser = clap::builder::FalseyValueParser::new())]
+    check: bool,
     /// Most pixels of a model's input, height times width: at the start a batch of such images is run, and takes memory for their
     /// feature maps; a model with a larger input does not start
     #[arg(help_heading = "Models", long, value_name = "PIXELS", env = "NFOLD_MAX_INPUT_PIXELS", default_value_t = 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=4096 * 4096))]
@@ -335,7 +340,11 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     if (for_cuda || args.device_memory.is_some()) && matches!(args.provider, ProviderArg::Cpu) {
         return Err(anyhow!("--cuda-… and --device-memory mean something to --provider cuda or tensorrt only"));
     }
+    let check = args.check;
     let (options, registry) = args.resolve()?;
+    if check {
+        return check_models(&registry);
+    }
     let runtime = server::runtime().map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
     let served = runtime.block_on(async {
         let (sender, control) = mpsc::channel(2);
@@ -346,6 +355,17 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     // a model that is still loading, or a hung engine, must not hold up the exit
     runtime.shutdown_background();
     Ok(served.map(|()| ExitCode::SUCCESS)?)
+}
+
+/// Starts every model and ends it again.
+fn check_models(options: &RegistryOptions) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let registry = Registry::open(options, &Metrics::new())?;
+    for model in registry.all() {
+        tracing::info!(model = model.name, version = model.version, "checked");
+    }
+    tracing::info!(duration_ms = started.elapsed().as_millis() as u64, "every model starts");
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `NAME` or `NAME:VERSION`.
