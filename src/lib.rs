@@ -52,3 +52,6 @@ pub mod cli;
 #[cfg(test)]
 #[path = "../tests/fuzz/mod.rs"]
 mod fuzz;
+#[cfg(test)]
+#[path = "../tests/random.rs"]
+mod random;

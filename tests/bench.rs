@@ -3,15 +3,15 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nfold::bench::load::schedule::Arrivals;
 use serde_json::Value;
 
-use crate::cli::with_demo;
 use crate::golden::goldens_folder;
+use crate::process::Server;
 
 fn nfold(folder: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_nfold")).args(args).current_dir(folder).output().unwrap()
@@ -229,43 +229,20 @@ fn servers_that_do_not_serve_are_named() {
 /// The demo model behind `nfold serve`, loaded over the network: a sweep's report with its histograms.
 #[test]
 fn the_demo_is_loaded_end_to_end() {
-    let folder = with_demo();
-    let mut server = Command::new(env!("CARGO_BIN_EXE_nfold"))
-        .args([
-            "serve",
-            "--http",
-            "127.0.0.1:0",
-            "--grpc",
-            "127.0.0.1:0",
-            "--admin",
-            "127.0.0.1:0",
-            "--log-format",
-            "json",
-        ])
-        .current_dir(folder.path())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(server.stderr.take().unwrap()).lines();
-    let mut address = |what: &str| -> String {
-        let line = lines.find_map(|l| l.ok().filter(|l| l.contains(what))).unwrap();
-        serde_json::from_str::<Value>(&line).unwrap()["address"].as_str().unwrap().into()
-    };
-    let (http, grpc) = (address("HTTP port listens"), address("gRPC port listens"));
-    thread::spawn(move || lines.for_each(drop));
+    let server = Server::start(&[]);
+    let folder = server.folder();
+    let (http, grpc) = (server.http.to_string(), server.grpc.to_string());
     let photos = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/cifar10");
     let args = ["bench", "load", "--server", &http, "--image", photos.to_str().unwrap()];
     let flags = ["--connections", "2", "--rate", "20", "--duration", "1s", "--warmup", "200ms", "--report", "out"];
-    let done = nfold(folder.path(), &[&args[..], &flags, &["--max-lag", "5s", "--bodies", "10"]].concat());
+    let done = nfold(folder, &[&args[..], &flags, &["--max-lag", "5s", "--bodies", "10"]].concat());
     let tensors = |server: &str, protocol: &str| {
         let args = ["bench", "load", "--server", server, "--protocol", protocol, "--model", "nf_regnet_cifar10"];
         let flags =
             ["--rate", "20", "--duration", "1s", "--warmup", "0s", "--max-lag", "5s", "--bodies", "3", "--json"];
-        nfold(folder.path(), &[&args[..], &flags].concat())
+        nfold(folder, &[&args[..], &flags].concat())
     };
     let others = [("oip_http", tensors(&http, "oip-http")), ("oip_grpc", tensors(&grpc, "oip-grpc"))];
-    let _ = server.kill();
-    let _ = server.wait();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     for (protocol, done) in others {
         assert!(done.status.success(), "{protocol}: {}", String::from_utf8_lossy(&done.stderr));
@@ -274,7 +251,7 @@ fn the_demo_is_loaded_end_to_end() {
         let outcomes = report["steps"][0]["outcomes"].as_object().unwrap();
         assert!(outcomes.len() == 1 && outcomes["ok"].as_u64().unwrap() > 5, "{protocol}: {outcomes:?}");
     }
-    let report = json(&folder.path().join("out/load.json"));
+    let report = json(&folder.join("out/load.json"));
     assert_eq!(report["payloads"], 10);
     let steps = report["steps"].as_array().unwrap();
     assert_eq!(steps.len(), 2);
@@ -282,9 +259,9 @@ fn the_demo_is_loaded_end_to_end() {
         assert_eq!(step["outcomes"].as_object().unwrap().keys().collect::<Vec<_>>(), ["ok"], "{step}");
         assert!(step["server_ms"]["inference"].as_f64().unwrap() > 0.0, "{step}");
     }
-    let log = std::fs::read_to_string(folder.path().join("out/load.hlog")).unwrap();
+    let log = std::fs::read_to_string(folder.join("out/load.hlog")).unwrap();
     assert!(log.contains("Tag=step0,") && log.contains("Tag=step1,"), "{log}");
-    let csv = std::fs::read_to_string(folder.path().join("out/load.csv")).unwrap();
+    let csv = std::fs::read_to_string(folder.join("out/load.csv")).unwrap();
     assert_eq!(csv.lines().count(), 3);
-    assert!(std::fs::read_to_string(folder.path().join("out/index.html")).unwrap().contains("closed, 2 connections"));
+    assert!(std::fs::read_to_string(folder.join("out/index.html")).unwrap().contains("closed, 2 connections"));
 }

@@ -23,6 +23,14 @@ pub struct Server {
     log: Arc<Mutex<Vec<String>>>,
 }
 
+/// `nfold serve` in a folder: on free ports of this machine, its log as JSON on a pipe.
+pub fn serve(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+    command.arg("serve").args(["--http", "--grpc", "--admin"].iter().flat_map(|port| [port, "127.0.0.1:0"]));
+    command.args(["--log-format", "json"]).env_remove("NFOLD_LOG").current_dir(folder).stderr(Stdio::piped());
+    command
+}
+
 impl Server {
     pub fn start(flags: &[&str]) -> Self {
         Self::start_in(with_demo(), flags)
@@ -30,23 +38,7 @@ impl Server {
 
     /// On the repository of a folder.
     pub fn start_in(folder: tempfile::TempDir, flags: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
-            .args([
-                "serve",
-                "--http",
-                "127.0.0.1:0",
-                "--grpc",
-                "127.0.0.1:0",
-                "--admin",
-                "127.0.0.1:0",
-                "--log-format",
-                "json",
-            ])
-            .args(flags)
-            .current_dir(folder.path())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = serve(folder.path()).args(flags).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut address_of = |what: &str| -> SocketAddr {
             let line = lines.find_map(|l| l.ok().filter(|l| l.contains(what))).unwrap_or_else(|| panic!("no `{what}`"));

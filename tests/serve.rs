@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -544,24 +544,8 @@ fn the_program_serves_a_folded_model() {
     let checkpoint = root.join("models/nf_regnet_cifar10").display().to_string();
     let folded = crate::cli::nfold(&["fold", &checkpoint], folder.path());
     assert!(folded.status.success(), "{}", String::from_utf8_lossy(&folded.stderr));
-    let mut server = Command::new(env!("CARGO_BIN_EXE_nfold"))
-        .args([
-            "serve",
-            "--http",
-            "127.0.0.1:0",
-            "--grpc",
-            "127.0.0.1:0",
-            "--admin",
-            "127.0.0.1:0",
-            "--log-format",
-            "json",
-        ])
-        .args(["--workers", "2", "--max-batch-size", "4"])
-        .current_dir(folder.path())
-        .env_remove("NFOLD_LOG")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let flags = ["--workers", "2", "--max-batch-size", "4"];
+    let mut server = crate::process::serve(folder.path()).args(flags).spawn().unwrap();
     let mut addresses = BTreeMap::new();
     let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
     for line in log.by_ref() {

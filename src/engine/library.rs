@@ -83,9 +83,10 @@ fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
     let Some(prefix) = bin.parent().filter(|_| bin.ends_with("bin")) else {
         return Vec::new();
     };
-    let wheel = match cfg!(target_os = "macos") {
-        true => format!("onnxruntime/capi/libonnxruntime.{RELEASE}.dylib"),
-        false => format!("onnxruntime/capi/libonnxruntime.so.{RELEASE}"),
+    let wheel = if cfg!(target_os = "macos") {
+        format!("onnxruntime/capi/libonnxruntime.{RELEASE}.dylib")
+    } else {
+        format!("onnxruntime/capi/libonnxruntime.so.{RELEASE}")
     };
     let mut paths = vec![prefix.join("lib/nfold").join(file), prefix.join(&wheel)];
     for lib in ["lib", "lib64"] {
@@ -99,7 +100,7 @@ fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
     paths
 }
 
-/// How to get the library: a clone of the project fetches it, anybody else has its wheel.
+/// How to get the library: a clone of the project fetches it, an installed program needs the wheel.
 pub(super) fn how_to_get() -> String {
     const FETCH: &str = "deploy/onnxruntime/fetch";
     let executable = std::env::current_exe().unwrap_or_default();

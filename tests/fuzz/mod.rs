@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 use allocation_counter::AllocationInfo;
 
+use crate::random::Random;
+
 /// Mutated inputs of a smoke run, at every door.
 const SMOKE: usize = 2000;
 /// Seeds kept at most.
@@ -67,27 +69,10 @@ pub fn is_readable(text: &str) -> bool {
     !text.is_empty() && text.chars().count() <= 5000
 }
 
-/// Numbers drawn by lot, always the same for a seed.
-struct Lot(u64);
-
-impl Lot {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, count: usize) -> usize {
-        (self.next() % count.max(1) as u64) as usize
-    }
-
-    /// Mostly small.
-    fn length(&mut self, most: usize) -> usize {
-        let bits = self.below(most.max(1).ilog2() as usize + 2);
-        self.below(1 << bits).min(most)
-    }
+/// A length up to `most`, mostly small.
+fn length(random: &mut Random, most: usize) -> usize {
+    let bits = random.index(most.max(1).ilog2() as usize + 2);
+    random.index(1 << bits).min(most)
 }
 
 const NUMBERS: [u64; 16] = [
@@ -110,24 +95,24 @@ const NUMBERS: [u64; 16] = [
 ];
 
 /// Changes an input in one to eight ways.
-fn mutate(lot: &mut Lot, input: &mut Vec<u8>, pool: &[Vec<u8>], door: &Door) {
-    for _ in 0..1 + lot.below(8) {
-        let at = lot.below(input.len() + 1);
-        let end = at + lot.length(input.len() - at);
-        match lot.below(12) {
+fn mutate(random: &mut Random, input: &mut Vec<u8>, pool: &[Vec<u8>], door: &Door) {
+    for _ in 0..1 + random.index(8) {
+        let at = random.index(input.len() + 1);
+        let end = at + length(random, input.len() - at);
+        match random.index(12) {
             0 | 1 if !input.is_empty() => {
-                let at = lot.below(input.len());
-                input[at] ^= 1 << lot.below(8);
+                let at = random.index(input.len());
+                input[at] ^= 1 << random.index(8);
             }
             2 if !input.is_empty() => {
-                let at = lot.below(input.len());
-                input[at] = lot.next() as u8;
+                let at = random.index(input.len());
+                input[at] = random.below(256) as u8;
             }
             3 | 4 => {
                 // a number, in any width and order
-                let bytes = NUMBERS[lot.below(NUMBERS.len())].wrapping_sub(lot.below(3) as u64 & 1).to_le_bytes();
-                let mut bytes = bytes[..1 << lot.below(4)].to_vec();
-                if lot.below(2) == 0 {
+                let bytes = NUMBERS[random.index(NUMBERS.len())].wrapping_sub(random.index(3) as u64 & 1).to_le_bytes();
+                let mut bytes = bytes[..1 << random.index(4)].to_vec();
+                if random.index(2) == 0 {
                     bytes.reverse();
                 }
                 let end = (at + bytes.len()).min(input.len());
@@ -139,30 +124,30 @@ fn mutate(lot: &mut Lot, input: &mut Vec<u8>, pool: &[Vec<u8>], door: &Door) {
             6 => {
                 // once more, or very often
                 let part = input[at..end].to_vec();
-                let times = if lot.below(8) == 0 { 1 + lot.below(2000) } else { 1 };
+                let times = if random.index(8) == 0 { 1 + random.index(2000) } else { 1 };
                 let room = door.longest.saturating_sub(input.len()) / part.len().max(1);
                 input.splice(at..at, part.repeat(times.min(room)));
             }
             7 | 8 if !door.words.is_empty() => {
-                let word = door.words[lot.below(door.words.len())].as_bytes();
-                let end = if lot.below(2) == 0 { at } else { end };
+                let word = door.words[random.index(door.words.len())].as_bytes();
+                let end = if random.index(2) == 0 { at } else { end };
                 input.splice(at..end, word.iter().copied());
             }
             9 => {
                 // digits of text
                 if let Some(from) = input.iter().skip(at).position(u8::is_ascii_digit).map(|found| at + found) {
                     let digits = input[from..].iter().take_while(|b| b.is_ascii_digit()).count();
-                    let number = NUMBERS[lot.below(NUMBERS.len())];
+                    let number = NUMBERS[random.index(NUMBERS.len())];
                     input.splice(from..from + digits, number.to_string().into_bytes());
                 }
             }
             10 => {
-                let other = &pool[lot.below(pool.len())];
-                let from = lot.below(other.len() + 1);
-                let part = &other[from..from + lot.length(other.len() - from)];
+                let other = &pool[random.index(pool.len())];
+                let from = random.index(other.len() + 1);
+                let part = &other[from..from + length(random, other.len() - from)];
                 input.splice(at..end, part.iter().copied());
             }
-            _ => input.truncate(if lot.below(4) == 0 { at } else { input.len() }),
+            _ => input.truncate(if random.index(4) == 0 { at } else { input.len() }),
         }
     }
     input.truncate(door.longest);
@@ -203,7 +188,7 @@ pub fn root() -> PathBuf {
 pub fn run(door: &Door, judge: impl Fn(&[u8]) -> Verdict) {
     let started = Instant::now();
     let time = number("NFOLD_FUZZ_SECONDS").map(Duration::from_secs);
-    let mut lot = Lot(number("NFOLD_FUZZ_SEED").unwrap_or(1));
+    let mut random = Random::new(number("NFOLD_FUZZ_SEED").unwrap_or(1));
     let mut seen = HashSet::new();
     let mut hardest = (0, 0);
     let mut try_one = |input: &[u8], whence: &dyn std::fmt::Display| -> bool {
@@ -238,8 +223,8 @@ pub fn run(door: &Door, judge: impl Fn(&[u8]) -> Verdict) {
     let mut count = 0;
     let over = |count: usize| time.map_or(count >= SMOKE, |time| started.elapsed() >= time);
     while !over(count) {
-        let mut input = pool[lot.below(pool.len())].clone();
-        mutate(&mut lot, &mut input, &pool, door);
+        let mut input = pool[random.index(pool.len())].clone();
+        mutate(&mut random, &mut input, &pool, door);
         count += 1;
         if try_one(&input, &format_args!("execution {count}")) {
             pool.push(input);

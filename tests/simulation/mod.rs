@@ -15,7 +15,6 @@
 //! simulation` runs that schedule again. `make mutants` puts old faults back and expects them to be found.
 
 mod overload;
-mod random;
 mod scenario;
 mod system;
 

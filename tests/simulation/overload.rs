@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::random::Random;
 use super::system::Simulated;
 use crate::engine::{Backend, BackendError, Batch, Logits};
 use crate::infer::error::InferError;
@@ -15,6 +14,7 @@ use crate::infer::system::System;
 use crate::metrics::Metrics;
 use crate::model::Preprocessing;
 use crate::pixels::Preprocessor;
+use crate::random::Random;
 
 const MS: Duration = Duration::from_millis(1);
 const PATIENT: Duration = Duration::from_secs(10);

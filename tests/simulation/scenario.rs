@@ -8,7 +8,6 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::random::Random;
 use super::system::{HOLD_UP, Simulated};
 use crate::engine::{Backend, BackendError, Batch, Logits};
 use crate::infer::error::InferError;
@@ -18,6 +17,7 @@ use crate::infer::request::{Input, Terms, Ticket};
 use crate::infer::system::System;
 use crate::metrics::{Metrics, Outcome};
 use crate::model::{Listing, Manifest, ModelDir, ModelError};
+use crate::random::Random;
 
 const MS: Duration = Duration::from_millis(1);
 /// A hung engine comes back after all else is over, so that the schedule has an end.

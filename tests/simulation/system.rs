@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
-use super::random::Random;
 use crate::infer::system::System;
+use crate::random::Random;
 
 /// Longest that a thread is held up at a time.
 pub const HOLD_UP: Duration = Duration::from_millis(3);

@@ -1,4 +1,4 @@
-//! Numbers drawn by lot, always the same ones for a seed.
+//! Pseudo-random numbers, the same ones for the same seed.
 
 #[derive(Debug, Clone)]
 pub struct Random(u64);
@@ -22,6 +22,11 @@ impl Random {
         self.next() % count.max(1)
     }
 
+    /// A position in something of `count` elements.
+    pub fn index(&mut self, count: usize) -> usize {
+        self.below(count as u64) as usize
+    }
+
     /// True once in `count` times.
     pub fn once_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
@@ -34,6 +39,6 @@ impl Random {
 
     /// One of them.
     pub fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len() as u64) as usize]
+        of[self.index(of.len())]
     }
 }
