@@ -394,7 +394,7 @@ fn look_class(i: usize) -> String {
     format!("s{}", i % LOOKS.len())
 }
 
-/// Once every look is taken, the next series have them again in thicker lines.
+/// After the last style the next series start again, with thicker lines.
 fn thickness(i: usize) -> &'static str {
     if i < LOOKS.len() { "" } else { " style=\"stroke-width:4\"" }
 }

@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
     let outcome = outcome.and_then(|code| Ok(io::stdout().flush().map(|()| code)?));
     let code = match outcome {
         Ok(code) => code,
-        // whoever reads our output has had enough, as `head` does
+        // the reader closed the pipe, as `head` does
         Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
         }
@@ -133,14 +133,14 @@ fn parse() -> Result<Cli, ExitCode> {
     })
 }
 
-/// Prints what clap has to say. It repeats what was typed, and in colour: where that is no plain text, the words are read
-/// again as [`printable`] ones, which are wrong in the same way.
+/// Prints clap's message. It repeats what was typed, and in colour: where that holds control characters, the words are parsed
+/// again as [`printable`] ones, which fail in the same way.
 fn tell(error: &clap::Error, program: &clap::Command) {
     let words: Vec<OsString> = std::env::args_os().collect();
     let shown: Vec<OsString> = words.iter().map(|word| printable::os(word).into()).collect();
     let is_plain = shown == words && !environment::has_control_characters();
     if is_plain || !error.use_stderr() {
-        // that nobody reads it is no failure
+        // a closed pipe is no failure
         let _ = error.print();
         return;
     }

@@ -148,7 +148,7 @@ impl Batch {
     }
 }
 
-/// What the network answers: float32 `[images, classes]`.
+/// The network's output: float32 `[images, classes]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logits {
     /// Number of images.
@@ -261,8 +261,8 @@ impl OrtBackend {
     }
 
     /// As [`open_fitted`](Self::open_fitted), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
-    /// there: the logits are the same bits either way. `identity` tells the graph that `graph` gives from every other. A cache
-    /// that can't be read or written is told to the log and costs nothing more. On a GPU there is nothing to keep, and the
+    /// there: the logits are the same bits either way. `identity` is the cache key of the graph that `graph` returns. A cache that
+    /// can't be read or written is logged, and the graph is opened without it. On a GPU there is nothing to keep, and the
     /// graph is opened.
     pub fn open_cached<'a>(
         graph: &dyn Fn() -> &'a Fitted,

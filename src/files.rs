@@ -3,7 +3,7 @@
 //! What is written is a draft first: under a temporary name beside its target, synced, and then renamed, so that a reader
 //! finds the old content or the new one at any instant, and a crash at any point leaves one of the two. Owns the names of
 //! drafts, their removal when a write fails or a signal ends the program ([`abandon`]), and the sweeping of drafts that a
-//! killed process left behind ([`sweep`]). Knows nothing of what is written.
+//! killed process left behind ([`sweep`]). Knows no contents.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
@@ -112,13 +112,13 @@ impl DraftFolder {
         Self::with_mode(parent, 0o777)
     }
 
-    /// A folder for files that nobody else will see and that never get another name, in the system's temporary folder, or
+    /// A folder for private files that are never renamed, in the system's temporary folder, or
     /// in shared memory where that can't be written: containers run on read-only roots.
     pub fn scratch() -> io::Result<Self> {
         Self::scratch_in(&[std::env::temp_dir(), PathBuf::from("/dev/shm")])
     }
 
-    /// In the first of these that can be written; else why not in the first.
+    /// In the first of these that can be written; else the error of the first.
     fn scratch_in(parents: &[PathBuf]) -> io::Result<Self> {
         let make = |parent: &PathBuf| {
             sweep(parent);
@@ -330,17 +330,17 @@ pub fn recover(parent: &Path) {
     }
 }
 
-/// Makes a rename last: it is in the folder.
+/// Syncs the folder, so that a rename in it survives a crash.
 fn sync_folder_of(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match File::open(folder).and_then(|folder| folder.sync_all()) {
-        // a folder that may be written but not read can't be opened, and some file systems sync none: renamed it is
+        // ignored: a folder without read permission can't be opened, and some file systems sync none; the rename is done
         Err(e) if !matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput) => Err(e),
         _ => Ok(()),
     }
 }
 
-/// Names of this machine's drafts, with permissions as any other file gets them: whoever reads may be another user.
+/// Names of this machine's drafts, with the permissions of any other file: another user may read the result.
 fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     static PREFIX: OnceLock<String> = OnceLock::new();
     let mut builder = tempfile::Builder::new();
@@ -350,8 +350,8 @@ fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-/// What tells machines that share a file system apart: locks of one may not be seen by the others. The same in all
-/// containers of a machine; another after it started again.
+/// An id that tells machines which share a file system apart: locks of one may not be seen by the others. The same in all
+/// containers of a machine; it changes when the machine restarts.
 fn machine() -> &'static str {
     static MACHINE: OnceLock<String> = OnceLock::new();
     MACHINE.get_or_init(|| {

@@ -4,8 +4,8 @@
 //!
 //! No thread that logs waits for stderr: lines wait in a bounded queue for a thread of their own that writes them, whole
 //! and in order. What does not fit (nobody reads the pipe) or can't be written (its reader has left) is dropped and
-//! counted. `tracing-appender` has such a queue, but at the end it prints to the very stream that is stuck, and bounds
-//! lines, not bytes.
+//! counted. `tracing-appender` has such a queue, but at shutdown it prints to the stream that is stuck, and it bounds lines,
+//! not bytes.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
@@ -63,8 +63,7 @@ pub fn dropped_lines() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// Writes a line to stderr behind all log lines, and waits for it for half a second at most. Never fails: who does not
-/// read can't be told.
+/// Writes a line to stderr after all queued log lines, and waits for it for half a second at most. Failures are ignored.
 pub fn last_line(text: &str) {
     match QUEUE.get() {
         Some(queue) => queue.push(format!("{text}\n").into_bytes()),
@@ -103,7 +102,7 @@ enum Message {
     Flush(SyncSender<()>),
 }
 
-/// The way to the thread that writes.
+/// The sender to the thread that writes.
 struct Queue(SyncSender<Message>);
 
 impl Queue {
@@ -145,7 +144,7 @@ fn write(lines: &Receiver<Message>, mut stderr: File) {
                 WAITING.fetch_sub(line.len(), Ordering::Relaxed);
                 if write_line(&mut stderr, &line).is_err() {
                     DROPPED.fetch_add(1, Ordering::Relaxed);
-                    // said to nobody: its own line would be dropped as well
+                    // not logged: its own line would be dropped as well
                     said = dropped_lines();
                 }
             }
@@ -159,7 +158,7 @@ fn write(lines: &Receiver<Message>, mut stderr: File) {
     }
 }
 
-/// Whole, also where somebody has made the stream non-blocking.
+/// Writes all of it, also where the stream is non-blocking.
 fn write_line(stderr: &mut File, mut line: &[u8]) -> io::Result<()> {
     while !line.is_empty() {
         match stderr.write(line) {

@@ -15,7 +15,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// What an error says, without the rest of what may be as long as the file that it is about.
+/// An error's text, cut: errors of some libraries are as long as the file that they are about.
 pub fn brief(error: impl std::fmt::Display) -> String {
     const MOST: usize = 1000;
     let mut text = error.to_string();

@@ -25,8 +25,8 @@ use crate::engine::{
 pub const SCHEMA: &str = "nfold-bench-engine/1";
 /// Longest that pools of several sessions are given to stop spinning before another session is timed.
 const SETTLE: Duration = Duration::from_millis(80);
-/// A GPU raises its clock while it warms up: until so long a stretch of runs is no faster than the one before, at most so
-/// many stretches.
+/// A GPU raises its clock while it warms up: the warm-up goes on until a stretch of runs of this length is no faster than the one
+/// before it, for at most this many stretches.
 const STRETCH: Duration = Duration::from_millis(100);
 const STRETCHES: usize = 20;
 /// Largest relative difference of two stretches that counts as none.
@@ -56,7 +56,7 @@ pub struct Plan {
     pub warmup_ms: u64,
     /// Runs of its warm-up at least.
     pub warmup_runs: usize,
-    /// Let pools of several threads spin between operators, as a session with the machine to itself would.
+    /// Let the threads of a pool spin between operators, as one session alone on the machine would.
     pub spinning: bool,
     /// Label of the contender that ratios are taken to; the first where absent.
     pub reference: Option<String>,
@@ -197,7 +197,7 @@ impl Lane<'_> {
     }
 }
 
-/// Times all contenders. `progress` hears of each round: what is measured, and the share done.
+/// Times all contenders. `progress` is called after each round with what is measured and the share done (0 to 1).
 pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f64)) -> Result<Report, BenchError> {
     if let Some(name) = &plan.reference
         && !contenders.iter().any(|c| c.label() == *name)

@@ -2,8 +2,8 @@
 //! server, nor how a graph was folded.
 //!
 //! `engine` times `contender`s against each other in interleaved rounds; `load` asks a server; `statistics` says how sure the figures are;
-//! `machine` and `peak` what they were measured on; `accuracy` what the networks are published to reach. `report`
-//! writes JSON and CSV, `page` a person's page with charts.
+//! `machine` and `peak` describe what they were measured on; `accuracy` has the published top-1 of the networks. `report`
+//! writes JSON and CSV, `page` an HTML page with charts.
 
 pub mod accuracy;
 pub mod contender;

@@ -21,7 +21,7 @@ font-size:.86rem;width:100%}th,td{padding:.25rem .55rem;text-align:right;border-
 white-space:nowrap}th:first-child,td:first-child{text-align:left}code{font-size:.88em;overflow-wrap:anywhere}\
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0}";
 
-/// The page of the reports that are there.
+/// The page for the reports that exist.
 pub fn html(engine: Option<&Report>, load: Option<&load::Report>) -> String {
     let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold bench</title>");
@@ -357,14 +357,14 @@ fn latencies(steps: &[Step]) -> Figure {
     )
 }
 
-/// A number as a person writes it: no needless digits.
+/// A number without needless digits.
 fn number(v: f64) -> String {
     let digits = if v.abs() >= 100.0 { 0 } else { 2 };
     let text = format!("{v:.digits$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
 }
 
-/// Text that HTML takes as text.
+/// Text escaped for HTML.
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

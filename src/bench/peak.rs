@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 
 /// Accumulators: enough that neither of two units with a latency of four or five cycles waits.
 const CHAINS: usize = 12;
-/// Multiply-adds of each accumulator between two looks at the clock.
+/// Multiply-adds of each accumulator between two readings of the clock.
 const STEPS: usize = 20_000;
 const SAMPLES: usize = 9;
 const SAMPLE: Duration = Duration::from_millis(60);
 
-/// What a number of threads reach together.
+/// The measured peak of a number of threads together.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Peak {
     /// Threads.

@@ -140,7 +140,7 @@ impl Config {
         let settings = fields.settings()?;
         let tag = fields.take::<String>("tag")?;
         fields.refuse_the_rest(&mut unused)?;
-        // what timm writes for people to read says nothing new
+        // timm writes these for people to read: they say nothing new
         unused.extend(top.keys().filter(|key| !TOP.contains(&key.as_str())).cloned());
         let layer = Layer { origin: file("pretrained_cfg."), settings };
         Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
@@ -311,7 +311,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Lists harmless fields that say something, and refuses what is not understood.
+    /// Lists harmless fields that are set, and refuses unknown ones.
     fn refuse_the_rest(&mut self, unused: &mut Vec<String>) -> Result<(), String> {
         let offset = self.map.remove("label_offset").filter(|v| !v.is_null() && *v != 0);
         if let Some(offset) = offset {

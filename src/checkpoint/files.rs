@@ -1,5 +1,5 @@
-//! Finds a checkpoint's files, whatever people have (a folder, one file, shards with an index), and opens them by what
-//! their first bytes say they are.
+//! Finds a checkpoint's files (a folder, one file, shards with an index) and opens each by the format that its first bytes
+//! show.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -1,7 +1,7 @@
-//! Reads checkpoints that may come from anywhere and of any kind. Everything is validated at the door; a [`Reader`] then
-//! hands out each tensor once, with the shape that the network's plan expects, and names what is left over.
+//! Reads untrusted checkpoints of any kind. Everything is validated when a checkpoint is opened; a [`Reader`] then hands out each
+//! tensor once, with the shape that the network's plan expects, and names what is left over.
 //!
-//! `files` finds and opens what people have: a folder as the model hub lays it out, shards, one file; `safetensors_file`
+//! `files` finds and opens the files: a folder as the model hub lays it out, shards, one file; `safetensors_file`
 //! and `torch` index their tensors, which `store` reads one at a time. `config` reads `config.json`, `settings` resolves
 //! preprocessing, `labels` class names, `prefix` what wrappers put before names. `init` writes fresh checkpoints. Knows
 //! nothing of graphs.
@@ -179,7 +179,7 @@ pub enum CheckpointError {
     },
 }
 
-/// What a person says about a checkpoint, over what it says about itself.
+/// What the user says about a checkpoint. It overrides what the files say.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct OpenOptions {
     /// Architecture by timm's name, for files that don't tell.
@@ -227,7 +227,7 @@ impl Checkpoint {
         Self::open_with(path, &OpenOptions::default())
     }
 
-    /// As [`open`](Self::open), with what a person says about it.
+    /// As [`open`](Self::open), with the user's overrides.
     pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
         let at = files::locate(path)?;
         // a configuration that can't be read is the first thing to know
@@ -349,7 +349,7 @@ fn of_architecture(architecture: &str) -> Option<Layer> {
     Some(Layer { origin: Origin::Architecture(architecture.into()), settings })
 }
 
-/// A checkpoint's parts, on their way to a whole.
+/// A checkpoint's parts before they are checked against each other.
 struct Assembly<'a> {
     path: &'a Path,
     options: &'a OpenOptions,
@@ -474,7 +474,7 @@ impl Assembly<'_> {
         Ok(names)
     }
 
-    /// What is probably not as it should be.
+    /// Warnings: what is probably wrong.
     fn warn(&mut self, network: &Network, labels: &[String], resolved: &Preprocessing, told: bool, own: bool) {
         let (classes, name) = (network.classes(), &self.config.architecture);
         let warnings = &mut self.source.warnings;

@@ -20,7 +20,7 @@ const WRAPPERS: [&str; 12] = [
     "ema",
     "averaged_model",
 ];
-/// Modules beside a network that training has and inference has not.
+/// Modules beside a network that only training uses.
 const TRAINING: [&str; 9] = [
     "criterion",
     "loss",
@@ -42,7 +42,7 @@ pub struct Unwrapped {
     pub averaged: bool,
     /// Prefix of averaged weights beside the others.
     pub ema: Option<String>,
-    /// Tensors that training alone has use for.
+    /// Tensors that only training uses.
     pub unused: Vec<String>,
 }
 

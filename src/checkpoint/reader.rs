@@ -54,7 +54,7 @@ impl<'a> Reader<'a> {
         self.left.borrow_mut().remove(name);
     }
 
-    /// Refuses a file with tensors that nobody took.
+    /// Refuses a file with tensors that were not read.
     pub fn finish(self) -> Result<(), CheckpointError> {
         let left = self.left.into_inner();
         match left.first() {

@@ -42,7 +42,7 @@ pub enum TorchError {
     Io(#[from] io::Error),
 }
 
-/// Said where averaged weights are asked for and not there.
+/// The error where averaged weights are asked for and missing.
 pub const NO_EMA: &str = "it has no averaged weights (`state_dict_ema`, `model_ema`); leave --use-ema out";
 
 /// What a file holds.
@@ -81,7 +81,7 @@ pub fn open(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> 
     if source.start(4)? == b"PK\x03\x04" { archive(source, use_ema) } else { pickles(source, use_ema) }
 }
 
-/// A reader that gives up after so many bytes, for parsers that would follow a hostile file for ever.
+/// A reader that fails after `left` bytes: a parser could follow a hostile file without end.
 struct Limited {
     file: std::fs::File,
     left: u64,

@@ -37,7 +37,7 @@ enum BenchCommand {
     Load(load::LoadArgs),
 }
 
-/// What is timed where nothing is named: Normalizer-Free networks, BN-folded ResNets, and the two families that come
+/// What is timed by default: Normalizer-Free networks, BN-folded ResNets, and the two families that come
 /// closest to the front, each at its evaluation size.
 const DEFAULT: [&str; 11] = [
     "nf_regnet_b0",

@@ -267,14 +267,14 @@ fn bar(images: usize) -> ProgressBar {
     ProgressBar::new(images as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// What happened in all, on stderr: one image needs no summary, a failure always has its line.
+/// The summary on stderr: one image needs none; a failure always has its line.
 fn summary(images: usize, printer: &Printer<'_>, format: Format, args: &ClassifyArgs, elapsed: Duration) {
     let (failed, seconds) = (printer.failed, elapsed.as_secs_f64());
     let speed = images as f64 / seconds.max(1e-3);
     match failed {
         0 if images == 1 => {}
         0 => say(format_args!("classified {images} images in {seconds:.1} s ({speed:.1} images/s)")),
-        // the table's line is there already
+        // the table has its line already
         _ if images == 1 && format == Format::Table => {}
         _ if images == 1 => say(format_args!("error: {}", printer.last_error)),
         _ if args.skip_broken => say(format_args!(

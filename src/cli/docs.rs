@@ -34,7 +34,7 @@ fn reference(program: &Command) -> String {
     text
 }
 
-/// Every command that does something, by what is typed for it.
+/// Every command without subcommands, as it is typed.
 fn collect<'a>(command: &'a Command, commands: &mut Vec<(&'a str, &'a Command)>) {
     for subcommand in command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
         if subcommand.has_subcommands() {
@@ -98,7 +98,7 @@ fn row(text: &mut String, flag: &Arg) {
     let _ = writeln!(text, "| {} |", row.join(" | "));
 }
 
-/// What an argument means with its choices, and the default where only words can say it.
+/// An argument's help with its choices, and the default where it is described in words.
 fn help(argument: &Arg) -> (String, Option<String>) {
     let long = argument.get_long_help().or_else(|| argument.get_help()).map(ToString::to_string).unwrap_or_default();
     let long = long.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -34,7 +34,7 @@ pub fn has_control_characters() -> bool {
     })
 }
 
-/// Which variables a refused command line has to do with, as a line to print below clap's; none: the user typed it all.
+/// The line below clap's error that names the variables it comes from; none: everything was typed.
 pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option<String> {
     let named: Vec<String> = match error.get(ContextKind::InvalidArg)? {
         ContextValue::String(argument) => vec![argument.clone()],
@@ -58,7 +58,7 @@ pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option
     if names.is_empty() { None } else { Some(format!("set in the environment: {}", names.join(", "))) }
 }
 
-/// The subcommand that was typed.
+/// The subcommand on the command line.
 fn command_of<'a>(program: &'a Command, typed: &[String]) -> &'a Command {
     let mut command = program;
     for word in typed.iter().skip(1) {

@@ -1,4 +1,4 @@
-//! Three examples for each command's `--help`, all of which the command line takes (tested here).
+//! Three examples for each command's `--help`. A test below parses them all.
 
 /// Below the list of commands.
 pub const PROGRAM: &str = "\

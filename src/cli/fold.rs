@@ -131,7 +131,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The same model, whatever this machine measured.
+/// Whether two manifests describe the same model; measurements of this machine aside.
 fn same(a: &Manifest, b: &Manifest) -> bool {
     let mut a = a.clone();
     a.fold.verification.clone_from(&b.fold.verification);
@@ -163,7 +163,7 @@ fn verify(
     };
     verified::verify(checkpoint, manifest, &staging.onnx(), options, answers)?;
     let (Some(half), Some(golden)) = (half, manifest.golden.as_ref()) else { return Ok(()) };
-    // this machine's kernels may compute halves in single precision, which others don't
+    // kernels of this machine may compute halves in single precision; others don't
     let found = compare(&golden.logits, &half.logits);
     if found.max_abs_diff.is_nan() || found.max_abs_diff > golden.tolerance {
         bail!(

@@ -78,18 +78,18 @@ fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
     Ok(ModelDir::open(&args.repository, Some(&path.to_string_lossy()), args.model_version)?)
 }
 
-/// Tells on stderr what is probably not as it should be.
+/// Prints the checkpoint's warnings on stderr.
 pub fn warn(m: &Manifest) {
     for warning in &m.source.warnings {
         super::printable::say(format_args!("warning: {warning}"));
     }
 }
 
-/// A manifest as a person would like to read it.
+/// A manifest as text for people.
 pub fn describe(m: &Manifest) -> String {
     let (f, p) = (&m.fold, &m.preprocessing);
     let mut out = String::new();
-    // names come from a file that anybody may have written
+    // names come from an untrusted file
     let mut line = |key: &str, value: String| {
         let _ = writeln!(out, "{key:<14} {}", printable(&value));
     };

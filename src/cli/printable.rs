@@ -1,4 +1,4 @@
-//! What commands say, as [`printable`] text.
+//! The output of commands as [`printable`] text.
 
 use std::ffi::OsStr;
 use std::fmt::{Arguments, Write as _};
@@ -24,7 +24,7 @@ pub fn os(text: &OsStr) -> String {
     out
 }
 
-/// One line on stderr, [`printable`]. That nobody reads it, or that it can't be written, is no failure.
+/// One line on stderr, [`printable`]. A failed write is ignored.
 pub fn say(line: Arguments<'_>) {
     let line = line.to_string();
     let _ = writeln!(std::io::stderr(), "{}", printable(&line));

@@ -234,7 +234,7 @@ enum LogFormatArg {
 }
 
 impl ServeArgs {
-    /// Typed options: what is left open depends on the provider and on the machine's cores.
+    /// Typed options. Defaults depend on the provider and on the machine's cores.
     fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions)> {
         if let Some(port) = self.port {
             self.http.set_port(port);

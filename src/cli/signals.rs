@@ -14,12 +14,12 @@ use tokio::sync::mpsc::Sender;
 use crate::server::Control;
 use crate::{files, logging};
 
-/// Where a server hears of signals; none before it listens, and in all other commands.
+/// The channel to a server; none before it listens, and in all other commands.
 #[cfg(unix)]
 static SERVER: Mutex<Option<Sender<Control>>> = Mutex::new(None);
 
-/// Ends the process at once: its drafts are removed and its log lines written, but neither destructors nor exit handlers run, as other threads may
-/// still be inside ONNX Runtime, whose own exit handlers would pull its memory from under them.
+/// Ends the process at once: drafts are removed and log lines written, but neither destructors nor exit handlers run. Other
+/// threads may still be inside ONNX Runtime, whose exit handlers would free memory that these use.
 pub fn end(code: i32) -> ! {
     files::abandon();
     logging::flush();
@@ -74,7 +74,7 @@ mod unix {
     impl Signals {
         /// Catches signals; those that come before [`act`](Self::act) wait for it.
         pub fn catch() -> io::Result<Self> {
-            // a flag that nobody reads: a handler there is, and so the write fails rather than the process dies
+            // the flag is not read: with a handler the write fails, without one the process would be killed
             signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
             let hangup = if ignored(SIGHUP) { None } else { Some(SIGHUP) };
             Iterator::new([SIGTERM, SIGINT, SIGQUIT].into_iter().chain(hangup)).map(Self)
@@ -83,7 +83,7 @@ mod unix {
         /// Acts on signals from a thread of its own, as `nfold serve` (`serving`) or any other command does.
         pub fn act(mut self, serving: bool) -> io::Result<()> {
             if serving {
-                // it reloads, whatever `nohup` says
+                // SIGHUP reloads, even under `nohup`
                 self.0.add_signal(SIGHUP)?;
             }
             let act = move || {
@@ -109,7 +109,7 @@ mod unix {
     }
 
     fn stop() {
-        // nothing is served yet, or nobody listens any more
+        // the server does not listen yet, or no longer
         if server().is_none_or(|server| server.blocking_send(Control::Stop).is_err()) {
             end(0);
         }
@@ -118,11 +118,11 @@ mod unix {
     fn reload() {
         let Some(server) = server() else { return };
         tracing::info!("SIGHUP: reading certificates, API keys and the model repository again");
-        // one that waits to be heard is as good as two
+        // a pending one is enough
         let _ = server.try_send(Control::Reload);
     }
 
-    /// Whether whoever started this process had the signal ignored, as `nohup` does. Unknown counts as no.
+    /// Whether the signal was ignored when this process started, as under `nohup`. Unknown counts as no.
     fn ignored(signal: i32) -> bool {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

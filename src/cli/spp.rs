@@ -1,5 +1,5 @@
 //! `nfold spp`: signal propagation statistics of networks at initialisation, of checkpoints (unfolded, folded, in half
-//! precision) and of folded models, side by side; exit code 1 when a signal is sick.
+//! precision) and of folded models, side by side; exit code 1 when a statistic is unhealthy.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -110,7 +110,7 @@ enum GraphArg {
     Fp16,
 }
 
-/// What has been measured so far.
+/// The profiles measured so far.
 #[derive(Default)]
 struct Findings {
     profiles: Vec<Profile>,
@@ -383,7 +383,7 @@ fn fresh_checkpoint(name: &str, spec: &str, s: &Settings, args: &SppArgs) -> any
     look_into(&onnx, &manifest, spec, args)
 }
 
-/// What a network at initialisation can be told.
+/// The settings of a network at initialisation.
 struct Settings {
     act: Option<String>,
     depth: usize,

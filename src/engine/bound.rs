@@ -17,16 +17,16 @@ use super::{
 };
 
 /// While a CUDA graph is recorded, no other thread may allocate, free or wait on a GPU: CUDA ends the recording then, and
-/// ONNX Runtime the process. Who records holds it alone, everything else on a GPU shares it.
+/// ONNX Runtime the process. A recording thread holds the lock exclusively; all other work on a GPU shares it.
 static RECORDING: RwLock<()> = RwLock::new(());
 
-/// Runs `work` on a GPU while nobody records.
+/// Runs `work` on a GPU while no thread records a CUDA graph.
 pub(super) fn shared<T>(work: impl FnOnce() -> T) -> T {
     let _shared = RECORDING.read().unwrap_or_else(PoisonError::into_inner);
     work()
 }
 
-/// Runs `work`, which records, while nobody else is on a GPU.
+/// Runs `work`, which records a CUDA graph, while no other thread uses a GPU.
 fn alone<T>(work: impl FnOnce() -> T) -> T {
     let _alone = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
     work()

@@ -66,10 +66,10 @@ impl Fitted {
     /// Gives a session the weights that aren't in [`onnx`](Self::onnx).
     pub(super) fn lend_weights(&self, mut builder: SessionBuilder) -> ort::Result<SessionBuilder> {
         for (name, value) in &self.weights {
-            // what the graph refers to: copied, and let go once the session is open
+            // what the graph refers to: copied by ONNX Runtime, freed once the session is open
             builder = builder.with_external_initializer(name, value.clone())?;
             if self.laid_out {
-                // what the session uses in the copy's stead, as do all others of this graph
+                // what the session uses instead of a copy, shared by all sessions of this graph
                 builder = builder.with_initializer(name, value.clone())?;
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! Owns names, integrity and the way to disk of the files; `engine` makes and loads what is in them. Every graph has a
 //! folder of two files: its large weights are beside it, for ONNX Runtime to map into memory rather than copy, so that a
-//! load doesn't wait for them and all sessions share them. A graph that can't be used is as good as none. Whoever can write
-//! to the folder decides what is computed, and can end the server by cutting a mapped file short: it belongs to the server.
+//! load doesn't wait for them and all sessions share them. A graph that can't be used is ignored. Whoever can write to
+//! the folder decides what is computed, and can crash the server by truncating a mapped file: only the server may write there.
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
@@ -27,7 +27,7 @@ const GRAPH: &str = "graph";
 const WEIGHTS: &str = "weights";
 /// Most bytes of a graph: its message format ends there.
 const GRAPH_LIMIT: u64 = 1 << 31;
-/// How the names of drafts began in nfold 0.1, and how much longer they are: nobody swept them.
+/// How the names of drafts began in nfold 0.1, and the length of their suffix: 0.1 did not sweep them.
 const OLD_DRAFT: (&str, usize) = ("draft-", 6);
 /// Age past which such a draft is taken for left behind.
 const OLD: Duration = Duration::from_secs(3600);
@@ -49,7 +49,7 @@ impl GraphCache {
         Self { folder, one: Arc::default() }
     }
 
-    /// Waits until nobody else looks for a graph or makes one.
+    /// Waits until no other thread looks for a graph or makes one.
     pub(super) fn alone(&self) -> MutexGuard<'_, ()> {
         self.one.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,7 +92,7 @@ impl GraphCache {
 
     /// Removes the graph there.
     pub(super) fn discard(&self, folder: &Path) -> std::io::Result<()> {
-        // out of every reader's way first, and as a whole
+        // renamed first, so that no reader finds half of it
         let old = self.draft()?;
         std::fs::rename(folder, old.0.path().join("old"))
     }

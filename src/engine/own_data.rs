@@ -1,5 +1,5 @@
-//! Whether a graph from somewhere is one that nfold may hand to a runtime: with all its weights in it, each as large as it
-//! says, and nothing in it that could lead elsewhere.
+//! Checks a graph of unknown origin before a runtime opens it: all weights are inside, each is as large as its shape says, and
+//! nothing refers to other files.
 //!
 //! A runtime follows what a graph says about data outside of it, to files and even to memory, and makes room for what a
 //! shape says before it looks at the data. Graphs that nfold writes have neither, nor tensors in attributes, nor graphs

@@ -10,7 +10,7 @@ use super::{EngineError, Provider};
 /// Operators (or parts that a provider has fused to one) by the provider that runs them, as ONNX Runtime names providers.
 pub type Placement = BTreeMap<String, usize>;
 
-/// One line of a profile; what is not named here is of no interest.
+/// One event of a profile; other fields are ignored.
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]

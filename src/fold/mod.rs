@@ -1,6 +1,6 @@
 //! Checkpoint → ONNX. Synchronous and offline: knows neither tokio nor ONNX Runtime.
 //!
-//! The story is [`fold`]: plan and tensors come from the checkpoint; `blocks` walks the plan and puts every scalar
+//! [`fold`] does it all: plan and tensors come from the checkpoint; `blocks` walks the plan and puts every scalar
 //! where it belongs, with `nets::scaled_ws` and `batch_norm` for the weights; [`graph`](crate::graph) writes the bytes;
 //! [`verified`] compares them with the unfolded graph. All arithmetic is in double precision, rounded once.
 
@@ -233,7 +233,7 @@ impl Emitted<'_> {
     }
 }
 
-/// Takes the digest of what passes.
+/// A writer that also computes the digest of what is written.
 struct Digesting<'a> {
     to: &'a mut dyn Write,
     hash: Sha256,

@@ -1,5 +1,5 @@
-//! What a fold is held to before it may be written: the folded and the unfolded graph give the same finite logits on the
-//! same images. Owns the tolerances and the golden answer; whoever runs graphs is handed in.
+//! Verifies a fold before it is written: the folded and the unfolded graph give the same finite logits on the same images.
+//! Owns the tolerances and the golden answer. The caller passes in a closure that runs graphs.
 
 use std::fs;
 use std::path::Path;
@@ -49,7 +49,7 @@ pub enum VerifyError<E: std::error::Error + 'static> {
         /// What to do.
         advice: &'static str,
     },
-    /// The two graphs are not the same function.
+    /// The two graphs give different logits.
     #[error(
         "the folded graph's logits differ by {difference:.3e} from the unfolded graph's (tolerance {tolerance:.3e}, span \
          {span:.3e}); nothing was written; try --precision fp32, and report this checkpoint if it is"
@@ -57,15 +57,15 @@ pub enum VerifyError<E: std::error::Error + 'static> {
     Apart {
         /// Largest difference of a logit.
         difference: f64,
-        /// Largest that would have been taken.
+        /// Tolerance.
         tolerance: f64,
         /// Largest minus smallest logit.
         span: f64,
     },
 }
 
-/// Asks the graph and its counterpart (folded against unfolded, which is in single precision with weight arithmetic in
-/// double) and puts what was measured and the golden answer into the manifest. The graph is in the file `onnx`; its
+/// Compares the graph with its counterpart (folded against unfolded, which is in single precision with weight arithmetic in
+/// double) and puts the measured difference and the golden answer into the manifest. The graph is in the file `onnx`; its
 /// counterpart is written beside it and removed. `answers` runs a graph: its logits, image after image.
 pub fn verify<E: std::error::Error + 'static>(
     checkpoint: &Checkpoint,

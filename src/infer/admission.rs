@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// Images after which a measurement counts for a third.
 const MEMORY: f64 = 32.0;
-/// As many images are what the warm-up said worth.
+/// The warm-up's measurement has the weight of this many images.
 const PRIOR: f64 = 8.0;
 /// Bounds of [`Speed::factor`]: one odd measurement must neither stop the admission nor open it to everything.
 const FACTOR: (f64, f64) = (0.5, 4.0);
@@ -19,10 +19,10 @@ const FACTOR: (f64, f64) = (0.5, 4.0);
 /// engine that has all cores of an idle machine, says nothing.
 #[derive(Debug)]
 pub(super) struct Speed {
-    /// Images' worth of time that passed, and images that left in it; older ones count less.
+    /// The time that passed, in images at the estimated cost, and the images that left in it; older ones count less.
     passed: f64,
     left: f64,
-    /// When images left last, if the engines have had enough to do since.
+    /// When images left last; none: the engines have been idle since.
     since: Option<Instant>,
 }
 
@@ -46,7 +46,7 @@ impl Speed {
         self.since = busy.then_some(now);
     }
 
-    /// Whether the engines have had enough to do since images left last.
+    /// Whether the engines have been busy since images left last.
     pub(super) fn is_busy(&self) -> bool {
         self.since.is_some()
     }
@@ -65,7 +65,7 @@ impl Speed {
 /// How long images may wait.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
-    /// In a queue that stands.
+    /// In a standing queue.
     pub(super) standing: Duration,
     /// In a burst.
     pub(super) burst: Duration,
@@ -73,7 +73,7 @@ pub(super) struct Bounds {
 
 /// From the moment that the wait passes the target to the one from which it is held to it.
 const FADE: Duration = Duration::from_millis(500);
-/// A burst may come again when nothing was refused for so long.
+/// The full wait for bursts is back once nothing was refused for this long.
 const REST: Duration = Duration::from_millis(800);
 
 /// Whether the queue stands.
@@ -95,12 +95,12 @@ impl Standing {
         }
     }
 
-    /// An image is refused because of those before it.
+    /// Notes that an image was refused because of those before it.
     pub(super) fn refuse(&mut self, now: Instant) {
         self.refused = Some(now);
     }
 
-    /// Longest that an image may have to wait that comes now.
+    /// Longest wait at which an image that arrives now is admitted.
     pub(super) fn limit(&self, now: Instant, Bounds { standing, burst }: Bounds) -> Duration {
         let Some(since) = self.since else { return burst };
         let left = 1.0 - now.saturating_duration_since(since).as_secs_f64() / FADE.as_secs_f64();

@@ -34,7 +34,7 @@ pub enum InferError {
     /// The queue is full, or so long that the deadline can't be met.
     #[error("the server is busy, try again in {} s", retry_after.as_secs_f64().ceil())]
     Overloaded {
-        /// When the present queue should have drained, by the measured speed.
+        /// How long the present queue takes to drain, by the measured speed.
         retry_after: Duration,
     },
     /// The deadline passed before the answer was there. Nothing was computed for it, unless it passed during the run.
@@ -60,7 +60,7 @@ pub enum InferError {
         /// What is served, comma-separated.
         available: String,
     },
-    /// A fault on this side. The text is for the log, never for the caller.
+    /// A fault of the server. The text is for the log, never for the caller.
     #[error("internal error: {0}")]
     Internal(String),
 }
@@ -71,7 +71,7 @@ impl InferError {
         matches!(self, Self::Image(_) | Self::BadTensor(_) | Self::Internal(_))
     }
 
-    /// How it counts.
+    /// Its outcome in the metrics.
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,

@@ -38,9 +38,9 @@ pub struct SchedulerOptions {
     /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
     /// the batch, or that are built for some shapes only. The largest limits `max_batch`.
     pub buckets: Vec<usize>,
-    /// What is made of a difference between an image alone and in a batch.
+    /// What a difference between an image alone and in a batch does.
     pub invariance: Invariance,
-    /// Warm the workers one after the other, so that a model that is served meanwhile keeps the other cores.
+    /// Warm the workers one after the other: a model that is being served keeps the other cores.
     pub one_by_one: bool,
 }
 
@@ -118,7 +118,7 @@ pub struct Job {
     pub open_wide: Option<OpenBackend>,
     /// What it must answer.
     pub golden: Option<Golden>,
-    /// Where numbers go.
+    /// The model's metrics.
     pub metrics: ModelMetrics,
     /// Time, threads and waiting.
     pub system: Arc<dyn System>,

@@ -81,7 +81,7 @@ impl Lane {
         result
     }
 
-    /// One run on the engine that has every core, if there is one and nobody has it. Whatever goes wrong there, the lane's own
+    /// One run on the engine that has every core, if there is one and it is free. `None` on any failure there: the lane's own
     /// engine can still answer.
     pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch) -> Option<Logits> {
         let mut wide = shared.wide.try_lock().ok()?;
@@ -100,7 +100,7 @@ impl Lane {
         result.inspect_err(logged).ok()
     }
 
-    /// Gives up the engine after a panic: its state can't be trusted.
+    /// Drops the engine after a panic: its state can't be trusted.
     pub(super) fn lose(&mut self, shared: &Shared) {
         if self.engine.is_some() {
             self.discard();
@@ -109,7 +109,7 @@ impl Lane {
         }
     }
 
-    /// The thread ends.
+    /// The thread ends: drops the engine.
     pub(super) fn close(mut self, shared: &Shared) {
         if self.engine.is_some() {
             shared.engines(-1);
@@ -125,7 +125,7 @@ impl Lane {
     }
 }
 
-/// What an engine has to itself.
+/// Which share of the cores an engine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cores {
     /// The worker's share.
@@ -288,7 +288,7 @@ fn bitmap(width: u32, height: u32) -> Vec<u8> {
     file
 }
 
-/// Images that differ: any fixed numbers of an input's usual size will do.
+/// Different images of fixed pseudo-random values.
 fn images(shared: &Shared, count: usize) -> Vec<f32> {
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     let xorshift = |_| {

@@ -28,7 +28,7 @@ pub enum LoadError {
     /// The manifest's golden answer belongs to another input than this program makes.
     #[error("the golden input of model `{0}` can't be made by this version of nfold; fold the checkpoint again")]
     Golden(String),
-    /// An input that would take more memory than is meant for it.
+    /// An input above the limit of pixels.
     #[error(
         "model `{name}` version {version} takes images of {height}x{width}, more than the {most} pixels of --max-input-pixels; fold it for a smaller size (nfold fold --size), or raise that limit, and the memory for it"
     )]
@@ -41,7 +41,7 @@ pub enum LoadError {
         height: u32,
         /// Width of its input, in pixels.
         width: u32,
-        /// What is taken, in pixels.
+        /// The limit, in pixels.
         most: u64,
     },
     /// A graph that nfold did not write.
@@ -97,7 +97,7 @@ pub struct Engines {
     pub open_wide: Option<OpenBackend>,
     /// Name of the hardware, for metrics.
     pub provider: &'static str,
-    /// They multiply in less than single precision whatever the graph says (TensorFloat-32).
+    /// They multiply in less than single precision even for a single-precision graph (TensorFloat-32).
     pub reduced: bool,
 }
 
@@ -248,7 +248,7 @@ impl LiveModel {
         self.scheduler.health()
     }
 
-    /// Why no request should be sent here, if so: no working engine, or one that hangs or keeps failing.
+    /// Why the model is not ready, if so: no working engine, or one that hangs or keeps failing.
     pub fn fault(&self, hang_limit: Duration) -> Option<String> {
         const STORM: u32 = 5;
         let Health { engines, failures, longest_run } = self.health();
@@ -269,7 +269,7 @@ impl LiveModel {
         self.scheduler.options().decode_memory.used()
     }
 
-    /// Sets the gauges that are measured when somebody looks.
+    /// Updates the gauges that are measured at each scrape.
     pub fn observe(&self) {
         self.scheduler.observe();
         self.info.set();
@@ -310,7 +310,7 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// What the manifest says that the model must answer.
+/// The golden answer of the manifest.
 fn golden(dir: &ModelDir, reduced: bool) -> Result<Option<Golden>, LoadError> {
     let Some(golden) = &dir.manifest.golden else { return Ok(None) };
     let p = &dir.manifest.preprocessing;

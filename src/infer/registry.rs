@@ -53,7 +53,7 @@ pub enum RegistryError {
     /// Models were to be left out that don't start, and nothing is left.
     #[error("none of {0} models can be served; the log says why of each")]
     AllBroken(usize),
-    /// Somebody unloaded it by name while it was being loaded.
+    /// A client unloaded it by name while it was being loaded.
     #[error("model `{0}` was unloaded meanwhile")]
     Unloaded(String),
     /// The server is stopping.
@@ -76,7 +76,7 @@ pub struct Registry {
     asked_for: Vec<(String, Option<u64>)>,
     repository: PathBuf,
     system: Arc<dyn System>,
-    /// Whose turn it is to load: one at a time.
+    /// Held while a model loads: one at a time.
     turns: Turns,
     notes: Mutex<Notes>,
 }
@@ -88,9 +88,9 @@ struct Notes {
     said: BTreeSet<String>,
     /// Versions that could not be loaded.
     failed: BTreeMap<(String, u64), Failed>,
-    /// Models that somebody loaded or unloaded by name, as their folders were then.
+    /// Models that a client loaded or unloaded by name, as their folders were then.
     controlled: BTreeMap<String, Versions>,
-    /// Models that somebody loaded by name and that are not asked for otherwise.
+    /// Models that a client loaded by name and that the options don't ask for.
     loaded: BTreeSet<String>,
     /// The server is stopping: nothing is added.
     over: bool,
@@ -100,7 +100,7 @@ struct Notes {
 #[derive(Debug)]
 struct Failed {
     fingerprint: String,
-    /// When it is worth another try although nothing has changed, and the pause after that.
+    /// When it is tried again although nothing has changed, and the pause after that.
     next: Instant,
     pause: Duration,
     reason: String,
@@ -112,9 +112,9 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::fr
 /// Why the repository is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
-    /// Somebody asked: what could not be loaded is tried again.
+    /// On request: what could not be loaded is tried again.
     Asked,
-    /// It is time to: what could not be loaded is tried again when it has changed, else now and then.
+    /// By timer: what could not be loaded is tried again when it has changed, else after growing pauses.
     Again,
 }
 
@@ -181,7 +181,7 @@ impl Registry {
         drop(self.insert(model));
     }
 
-    /// The model that was replaced; dropping it may end its threads, which is nothing for under a lock.
+    /// Returns the model that was replaced. Dropping it may wait for its threads: not under a lock.
     fn insert(&self, model: LiveModel) -> Option<Arc<LiveModel>> {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model))
@@ -437,13 +437,12 @@ impl Registry {
         models.values().flat_map(BTreeMap::values).cloned().collect()
     }
 
-    /// Why no request should be sent here, if so: a model without a working engine, or with one that hangs or keeps
-    /// failing.
+    /// Why the server is not ready, if so: a model without a working engine, or with one that hangs or keeps failing.
     pub fn fault(&self, hang_limit: Duration) -> Option<String> {
         self.all().iter().find_map(|model| model.fault(hang_limit))
     }
 
-    /// Sets the gauges that are measured when somebody looks.
+    /// Updates the gauges that are measured at each scrape.
     pub fn observe(&self, metrics: &Metrics) {
         let models = self.all();
         models.iter().for_each(|model| model.observe());
@@ -452,13 +451,13 @@ impl Registry {
         metrics.decode_memory_bytes.set(i64::try_from(claimed).unwrap_or(i64::MAX));
     }
 
-    /// Takes no new images, and no new models; what is queued is still answered.
+    /// Refuses new images and new models; what is queued is still answered.
     pub fn close(&self) {
         self.notes().over = true;
         self.all().iter().for_each(|model| model.scheduler().close());
     }
 
-    /// Answers everything queued with a refusal.
+    /// Refuses everything that is queued.
     pub fn abort(&self) {
         self.notes().over = true;
         self.all().iter().for_each(|model| model.scheduler().abort());

@@ -1,4 +1,4 @@
-//! One image from the caller's side: what is brought, on which terms, and what comes back.
+//! One image from the caller's side: the input, its terms (deadline, priority) and the answer.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use tokio::sync::oneshot;
 use super::error::InferError;
 use crate::pixels::RawTensor;
 
-/// Until when a request may take, and who goes first.
+/// Deadline and priority of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Terms {
-    /// When nobody waits any more.
+    /// The deadline.
     pub deadline: Instant,
     /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served. See [`Class`] for how much it
     /// weighs.
@@ -21,7 +21,7 @@ pub struct Terms {
 /// The priority of a request that names none.
 pub const DEFAULT_PRIORITY: u32 = 100;
 
-/// Who goes before whom, and how far. A client chooses its priority itself, so that none may shut the others out: of four
+/// A range of priorities, and its share of the engines. A client chooses its priority itself, so that none may shut the others out: of four
 /// images that engines take, one is of the default class, and of sixteen one of the last, as long as any wait; and images
 /// of the first and the last class together have at most three quarters of the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub enum Input {
     Encoded(Bytes),
     /// A tensor ready for the network, `[channels, height, width]`.
     Tensor(Vec<f32>),
-    /// The same, or its pixels, in bytes.
+    /// A tensor or pixels, as bytes.
     Raw(RawTensor),
 }
 
@@ -91,7 +91,7 @@ pub struct Timings {
     pub batch: usize,
 }
 
-/// What an image gets.
+/// The answer for one image.
 #[derive(Debug, Clone)]
 pub struct Output {
     /// `[classes]`.

@@ -94,12 +94,12 @@ impl Scheduler {
         self.shared.health()
     }
 
-    /// Sets the gauges that are measured when somebody looks.
+    /// Updates the gauges that are measured at each scrape.
     pub fn observe(&self) {
         self.shared.observe();
     }
 
-    /// Takes no new images; what is queued is still answered, then the threads end.
+    /// Refuses new images; what is queued is still answered, then the threads end.
     pub fn close(&self) {
         self.shared.end(Phase::Closing);
     }

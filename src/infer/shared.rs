@@ -1,4 +1,4 @@
-//! What a model's threads and callers share: the queue behind its lock, who sleeps, and who wakes whom.
+//! What a model's threads and callers share: the queue behind its lock, the sleeping threads, and the wake-ups.
 //!
 //! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before its timer ends.
 //! Whoever changes the queue asks [`Queue::demand`], before releasing the lock, what there is to do now, and wakes as many
@@ -23,7 +23,7 @@ use super::system::System;
 use crate::engine::Backend;
 use crate::metrics::ModelMetrics;
 
-/// What a health check wants to know.
+/// Health of a model's engines.
 #[derive(Debug, Clone, Copy)]
 pub struct Health {
     /// Workers that hold a working engine.
@@ -45,10 +45,10 @@ pub(super) struct Warm {
     pub(super) max_abs_diff: f64,
 }
 
-/// What a thread comes back with.
+/// The result that a thread hands over when it asks for its next task.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// Nothing that the queue waits for.
+    /// Nothing.
     Nothing,
     /// An image to be run, or none if it is answered already; and what decoding and resizing took, unless there was none.
     Prepared(Option<Prepared>, Duration),
@@ -58,7 +58,7 @@ pub(super) enum Done {
 
 pub(super) struct Shared {
     state: Mutex<State>,
-    /// The engine that has every core; whoever runs it holds the lock, nobody waits for it.
+    /// The engine that has every core; the thread that runs it holds the lock, the others don't wait for it.
     pub(super) wide: Mutex<Option<Box<dyn Backend>>>,
     slots: Arc<Slots>,
     pub(super) options: SchedulerOptions,
@@ -75,7 +75,7 @@ struct State {
     alive: usize,
     /// Workers that have not died of a panic.
     workers: usize,
-    /// Who waits for a report, or for threads to end.
+    /// Threads that wait for a report, or for threads to end.
     waiting: Vec<Waker>,
 }
 
@@ -90,7 +90,7 @@ struct Sleeper {
     woken: bool,
 }
 
-/// A compute thread, as the lock's other side sees it.
+/// A compute thread's handle on the shared state.
 #[derive(Debug)]
 pub(super) struct Caller {
     /// Its number among the model's threads.
@@ -131,7 +131,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the lock go as the invariant wants it: sleepers that have work now are woken, and what was given up is answered.
+    /// Releases the lock as the invariant demands: sleepers that have work now are woken, and what was given up is answered.
     fn release(&self, mut state: MutexGuard<'_, State>, now: Instant) {
         let demand = state.queue.demand(now, &self.options);
         let woken = state.wake(demand);
@@ -183,7 +183,7 @@ impl Shared {
         if state.queue.evicts(now, self.slots.is_full(images, class)) {
             state.queue.evict(now);
             if !state.queue.given_up.is_empty() {
-                // their slots are free once they are answered, and that is nothing for the lock
+                // answering frees their slots; answers are sent without the lock
                 self.release(state, now);
                 state = self.lock();
                 state.queue.accepts()?;
@@ -313,7 +313,7 @@ impl Shared {
         self.metrics().engine_workers.set(engines as i64);
     }
 
-    /// Takes no new images, or (aborted) gives up all that wait.
+    /// Refuses new images; aborted: gives up all that wait as well.
     pub(super) fn end(&self, phase: Phase) {
         let mut state = self.lock();
         state.queue.phase = state.queue.phase.max(phase);
@@ -332,7 +332,7 @@ impl Shared {
         Health { engines: queue.engines, failures: queue.failures, longest_run }
     }
 
-    /// Gives up what has expired and sets the gauges that are measured when somebody looks.
+    /// Evicts expired images and updates the gauges that are measured at each scrape.
     pub(super) fn observe(&self) {
         let now = self.now();
         let mut state = self.lock();
@@ -402,7 +402,7 @@ impl Shared {
         self.lock().alive
     }
 
-    /// Waits for what others [`tell`]; none after `until`.
+    /// Waits until `found` returns something, asked again after each [`tell`]; none after `until`.
     fn wait_for<T>(&self, until: Option<Instant>, mut found: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
         loop {
             let mut state = self.lock();
@@ -459,7 +459,7 @@ impl State {
             && !self.sleepers.iter().any(|sleeper| timed(sleeper, at))
             && let Some(sleeper) = self.sleepers.iter_mut().rev().find(|sleeper| sleeper.able.runs)
         {
-            // nobody's timer is set for it
+            // no sleeper's timer is set for it
             sleeper.woken = true;
             wakers.push(sleeper.waker.clone());
         }
@@ -476,7 +476,7 @@ impl State {
     }
 }
 
-/// What a simulation looks at.
+/// State that the simulation checks.
 #[cfg(test)]
 impl Shared {
     pub(super) fn held(&self) -> usize {

@@ -36,9 +36,9 @@ pub struct RegistryOptions {
     pub skip_broken: bool,
 }
 
-/// Where models come from; a test brings its own.
+/// Where models come from; tests have their own implementation.
 pub trait Source: Send + Sync + std::fmt::Debug {
-    /// What there is.
+    /// The repository's contents.
     fn list(&self) -> Result<Listing, ModelError>;
 
     /// A version's manifest.
@@ -91,7 +91,7 @@ impl Source for RegistryOptions {
             version: dir.version,
             reason,
         })?;
-        // clients may read it: no path of this machine
+        // clients may read the text: it names no path of this machine
         let what = format!("{}/{}/{}", dir.name, dir.version, model::MODEL_FILE);
         let engine = engine_of(dir, options);
         if engine.provider != Provider::Cpu {

@@ -1,4 +1,4 @@
-//! What scheduling needs of the operating system: the time, threads, and waiting.
+//! The interface between scheduling and the operating system: the time, threads, and waiting.
 //!
 //! Scheduling reads no clock and blocks on nothing but what is here, so that a simulation can stand in for the system,
 //! decide who runs next and let time pass as it likes. A thread that waits for something says so under the lock of that
@@ -91,7 +91,7 @@ struct Turn {
 pub struct MyTurn<'a>(&'a Turns);
 
 impl Turns {
-    /// A lock that nobody holds.
+    /// A lock that is free.
     pub fn new(system: Arc<dyn System>) -> Self {
         Self { system, state: Mutex::default() }
     }
@@ -123,7 +123,7 @@ impl Drop for MyTurn<'_> {
         state.now += 1;
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
-        // few, and seldom: each looks for itself whether it is its turn
+        // there are few waiters: each checks whether it is its turn
         waiting.into_iter().for_each(Waker::wake);
     }
 }

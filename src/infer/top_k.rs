@@ -1,4 +1,4 @@
-//! Logits → predictions: softmax probability, a stable order, and no answer at all for numbers that are not finite.
+//! Logits → predictions: softmax probability, a stable order, and an error for logits that are not finite.
 
 use serde::Serialize;
 

@@ -16,7 +16,7 @@ use crate::metrics::Phase;
 use crate::panics::message;
 use crate::pixels::{Claim, ImageError};
 
-/// What a thread is for.
+/// The role of a compute thread.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Role {
     /// Owns engine number `.0`.
@@ -71,7 +71,7 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
             (Task::Prepare(entry), _) => catch_unwind(AssertUnwindSafe(|| prepare(shared, entry)))
                 .unwrap_or(Done::Prepared(None, Duration::ZERO)),
             (Task::Run { images, alone }, Some(lane)) => {
-                // decoders and engines are guarded where they run; should anything else panic, the thread lives on
+                // decoders and engines catch panics where they run; after any other panic the thread goes on
                 if catch_unwind(AssertUnwindSafe(|| run(shared, lane, images, alone))).is_err() {
                     lane.lose(shared);
                 }
@@ -81,7 +81,7 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
                 lane.reopen(shared);
                 Done::Nothing
             }
-            // only who has a lane is told to run
+            // only threads with a lane get batches
             (Task::Run { .. } | Task::Reopen, None) => Done::Nothing,
             (Task::Stop, _) => break,
         };
@@ -102,7 +102,7 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
         Input::Raw(raw) => return ready(raw.tensor(&shared.job.preprocessor), pending),
     };
     let job = &shared.job;
-    // decoding takes its time: a simulation lets others go on meanwhile
+    // decoding takes a while: the simulation lets other threads go on meanwhile
     shared.system().step();
     let result = catch_unwind(AssertUnwindSafe(|| {
         let image = shared.options.decoder.open(&bytes, job.exif_orientation)?;
@@ -198,7 +198,7 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
             }
         }
         Err(reason) => {
-            // one image must not spoil its neighbours' answers
+            // run one by one: a bad image must not fail the others of its batch
             tracing::warn!(
                 model = shared.job.what,
                 images = count,

@@ -43,9 +43,9 @@ closed_sets! {
         ModelNotFound = "model_not_found",
         /// A path that does not exist.
         NotFound = "not_found",
-        /// An API key is asked for, and none or an unknown one came.
+        /// An API key is required, and none or an unknown one was sent.
         Unauthenticated = "unauthenticated",
-        /// A path that exists, asked with another method.
+        /// A path that exists, with a method that it does not take.
         MethodNotAllowed = "method_not_allowed",
         /// A request line past the limit.
         UriTooLong = "uri_too_long",
@@ -65,7 +65,7 @@ closed_sets! {
         Internal = "internal",
     }
 
-    /// Which door a request came through.
+    /// The protocol of a request.
     pub enum Protocol {
         /// `/v1` of the HTTP port.
         Rest = "rest",

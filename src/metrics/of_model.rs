@@ -40,7 +40,7 @@ impl Metrics {
     }
 }
 
-/// A model's line in the metrics, removed on drop.
+/// A model's `model_info` line, removed on drop.
 #[derive(Debug)]
 pub struct ModelInfo {
     metric: IntGaugeVec,

@@ -1,5 +1,4 @@
-//! Accepting connections: how many, TLS or not, how long a client may take to send a head or a body and to take an
-//! answer, and how they end.
+//! Accepts connections and ends them: their number, TLS, the time limits for heads, bodies and answers, and the drain.
 //!
 //! Knows nothing of what the connections carry. `wire` has a connection's bytes, `frames` those that ask for nothing,
 //! `activity` what is under way on it, `remains` the bodies of its requests, `crowd` all of a port's connections.
@@ -37,7 +36,7 @@ use crate::metrics::{Ending, IntGauge, Metrics, Port};
 /// How long a connection that was accepted just before the stop may take to bring its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
-/// How long a connection without a request under way may outlive its end: time for the client to hear of it.
+/// How long an idle connection stays open after it was told to end: time for the client to read that.
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
 /// Least bytes a second of a body that is sent or an answer that is taken, once the time limits are used up.
@@ -51,24 +50,23 @@ const HEAD_LIMIT_HTTP2: u32 = 4 * HEAD_LIMIT as u32;
 const HEADERS: usize = 128;
 /// Requests under way on one HTTP/2 connection.
 const STREAMS: u32 = 100;
-/// Bytes of an HTTP/2 connection, and of each of its streams, that a client may send before they were read; what h2 holds of
-/// bodies that nobody reads is no more than that.
+/// Flow-control window of an HTTP/2 connection and of each stream, in bytes. h2 buffers no more than that of unread bodies.
 const WINDOW: u32 = 512 * 1024;
-/// Longest that a new connection waits for one that is quiet; then the longest quiet of those that ask for nothing goes, however
-/// short that is.
+/// Longest that a new connection on a full port waits for one that has been quiet long enough; then the connection without a
+/// request that has been quiet the longest is evicted.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long a connection must have done nothing before it makes room on a full port: that many milliseconds for each
+/// How long a connection must have been quiet before it is evicted from a full port: this many milliseconds for each
 /// that may be open, so that a port turns over 1000 silent connections a second, however few fit.
 const QUIET: Duration = Duration::from_millis(1);
-/// Bounds of that.
+/// Bounds of that time.
 const QUIET_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How often a full port looks again for a connection that could go.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How often the log says that the system is out of descriptors.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 
-/// Limits on connections, and how they speak.
+/// Limits on a port's connections.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
     /// Which port, for the metrics.
@@ -81,7 +79,7 @@ pub(super) struct Limits {
     pub(super) head_timeout: Duration,
     /// Longest an answer may wait without its client taking any of it, or beyond what it takes at the least rate.
     pub(super) write_timeout: Duration,
-    /// Longest that a request may be in work.
+    /// Longest that a request may be in progress.
     pub(super) longest_work: Duration,
     /// Whether a request's client sends messages when it likes.
     pub(super) is_stream: fn(&Request<Incoming>) -> bool,
@@ -179,7 +177,7 @@ fn quiet(limits: &Limits) -> Duration {
     (QUIET * connections.min(10_000)).clamp(QUIET_BOUNDS.0, QUIET_BOUNDS.1)
 }
 
-/// Room for one more connection: free, or that of the quietest, or, where none is quiet, of the next that ends.
+/// Room for one more connection: a free place, else that of an evicted quiet connection, else of the next that ends.
 async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Option<OwnedSemaphorePermit> {
     let (mut asked, came) = (false, Instant::now());
     loop {
@@ -329,7 +327,7 @@ async fn serve<S>(
     }
 }
 
-/// Tells why the library ended a connection, if it did.
+/// Why the library ended a connection, if it did.
 fn note(activity: &Activity, ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     let Err(error) = ended else { return };
     tracing::debug!(error, "a connection ended early");

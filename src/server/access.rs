@@ -48,7 +48,7 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let served = response.extensions_mut().remove::<Served>();
     response.headers_mut().insert(REQUEST_ID, id.clone());
     if http1 && app.readiness.is_draining() {
-        // the next request of this client should find another server
+        // the client's next request should go to another server
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let duration_ms = millis(guard.finish(outcome));
@@ -58,7 +58,7 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
                 response.extensions_mut().insert(hold);
             }
         }
-        // nothing but an image that was admitted: what costs nothing would buy the next refusal free
+        // only an admitted image resets the client: otherwise a cheap request before each image would
         (Some(visits), _) if outcome == Outcome::Ok && served.is_some() => visits.welcome(),
         _ => {}
     }
@@ -88,7 +88,7 @@ fn span_name(line: &Line<'_>, route: Option<&MatchedPath>) -> String {
     }
 }
 
-/// Most bytes of a path in the log: what does not exist may be of any length.
+/// Most bytes of a path in the log: paths that don't exist may have any length.
 const PATH: usize = 256;
 
 /// The first bytes of a path; a request line is ASCII.

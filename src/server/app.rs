@@ -22,11 +22,11 @@ pub(super) struct App {
     pub(super) request_timeout: Duration,
     /// Longest an answer may wait without its client taking any of it.
     pub(super) write_timeout: Duration,
-    /// What bodies are held to.
+    /// Limits on bodies.
     pub(super) bodies: Bodies,
-    /// When refusals go out.
+    /// The pace of refusals.
     pub(super) pace: Pace,
-    /// Who may ask; none: everybody.
+    /// API keys; none: every client may ask.
     pub(super) keys: Option<Arc<Keys>>,
     /// Origins whose pages may ask; `*`: all.
     pub(super) cors_origins: Vec<String>,

@@ -10,7 +10,7 @@ use crate::infer::registry::{LoadError, Registry, RegistryError};
 use crate::metrics::Metrics;
 use crate::model::ModelError;
 
-/// Whether clients may, and whose turn it is.
+/// Whether clients may load and unload, and the lock for it.
 #[derive(Debug)]
 pub(super) struct ModelControl {
     allowed: bool,

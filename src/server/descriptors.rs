@@ -1,4 +1,4 @@
-//! File descriptors: as many as the system allows, and shared out so that no port takes another's.
+//! File descriptors: raises the limit to what the system allows and divides them among the ports.
 
 use crate::metrics::Port;
 
@@ -88,7 +88,7 @@ mod tests {
             }
         }
         assert_eq!(Shares::new(1 << 20, 24, 1024), Shares { clients: 1024, admin: 64 });
-        // hopeless, and still something answers
+        // far too few, and still each port gets some
         assert_eq!(Shares::new(10, 24, 1024), Shares { clients: 1, admin: 8 });
     }
 }

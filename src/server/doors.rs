@@ -31,7 +31,7 @@ pub(super) fn is_grpc<B>(request: &Request<B>) -> bool {
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Whether a path only asks how the server is.
+/// Whether a path is a health check.
 pub(super) fn is_health(path: &str) -> bool {
     protocol(path) == Protocol::Health
 }

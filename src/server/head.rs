@@ -1,7 +1,7 @@
-//! What a request's head must be on every port, whatever it asks for: one host, one way to tell the body's length, one
-//! key, and no longer than any route could need.
+//! Checks on every request's head, on every port: one host, one way to give the body's length, at most one key, and a bounded
+//! size.
 //!
-//! What two readers could understand in two ways is refused: a proxy in front may have read it in the other.
+//! Ambiguous heads are refused: a proxy in front may have read them differently.
 
 use axum::extract::Request;
 use axum::http::uri::Authority;

@@ -25,7 +25,7 @@ use super::status::{ApiError, Code, ErrorBody};
 use super::{classify, head, keys, oip, openapi, page};
 use crate::panics;
 
-/// Answers above this many bytes are compressed for clients that say they like it.
+/// Answers above this many bytes are compressed for clients that accept it.
 const COMPRESS_ABOVE: u64 = 1024;
 
 /// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
@@ -78,7 +78,7 @@ fn cors(origins: &[String]) -> CorsLayer {
         ])
 }
 
-/// Refuses bodies that nobody here can decompress.
+/// Refuses bodies in an unknown content coding.
 async fn known_encoding(request: Request, next: Next) -> Response {
     match Coding::of_body(request.headers()) {
         Ok(_) => next.run(request).await,
@@ -94,7 +94,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
     ApiError::internal(format!("a handler panicked: {}", panics::message(panic.as_ref()))).into_response()
 }
 
-/// Has both fields that clients look for.
+/// Has both of the fields that different clients read.
 #[derive(Serialize, ToSchema)]
 struct HealthAnswer {
     live: bool,

@@ -1,4 +1,4 @@
-//! API keys: who may ask. Without a key file everybody may.
+//! API keys. Without a key file, every client may ask.
 //!
 //! Keys are kept as digests and compared in constant time. Health answers without a key, and so do pages that hold no
 //! data; metrics are on another port.
@@ -66,7 +66,7 @@ impl Keys {
         let Some(key) = bearer else { return false };
         let digest = digest(key);
         let digests = self.digests.read().unwrap_or_else(PoisonError::into_inner).clone();
-        // every key is compared: how long it takes does not tell which one came near
+        // every key is compared, so that the time does not depend on which one matches
         digests.iter().fold(subtle::Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
     }
 }

@@ -1,4 +1,4 @@
-//! The edge: the server's life, and the protocols in rooms of their own.
+//! The edge: the server's life from start to drain. Each protocol is a module of its own.
 //!
 //! A server is bound first (addresses known, a taken port fails at once), then run: admin port up → models load and warm
 //! up → the HTTP and gRPC ports listen → ready → … → drain → end. Until it listens, connections are refused, so that even a probe
@@ -137,16 +137,16 @@ impl Default for Options {
     }
 }
 
-/// What the outside asks of a running server.
+/// A request to a running server, from a signal or a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
-    /// Stop: finish what is in flight. Asked a second time: stop now.
+    /// Stop: drain. The second time: stop at once.
     Stop,
     /// Read certificates, API keys and the model repository again.
     Reload,
 }
 
-/// Why a server ended other than by being asked to.
+/// Why a server ended without [`Control::Stop`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// An address that can't be listened on.
@@ -244,7 +244,7 @@ impl Server {
     }
 
     /// The server's whole life. `load` opens and warms the models on a thread that may block. Ends after
-    /// [`Control::Stop`] with everything answered, or when the engines are beyond help. Dropping the sender of `control`
+    /// [`Control::Stop`] with everything answered, or once the engines have failed for longer than the limit. Dropping the sender of `control`
     /// asks for a stop as well.
     pub async fn run<L>(self, load: L, mut control: mpsc::Receiver<Control>) -> Result<(), ServeError>
     where
@@ -278,7 +278,7 @@ impl Server {
         };
         let registry = tokio::select! {
             loaded = loading => Arc::new(loaded.map_err(|e| ServeError::Broken(e.to_string()))??),
-            // nothing is in flight yet
+            // no request is in flight yet
             () = reloader.until_stop(&mut control) => return Ok(()),
         };
 

@@ -1,4 +1,4 @@
-//! Refusals of clients that come straight back: their 429 waits a moment before it goes out.
+//! Paces refusals: a client that retries at once after a 429 gets the next 429 with a delay.
 //!
 //! A refusal costs little, but a client that tries again at once gets thousands of them a second, which takes processor time
 //! from requests that could be answered. So a client (a connection) that was told to come later and comes within a second
@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::IntGauge;
 
-/// Refusals of returning clients a second: fewer cost nothing worth speaking of, and none of them is held.
+/// Refusals a second to clients that retry at once. Below that rate they cost little, and none is held.
 const RATE: u32 = 200;
 /// Longest that one is held.
 const LONGEST: Duration = Duration::from_secs(2);
@@ -24,7 +24,7 @@ const HELD: usize = 2048;
 /// Most that are held of one connection: the rest of its HTTP/2 streams stay free.
 const HELD_EACH: usize = 16;
 
-/// What a connection was told.
+/// The refusals of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Visits {
     /// When its last refusal went out, or will; none: its last request was not refused.
@@ -49,16 +49,16 @@ impl Visits {
     }
 }
 
-/// The line of refusals.
+/// The queue of held refusals.
 #[derive(Debug)]
 pub(super) struct Pace {
-    /// When the next one may go.
+    /// When the next one may be sent.
     next: Mutex<Instant>,
     room: Arc<Semaphore>,
     held: IntGauge,
 }
 
-/// A refusal that waits.
+/// A held refusal.
 #[derive(Debug, Clone)]
 pub(super) struct Hold {
     pub(super) until: Instant,
@@ -90,7 +90,7 @@ impl Pace {
         }
         let own = visits.room.clone().try_acquire_owned().ok()?;
         let room = [own, self.room.clone().try_acquire_owned().ok()?];
-        // half of what is left: the answer takes its way, too
+        // half of the time left: sending the answer takes time as well
         let latest = now + (deadline.saturating_duration_since(now) / 2).min(LONGEST);
         let until = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,7 +143,7 @@ mod tests {
         for ms in [0, 1000, 2000] {
             assert_eq!(held(&visits, ms, patient), None, "it stays away for a second");
         }
-        // the line is long
+        // the queue is long
         *pace.next.lock().expect("no panic under it") = start + 2800 * MS;
         assert_eq!(held(&visits, 2003, patient), Some(start + 2800 * MS));
         assert_eq!(held(&visits, 2100, start + 2500 * MS), Some(start + 2300 * MS), "half of its time");

@@ -1,7 +1,7 @@
 //! The web page: a few files, compiled in, and the headers that keep it and `/docs` to this server.
 //!
-//! The page is a client of the routes like any other; nothing here knows what it does. Its addresses are relative, so
-//! that a proxy may put everything under a prefix.
+//! The page is a client of the routes like any other. Its addresses are relative, so that a proxy may put everything under a
+//! prefix.
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, header};

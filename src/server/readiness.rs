@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::infer::registry::{LiveModel, Registry};
 use crate::metrics::Metrics;
 
-/// One for the process; every port asks it.
+/// The process's readiness, shared by every port.
 #[derive(Debug)]
 pub(super) struct Readiness {
     /// Set once, when every model is warm and every port listens. Nothing unsets it.
@@ -21,7 +21,7 @@ pub(super) struct Readiness {
 }
 
 impl Readiness {
-    /// Not ready. An engine run longer than `hang_limit` counts as hung.
+    /// Starts as not ready. An engine run longer than `hang_limit` counts as hung.
     pub(super) fn new(hang_limit: Duration) -> Self {
         Self { warm: OnceLock::new(), draining: AtomicBool::new(false), closing: watch::Sender::new(false), hang_limit }
     }
@@ -31,7 +31,7 @@ impl Readiness {
         let _ = self.warm.set(registry);
     }
 
-    /// The server is stopping; there is no way back.
+    /// The server is stopping. This is final.
     pub(super) fn drain(&self) {
         self.draining.store(true, Ordering::Release);
     }
@@ -41,7 +41,7 @@ impl Readiness {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// The hold is over: what has come is answered, and nothing new is taken.
+    /// The hold is over: new requests are refused.
     pub(super) fn close(&self) {
         self.closing.send_replace(true);
     }
@@ -79,7 +79,7 @@ impl Readiness {
         self.warm.get().map(Arc::as_ref).ok_or_else(|| "models are loading".into())
     }
 
-    /// Sets the gauges that are measured when somebody looks.
+    /// Updates the gauges that are measured at each scrape.
     pub(super) fn observe(&self, metrics: &Metrics) {
         if let Some(registry) = self.warm.get() {
             registry.observe(metrics);

@@ -63,8 +63,8 @@ impl Reloader {
         }
     }
 
-    /// Reloads what is asked for, and looks at the repository every so often, for ever. One reload at a time, on a thread of
-    /// its own: however often it is asked meanwhile, that makes one more after it. Should one hang, nothing else does.
+    /// Reloads on request and looks at the repository at intervals; never returns. Reloads run one at a time on a thread of their
+    /// own: any number of requests meanwhile make one more. A reload that hangs blocks nothing else.
     pub(super) async fn run(&self, every: Option<Duration>) {
         let secrets = async {
             loop {
@@ -96,7 +96,7 @@ async fn tick(every: Option<Duration>) {
     }
 }
 
-/// Runs one reload to its end, and says so if that is long in coming.
+/// Runs one reload to its end, and logs a warning if it takes long.
 async fn one(what: &str, reload: impl FnOnce() + Send + 'static) {
     const LONG: Duration = Duration::from_secs(60);
     let started = Instant::now();
@@ -126,7 +126,7 @@ fn secrets(tls: Option<&Tls>, keys: Option<&Keys>) {
     }
 }
 
-/// `said` is the last failure of the whole: the same one again is not news when nobody asked.
+/// `said` is the last failure that was logged: by timer, the same one is not logged again.
 fn models(registry: &Registry, metrics: &Metrics, look: Look, said: &Mutex<Option<String>>) {
     let failure = registry.reload(metrics, look).err().map(|error| error.to_string());
     let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);

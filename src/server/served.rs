@@ -1,4 +1,4 @@
-//! What is known of a request once it is answered: for the log, the metrics, the traces and the header `server-timing`.
+//! The facts of an answered request: for the log, the metrics, the traces and the header `server-timing`.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::metrics::{Outcome, Protocol};
 
 pub(super) const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// What a handler tells the access log beyond its response. Faults of single images are here too: their request is ok.
+/// What a handler reports to the access log beyond its response. Faults of single images are here too: their request is ok.
 #[derive(Debug, Clone)]
 pub(super) struct Served {
     pub(super) model: String,
@@ -52,7 +52,7 @@ impl Served {
     }
 }
 
-/// What every access log line says.
+/// The fields of every access log line.
 pub(super) struct Line<'a> {
     pub(super) request_id: &'a str,
     /// Of the caller's trace, if it has one.

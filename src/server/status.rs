@@ -1,6 +1,6 @@
 //! The only table from an error to what a client sees: code, HTTP status, gRPC status and metric outcome, side by side.
 //!
-//! Text of a fault on our side is fixed; its detail goes to the log, once, with the request's id.
+//! The text of a fault of the server is fixed; the detail goes to the log, once, with the request's id.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use crate::infer::error::InferError;
 use crate::printable::printable;
 
-/// What a client tells errors apart by is what the metrics count them as.
+/// The code that clients branch on is the outcome that the metrics count.
 pub use crate::metrics::Outcome as Code;
 
 impl Code {
@@ -34,7 +34,7 @@ impl Code {
             Self::Overloaded => (StatusCode::TOO_MANY_REQUESTS, 8),
             Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, 4),
             Self::ShuttingDown | Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, 14),
-            // nobody is there to read it
+            // the client is gone: never sent
             Self::Cancelled => (StatusCode::REQUEST_TIMEOUT, 1),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, 13),
         }
@@ -70,7 +70,7 @@ const ECHO: usize = 200;
 /// Most characters of an error's text.
 const MESSAGE: usize = 1000;
 
-/// What an answer repeats of a client's text: its beginning, where it is long.
+/// A client's text as an answer repeats it: cut where it is long.
 pub(super) fn cut(text: &str) -> Cow<'_, str> {
     shortened(text, ECHO)
 }
@@ -95,7 +95,7 @@ impl ApiError {
         Self { code, message, retry_after: None, detail: None }
     }
 
-    /// A fault on our side: `detail` is for the log, the client gets a fixed text.
+    /// A fault of the server: `detail` is for the log, the client gets a fixed text.
     pub fn internal(detail: impl Into<String>) -> Self {
         let message = "internal error; the server's log has the details under this x-request-id".into();
         Self { code: Code::Internal, message, retry_after: None, detail: Some(detail.into()) }

@@ -18,13 +18,13 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use super::served::{Line, Served, millis};
 use crate::metrics::{Outcome, Protocol};
 
-/// The way to the collector. Spans wait in a bounded queue; what does not fit is dropped, never waited for.
+/// The exporter to the collector. Spans wait in a bounded queue; what does not fit is dropped.
 #[derive(Debug)]
 pub(super) struct Traces {
     provider: SdkTracerProvider,
 }
 
-/// A request on its way: when it came and the trace that it belongs to (W3C Trace Context).
+/// A request in progress: when it came and the trace that it belongs to (W3C Trace Context).
 #[derive(Debug)]
 pub(super) struct Arrived {
     at: SystemTime,
@@ -32,8 +32,8 @@ pub(super) struct Arrived {
 }
 
 impl Traces {
-    /// Sends to `endpoint`, such as `http://localhost:4317`. Needs a runtime; the error says what is wrong with it. That
-    /// nobody listens there shows later, in the log.
+    /// Sends to `endpoint`, such as `http://localhost:4317`. Needs a runtime; the error says what is wrong with the address. A
+    /// collector that can't be reached shows later, in the log.
     pub(super) fn start(endpoint: &str) -> Result<Self, String> {
         let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).build();
         let exporter = exporter.map_err(|e| format!("can't send traces to `{endpoint}`: {e}"))?;
@@ -42,7 +42,7 @@ impl Traces {
         let provider = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             .with_resource(resource)
-            // a caller that does not sample its trace wants no part of it from here
+            // a trace that its caller does not sample is not sent
             .with_sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn)))
             .build();
         Ok(Self { provider })

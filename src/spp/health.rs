@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{Profile, Signal};
 use crate::model::OUTPUT;
 
-/// What counts as sick.
+/// Limits beyond which a statistic is unhealthy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// Largest healthy second moment of a block's output, and of its residual branch.
@@ -34,7 +34,7 @@ pub struct Problem {
     pub detail: String,
 }
 
-/// The first block of each kind of problem: what follows a sick block is sick as well.
+/// The first block of each kind of problem: the blocks after it have the problem as well.
 pub fn examine(profile: &Profile, limits: &Limits) -> Vec<Problem> {
     let problem = |signal: &Signal, kind, detail: String| Problem {
         network: profile.network.clone(),

@@ -2,7 +2,7 @@
 //! section 3), at initialisation or trained, on Gaussian noise or photographs.
 //!
 //! `resnet_v2` runs the paper's own networks at initialisation, one layer at a time; `taps` runs a classifier's graph
-//! with its blocks exposed; `statistics` accumulates; `health` judges; `render` tells. Must not know checkpoints or how
+//! with its blocks exposed; `statistics` accumulates; `health` judges; `render` prints. Must not know checkpoints or how
 //! a network is folded: it takes graphs.
 
 pub mod health;

@@ -125,7 +125,7 @@ fn sparkline(values: &[f64]) -> String {
     let log = wide(finite());
     let length = |v: f64| if log { v.max(f64::MIN_POSITIVE).ln() } else { v };
     let (low, high) = finite().map(length).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-    // rounding is no slope
+    // rounding noise is drawn flat
     let span = (high - low).max(1e-6 * high.abs()).max(f64::MIN_POSITIVE);
     let shown = values.len().min(SPARK_WIDTH);
     (0..shown)
@@ -156,7 +156,7 @@ pub fn figure(profiles: &[Profile], title: &str) -> Figure {
         let largest = all(read).fold(0.0, f64::max);
         // squared means near zero are not far apart: they are all zero
         let scale = if wide(all(read)) && !(is_mean && largest < 1e3) { Scale::Log } else { Scale::Linear };
-        // nor is a mean worth a magnifying glass that no variance would notice
+        // nor are means that are negligible beside the variance
         let least = 0.02 * largest_variance;
         let range = (is_mean && scale == Scale::Linear && largest < least).then_some((0.0, least));
         let series = |p: &Profile| Series {

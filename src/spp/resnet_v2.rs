@@ -119,8 +119,8 @@ impl ResNetV2 {
         Ok(())
     }
 
-    /// Runs the network. `spec` names it in the profile and in errors; `progress` hears of each block done, and of
-    /// how many there are.
+    /// Runs the network. `spec` names it in the profile and in errors; `progress` is called after each block with
+    /// the number done and the number of all.
     pub fn profile(&self, spec: &str, mut progress: impl FnMut(usize, usize)) -> Result<Profile, SppError> {
         self.check(spec)?;
         let started = Instant::now();

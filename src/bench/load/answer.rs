@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub enum Outcome {
     /// Answered as asked.
     Ok,
-    /// Refused for want of room, to be tried again: 429 and 503, or their gRPC codes.
+    /// Overloaded or unavailable, to be tried again: 429 and 503, or their gRPC codes.
     Refused,
     /// The server gave up at its deadline: 504, or its gRPC code.
     Deadline,
@@ -18,12 +18,12 @@ pub enum Outcome {
     ServerError,
     /// No connection, or a broken one.
     Transport,
-    /// No answer within the client's patience.
+    /// No answer within the client's timeout.
     Timeout,
 }
 
 impl Outcome {
-    /// The server said something.
+    /// The server answered.
     pub fn is_answer(self) -> bool {
         !matches!(self, Self::Transport | Self::Timeout)
     }

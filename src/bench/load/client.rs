@@ -17,7 +17,7 @@ use super::request::{Payload, Request as Wanted};
 
 type Connection = SendRequest<Full<Bytes>>;
 
-/// What a server answers to one question outside the measurement.
+/// An answer to one request outside the measurement.
 pub struct Reply {
     /// HTTP status.
     pub status: u16,
@@ -77,7 +77,7 @@ impl Pool {
         }
     }
 
-    /// Asks one question, for what must be known before measuring.
+    /// Sends one request outside the measurement, for what must be known before it.
     pub async fn ask(&self, method: &str, payload: &Payload) -> Result<Reply, String> {
         let (status, _, body) = self.exchange(method, payload).await?;
         Ok(Reply { status, body })

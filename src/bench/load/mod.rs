@@ -58,7 +58,7 @@ pub struct Plan {
     pub warmup_s: f64,
     /// Measured part of each step, seconds.
     pub window_s: f64,
-    /// Answers later than this are failures of the client's patience, seconds.
+    /// Client timeout, seconds: a later answer counts as a failure.
     pub timeout_s: f64,
     /// Answers within this count as goodput, milliseconds.
     pub slo_ms: f64,
@@ -89,7 +89,7 @@ pub struct Report {
     pub steps: Vec<Step>,
 }
 
-/// Runs every step of the plan with at least one payload. `tell` hears what is about to run.
+/// Runs every step of the plan with at least one payload. `tell` is called with a description before each step.
 pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: &dyn Fn(&str)) -> (Report, Vec<Recorder>) {
     let machine = Machine::look(None);
     let before = ProcessorTime::now();
@@ -147,7 +147,7 @@ async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> (
                     let answer = send(&client, &payloads[rng.random_range(0..payloads.len())], timeout).await;
                     lock(&recorder).record(sent, Duration::ZERO, Instant::now(), &answer);
                     if !answer.outcome.is_answer() {
-                        // a server that is gone must not be asked a million times a second
+                        // back off: a server that is gone would be asked a million times a second
                         tokio::time::sleep(Duration::from_millis(10)).await;
                     }
                 }
@@ -195,12 +195,12 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (
     finish(recorder, |r| r.step("open", Some(rate), None, plan.max_lag_ms))
 }
 
-/// What a task came to. A panic of its goes on here: figures without it would be wrong.
+/// The result of a task. A panic in it continues here: figures without it would be wrong.
 fn unless_panicked<T>(joined: Result<T, tokio::task::JoinError>) -> Option<T> {
     joined.map_err(|error| error.try_into_panic().map(|panic| std::panic::resume_unwind(panic))).ok()
 }
 
-/// A server whose address makes no client is one that can't be reached.
+/// An address that no client can be made for counts as an unreachable server.
 async fn send(client: &Result<Client, String>, request: &Request, timeout: Duration) -> Answer {
     match client {
         Ok(client) => client.send(request, timeout).await,

@@ -122,7 +122,7 @@ impl Recorder {
         }
     }
 
-    /// What the step measured.
+    /// The step's results.
     pub fn step(&self, kind: &str, rate: Option<f64>, connections: Option<usize>, max_lag_ms: f64) -> Step {
         let at = |h: &Histogram<u64>, q: f64| h.value_at_quantile(q) as f64 / 1e3;
         let (h, lag) = (&self.latency, &self.lag);

@@ -82,7 +82,7 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
     // branches that are still switched off would be left out of the graph
     init_active(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
     let contender = folded(&Checkpoint::open(&fresh)?, &options, variant)?;
-    // of the architecture alone: what somebody's own weights reach is not published
+    // published figures are those of the architecture's own weights, not of a user's
     Ok(Contender { published: published(&contender.model, contender.height, contender.width), ..contender })
 }
 

@@ -1,4 +1,4 @@
-//! Answers as a person, or a program, would like to read them: a table, JSON lines or CSV; and where they go.
+//! The output of `classify`: a table, JSON lines or CSV, on stdout or in a file.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::files::DraftFile;
 use crate::infer::top_k::Prediction;
 use crate::model::ModelDir;
 
-/// What became of one image: its predictions, or why there are none (a stable reason and a message).
+/// The result for one image: predictions, or an error (a stable reason and a message).
 pub type Answer = Result<Vec<Prediction>, (&'static str, String)>;
 
 /// How answers look.
@@ -106,7 +106,7 @@ impl<'a> Printer<'a> {
         Ok(printer)
     }
 
-    /// Prints what became of an image.
+    /// Prints the result for one image.
     pub fn print(&mut self, path: &Path, answer: Answer) -> anyhow::Result<()> {
         if let Err((_, message)) = &answer {
             self.failed += 1;
@@ -148,7 +148,7 @@ impl<'a> Printer<'a> {
         };
         line["image"] = path.to_string_lossy().into();
         if path.to_str().is_none() {
-            // JSON is text, and this name is none: its bytes find the file again
+            // a name that is no UTF-8: its bytes identify the file
             line["image_b64"] = BASE64_STANDARD.encode(path.as_os_str().as_encoded_bytes()).into();
         }
         self.out.write(format!("{line}\n").as_bytes())
@@ -175,7 +175,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// One row of values; as they are, but for a terminal.
+    /// One row of values. For a terminal, control characters are escaped.
     fn row(&mut self, cells: &[&[u8]]) -> anyhow::Result<()> {
         let mut writer = csv::Writer::from_writer(Vec::new());
         writer.write_record(cells)?;

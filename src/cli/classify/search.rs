@@ -15,12 +15,12 @@ const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gi
 const SYSTEM: [&str; 7] =
     ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"];
 
-/// One image to classify, or the place of one that can't be: the reason is its answer.
+/// One image to classify, or an entry that can't be read, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     /// Where it is.
     pub path: PathBuf,
-    /// Why it isn't even tried.
+    /// Why it can't be read; none: it is to be classified.
     pub refused: Option<String>,
 }
 
@@ -31,7 +31,7 @@ impl Found {
     }
 }
 
-/// Everything that a search came upon.
+/// The result of a search.
 #[derive(Debug, Default)]
 pub struct Search {
     /// Images, and what is named like one and can't be read.
@@ -93,7 +93,7 @@ impl Search {
         *count += 1;
     }
 
-    /// What was left out and why, in words; none: nothing was.
+    /// What was left out and why, as a sentence; none: nothing was.
     pub fn left_out(&self) -> Option<String> {
         let what = |(reason, (count, first)): (&Reason, &(usize, String))| {
             let example = if *count == 1 { first.clone() } else { format!("{first}, …") };

@@ -45,13 +45,13 @@ pub(super) struct Activity {
     moves: AtomicU64,
     /// HTTP/2: only requests count as activity, since its clients ping.
     multiplexed: AtomicBool,
-    /// The client may still be sending a body that nobody will read.
+    /// The client may still be sending a body that will not be read.
     unread: AtomicBool,
     /// Pieces of HTTP/2 answers that wait for room at their client.
     waiting: Mutex<HashMap<u64, Waiting>>,
     /// Names pieces.
     pieces: AtomicU64,
-    /// Another connection needs the room: this one is to end.
+    /// The connection is evicted: another one needs the room.
     evicted: Notify,
     /// It is about to end anyway.
     leaving: AtomicBool,
@@ -81,7 +81,7 @@ pub(super) fn due(since: Instant, progress: Instant, taken: u64, limit: Duration
 }
 
 impl Activity {
-    /// Of a connection that was accepted just now.
+    /// For a connection that was accepted just now.
     pub(super) fn new() -> Self {
         Self {
             since: Instant::now(),
@@ -162,7 +162,7 @@ impl Activity {
         self.multiplexed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether a client that is told to leave understands it: over HTTP/2, or between two requests.
+    /// Whether the client can be told that the connection ends: over HTTP/2, or between two requests.
     pub(super) fn can_be_told(&self) -> bool {
         self.multiplexed.load(Ordering::Relaxed) || self.came.load(Ordering::Acquire) > 0
     }
@@ -177,12 +177,12 @@ impl Activity {
         self.unread.load(Ordering::Acquire) && !self.multiplexed.load(Ordering::Relaxed)
     }
 
-    /// Why the connection ends, if that is not known yet.
+    /// Sets why the connection ends, unless that is known already.
     pub(super) fn end_for(&self, ending: Ending) {
         let _ = self.ending.set(ending);
     }
 
-    /// Why it ended, if not by its client's will.
+    /// Why the server ended it, if it did.
     pub(super) fn ending(&self) -> Option<Ending> {
         self.ending.get().copied()
     }
@@ -199,13 +199,13 @@ impl Activity {
         self.open.load(Ordering::Acquire) > waiting && !self.unflushed.load(Ordering::Acquire)
     }
 
-    /// Asks the connection to make room.
+    /// Evicts the connection.
     pub(super) fn evict(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         self.evicted.notify_one();
     }
 
-    /// Resolves once the connection was asked to make room.
+    /// Resolves once the connection is evicted.
     pub(super) async fn evicted(&self) {
         self.evicted.notified().await;
     }

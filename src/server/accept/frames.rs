@@ -27,13 +27,13 @@ pub(super) struct Frames {
     filled: usize,
     /// Bytes of the payload that are still to come.
     payload: usize,
-    /// What is saved up, in bytes.
+    /// The allowance left, in bytes.
     credit: u64,
     since: Instant,
 }
 
 impl Frames {
-    /// Of a connection that has just begun.
+    /// For a new connection.
     pub(super) fn new(since: Instant) -> Self {
         Self { preface: Some(0), head: [0; 9], filled: 0, payload: 0, credit: SAVED * BYTES, since }
     }
@@ -84,7 +84,7 @@ impl Frames {
         self.credit = self.credit.saturating_add(bytes).min(SAVED * BYTES);
     }
 
-    /// Pays for the frame whose head is there, or says that it can't be paid for.
+    /// Charges the frame whose head has come to the allowance; false: there is too little left.
     fn pay(&mut self) -> bool {
         const DATA: u8 = 0;
         const HEADERS: u8 = 1;

@@ -18,7 +18,7 @@ use http_body::{Frame, SizeHint};
 use super::super::status::{ApiError, Code};
 use crate::metrics::Metrics;
 
-/// The bytes that are left.
+/// The budget: bytes that are left.
 #[derive(Debug, Clone)]
 pub(in crate::server) struct BodyBudget {
     left: Arc<AtomicUsize>,

@@ -28,7 +28,7 @@ impl Coding {
         known.into_iter().find(|(other, _)| is(other)).map(|(_, coding)| coding)
     }
 
-    /// A body's, by `content-encoding`. One coding at most: nobody needs several, and each can multiply a bomb.
+    /// A body's, by `content-encoding`. One coding at most: each further one could multiply a decompression bomb.
     pub(in crate::server) fn of_body(headers: &HeaderMap) -> Result<Self, ApiError> {
         Self::of(headers, &header::CONTENT_ENCODING)
     }

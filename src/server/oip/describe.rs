@@ -72,7 +72,7 @@ pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadat
     }
 }
 
-/// What load generators want to know.
+/// The configuration, as load generators read it.
 pub(in crate::server) fn config(model: &LiveModel) -> pb::ModelConfig {
     let p = &model.manifest.preprocessing;
     let options = model.options();

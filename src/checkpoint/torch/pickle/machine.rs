@@ -36,7 +36,7 @@ impl Input<'_> {
         Ok(bytes)
     }
 
-    /// So many bytes: checked against the budget before they are asked for.
+    /// Reads this many bytes: checked against the budget before memory is allocated.
     fn read(&mut self, count: u64) -> Result<Vec<u8>, PickleError> {
         self.spend(count)?;
         let mut bytes = Vec::new();
