@@ -73,7 +73,7 @@ const CONFINED: [(&str, &[&str]); 18] = [
 ];
 
 /// Words that a room never uses.
-const FORBIDDEN: [(&str, &[&str]); 18] = [
+const FORBIDDEN: [(&str, &[&str]); 21] = [
     ("fold/", &["tokio", "axum", "tonic", "ort::"]),
     ("infer/", &["axum", "tonic", "http::", "crate::pb"]),
     ("engine", &["axum", "tonic", "tokio", "http::", "crate::pb"]),
@@ -88,6 +88,9 @@ const FORBIDDEN: [(&str, &[&str]); 18] = [
     ("pixels/", &["println!", "eprintln!"]),
     // scheduling has its clock and its waiting from `infer::system`, so that a simulation can stand in for them
     ("infer/admission.rs", UNSIMULATED),
+    ("infer/estimate.rs", UNSIMULATED),
+    ("infer/line.rs", UNSIMULATED),
+    ("infer/pending.rs", UNSIMULATED),
     ("infer/queue.rs", UNSIMULATED),
     ("infer/shared.rs", UNSIMULATED),
     ("infer/lane.rs", UNSIMULATED),

@@ -1,4 +1,4 @@
-//! Whether one more image may wait: how fast images really leave, and for how long the queue has been standing.
+//! Whether one more image may wait: by how long that would take, and for how long the queue has been standing.
 //!
 //! Pure decisions: every one takes the moment as an argument. A queue is there to absorb bursts. One that never empties
 //! absorbs nothing and only makes every answer late, so the longer the wait has been above a target, the less may wait, down
@@ -7,68 +7,22 @@
 
 use std::time::{Duration, Instant};
 
-/// Images after which a measurement counts for a third.
-const MEMORY: f64 = 32.0;
-/// The warm-up's measurement has the weight of this many images.
-const PRIOR: f64 = 8.0;
-/// Bounds of [`Speed::factor`]: one odd measurement must neither stop the admission nor open it to everything.
-const FACTOR: (f64, f64) = (0.5, 4.0);
-
-/// How much longer images take than their parts cost: what other threads, other processes and the cores' clock do to them.
-/// Measured from one departure to the next while the engines have enough to do, so that an idle moment, or the run of an
-/// engine that has all cores of an idle machine, says nothing.
-#[derive(Debug)]
-pub(super) struct Speed {
-    /// The time that passed, in images at the estimated cost, and the images that left in it; older ones count less.
-    passed: f64,
-    left: f64,
-    /// When images left last; none: the engines have been idle since.
-    since: Option<Instant>,
-}
-
-impl Speed {
-    pub(super) fn new() -> Self {
-        Self { passed: PRIOR, left: PRIOR, since: None }
-    }
-
-    /// So many images have left, reckoned to keep all threads busy for `reckoned`; `busy`: enough others wait.
-    pub(super) fn leave(&mut self, images: usize, reckoned: Duration, now: Instant, busy: bool) {
-        if let Some(since) = self.since
-            && !reckoned.is_zero()
-            && images > 0
-        {
-            let images = images as f64;
-            let worth = now.saturating_duration_since(since).as_secs_f64() / reckoned.as_secs_f64() * images;
-            let older = (1.0 - 1.0 / MEMORY).powf(images);
-            self.passed = self.passed * older + worth;
-            self.left = self.left * older + images;
-        }
-        self.since = busy.then_some(now);
-    }
-
-    /// Whether the engines have been busy since images left last.
-    pub(super) fn is_busy(&self) -> bool {
-        self.since.is_some()
-    }
-
-    /// An engine has nothing to do.
-    pub(super) fn idle(&mut self) {
-        self.since = None;
-    }
-
-    /// What reckoned times are to be multiplied with.
-    pub(super) fn factor(&self) -> f64 {
-        (self.passed / self.left).clamp(FACTOR.0, FACTOR.1)
-    }
-}
+use super::error::InferError;
+use super::job::SchedulerOptions;
 
 /// How long images may wait.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds {
+struct Bounds {
     /// In a standing queue.
-    pub(super) standing: Duration,
+    standing: Duration,
     /// In a burst.
-    pub(super) burst: Duration,
+    burst: Duration,
+}
+
+impl From<&SchedulerOptions> for Bounds {
+    fn from(options: &SchedulerOptions) -> Self {
+        Self { standing: options.standing_wait, burst: options.max_queue_wait }
+    }
 }
 
 /// From the moment that the wait passes the target to the one from which it is held to it.
@@ -76,7 +30,7 @@ const FADE: Duration = Duration::from_millis(500);
 /// The full wait for bursts is back once nothing was refused for this long.
 const REST: Duration = Duration::from_millis(800);
 
-/// Whether the queue stands.
+/// Decides whether images may wait, by whether the queue stands.
 #[derive(Debug, Default)]
 pub(super) struct Standing {
     /// Since when the wait has been above the target, or images had to be refused again and again.
@@ -86,8 +40,38 @@ pub(super) struct Standing {
 }
 
 impl Standing {
+    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered. `drain_time` says how
+    /// long a number of images takes. If not, nothing changes but that the refusal is remembered.
+    pub(super) fn admits(
+        &mut self,
+        used: usize,
+        deadline: Instant,
+        now: Instant,
+        drain_time: impl Fn(usize) -> Duration,
+        options: &SchedulerOptions,
+    ) -> Result<(), InferError> {
+        // not the queue's fault: an empty one couldn't meet it either
+        if deadline <= now {
+            return Err(InferError::DeadlineExceeded);
+        }
+        let wait = drain_time(used);
+        self.holds(wait, now, options);
+        let few = used < 2 * options.workers;
+        if !few && wait > self.limit(now, options.into()) {
+            return Err(self.refuse(wait, now));
+        }
+        // with few before it, there is nothing to lose by trying
+        let ended = if few { wait } else { drain_time(used + 1) };
+        if now.checked_add(ended).is_some_and(|ended| ended <= deadline) { Ok(()) } else { Err(overloaded(wait)) }
+    }
+
+    /// The images that are admitted take `wait` from now.
+    pub(super) fn holds(&mut self, wait: Duration, now: Instant, options: &SchedulerOptions) {
+        self.look(wait, now, options.into());
+    }
+
     /// The wait at this moment.
-    pub(super) fn look(&mut self, wait: Duration, now: Instant, bounds: Bounds) {
+    fn look(&mut self, wait: Duration, now: Instant, bounds: Bounds) {
         if wait > bounds.standing {
             self.since.get_or_insert(now);
         } else if self.refused.is_none_or(|refused| now.saturating_duration_since(refused) >= REST) {
@@ -95,18 +79,23 @@ impl Standing {
         }
     }
 
-    /// Notes that an image was refused because of those before it.
-    pub(super) fn refuse(&mut self, now: Instant) {
+    /// The refusal of an image because of those before it. It is remembered.
+    pub(super) fn refuse(&mut self, wait: Duration, now: Instant) -> InferError {
         self.refused = Some(now);
+        overloaded(wait)
     }
 
     /// Longest wait at which an image that arrives now is admitted.
-    pub(super) fn limit(&self, now: Instant, Bounds { standing, burst }: Bounds) -> Duration {
+    fn limit(&self, now: Instant, Bounds { standing, burst }: Bounds) -> Duration {
         let Some(since) = self.since else { return burst };
         let left = 1.0 - now.saturating_duration_since(since).as_secs_f64() / FADE.as_secs_f64();
         let standing = standing.min(burst);
         standing + (burst - standing).mul_f64(left.max(0.0))
     }
+}
+
+fn overloaded(wait: Duration) -> InferError {
+    InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) }
 }
 
 #[cfg(test)]
@@ -139,7 +128,7 @@ mod tests {
         let (mut standing, start) = (Standing::default(), Instant::now());
         let at = |ms: u32| start + ms * MS;
         standing.look(200 * MS, at(0), BOUNDS);
-        standing.refuse(at(600));
+        standing.refuse(200 * MS, at(600));
         standing.look(10 * MS, at(601), BOUNDS);
         assert_eq!(standing.limit(at(601), BOUNDS), 100 * MS, "a batch has left, and the next is at the door");
         standing.look(10 * MS, at(1399), BOUNDS);
@@ -152,30 +141,22 @@ mod tests {
     }
 
     #[test]
-    fn speed_is_measured_only_while_the_engines_are_busy() {
-        let (mut speed, start) = (Speed::new(), Instant::now());
-        let at = |ms: u32| start + ms * MS;
-        assert_eq!(speed.factor(), 1.0);
-        speed.leave(1, 10 * MS, at(0), true);
-        assert_eq!(speed.factor(), 1.0, "nobody knows when it began");
-        for i in 1..=100 {
-            speed.leave(2, 20 * MS, at(30 * i), true);
-        }
-        assert!((speed.factor() - 1.5).abs() < 0.01, "{}", speed.factor());
-        // an hour without load, whether the engines said so or the last to leave left nobody behind
-        speed.idle();
-        speed.leave(1, 10 * MS, at(3_600_000), false);
-        speed.leave(1, 10 * MS, at(7_200_000), true);
-        assert!((speed.factor() - 1.5).abs() < 0.01, "{}", speed.factor());
-        for i in 1..=100 {
-            speed.leave(2, 20 * MS, at(7_200_000 + 20 * i), true);
-        }
-        assert!((speed.factor() - 1.0).abs() < 0.01, "{}", speed.factor());
-        for i in 1..=100 {
-            speed.leave(1, 10 * MS, at(8_000_000 + 1000 * i), true);
-        }
-        assert_eq!(speed.factor(), 4.0, "within bounds");
-        speed.leave(1, Duration::ZERO, at(9_000_000), true);
-        assert!(speed.factor().is_finite());
+    fn an_image_is_admitted_if_its_wait_and_deadline_allow() {
+        let (mut standing, start) = (Standing::default(), Instant::now());
+        let options = SchedulerOptions { workers: 2, max_queue_wait: 1000 * MS, ..SchedulerOptions::default() };
+        // two engines, 10 ms an image: 5 ms for each that waits
+        let drain_time = |images: usize| images as u32 * 5 * MS;
+        let mut admits = |used, deadline, ms| {
+            standing.admits(used, start + deadline * MS, start + ms * MS, drain_time, &options).is_ok()
+        };
+        assert!(admits(0, 1, 0) && admits(3, 15, 0), "few are before it, and it may be tried");
+        assert!(!admits(3, 14, 0));
+        assert!(admits(4, 25, 0) && !admits(4, 24, 0), "it is to be answered by then, not taken");
+        assert!(admits(200, 10_000, 0), "a burst of a second");
+        assert!(!admits(201, 10_000, 0));
+        assert!(admits(20, 10_000, 600) && !admits(21, 10_000, 600), "it has stood for half a second");
+        assert!(admits(3, 10_000, 600), "as always");
+        let late = standing.admits(0, start, start, drain_time, &options);
+        assert!(matches!(late, Err(InferError::DeadlineExceeded)), "an idle server isn't busy: {late:?}");
     }
 }

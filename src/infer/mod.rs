@@ -1,15 +1,20 @@
 //! Serving: encoded image → predictions. Knows no protocol (no axum, tonic, http) and no checkpoint.
 //!
-//! An image, a [`request`], walks `scheduler` (a slot in the `queue`, or refused before any work; `shared` has the lock and
-//! who sleeps) → `worker` (a compute thread: `pixels` makes a tensor of untrusted bytes) → a [`Batch`](crate::engine::Batch)
-//! → `lane` (the thread's own `engine`, warm) → `top_k`. The clock and all waiting are [`system`]'s. A [`live_model`] starts
-//! a scheduler with a [`job`]; [`registry`] holds all of them, and `source` is where they come from.
+//! The way of an image, a [`request`]: `scheduler` (a slot, or a refusal before any work) → `worker` (a compute thread: `pixels`
+//! makes a tensor of untrusted bytes) → a [`Batch`](crate::engine::Batch) → `lane` (the thread's own `engine`, warm) → `top_k`.
+//! `shared` has the lock and the sleeping threads. Below it are pure decisions: `queue` (what a thread does next), `line` (in
+//! which order images are taken), `admission` (whether one more may wait), `estimate` (how long that takes), `pending` (an
+//! admitted image: slot and reply). The clock and all waiting are [`system`]'s. A [`live_model`] starts a scheduler with a
+//! [`job`]; [`registry`] holds all of them, and `source` is where they come from.
 
 mod admission;
 pub mod error;
+mod estimate;
 pub mod job;
 mod lane;
+mod line;
 pub mod live_model;
+mod pending;
 mod queue;
 pub mod registry;
 pub mod request;

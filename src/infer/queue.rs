@@ -1,279 +1,20 @@
-//! What waits for one model, in which order, and what a free thread does next.
+//! The queue of one model: what a free thread does next.
 //!
-//! Pure decisions: every one takes the moment as an argument. No locks, no threads, no engines (`shared` has them). An image
-//! is admitted by its slot, which its queue entry owns: dropping the entry, wherever that happens, frees it. Images that are
-//! given up gather in `given_up`, to be answered when the lock is released.
+//! Pure decisions: every one takes the moment as an argument. No locks, no threads, no engines (`shared` has them). Images wait
+//! in two [`Line`]s, encoded and decoded; `estimate` says how long they take, `admission` whether one more may wait. Images that
+//! are given up gather in `given_up`, to be answered when the lock is released.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
-
-use super::admission::{Bounds, Speed, Standing};
+use super::admission::Standing;
 use super::error::InferError;
+use super::estimate::Estimate;
 use super::job::SchedulerOptions;
-use super::request::{Class, Input, Output};
-use crate::metrics::{ModelMetrics, Outcome};
-use crate::pixels::{Claim, Share};
+use super::line::{Entry, Line, Memory, Parked, Prepared};
+use super::pending::Pending;
 
-/// Images admitted and not yet answered, at most `limit`.
-#[derive(Debug)]
-pub(super) struct Slots {
-    pub(super) limit: usize,
-    pub(super) metrics: ModelMetrics,
-    used: AtomicUsize,
-    /// Of these, by images of other classes than the default one.
-    used_by_others: AtomicUsize,
-}
-
-impl Slots {
-    pub(super) fn new(limit: usize, metrics: ModelMetrics) -> Self {
-        Self { limit, metrics, used: AtomicUsize::new(0), used_by_others: AtomicUsize::new(0) }
-    }
-
-    /// Most slots that images of this class have at once. A quarter is for those that name no priority.
-    pub(super) fn limit_of(&self, class: Class) -> usize {
-        match class {
-            Class::Default => self.limit,
-            Class::First | Class::Last => self.limit - self.limit / 4,
-        }
-    }
-
-    /// Takes `count` slots or none.
-    pub(super) fn take(self: &Arc<Self>, count: usize, class: Class) -> Option<Vec<Slot>> {
-        let add = |counter: &AtomicUsize, limit: usize| {
-            let sum = |used: usize| used.checked_add(count).filter(|&sum| sum <= limit);
-            counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, sum).is_ok()
-        };
-        if class != Class::Default && !add(&self.used_by_others, self.limit_of(class)) {
-            return None;
-        }
-        if !add(&self.used, self.limit) {
-            if class != Class::Default {
-                self.used_by_others.fetch_sub(count, Ordering::SeqCst);
-            }
-            return None;
-        }
-        self.metrics.queue_depth.add(count as i64);
-        Some((0..count).map(|_| Slot { slots: self.clone(), class }).collect())
-    }
-
-    pub(super) fn used(&self) -> usize {
-        self.used.load(Ordering::SeqCst)
-    }
-
-    /// Whether `count` more images of this class find no slots.
-    pub(super) fn is_full(&self, count: usize, class: Class) -> bool {
-        let others = class != Class::Default
-            && self.used_by_others.load(Ordering::SeqCst).saturating_add(count) > self.limit_of(class);
-        others || self.used().saturating_add(count) > self.limit
-    }
-}
-
-/// The right of one image to wait and be computed. Not `Clone`: released once, by drop.
-#[derive(Debug)]
-pub(super) struct Slot {
-    slots: Arc<Slots>,
-    class: Class,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.slots.used.fetch_sub(1, Ordering::SeqCst);
-        if self.class != Class::Default {
-            self.slots.used_by_others.fetch_sub(1, Ordering::SeqCst);
-        }
-        self.slots.metrics.queue_depth.dec();
-    }
-}
-
-/// The scheduler's end of one admitted image.
-#[derive(Debug)]
-pub(super) struct Pending {
-    pub(super) reply: Option<oneshot::Sender<Result<Output, InferError>>>,
-    pub(super) slot: Option<Slot>,
-    pub(super) class: Class,
-    /// Where it stands in its class: priority first, then the order of arrival.
-    pub(super) rank: (u32, u64),
-    /// When it was admitted.
-    pub(super) arrived: Instant,
-    pub(super) deadline: Instant,
-}
-
-impl Pending {
-    /// Answers and counts the image. It is counted before its slot is free, so that an empty queue has counted all, and
-    /// both before the caller can see the answer, so that a caller who sends its next image at once finds room.
-    pub(super) fn answer(mut self, result: Result<Output, InferError>, now: Instant) {
-        self.end(result, now >= self.deadline);
-    }
-
-    fn end(&mut self, result: Result<Output, InferError>, late: bool) {
-        let (Some(slot), Some(reply)) = (self.slot.take(), self.reply.take()) else { return };
-        let ended = match (&result, reply.is_closed()) {
-            (Ok(_), false) => Outcome::Ok,
-            (Err(error), false) => error.outcome(),
-            (_, true) if late => Outcome::DeadlineExceeded,
-            (_, true) => Outcome::Cancelled,
-        };
-        slot.slots.metrics.images(ended, 1);
-        drop(slot);
-        // an error means that the caller has gone since
-        let _ = reply.send(result);
-    }
-
-    /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
-    pub(super) fn is_expired(&self, now: Instant, lead: Duration) -> bool {
-        self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.end(Err(InferError::Internal("an image was dropped without an answer".into())), false);
-    }
-}
-
-/// An image waiting to be decoded.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) input: Input,
-    pub(super) pending: Pending,
-    pub(super) memory: Memory,
-}
-
-/// Whether an image has the memory that it is decoded in.
-#[derive(Debug)]
-pub(super) enum Memory {
-    /// Nobody has looked at its header yet.
-    Unasked,
-    /// It has.
-    Held(Share),
-}
-
-/// An image for which there was no memory to decode it in.
-#[derive(Debug)]
-pub(super) struct Parked {
-    pub(super) entry: Entry,
-    pub(super) claim: Claim,
-}
-
-/// How often idle threads look whether there is memory for a parked image: it comes back from threads of any model.
+/// How often idle threads try to claim memory for a parked image: threads of any model release it.
 const MEMORY_PAUSE: Duration = Duration::from_millis(5);
-
-/// An image waiting for an engine.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    pub(super) tensor: Vec<f32>,
-    pub(super) decode: Duration,
-    pub(super) preprocess: Duration,
-    pub(super) pending: Pending,
-}
-
-/// What stands in a line.
-pub(super) trait Queued {
-    fn pending(&self) -> &Pending;
-    fn into_pending(self) -> Pending;
-}
-
-impl Queued for Entry {
-    fn pending(&self) -> &Pending {
-        &self.pending
-    }
-
-    fn into_pending(self) -> Pending {
-        self.pending
-    }
-}
-
-impl Queued for Prepared {
-    fn pending(&self) -> &Pending {
-        &self.pending
-    }
-
-    fn into_pending(self) -> Pending {
-        self.pending
-    }
-}
-
-/// How many images of other classes may go while an image of this class waits: then it is due.
-pub(super) const PATIENCE: [u32; Class::ALL.len()] = [0, 3, 14];
-
-/// Images in the order in which they go: of each class by priority, then by arrival; of the classes the first that has
-/// any, unless a later one is due. So whatever the others bring, one image in 4 is of the default class and one in 16 of
-/// the last, as long as they have any.
-#[derive(Debug)]
-pub(super) struct Line<T> {
-    classes: [BTreeMap<(u32, u64), T>; Class::ALL.len()],
-    /// Images of other classes that went while this one had any waiting.
-    passed: [u32; Class::ALL.len()],
-}
-
-impl<T: Queued> Line<T> {
-    fn new() -> Self {
-        Self { classes: Default::default(), passed: Default::default() }
-    }
-
-    pub(super) fn push(&mut self, item: T) {
-        let Pending { class, rank, .. } = *item.pending();
-        self.classes[class as usize].insert(rank, item);
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.classes.iter().map(BTreeMap::len).sum()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.classes.iter().all(BTreeMap::is_empty)
-    }
-
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Pending> {
-        self.classes.iter().flat_map(BTreeMap::values).map(Queued::pending)
-    }
-
-    /// The class whose turn it is.
-    fn class(&self) -> Option<usize> {
-        let has = |&class: &usize| !self.classes[class].is_empty();
-        let due = (1..self.classes.len()).find(|class| has(class) && self.passed[*class] >= PATIENCE[*class]);
-        due.or_else(|| (0..self.classes.len()).find(has))
-    }
-
-    /// The next image for which `lead` (given how many are behind it) leaves time. The others are given up, and count for
-    /// no class.
-    fn pop(&mut self, now: Instant, lead: impl Fn(usize) -> Duration, given_up: &mut Vec<Pending>) -> Option<T> {
-        loop {
-            let class = self.class()?;
-            let (_, item) = self.classes[class].pop_first()?;
-            if item.pending().is_expired(now, lead(self.len())) {
-                given_up.push(item.into_pending());
-                continue;
-            }
-            for other in 0..self.classes.len() {
-                let waits = other != class && !self.classes[other].is_empty();
-                self.passed[other] = if waits { self.passed[other].saturating_add(1) } else { 0 };
-            }
-            return Some(item);
-        }
-    }
-
-    /// Gives up all for which nobody waits; linear.
-    fn evict(&mut self, now: Instant, given_up: &mut Vec<Pending>) {
-        for class in &mut self.classes {
-            let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
-            if class.values().any(expired) {
-                let (gone, kept) = std::mem::take(class).into_iter().partition(|(_, item)| expired(item));
-                let gone: BTreeMap<_, T> = gone;
-                *class = kept;
-                given_up.extend(gone.into_values().map(Queued::into_pending));
-            }
-        }
-    }
-
-    fn drain(&mut self) -> impl Iterator<Item = Pending> + use<T> {
-        std::mem::take(&mut self.classes).into_iter().flat_map(BTreeMap::into_values).map(Queued::into_pending)
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
@@ -282,7 +23,7 @@ pub(super) enum Phase {
     Aborted,
 }
 
-/// What the thread that asks is able to do.
+/// What the asking thread can do.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Able {
     /// The worker's number; none for a decoder.
@@ -308,7 +49,7 @@ pub(super) enum Task {
     Stop,
 }
 
-/// What is decided for a thread.
+/// The decision for a thread.
 #[derive(Debug)]
 pub(super) enum Step {
     Do(Task),
@@ -316,8 +57,8 @@ pub(super) enum Step {
     Sleep(Option<Instant>),
 }
 
-/// What there is for a free engine.
-enum Take {
+/// What a free engine is given.
+enum Chosen {
     Batch(Vec<Prepared>),
     /// Nothing before that moment: the oldest image may wait for others until then.
     At(Instant),
@@ -327,15 +68,15 @@ enum Take {
 /// What sleeping threads could do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Demand {
-    /// Engines could start so many batches.
+    /// Batches that engines could start.
     pub(super) batches: usize,
-    /// If none now, then at that moment.
+    /// If none now, when the next one could start.
     pub(super) batch_at: Option<Instant>,
     /// When to look whether parked images have memory.
     pub(super) memory_at: Option<Instant>,
-    /// So many images could be decoded.
+    /// Images that could be decoded.
     pub(super) images: usize,
-    /// Everybody is to end.
+    /// All threads are to end.
     pub(super) over: bool,
 }
 
@@ -348,17 +89,14 @@ pub(super) struct Queue {
     /// Images that a thread is decoding right now.
     pub(super) decoding: usize,
     pub(super) ready: Line<Prepared>,
-    /// Images for which nobody waits any more, or that can't be done; whoever holds the lock answers them after it.
+    /// Images that expired or can't be computed. They are answered once the lock is released.
     pub(super) given_up: Vec<Pending>,
     pub(super) sequence: u64,
     pub(super) engines: usize,
     pub(super) failures: u32,
     pub(super) running: Vec<Option<Instant>>,
-    /// Engine time per image under load, and decode plus resize time per image: moving averages.
-    pub(super) run_cost: Duration,
-    pub(super) prepare_cost: Duration,
-    /// How much longer images really take.
-    speed: Speed,
+    /// How long images take.
+    pub(super) estimate: Estimate,
     /// Whether the queue is more than a burst.
     standing: Standing,
     /// When expired images were last looked for.
@@ -378,9 +116,7 @@ impl Queue {
             engines: 0,
             failures: 0,
             running: vec![None; workers],
-            run_cost: Duration::ZERO,
-            prepare_cost: Duration::ZERO,
-            speed: Speed::new(),
+            estimate: Estimate::new(),
             standing: Standing::default(),
             evicted: now,
         }
@@ -405,8 +141,8 @@ impl Queue {
         self.raw.is_empty() && self.parked.is_empty() && self.ready.is_empty() && self.decoding == 0
     }
 
-    /// What a thread does next. Sleep is the answer only when nothing that is waiting could be done by it: an image that is
-    /// given up on the way makes the queue another one, and all is asked again.
+    /// What a thread does next. It sleeps only when it can do nothing of what waits: after an image was given up on the way, the
+    /// queue has changed, and everything is checked again.
     pub(super) fn next(&mut self, able: Able, now: Instant, options: &SchedulerOptions) -> Step {
         loop {
             let given_up = self.given_up.len();
@@ -417,15 +153,15 @@ impl Queue {
             let mut wake = able.reopen_at;
             if able.runs {
                 match self.take_batch(now, options) {
-                    Take::Batch(images) => {
+                    Chosen::Batch(images) => {
                         let alone = images.len() == 1 && self.is_empty() && self.running.iter().all(Option::is_none);
                         if let Some(worker) = able.worker {
                             self.running[worker] = Some(now);
                         }
                         return Step::Do(Task::Run { images, alone });
                     }
-                    Take::At(time) => wake = Some(time),
-                    Take::Nothing => {}
+                    Chosen::At(time) => wake = Some(time),
+                    Chosen::Nothing => {}
                 }
             }
             if able.reopen_at.is_some_and(|at| at <= now) {
@@ -442,7 +178,7 @@ impl Queue {
                 }
             }
             if self.phase == Phase::Closing {
-                // without an engine nobody else may ever look
+                // without an engine, no other thread may ever evict
                 self.evict(now);
                 if self.is_empty() {
                     return Step::Do(Task::Stop);
@@ -450,15 +186,19 @@ impl Queue {
             }
             if self.given_up.len() == given_up {
                 if able.runs {
-                    self.speed.idle();
+                    self.estimate.idle();
                 }
                 return Step::Sleep(wake);
             }
         }
     }
 
-    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered. If not, nothing was
-    /// changed but that the refusal is remembered.
+    /// How long `images` images keep the threads busy, by the measured speed.
+    fn drain_time(&self, images: usize, options: &SchedulerOptions) -> Duration {
+        self.estimate.drain_time(images, self.engines, options)
+    }
+
+    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered.
     pub(super) fn admits(
         &mut self,
         used: usize,
@@ -466,52 +206,31 @@ impl Queue {
         now: Instant,
         options: &SchedulerOptions,
     ) -> Result<(), InferError> {
-        // not the queue's fault: an empty one couldn't meet it either
-        if deadline <= now {
-            return Err(InferError::DeadlineExceeded);
-        }
+        let drain_time = |images| self.estimate.drain_time(images, self.engines, options);
+        self.standing.admits(used, deadline, now, drain_time, options)
+    }
+
+    /// The refusal of an image because of the `used` ones before it.
+    pub(super) fn refuse(&mut self, used: usize, now: Instant, options: &SchedulerOptions) -> InferError {
         let wait = self.drain_time(used, options);
-        let bounds = bounds(options);
-        self.standing.look(wait, now, bounds);
-        let few = used < 2 * options.workers;
-        if !few && wait > self.standing.limit(now, bounds) {
-            return Err(self.refuses(wait, now));
-        }
-        // with few before it, there is nothing to lose by trying
-        let ended = if few { wait } else { self.drain_time(used + 1, options) };
-        if now.checked_add(ended).is_some_and(|ended| ended <= deadline) { Ok(()) } else { Err(busy(wait)) }
+        self.standing.refuse(wait, now)
     }
 
-    /// The refusal of an image because of those before it.
-    pub(super) fn refuses(&mut self, wait: Duration, now: Instant) -> InferError {
-        self.standing.refuse(now);
-        busy(wait)
-    }
-
-    /// So many images are admitted and not yet answered.
+    /// `used` images are admitted and not yet answered.
     pub(super) fn holds(&mut self, used: usize, now: Instant, options: &SchedulerOptions) {
         let wait = self.drain_time(used, options);
-        self.standing.look(wait, now, bounds(options));
+        self.standing.holds(wait, now, options);
     }
 
-    /// So many images leave the threads, well or badly.
+    /// `images` images leave the threads, answered or not.
     pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
-        let reckoned = self.reckoned(images, options);
         // an engine that may wait for more images is busy only if it has that
         let each = if options.max_queue_delay.is_zero() { 1 } else { options.max_batch };
         let waiting = self.raw.len() + self.ready.len() + self.decoding;
-        self.speed.leave(images, reckoned, now, waiting >= each * self.engines.max(1));
+        self.estimate.leave(images, self.engines, waiting >= each * self.engines.max(1), now, options);
     }
 
-    /// An engine run of so many images cost so much an image. A run without a backlog is of few images: a full one costs no
-    /// more an image, and takes no less time, so what is known is moved between these two.
-    pub(super) fn ran(&mut self, images: usize, cost: Duration, options: &SchedulerOptions) {
-        let least = cost * images as u32 / options.max_batch.max(images) as u32;
-        let cost = if self.speed.is_busy() { cost } else { self.run_cost.clamp(least, cost) };
-        self.run_cost = smooth(self.run_cost, cost);
-    }
-
-    /// What those could do who sleep.
+    /// What the sleeping threads could do.
     pub(super) fn demand(&self, now: Instant, options: &SchedulerOptions) -> Demand {
         let over = self.phase == Phase::Aborted || (self.phase == Phase::Closing && self.is_empty());
         let room = self.room_ahead(options);
@@ -526,8 +245,8 @@ impl Queue {
         Demand { batches, batch_at, memory_at, images, over }
     }
 
-    /// How many more images may be decoded before engines have run some: decoders stop when the engines are well fed, as a
-    /// decoded image is far bigger than an encoded one. Workers that decode feed themselves.
+    /// How many more images may be decoded before engines have run some: decoders stop when enough images are ready, as a
+    /// decoded image is far larger than an encoded one. Workers that decode have no such limit.
     fn room_ahead(&self, options: &SchedulerOptions) -> usize {
         match options.decoders {
             0 => usize::MAX,
@@ -552,8 +271,7 @@ impl Queue {
 
     /// The next live image to decode.
     fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
-        let cost = self.run_cost + self.prepare_cost;
-        self.raw.pop(now, |behind| lead(behind, cost, options), &mut self.given_up)
+        self.raw.pop(now, |behind| self.estimate.decode_lead(behind, options), &mut self.given_up)
     }
 
     /// When an engine runs what is ready.
@@ -580,29 +298,29 @@ impl Queue {
 
     /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
     /// engines and batches grow only with the queue.
-    fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Take {
+    fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Chosen {
         if !options.max_queue_delay.is_zero() {
-            // nobody waits for images that have gone
+            // a batch does not wait for expired images
             self.ready.evict(now, &mut self.given_up);
         }
         if self.ready.is_empty() {
-            return Take::Nothing;
+            return Chosen::Nothing;
         }
         let share = match self.due(now, options) {
-            // this thread can
-            Due::AfterDecoding => return Take::Nothing,
-            Due::At(time) => return Take::At(time),
+            // this thread can decode
+            Due::AfterDecoding => return Chosen::Nothing,
+            Due::At(time) => return Chosen::At(time),
             Due::Now { share } => share,
         };
         let mut batch = Vec::with_capacity(share);
-        let (undecoded, cost) = (self.raw.len(), self.run_cost);
+        let undecoded = self.raw.len();
+        let lead = |behind: usize| self.estimate.run_lead(behind + undecoded, options);
         while batch.len() < share
-            && let Some(prepared) =
-                self.ready.pop(now, |behind| lead(behind + undecoded, cost, options), &mut self.given_up)
+            && let Some(prepared) = self.ready.pop(now, lead, &mut self.given_up)
         {
             batch.push(prepared);
         }
-        if batch.is_empty() { Take::Nothing } else { Take::Batch(batch) }
+        if batch.is_empty() { Chosen::Nothing } else { Chosen::Batch(batch) }
     }
 
     /// Whether expired images are to be looked for: at once if there is no room without, ten times a second otherwise.
@@ -610,7 +328,7 @@ impl Queue {
         full || now.saturating_duration_since(self.evicted) >= Duration::from_millis(100)
     }
 
-    /// Gives up images that nobody waits for, so that they keep neither room nor memory from others.
+    /// Gives up expired images, so that they keep neither slots nor memory from others.
     pub(super) fn evict(&mut self, now: Instant) {
         self.evicted = now;
         self.raw.evict(now, &mut self.given_up);
@@ -619,42 +337,17 @@ impl Queue {
         self.ready.evict(now, &mut self.given_up);
     }
 
-    /// Gives up all that waits.
+    /// Gives up everything that waits.
     pub(super) fn give_up_all(&mut self) {
         self.given_up.extend(self.raw.drain());
         self.given_up.extend(self.parked.drain(..).map(|parked| parked.entry.pending));
         self.given_up.extend(self.ready.drain());
     }
 
-    /// What images are told that were given up.
+    /// The error of images that were given up.
     pub(super) fn reason(&self) -> InferError {
         if self.phase == Phase::Aborted { InferError::ShuttingDown } else { InferError::DeadlineExceeded }
     }
-
-    /// How long `images` keep the threads busy, by the measured speed.
-    pub(super) fn drain_time(&self, images: usize, options: &SchedulerOptions) -> Duration {
-        let seconds = self.reckoned(images, options).as_secs_f64() * self.speed.factor();
-        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
-    }
-
-    /// The same by what its parts cost.
-    fn reckoned(&self, images: usize, options: &SchedulerOptions) -> Duration {
-        let engines = self.engines.max(1) as f64;
-        let (run, prepare) = (self.run_cost.as_secs_f64(), self.prepare_cost.as_secs_f64());
-        let each = match options.decoders {
-            0 => (run + prepare) / engines,
-            decoders => (run / engines).max(prepare / decoders as f64),
-        };
-        Duration::try_from_secs_f64(each * images as f64).unwrap_or(Duration::MAX)
-    }
-}
-
-fn bounds(options: &SchedulerOptions) -> Bounds {
-    Bounds { standing: options.standing_wait, burst: options.max_queue_wait }
-}
-
-fn busy(wait: Duration) -> InferError {
-    InferError::Overloaded { retry_after: wait.clamp(Duration::from_millis(100), Duration::from_secs(60)) }
 }
 
 /// When what is ready is run.
@@ -662,28 +355,22 @@ enum Due {
     /// Threads that could run it decode first.
     AfterDecoding,
     At(Instant),
-    /// In batches of so many.
+    /// In batches of this size.
     Now {
         share: usize,
     },
 }
 
-/// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes the others
-/// late; without one, there is nothing to lose by trying.
-fn lead(behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
-    if behind >= options.workers { cost } else { Duration::ZERO }
-}
-
-/// Moving average over about ten values.
-pub(super) fn smooth(average: Duration, value: Duration) -> Duration {
-    if average.is_zero() { value } else { (average * 9 + value) / 10 }
-}
-
-/// Time stands still here but for where a test moves it: every decision takes the moment as an argument.
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::oneshot;
+
     use super::*;
     use crate::infer::job::Invariance;
+    use crate::infer::pending::Slots;
+    use crate::infer::request::{Class, Input, Output};
     use crate::metrics::Metrics;
     use crate::pixels::{DecodeMemory, Decoder};
 
@@ -715,7 +402,7 @@ mod tests {
                 one_by_one: false,
             };
             let mut queue = Queue::new(2, Instant::now());
-            (queue.engines, queue.run_cost) = (2, 10 * MS);
+            (queue.engines, queue.estimate.run_cost) = (2, 10 * MS);
             let slots = Arc::new(Slots::new(options.queue_limit, Metrics::new().model("m", 1, "fake")));
             // long ago enough for every deadline of a test to be still to come by the clock
             Self { queue, slots, options, start: Instant::now() + Duration::from_secs(3600), replies: Vec::new() }
@@ -768,20 +455,20 @@ mod tests {
             let taken = self.queue.take_batch(self.at(ms), &self.options);
             self.answer(ms);
             match taken {
-                Take::Batch(images) => Ok(images.len()),
-                Take::At(time) => Err(Some(time)),
-                Take::Nothing => Err(None),
+                Chosen::Batch(images) => Ok(images.len()),
+                Chosen::At(time) => Err(Some(time)),
+                Chosen::Nothing => Err(None),
             }
         }
     }
 
     #[test]
-    fn a_batch_waits_for_company_from_its_oldest_image_on() {
+    fn a_batch_waits_for_more_images_from_its_oldest_on() {
         let mut stage = Stage::new(3, 20 * MS);
         stage.decoded(5, 10_000);
         assert_eq!(stage.take(6), Err(Some(stage.at(25))));
         stage.decoded(24, 10_000);
-        assert_eq!(stage.take(24), Err(Some(stage.at(25))), "who comes later does not put it off");
+        assert_eq!(stage.take(24), Err(Some(stage.at(25))), "a later image does not put it off");
         assert_eq!(stage.take(25), Ok(2));
         for arrived in [30, 31, 32, 33] {
             stage.decoded(arrived, 10_000);
@@ -789,7 +476,7 @@ mod tests {
         assert_eq!(stage.take(33), Ok(3), "a full batch goes at once");
         assert_eq!(stage.take(33), Err(Some(stage.at(53))));
         stage.queue.phase = Phase::Closing;
-        assert_eq!(stage.take(34), Ok(1), "nobody comes any more");
+        assert_eq!(stage.take(34), Ok(1), "no more images come");
     }
 
     #[test]
@@ -816,27 +503,13 @@ mod tests {
         assert!(matches!(answers[1], Ok(Err(InferError::DeadlineExceeded))), "{answers:?}");
         assert_eq!(stage.queue.ready.len(), 1);
         // 20 ms are left, decoding takes 20 and a run 10
-        stage.queue.prepare_cost = 20 * MS;
+        stage.queue.estimate.prepare_cost = 20 * MS;
         for deadline in [100, 10_000, 10_000] {
             stage.encoded(0, deadline, 100);
         }
         let entry = stage.queue.take_raw(stage.start + 80 * MS, &stage.options).expect("two are in time");
         assert_eq!(entry.pending.deadline, stage.at(10_000));
         stage.answer(80);
-    }
-
-    #[test]
-    fn priority_then_arrival() {
-        let mut stage = Stage::new(1, Duration::ZERO);
-        for (arrived, priority) in [(1, 100), (2, 300), (3, 1), (4, 100), (5, 1)] {
-            stage.encoded(arrived, 10_000, priority);
-        }
-        let now = stage.at(6);
-        let mut order = Vec::new();
-        while let Some(entry) = stage.queue.take_raw(now, &stage.options) {
-            order.push((entry.pending.arrived - stage.start).as_millis());
-        }
-        assert_eq!(order, [3, 5, 1, 4, 2], "one in four is of the default class, but there are only two before it");
     }
 
     #[test]
@@ -855,45 +528,6 @@ mod tests {
         stage.replies.clear();
         stage.evict(150, true);
         assert_eq!(stage.slots.used(), 0, "its client has gone");
-    }
-
-    #[test]
-    fn the_wait_is_what_the_engines_need() {
-        let mut stage = Stage::new(1, Duration::ZERO);
-        assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS);
-        stage.queue.prepare_cost = 4 * MS;
-        assert_eq!(stage.queue.drain_time(6, &stage.options), 42 * MS, "the same threads decode");
-        stage.options.decoders = 1;
-        assert_eq!(stage.queue.drain_time(6, &stage.options), 30 * MS, "others do, and are faster");
-        stage.queue.prepare_cost = 40 * MS;
-        assert_eq!(stage.queue.drain_time(6, &stage.options), 240 * MS, "others do, and are slower");
-        for ms in (0..=1000).step_by(10) {
-            let now = stage.at(ms);
-            stage.queue.speed.leave(1, 5 * MS, now, true);
-        }
-        let wait = stage.queue.drain_time(6, &stage.options).as_millis();
-        assert!((470..=490).contains(&wait), "images leave half as fast as their parts say: {wait}");
-        assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
-    }
-
-    /// Single images on an idle machine say little of batches, but not nothing.
-    #[test]
-    fn runs_without_a_backlog_move_the_cost_only_as_far_as_they_show() {
-        let mut stage = Stage::new(4, Duration::ZERO);
-        let mut after = |images, cost: u32| {
-            (0..100).for_each(|_| stage.queue.ran(images, cost * MS, &stage.options));
-            stage.queue.run_cost.as_millis()
-        };
-        assert_eq!(after(1, 30), 10, "a batch of four may take 40");
-        assert!((18..=20).contains(&after(1, 80)), "it takes no less than 80");
-        assert!((19..=20).contains(&after(2, 40)));
-        assert!((3..=4).contains(&after(1, 3)), "nor more than 3 an image");
-        // under a backlog a run is what it is
-        let now = stage.at(0);
-        (0..2).for_each(|_| stage.decoded(0, 10_000));
-        stage.queue.leave(1, now, &stage.options);
-        (0..100).for_each(|_| stage.queue.ran(1, 30 * MS, &stage.options));
-        assert!((29..=30).contains(&stage.queue.run_cost.as_millis()));
     }
 
     #[test]
@@ -935,89 +569,6 @@ mod tests {
         stage.queue.decoding = 0;
     }
 
-    #[test]
-    fn a_deadline_is_the_moment_at_which_nobody_waits_any_more() {
-        let mut stage = Stage::new(1, Duration::ZERO);
-        let image = stage.pending(0, 50, 100);
-        assert!(!image.is_expired(stage.at(49), Duration::ZERO) && image.is_expired(stage.at(50), Duration::ZERO));
-        assert!(!image.is_expired(stage.at(39), 10 * MS) && image.is_expired(stage.at(40), 10 * MS));
-    }
-
-    #[test]
-    fn who_may_wait() {
-        let mut stage = Stage::new(1, Duration::ZERO);
-        let mut admits = |used, deadline, ms| {
-            stage.queue.admits(used, stage.start + deadline * MS, stage.start + ms * MS, &stage.options).is_ok()
-        };
-        // two engines, 10 ms an image: 5 ms for each that waits
-        assert!(admits(0, 1, 0) && admits(3, 15, 0), "few are before it, and it may be tried");
-        assert!(!admits(3, 14, 0));
-        assert!(admits(4, 25, 0) && !admits(4, 24, 0), "it is to be answered by then, not taken");
-        assert!(admits(200, 10_000, 0), "a burst of a second");
-        assert!(!admits(201, 10_000, 0));
-        assert!(admits(20, 10_000, 600) && !admits(21, 10_000, 600), "it has stood for half a second");
-        assert!(admits(3, 10_000, 600), "as always");
-        let late = stage.queue.admits(0, stage.start, stage.start, &stage.options);
-        assert!(matches!(late, Err(InferError::DeadlineExceeded)), "an idle server isn't busy: {late:?}");
-    }
-
-    /// Whoever floods, and with whatever priority, every class gets on as the documentation says.
-    #[test]
-    fn a_flood_leaves_the_other_classes_their_share() {
-        use proptest::prelude::*;
-        let priority = || prop_oneof![Just(1_u32), 1..=99_u32, Just(100), 101..=1000_u32];
-        let config = ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
-        proptest!(config, |(arrivals in prop::collection::vec(priority(), 20..200), flood in priority())| {
-            let mut stage = Stage::new(1, Duration::ZERO);
-            stage.slots = Arc::new(Slots::new(10_000, Metrics::new().model("m", 1, "fake")));
-            for (i, &priority) in arrivals.iter().enumerate() {
-                stage.encoded(i as u32, 100_000, priority);
-            }
-            let now = stage.at(1000);
-            let mut waited = [0_usize; Class::ALL.len()];
-            let mut gone: Vec<(u32, u64)> = Vec::new();
-            while gone.len() < 200 {
-                // there is always one more of the flood
-                stage.encoded(900, 100_000, flood);
-                let lines = |class: Class| !stage.queue.raw.classes[class as usize].is_empty();
-                let waiting = Class::ALL.map(lines);
-                let Some(entry) = stage.queue.take_raw(now, &stage.options) else { break };
-                let class = entry.pending.class as usize;
-                for other in 0..waiting.len() {
-                    waited[other] = if waiting[other] && other != class { waited[other] + 1 } else { 0 };
-                }
-                prop_assert!(waited[Class::Default as usize] < 4, "one in 4 is of the default class");
-                prop_assert!(waited[Class::Last as usize] < 16, "one in 16 is of the last class");
-                prop_assert!(waited[Class::First as usize] < 3, "the first class goes first otherwise");
-                gone.push(entry.pending.rank);
-                entry.pending.answer(Err(InferError::ShuttingDown), now);
-            }
-            for class in Class::ALL {
-                let of = |&&(priority, _): &&(u32, u64)| Class::of(priority) == class && priority != flood;
-                let taken: Vec<_> = gone.iter().filter(of).collect();
-                prop_assert!(taken.is_sorted(), "{:?}: by priority, then by arrival: {:?}", class, taken);
-            }
-        });
-    }
-
-    #[test]
-    fn a_quarter_of_the_slots_is_for_those_who_name_no_priority() {
-        let stage = Stage::new(1, Duration::ZERO);
-        let take = |count, class| stage.slots.take(count, class);
-        assert!(take(7, Class::First).is_none(), "of 8");
-        let first = take(5, Class::First).expect("room");
-        let last = take(1, Class::Last).expect("room");
-        assert!(take(1, Class::First).is_none() && take(1, Class::Last).is_none());
-        assert!(stage.slots.is_full(1, Class::Last) && !stage.slots.is_full(2, Class::Default));
-        let default = take(2, Class::Default).expect("it is kept for them");
-        assert!(take(1, Class::Default).is_none());
-        assert_eq!(stage.slots.used(), 8);
-        drop((first, last, default));
-        assert_eq!(stage.slots.used(), 0);
-        assert_eq!(take(8, Class::Default).map(|slots| slots.len()), Some(8));
-        assert!(take(6, Class::Last).is_some(), "all is given back");
-    }
-
     /// Taken out one by one from the middle of a vector, these would take minutes.
     #[test]
     fn a_million_images_expire_in_no_time() {
@@ -1033,7 +584,7 @@ mod tests {
         assert_eq!((stage.queue.raw.len(), stage.slots.used()), (500_000, 500_000));
     }
 
-    /// The lost wake-up of version 0.1: the only image to decode has expired, and a thread with something to run slept.
+    /// A lost wake-up of version 0.1: the only image to decode had expired, and a thread with something to run slept.
     #[test]
     fn a_thread_looks_again_after_it_gave_up_images() {
         let mut stage = Stage::new(8, Duration::ZERO);

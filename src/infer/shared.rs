@@ -17,11 +17,17 @@ use tokio::sync::oneshot;
 
 use super::error::InferError;
 use super::job::{Invariance, Job, SchedulerOptions, StartError};
-use super::queue::{Able, Demand, Entry, Memory, Parked, Pending, Phase, Prepared, Queue, Slots, Step, Task, smooth};
+use super::line::{Entry, Memory, Parked, Prepared};
+use super::pending::{Pending, Slots};
+use super::queue::{Able, Demand, Phase, Queue, Step, Task};
 use super::request::{Class, DEFAULT_PRIORITY, Input, Terms, Ticket};
 use super::system::System;
 use crate::engine::Backend;
 use crate::metrics::ModelMetrics;
+
+#[cfg(test)]
+#[path = "../../tests/simulation/idle.rs"]
+mod idle;
 
 /// Health of a model's engines.
 #[derive(Debug, Clone, Copy)]
@@ -192,8 +198,7 @@ impl Shared {
         let used = self.slots.used();
         state.queue.admits(used, deadline, now, &self.options)?;
         let Some(slots) = self.slots.take(images, class) else {
-            let wait = state.queue.drain_time(used, &self.options);
-            return Err(state.queue.refuses(wait, now));
+            return Err(state.queue.refuse(used, now, &self.options));
         };
         let mut tickets = Vec::with_capacity(images);
         for (input, slot) in inputs.into_iter().zip(slots) {
@@ -223,8 +228,7 @@ impl Shared {
         }
         let used = self.slots.used();
         if self.slots.is_full(1, Class::Default) {
-            let wait = state.queue.drain_time(used, &self.options);
-            return Some(state.queue.refuses(wait, now));
+            return Some(state.queue.refuse(used, now, &self.options));
         }
         state.queue.admits(used, deadline, now, &self.options).err()
     }
@@ -242,7 +246,7 @@ impl Shared {
                 // one that is none costs nothing: it tells neither what images cost nor how fast they leave
                 if let Some(prepared) = prepared {
                     if took > Duration::ZERO {
-                        state.queue.prepare_cost = smooth(state.queue.prepare_cost, took);
+                        state.queue.estimate.prepared(took);
                     }
                     state.queue.ready.push(prepared);
                 }
@@ -282,9 +286,9 @@ impl Shared {
         self.lock().queue.running[worker] = Some(now);
     }
 
-    /// An engine run of so many images ended well or badly, and cost so much an image, if that says anything of the next. Said
-    /// before the images are answered: the next one of the same caller should find the machine idle. Nothing to wake for: the
-    /// worker comes back for its next task.
+    /// An engine run of `images` images ended, well (`ok`) or badly, and took `cost` for each image, if that is typical. Called
+    /// before the images are answered, so that the same caller's next image finds the machine idle. Wakes no thread: the worker
+    /// comes back for its next task.
     pub(super) fn ran(&self, worker: usize, images: usize, ok: bool, cost: Option<Duration>) {
         let now = self.now();
         let mut state = self.lock();
@@ -292,7 +296,7 @@ impl Shared {
         queue.running[worker] = None;
         if ok || images == 1 {
             if let Some(cost) = cost.filter(|_| ok) {
-                queue.ran(images, cost, &self.options);
+                queue.estimate.ran(images, cost, &self.options);
             }
             queue.leave(images, now, &self.options);
         }
@@ -381,10 +385,7 @@ impl Shared {
     pub(super) fn warmed(&self) -> Result<(), StartError> {
         let report = self.wait_for(None, |state| state.reports.pop_front());
         let warm = report.unwrap_or_else(|| Err(StartError::Thread("it never reported".into())))?;
-        let mut state = self.lock();
-        state.queue.run_cost = state.queue.run_cost.max(warm.run_cost);
-        state.queue.prepare_cost = state.queue.prepare_cost.max(warm.prepare_cost);
-        drop(state);
+        self.lock().queue.estimate.warmed(warm.run_cost, warm.prepare_cost);
         let gauge = &self.metrics().invariance_max_abs_diff;
         match self.options.invariance {
             Invariance::Off => gauge.set(f64::NAN),
@@ -473,59 +474,5 @@ impl State {
             wakers.push(sleeper.waker.clone());
         }
         wakers
-    }
-}
-
-/// State that the simulation checks.
-#[cfg(test)]
-impl Shared {
-    pub(super) fn held(&self) -> usize {
-        self.slots.used()
-    }
-
-    /// Whether a thread sleeps although there is something for it to do: worked out in another way than by those who wake it.
-    /// Nobody is in the middle of anything, but for threads that are woken, or whose timers are, and held up on their way.
-    pub(super) fn idle_beside_work(&self) -> Option<String> {
-        let now = self.now();
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { queue, sleepers, .. } = &*state;
-        let on_its_way = |sleeper: &Sleeper| sleeper.woken || sleeper.until.is_some_and(|until| until <= now);
-        if sleepers.iter().any(on_its_way) {
-            return None;
-        }
-        let live =
-            |pending: &&Pending| pending.deadline > now && pending.reply.as_ref().is_some_and(|r| !r.is_closed());
-        let options = &self.options;
-        let fed = options.decoders > 0 && queue.ready.len() + queue.decoding >= 2 * options.workers * options.max_batch;
-        let raw = queue.raw.iter().any(|pending| live(&pending)) && !fed;
-        let oldest = queue.ready.iter().filter(live).map(|pending| pending.arrived).min();
-        let runs_at =
-            oldest.map(|oldest| if queue.phase == Phase::Open { oldest + options.max_queue_delay } else { now });
-        let over = queue.phase == Phase::Aborted || (queue.phase == Phase::Closing && queue.is_empty());
-        let full = queue.ready.iter().filter(live).count() >= options.max_batch;
-        let what = format!(
-            "{} ({} to decode, {} being decoded, {} ready, {} engines, {:?})",
-            self.job.what,
-            queue.raw.len(),
-            queue.decoding,
-            queue.ready.len(),
-            queue.engines,
-            queue.phase
-        );
-        for Sleeper { thread, able, .. } in sleepers {
-            if over {
-                return Some(format!("thread {thread} of {what} sleeps although all is over"));
-            }
-            if raw && able.prepares {
-                return Some(format!("thread {thread} of {what} sleeps beside an image to decode"));
-            }
-            if able.runs && runs_at.is_some_and(|at| at <= now || full) {
-                return Some(format!("thread {thread} of {what} sleeps beside an image to run"));
-            }
-        }
-        let runners: Vec<_> = sleepers.iter().filter(|sleeper| sleeper.able.runs).collect();
-        let timed = |at: Instant| runners.iter().any(|sleeper| sleeper.until.is_some_and(|until| until <= at));
-        let untimed = |at| !runners.is_empty() && !timed(at);
-        runs_at.is_some_and(untimed).then(|| format!("nobody's timer is set for an image of {what}"))
     }
 }

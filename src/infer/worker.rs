@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::error::InferError;
 use super::lane::Lane;
-use super::queue::{Able, Entry, Memory, Parked, Prepared, Task};
+use super::line::{Entry, Memory, Parked, Prepared};
+use super::queue::{Able, Task};
 use super::request::{Input, Output, Timings};
 use super::shared::{Caller, Done, Shared};
 use crate::engine::Batch;

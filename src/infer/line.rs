@@ -1,0 +1,238 @@
+//! Images that wait, in the order in which they are taken.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::pending::Pending;
+use super::request::{Class, Input};
+use crate::pixels::{Claim, Share};
+
+/// An image waiting to be decoded.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) input: Input,
+    pub(super) pending: Pending,
+    pub(super) memory: Memory,
+}
+
+/// Whether an image has the memory that it is decoded in.
+#[derive(Debug)]
+pub(super) enum Memory {
+    /// Its header was not read yet.
+    Unasked,
+    /// It has this share.
+    Held(Share),
+}
+
+/// An image for which there was no memory to decode it in.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) entry: Entry,
+    pub(super) claim: Claim,
+}
+
+/// An image waiting for an engine.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) tensor: Vec<f32>,
+    pub(super) decode: Duration,
+    pub(super) preprocess: Duration,
+    pub(super) pending: Pending,
+}
+
+/// Something that waits in a [`Line`].
+pub(super) trait Queued {
+    fn pending(&self) -> &Pending;
+    fn into_pending(self) -> Pending;
+}
+
+impl Queued for Entry {
+    fn pending(&self) -> &Pending {
+        &self.pending
+    }
+
+    fn into_pending(self) -> Pending {
+        self.pending
+    }
+}
+
+impl Queued for Prepared {
+    fn pending(&self) -> &Pending {
+        &self.pending
+    }
+
+    fn into_pending(self) -> Pending {
+        self.pending
+    }
+}
+
+/// How many images of other classes may pass a waiting image of this class; then the class is due.
+pub(super) const PATIENCE: [u32; Class::ALL.len()] = [0, 3, 14];
+
+/// Waiting images in the order in which they are taken: in each class by priority, then by arrival; of the classes the first
+/// that has any, unless a later one is due. So one image in 4 is of the default class and one in 16 of the last, whatever the
+/// other classes bring, as long as they have any.
+#[derive(Debug)]
+pub(super) struct Line<T> {
+    classes: [BTreeMap<(u32, u64), T>; Class::ALL.len()],
+    /// Images of other classes that were taken while this one had any waiting.
+    passed: [u32; Class::ALL.len()],
+}
+
+impl<T: Queued> Line<T> {
+    pub(super) fn new() -> Self {
+        Self { classes: Default::default(), passed: Default::default() }
+    }
+
+    pub(super) fn push(&mut self, item: T) {
+        let Pending { class, rank, .. } = *item.pending();
+        self.classes[class as usize].insert(rank, item);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.classes.iter().map(BTreeMap::len).sum()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.classes.iter().all(BTreeMap::is_empty)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Pending> {
+        self.classes.iter().flat_map(BTreeMap::values).map(Queued::pending)
+    }
+
+    /// The class whose turn it is.
+    fn class(&self) -> Option<usize> {
+        let has = |&class: &usize| !self.classes[class].is_empty();
+        let due = (1..self.classes.len()).find(|class| has(class) && self.passed[*class] >= PATIENCE[*class]);
+        due.or_else(|| (0..self.classes.len()).find(has))
+    }
+
+    /// The next image that expires no sooner than `lead` (given how many are behind it) from now. The others are given up, and
+    /// count for no class.
+    pub(super) fn pop(
+        &mut self,
+        now: Instant,
+        lead: impl Fn(usize) -> Duration,
+        given_up: &mut Vec<Pending>,
+    ) -> Option<T> {
+        loop {
+            let class = self.class()?;
+            let (_, item) = self.classes[class].pop_first()?;
+            if item.pending().is_expired(now, lead(self.len())) {
+                given_up.push(item.into_pending());
+                continue;
+            }
+            for other in 0..self.classes.len() {
+                let waits = other != class && !self.classes[other].is_empty();
+                self.passed[other] = if waits { self.passed[other].saturating_add(1) } else { 0 };
+            }
+            return Some(item);
+        }
+    }
+
+    /// Gives up all expired images. Takes linear time.
+    pub(super) fn evict(&mut self, now: Instant, given_up: &mut Vec<Pending>) {
+        for class in &mut self.classes {
+            let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
+            if class.values().any(expired) {
+                let (gone, kept) = std::mem::take(class).into_iter().partition(|(_, item)| expired(item));
+                let gone: BTreeMap<_, T> = gone;
+                *class = kept;
+                given_up.extend(gone.into_values().map(Queued::into_pending));
+            }
+        }
+    }
+
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Pending> + use<T> {
+        std::mem::take(&mut self.classes).into_iter().flat_map(BTreeMap::into_values).map(Queued::into_pending)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::infer::error::InferError;
+    use crate::infer::request::Output;
+
+    /// A line of encoded images that don't expire.
+    struct Stage {
+        line: Line<Entry>,
+        now: Instant,
+        replies: Vec<oneshot::Receiver<Result<Output, InferError>>>,
+    }
+
+    impl Stage {
+        fn new() -> Self {
+            Self { line: Line::new(), now: Instant::now(), replies: Vec::new() }
+        }
+
+        /// The image's number is the second part of its rank, from 1 on.
+        fn push(&mut self, priority: u32) {
+            let (reply, receiver) = oneshot::channel();
+            self.replies.push(receiver);
+            let pending = Pending {
+                reply: Some(reply),
+                slot: None,
+                class: Class::of(priority),
+                rank: (priority, self.replies.len() as u64),
+                arrived: self.now,
+                deadline: self.now + Duration::from_secs(3600),
+            };
+            self.line.push(Entry { input: Input::Tensor(vec![]), pending, memory: Memory::Unasked });
+        }
+
+        fn pop(&mut self) -> Option<Entry> {
+            self.line.pop(self.now, |_| Duration::ZERO, &mut Vec::new())
+        }
+    }
+
+    #[test]
+    fn priority_then_arrival() {
+        let mut stage = Stage::new();
+        for priority in [100, 300, 1, 100, 1] {
+            stage.push(priority);
+        }
+        let order: Vec<_> = std::iter::from_fn(|| stage.pop()).map(|entry| entry.pending.rank.1).collect();
+        assert_eq!(order, [3, 5, 1, 4, 2], "one in four is of the default class, but there are only two before it");
+    }
+
+    /// A flood of any priority leaves every class the share that the documentation promises.
+    #[test]
+    fn a_flood_leaves_the_other_classes_their_share() {
+        use proptest::prelude::*;
+        let priority = || prop_oneof![Just(1_u32), 1..=99_u32, Just(100), 101..=1000_u32];
+        let config = ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
+        proptest!(config, |(arrivals in prop::collection::vec(priority(), 20..200), flood in priority())| {
+            let mut stage = Stage::new();
+            for &priority in &arrivals {
+                stage.push(priority);
+            }
+            let now = stage.now;
+            let mut waited = [0_usize; Class::ALL.len()];
+            let mut gone: Vec<(u32, u64)> = Vec::new();
+            while gone.len() < 200 {
+                // there is always one more of the flood
+                stage.push(flood);
+                let waiting = Class::ALL.map(|class| !stage.line.classes[class as usize].is_empty());
+                let Some(entry) = stage.pop() else { break };
+                let class = entry.pending.class as usize;
+                for other in 0..waiting.len() {
+                    waited[other] = if waiting[other] && other != class { waited[other] + 1 } else { 0 };
+                }
+                prop_assert!(waited[Class::Default as usize] < 4, "one in 4 is of the default class");
+                prop_assert!(waited[Class::Last as usize] < 16, "one in 16 is of the last class");
+                prop_assert!(waited[Class::First as usize] < 3, "the first class goes first otherwise");
+                gone.push(entry.pending.rank);
+                entry.pending.answer(Err(InferError::ShuttingDown), now);
+            }
+            for class in Class::ALL {
+                let of = |&&(priority, _): &&(u32, u64)| Class::of(priority) == class && priority != flood;
+                let taken: Vec<_> = gone.iter().filter(of).collect();
+                prop_assert!(taken.is_sorted(), "{:?}: by priority, then by arrival: {:?}", class, taken);
+            }
+        });
+    }
+}
