@@ -1,14 +1,14 @@
 //! EfficientNet as timm builds it (`_gen_efficientnet`; Tan and Le 2019, "EfficientNet", table 1 and section 4):
-//! opponents of the benchmark. A table of stages for each generation, scaled in width and depth (by an architecture's own multipliers;
+//! baselines of the benchmark. A table of stages for each generation, scaled in width and depth (by an architecture's own multipliers;
 //! timm's entry points take no others, nfold does).
 
 use serde_json::{Map, Value};
 
-use super::activation::{ACTIVATIONS, Activation};
+use super::activation::Activation;
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
 use super::{
-    Arguments, Attention, Colours, Conv, Ends, Evaluation, Init, NetError, Norm, bad_argument, make_divisible,
-    output_stride,
+    Arguments, Attention, Colours, Conv, Ends, Evaluation, Init, NetError, Norm, activation_argument, bad_argument,
+    check_ranges, make_divisible, output_stride,
 };
 
 /// A stage of the unscaled network.
@@ -232,22 +232,13 @@ impl EfficientNetConfig {
     }
 
     fn check(&self) -> Result<Activation, NetError> {
-        for (name, value, low, high) in [
-            ("channel_multiplier", self.channel_multiplier, 0.01, 16.0),
-            ("depth_multiplier", self.depth_multiplier, 0.01, 100.0),
-            ("bn_eps", self.bn_eps, 0.0, 1.0),
-        ] {
-            if !(low..=high).contains(&value) {
-                return Err(bad_argument(name, &value.into(), format!("must lie in {low}..={high}")));
-            }
-        }
-        if !(1..=1024).contains(&self.channel_divisor) {
-            let reason = "must lie in 1..=1024".into();
-            return Err(bad_argument("channel_divisor", &self.channel_divisor.into(), reason));
-        }
-        let known = || ACTIVATIONS.map(Activation::name).join(", ");
-        Activation::parse(&self.act_layer)
-            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+        check_ranges([
+            ("channel_multiplier", self.channel_multiplier, 0.01..=16.0),
+            ("depth_multiplier", self.depth_multiplier, 0.01..=100.0),
+            ("bn_eps", self.bn_eps, 0.0..=1.0),
+        ])?;
+        check_ranges([("channel_divisor", self.channel_divisor, 1..=1024)])?;
+        activation_argument(&self.act_layer)
     }
 
     fn channels(&self, unscaled: usize) -> usize {

@@ -4,6 +4,7 @@
 //! the checkpoint, its shape and its scalars. Folding walks the plan; so does `nfold init`, through [`Network::tensors`].
 
 pub mod activation;
+mod arguments;
 pub mod batch_normed;
 pub mod efficientnet;
 pub mod gamma;
@@ -16,6 +17,7 @@ pub mod scaled_ws;
 use serde_json::{Map, Value};
 
 use activation::Activation;
+use arguments::{Arguments, Ends, activation_argument, bad_argument, check_ranges, check_stages, output_stride};
 
 /// Why an architecture can't be planned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -387,72 +389,6 @@ fn make_divisible(value: f64, divisor: usize, round_limit: f64) -> usize {
     (if rounded < round_limit * value { rounded + d } else { rounded }) as usize
 }
 
-/// Reads `model_args` one by one, and knows which were not asked for.
-struct Arguments<'a> {
-    architecture: &'a str,
-    left: Map<String, Value>,
-}
-
-impl<'a> Arguments<'a> {
-    fn new(architecture: &'a str, args: &Map<String, Value>) -> Self {
-        Self { architecture, left: args.clone() }
-    }
-
-    /// Takes an argument and reads it as `T` into `target`. Absent leaves `target` alone, and so does null: timm's
-    /// `create_model` drops it.
-    fn set<T: serde::de::DeserializeOwned>(&mut self, name: &str, target: &mut T) -> Result<(), NetError> {
-        let Some(value) = self.left.remove(name).filter(|v| !v.is_null()) else { return Ok(()) };
-        *target = serde_json::from_value(value.clone()).map_err(|e| bad_argument(name, &value, e.to_string()))?;
-        Ok(())
-    }
-
-    /// Takes arguments that don't change inference.
-    fn ignore(&mut self, names: &[&str]) {
-        for name in names {
-            self.left.remove(*name);
-        }
-    }
-
-    /// Takes what all families share: input channels, classes, pooling.
-    fn ends(&mut self) -> Result<Ends, NetError> {
-        let (mut classes, mut in_chans, mut pool) = (1000usize, 3usize, "avg".to_string());
-        self.set("num_classes", &mut classes)?;
-        self.set("in_chans", &mut in_chans)?;
-        self.set("global_pool", &mut pool)?;
-        self.ignore(&["drop_rate", "drop_path_rate", "drop_block_rate", "pretrained", "features_only", "zero_init_fc"]);
-        let refuse = |name: &str, value: Value, reason: &str| Err(bad_argument(name, &value, reason.into()));
-        if !(1..=1_000_000).contains(&classes) {
-            return refuse(
-                "num_classes",
-                classes.into(),
-                "a classifier with 1 to 1,000,000 classes is needed; features alone are not served",
-            );
-        }
-        if !(1..=16).contains(&in_chans) {
-            return refuse("in_chans", in_chans.into(), "1 to 16 channels are supported");
-        }
-        let Some(pool) = Pool::parse(&pool) else {
-            return refuse("global_pool", pool.into(), "avg, max, avgmax and catavgmax are supported");
-        };
-        Ok(Ends { in_chans, pool, classes })
-    }
-
-    fn finish(self) -> Result<(), NetError> {
-        match self.left.into_iter().next() {
-            None => Ok(()),
-            Some((name, _)) => Err(NetError::UnknownArgument { name, architecture: self.architecture.into() }),
-        }
-    }
-}
-
-/// What both ends of every network have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Ends {
-    in_chans: usize,
-    pool: Pool,
-    classes: usize,
-}
-
 /// How the last map becomes the classifier's input (timm `SelectAdaptivePool2d`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pool {
@@ -483,36 +419,6 @@ impl Pool {
     pub fn features(self, channels: usize) -> usize {
         if self == Self::Both { 2 * channels } else { channels }
     }
-}
-
-fn bad_argument(name: &str, value: &Value, reason: String) -> NetError {
-    NetError::BadArgument { name: name.into(), value: value.to_string(), reason }
-}
-
-/// Takes the stride of the last map: where it is less than 32, later stages are dilated instead.
-fn output_stride(args: &mut Arguments<'_>) -> Result<usize, NetError> {
-    let mut stride = 32usize;
-    args.set("output_stride", &mut stride)?;
-    match stride {
-        8 | 16 | 32 => Ok(stride),
-        other => Err(bad_argument("output_stride", &other.into(), "8, 16 or 32".into())),
-    }
-}
-
-/// Refuses stage lists that no real network has, before anything is sized by them.
-fn check_stages(names: [&str; 2], depths: &[usize], channels: &[usize]) -> Result<(), NetError> {
-    let as_json = |list: &[usize]| Value::from(list.to_vec());
-    if depths.is_empty() || depths.len() != channels.len() || depths.len() > 16 {
-        let reason = format!("needs as many entries (1 to 16) as `{}` ({})", names[1], channels.len());
-        return Err(bad_argument(names[0], &as_json(depths), reason));
-    }
-    if depths.iter().any(|d| !(1..=1000).contains(d)) {
-        return Err(bad_argument(names[0], &as_json(depths), "each stage needs 1 to 1000 blocks".into()));
-    }
-    if channels.iter().any(|c| !(1..=65_536).contains(c)) {
-        return Err(bad_argument(names[1], &as_json(channels), "each stage needs 1 to 65,536 channels".into()));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

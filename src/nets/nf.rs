@@ -8,10 +8,10 @@ pub mod variants;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::activation::{ACTIVATIONS, Activation};
+use super::activation::Activation;
 use super::{
-    Arguments, Attention, Conv, Ends, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec, bad_argument, check_stages,
-    make_divisible, output_stride,
+    Arguments, Attention, Conv, Ends, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec, activation_argument,
+    bad_argument, check_ranges, check_stages, make_divisible, output_stride,
 };
 
 /// timm's `NfCfg`: what makes one architecture of the family.
@@ -192,7 +192,7 @@ impl NfConfig {
 
     fn check(&self) -> Result<Activation, NetError> {
         check_stages(["depths", "channels"], &self.depths, &self.channels)?;
-        let positive = [
+        check_ranges([
             ("alpha", self.alpha, 0.0..=1e3),
             ("attn_gain", self.attn_gain, 0.0..=1e3),
             ("width_factor", self.width_factor, 1e-3..=1e3),
@@ -201,15 +201,8 @@ impl NfConfig {
             ("ch_div", self.ch_div as f64, 1.0..=1024.0),
             ("num_features", self.num_features as f64, 0.0..=1e6),
             ("stem_chs", self.stem_chs.unwrap_or(1) as f64, 1.0..=65_536.0),
-        ];
-        for (name, value, range) in positive {
-            if !range.contains(&value) {
-                return Err(bad_argument(name, &value.into(), format!("must lie in {range:?}")));
-            }
-        }
-        let known = || ACTIVATIONS.map(Activation::name).join(", ");
-        Activation::parse(&self.act_layer)
-            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+        ])?;
+        activation_argument(&self.act_layer)
     }
 
     fn norm(&self, activation: Activation) -> Norm {

@@ -1,12 +1,13 @@
 //! RegNetX and RegNetY as timm builds it (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces", section 3.3):
-//! opponents of the benchmark. Widths come from the paper's linear rule.
+//! baselines of the benchmark. Widths come from the paper's linear rule.
 
 use serde_json::{Map, Value};
 
-use super::activation::{ACTIVATIONS, Activation};
+use super::activation::Activation;
 use super::batch_normed::{BatchNormedBlock, BatchNormedPlan, Shortcut};
 use super::{
-    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, bad_argument, make_divisible, output_stride,
+    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, activation_argument, bad_argument,
+    check_ranges, make_divisible, output_stride,
 };
 
 /// PyTorch's default of `BatchNorm2d`.
@@ -124,38 +125,24 @@ impl RegNetConfig {
     }
 
     fn check(&self) -> Result<Activation, NetError> {
-        let whole = [
+        check_ranges([
             ("depth", self.depth, 1..=1000),
             ("w0", self.w0, 8..=4096),
             ("group_size", self.group_size, 1..=4096),
             ("stem_width", self.stem_width, 1..=4096),
             ("num_features", self.num_features, 0..=65_536),
-        ];
-        for (name, value, range) in whole {
-            if !range.contains(&value) {
-                let reason = format!("must lie in {}..={}", range.start(), range.end());
-                return Err(bad_argument(name, &value.into(), reason));
-            }
-        }
-        let real = [
+        ])?;
+        check_ranges([
             ("wa", self.wa, 0.0..=1e4),
             ("wm", self.wm, 1.001..=64.0),
             ("bottle_ratio", self.bottle_ratio, 0.01..=16.0),
             ("se_ratio", self.se_ratio, 0.0..=16.0),
             ("group_min_ratio", self.group_min_ratio, 0.0..=1.0),
-        ];
-        for (name, value, range) in real {
-            if !range.contains(&value) {
-                let reason = format!("must lie in {}..={}", range.start(), range.end());
-                return Err(bad_argument(name, &value.into(), reason));
-            }
-        }
+        ])?;
         if !self.w0.is_multiple_of(8) {
             return Err(bad_argument("w0", &self.w0.into(), "must be a multiple of 8".into()));
         }
-        let known = || ACTIVATIONS.map(Activation::name).join(", ");
-        Activation::parse(&self.act_layer)
-            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+        activation_argument(&self.act_layer)
     }
 
     /// Blocks' widths by the paper's rule (equations 2 to 4), in single precision as timm computes them; equal widths
@@ -182,9 +169,10 @@ impl RegNetConfig {
             let bottleneck = (stage.width as f64 * self.bottle_ratio) as usize;
             stage.group_size = self.group_size.min(bottleneck).max(1);
             let size = stage.group_size;
-            let fitted = match self.group_min_ratio > 0.0 {
-                true => make_divisible(bottleneck as f64, size, 0.9),
-                false => (bottleneck as f64 / size as f64).round_ties_even() as usize * size,
+            let fitted = if self.group_min_ratio > 0.0 {
+                make_divisible(bottleneck as f64, size, 0.9)
+            } else {
+                (bottleneck as f64 / size as f64).round_ties_even() as usize * size
             };
             stage.width = (fitted as f64 / self.bottle_ratio) as usize;
             if stage.width == 0 {
@@ -224,9 +212,10 @@ impl RegNetConfig {
                 fc2: fc("fc2", reduced, mid),
                 activation,
             }),
-            shortcut: match in_chs == width && stride == 1 && first_dilation == dilation {
-                true => Shortcut::Identity,
-                false => Shortcut::Conv(Conv { stride, ..point("downsample", in_chs, width) }),
+            shortcut: if in_chs == width && stride == 1 && first_dilation == dilation {
+                Shortcut::Identity
+            } else {
+                Shortcut::Conv(Conv { stride, ..point("downsample", in_chs, width) })
             },
             activated: !self.linear_out,
             branch_activated: false,

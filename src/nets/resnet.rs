@@ -1,11 +1,11 @@
-//! Batch-normalised residual networks as timm builds them (`ResNet`): the opponents of the benchmark.
+//! Batch-normalised residual networks as timm builds them (`ResNet`): baselines of the benchmark.
 
 use serde_json::{Map, Value};
 
-use super::activation::{ACTIVATIONS, Activation};
+use super::activation::Activation;
 use super::{
-    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec, bad_argument,
-    check_stages, make_divisible, output_stride,
+    Arguments, Attention, Conv, Ends, Evaluation, Init, NetError, Norm, Pool, ShortcutPool, TensorSpec,
+    activation_argument, bad_argument, check_ranges, check_stages, make_divisible, output_stride,
 };
 
 /// PyTorch's default of `BatchNorm2d`.
@@ -143,13 +143,11 @@ impl ResNetPlan {
 impl ResNetConfig {
     fn check(&self) -> Result<Activation, NetError> {
         check_stages(["layers", "channels"], &self.layers, &self.channels)?;
-        for (name, value) in
-            [("stem_width", self.stem_width), ("cardinality", self.cardinality), ("base_width", self.base_width)]
-        {
-            if !(1..=4096).contains(&value) {
-                return Err(bad_argument(name, &value.into(), "must lie in 1..=4096".into()));
-            }
-        }
+        check_ranges([
+            ("stem_width", self.stem_width, 1..=4096),
+            ("cardinality", self.cardinality, 1..=4096),
+            ("base_width", self.base_width, 1..=4096),
+        ])?;
         if !self.bottleneck && (self.cardinality != 1 || self.base_width != 64) {
             let value = Value::from(self.cardinality);
             return Err(bad_argument(
@@ -158,9 +156,7 @@ impl ResNetConfig {
                 "basic blocks take only cardinality 1, base_width 64".into(),
             ));
         }
-        let known = || ACTIVATIONS.map(Activation::name).join(", ");
-        Activation::parse(&self.act_layer)
-            .ok_or_else(|| bad_argument("act_layer", &self.act_layer.as_str().into(), format!("known are {}", known())))
+        activation_argument(&self.act_layer)
     }
 
     fn plan(&self, ends: Ends, output_stride: usize) -> Result<ResNetPlan, NetError> {
