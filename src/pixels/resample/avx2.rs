@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use fearless_simd::prelude::*;
 use fearless_simd::{Avx2, kernel, u8x16, u8x32};
 
-use super::fixed_point::{HALF, Pair, SPLIT_BITS, sample};
+use super::fixed_point::{HALF, Pair, SPLIT_BITS, vertical_sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
 /// Rows that the horizontal kernel takes side by side, one a 32-bit lane.
@@ -195,11 +195,7 @@ kernel!(
         for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
             let (first, weights) = (first - origin, &weights[..*count]);
             pairs.clear();
-            pairs.extend(weights.chunks(2).enumerate().map(|(i, weights)| {
-                // the odd one out is paired with itself, and a coefficient of zero
-                let rows = [first + 2 * i, (first + 2 * i + 1).min(first + count - 1)];
-                (Pair::new(weights[0], weights.get(1).copied().unwrap_or(0)), rows.map(|y| view.row(y)))
-            }));
+            pairs.extend(Pair::rows(view, first, weights));
             let mut blocks = out.chunks_exact_mut(BLOCK);
             let mut x = 0;
             for block in &mut blocks {
@@ -222,11 +218,7 @@ kernel!(
                 x += BLOCK;
             }
             for (j, out) in blocks.into_remainder().iter_mut().enumerate() {
-                let column = weights.iter().enumerate();
-                let sum = column.fold(HALF, |sum, (i, weight)| {
-                    sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
-                });
-                *out = sample(sum);
+                *out = vertical_sample(view, first, weights, x + j);
             }
         }
     }

@@ -1,12 +1,13 @@
 //! Pillow's fixed-point arithmetic: how a 22-bit coefficient is multiplied exactly with 16-bit instructions, and how a sum
 //! becomes a sample. Knows no processor.
 
-use super::PRECISION_BITS;
+use super::{PRECISION_BITS, View};
 
 /// Half a unit in the last place: the sums start here, so that the shift rounds.
 pub(super) const HALF: i32 = 1 << (PRECISION_BITS - 1);
 /// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
 pub(super) const SPLIT_BITS: u32 = 12;
+
 /// A fixed-point sum as a sample.
 #[inline(always)]
 pub(super) fn sample(sum: i32) -> u8 {
@@ -28,9 +29,33 @@ impl Pair {
         Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
     }
 
+    /// The rows of a vertical sum in pairs with their coefficients, `first` being the first row. An odd last row is paired with
+    /// itself and a coefficient of zero.
+    pub(super) fn rows<'a>(
+        view: View<'a>,
+        first: usize,
+        weights: &[i32],
+    ) -> impl Iterator<Item = (Pair, [&'a [u8]; 2])> {
+        let last = first + weights.len() - 1;
+        weights.chunks(2).enumerate().map(move |(i, weights)| {
+            let rows = [first + 2 * i, (first + 2 * i + 1).min(last)];
+            (Pair::new(weights[0], weights.get(1).copied().unwrap_or(0)), rows.map(|y| view.row(y)))
+        })
+    }
+
     /// Whether both coefficients are zero.
     #[inline]
     pub(super) fn is_zero(self) -> bool {
         self.upper == 0 && self.lower == 0
     }
+}
+
+/// One sample of a vertical sum over the rows from `first` on, without vectors: what is left of a row beside whole blocks.
+#[inline(always)]
+pub(super) fn vertical_sample(view: View<'_>, first: usize, weights: &[i32], column: usize) -> u8 {
+    let sum = weights
+        .iter()
+        .enumerate()
+        .fold(HALF, |sum, (i, weight)| sum.wrapping_add(i32::from(view.row(first + i)[column]).wrapping_mul(*weight)));
+    sample(sum)
 }

@@ -7,7 +7,7 @@ use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u16x8, u32x8};
 
 #[cfg(target_arch = "x86_64")]
 use super::avx2;
-use super::fixed_point::{HALF, Pair, SPLIT_BITS, sample};
+use super::fixed_point::{HALF, Pair, SPLIT_BITS, vertical_sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
 /// Columns that one step of laying rows side by side takes.
@@ -233,11 +233,7 @@ fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &
     for (((first, count), weights), out) in lines.zip(out.chunks_exact_mut(view.len)) {
         let (first, weights) = (first - origin, &weights[..*count]);
         pairs.clear();
-        pairs.extend(weights.chunks(2).enumerate().map(|(i, weights)| {
-            // the odd one out is paired with itself, and a coefficient of zero
-            let rows = [first + 2 * i, (first + 2 * i + 1).min(first + count - 1)];
-            (Pair::new(weights[0], weights.get(1).copied().unwrap_or(0)), rows.map(|y| view.row(y)))
-        }));
+        pairs.extend(Pair::rows(view, first, weights));
         let mut blocks = out.chunks_exact_mut(BLOCK);
         let mut x = 0;
         for block in &mut blocks {
@@ -263,11 +259,7 @@ fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &
             x += BLOCK;
         }
         for (j, out) in blocks.into_remainder().iter_mut().enumerate() {
-            let column = weights.iter().enumerate();
-            let sum = column.fold(HALF, |sum, (i, weight)| {
-                sum.wrapping_add(i32::from(view.row(first + i)[x + j]).wrapping_mul(*weight))
-            });
-            *out = sample(sum);
+            *out = vertical_sample(view, first, weights, x + j);
         }
     }
 }
