@@ -220,7 +220,7 @@ impl House {
         let payloads = protocol::classify(vec![photograph.to_vec()], None)?;
         // on the same cores, but as another program would be: on a thread of its own
         let client = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let report = client.block_on(load::run(&plan, payloads, &|_| {})).0;
+        let report = client.block_on(load::run(&plan, payloads, |_| {}));
         report.steps.into_iter().next().context("nothing was measured")
     }
 

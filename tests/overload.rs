@@ -39,7 +39,7 @@ fn measure(house: &House, connections: &[usize], rates: &[f64], window_s: f64) -
     };
     let payloads = protocol::classify(vec![png(1), png(2)], None).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(load::run(&plan, payloads, &|_| {})).0.steps
+    runtime.block_on(load::run(&plan, payloads, |_| {})).steps
 }
 
 fn overload(window_s: f64) {

@@ -274,17 +274,16 @@ fn steps(out: &mut String, report: &load::Report) {
     for s in &report.steps {
         let l = s.latency_ms.as_ref();
         let or = |v: Option<f64>| v.map_or_else(|| "–".into(), |v| format!("{v:.1}"));
-        let of = |outcome| s.outcomes.get(&outcome).copied().unwrap_or(0);
-        let rest: u64 = s.outcomes.values().sum::<u64>() - of(Outcome::Ok) - of(Outcome::Refused);
+        let failed = s.failed();
         let _ = write!(
             out,
-            "<tr><td>{}</td><td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{rest}</td><td>{}</td><td>{}</td>\
+            "<tr><td>{}</td><td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{failed}</td><td>{}</td><td>{}</td>\
              <td>{}</td><td>{}</td><td>{}</td><td>{:.2}{}</td></tr>",
             escape(&name(s)),
             s.throughput,
             s.goodput,
-            of(Outcome::Ok),
-            of(Outcome::Refused),
+            s.count(Outcome::Ok),
+            s.count(Outcome::Refused),
             or(l.map(|l| l.p50)),
             or(l.map(|l| l.p90)),
             or(l.and_then(|l| l.p99)),

@@ -10,7 +10,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::load::answer::Outcome;
-use super::load::record::Recorder;
 use super::{BenchError, engine, load, page};
 use crate::files;
 
@@ -37,14 +36,14 @@ pub fn write_page(folder: &Path) -> Result<(), BenchError> {
 
 /// Writes `folder/load.json`, `folder/load.csv`, `folder/load.hlog` (HdrHistogram's interval log, one histogram a step,
 /// microseconds) and the page.
-pub fn write_load(folder: &Path, report: &load::Report, recorders: &[Recorder]) -> Result<(), BenchError> {
+pub fn write_load(folder: &Path, report: &load::Report) -> Result<(), BenchError> {
     write_json(folder, LOAD, report)?;
     write(folder, &format!("{LOAD}.csv"), load_csv(report).as_bytes())?;
-    write(folder, &format!("{LOAD}.hlog"), &histograms(report, recorders))?;
+    write(folder, &format!("{LOAD}.hlog"), &histograms(report))?;
     write_page(folder)
 }
 
-fn histograms(report: &load::Report, recorders: &[Recorder]) -> Vec<u8> {
+fn histograms(report: &load::Report) -> Vec<u8> {
     let (mut out, mut serializer) = (Vec::new(), V2DeflateSerializer::new());
     let began = SystemTime::UNIX_EPOCH + Duration::from_secs(report.machine.unix_time);
     let mut builder = IntervalLogWriterBuilder::new();
@@ -53,9 +52,10 @@ fn histograms(report: &load::Report, recorders: &[Recorder]) -> Vec<u8> {
     // writing to memory does not fail
     if let Ok(mut log) = builder.begin_log_with(&mut out, &mut serializer) {
         let each = Duration::from_secs_f64(report.plan.warmup_s + report.plan.window_s);
-        for (i, recorder) in recorders.iter().enumerate() {
+        for (i, step) in report.steps.iter().enumerate() {
+            let Some(latencies) = &step.latencies else { continue };
             let tag = format!("step{i}");
-            let _ = log.write_histogram(&recorder.latency, each * i as u32, each, Tag::new(&tag));
+            let _ = log.write_histogram(latencies, each * i as u32, each, Tag::new(&tag));
         }
     }
     out
@@ -80,7 +80,7 @@ pub fn load_csv(report: &load::Report) -> String {
         let latency = s.latency_ms.as_ref();
         let mut fields = vec![s.kind.clone(), s.connections.map_or_else(String::new, |c| c.to_string())];
         fields.extend([real(s.rate), real(s.multiple)]);
-        fields.extend(outcomes.map(|o| s.outcomes.get(&o).copied().unwrap_or(0).to_string()));
+        fields.extend(outcomes.map(|o| s.count(o).to_string()));
         fields.extend([real(Some(s.throughput)), real(Some(s.goodput))]);
         fields.extend([real(latency.map(|l| l.p50)), real(latency.map(|l| l.p90))]);
         fields.extend([real(latency.and_then(|l| l.p99)), real(latency.and_then(|l| l.p999))]);

@@ -90,23 +90,19 @@ pub struct Report {
 }
 
 /// Runs every step of the plan with at least one payload. `tell` is called with a description before each step.
-pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: &dyn Fn(&str)) -> (Report, Vec<Recorder>) {
+pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: impl Fn(&str)) -> Report {
     let machine = Machine::look(None);
     let before = ProcessorTime::now();
     let payload_bytes = payloads.iter().map(|p| p.size() as f64).sum::<f64>() / payloads.len().max(1) as f64;
     let count = payloads.len();
     let payloads: Arc<[Request]> = payloads.into();
-    let (mut steps, mut recorders) = (Vec::new(), Vec::new());
-    let mut keep = |(step, recorder): (Step, Recorder)| {
-        steps.push(step);
-        recorders.push(recorder);
-    };
+    let mut steps = Vec::new();
     let mut capacity: Option<f64> = None;
     for &connections in &plan.connections {
         tell(&format!("closed loop, {connections} connections"));
-        let done = closed(plan, &payloads, connections).await;
-        capacity = Some(capacity.unwrap_or(0.0).max(done.0.throughput));
-        keep(done);
+        let step = closed(plan, &payloads, connections).await;
+        capacity = Some(capacity.unwrap_or(0.0).max(step.throughput));
+        steps.push(step);
     }
     let mut rates: Vec<(f64, Option<f64>)> = plan.rates.iter().map(|&r| (r, None)).collect();
     if let Some(capacity) = capacity.filter(|c| plan.sweep && *c > 0.0) {
@@ -114,13 +110,13 @@ pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: &dyn Fn(&str)) -> (R
     }
     for (i, (rate, multiple)) in rates.into_iter().enumerate() {
         tell(&format!("open loop, {rate:.1} requests/s"));
-        let (step, recorder) = open(plan, &payloads, rate, plan.seed.wrapping_add(i as u64)).await;
-        keep((Step { multiple, ..step }, recorder));
+        let step = open(plan, &payloads, rate, plan.seed.wrapping_add(i as u64)).await;
+        steps.push(Step { multiple, ..step });
     }
     let stolen_share = before.zip(ProcessorTime::now()).map(|(before, after)| after.stolen_since(before));
     let schema = SCHEMA.into();
     let plan = plan.clone();
-    (Report { schema, machine, plan, payloads: count, payload_bytes, stolen_share, capacity, steps }, recorders)
+    Report { schema, machine, plan, payloads: count, payload_bytes, stolen_share, capacity, steps }
 }
 
 fn window(plan: &Plan, start: Instant) -> Window {
@@ -129,7 +125,7 @@ fn window(plan: &Plan, start: Instant) -> Window {
 }
 
 /// Each connection sends its next request when the last is answered.
-async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> (Step, Recorder) {
+async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> Step {
     let window = window(plan, Instant::now());
     let recorder = Arc::new(Mutex::new(Recorder::new(window, plan.slo_ms)));
     let timeout = Duration::from_secs_f64(plan.timeout_s);
@@ -157,15 +153,15 @@ async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> (
     for caller in callers {
         unless_panicked(caller.await);
     }
-    finish(recorder, |r| r.step("closed", None, Some(connections), plan.max_lag_ms))
+    lock(&recorder).step("closed", None, Some(connections), plan.max_lag_ms)
 }
 
 /// Requests go out when they are due, whatever happened to those before.
-async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (Step, Recorder) {
+async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> Step {
     let span = Duration::from_secs_f64(plan.warmup_s + plan.window_s);
-    let due = schedule::draw(plan.arrivals, rate, span, seed);
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ (1 << 63));
-    let picks: Vec<usize> = due.iter().map(|_| rng.random_range(0..payloads.len())).collect();
+    let due = schedule::draw(plan.arrivals, rate, span, seed).into_iter();
+    let due: Vec<(Duration, usize)> = due.map(|offset| (offset, rng.random_range(0..payloads.len()))).collect();
     let timeout = Duration::from_secs_f64(plan.timeout_s);
     // connections and the generator's thread are up before the first arrival
     let start = Instant::now() + Duration::from_millis(50);
@@ -175,7 +171,7 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (
     // a thread of its own: the runtime's timer counts in milliseconds, and its workers may be busy with answers
     let generator = tokio::task::spawn_blocking(move || {
         let mut calls = Vec::with_capacity(due.len());
-        for (offset, pick) in due.into_iter().zip(picks) {
+        for (offset, pick) in due {
             let at = start + offset;
             if let Some(left) = at.checked_duration_since(Instant::now()) {
                 std::thread::sleep(left);
@@ -192,7 +188,7 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> (
     for call in unless_panicked(generator.await).unwrap_or_default() {
         unless_panicked(call.await);
     }
-    finish(recorder, |r| r.step("open", Some(rate), None, plan.max_lag_ms))
+    lock(&recorder).step("open", Some(rate), None, plan.max_lag_ms)
 }
 
 /// The result of a task. A panic in it continues here: figures without it would be wrong.
@@ -210,9 +206,4 @@ async fn send(client: &Result<Client, String>, request: &Request, timeout: Durat
 
 fn lock(recorder: &Mutex<Recorder>) -> std::sync::MutexGuard<'_, Recorder> {
     recorder.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn finish(recorder: Arc<Mutex<Recorder>>, step: impl FnOnce(&Recorder) -> Step) -> (Step, Recorder) {
-    let recorder = lock(&recorder).clone();
-    (step(&recorder), recorder)
 }

@@ -41,7 +41,7 @@ pub struct Recorder {
     finished: u64,
     good: u64,
     /// Microseconds from due to answered, of requests due in the window and answered as asked.
-    pub latency: Histogram<u64>,
+    latency: Histogram<u64>,
     lag: Histogram<u64>,
     phases: BTreeMap<String, (f64, u64)>,
 }
@@ -86,6 +86,9 @@ pub struct Step {
     pub lag_ms: [f64; 3],
     /// The generator kept up, so the step counts.
     pub valid: bool,
+    /// Microseconds from due to answered, of the answers as asked; none where the report was read from a file.
+    #[serde(skip)]
+    pub latencies: Option<Histogram<u64>>,
     /// Mean milliseconds of the phases that the server tells (`server-timing`).
     pub server_ms: BTreeMap<String, f64>,
 }
@@ -151,9 +154,22 @@ impl Recorder {
                 _ => (0..=100).map(|p| at(h, f64::from(p) / 100.0)).collect(),
             },
             lag_ms,
+            latencies: Some(h.clone()),
             valid: lag_ms[1] <= max_lag_ms,
             server_ms: self.phases.iter().map(|(k, (sum, n))| (k.clone(), sum / (*n).max(1) as f64)).collect(),
         }
+    }
+}
+
+impl Step {
+    /// Requests due in the window that ended so.
+    pub fn count(&self, outcome: Outcome) -> u64 {
+        self.outcomes.get(&outcome).copied().unwrap_or(0)
+    }
+
+    /// Requests due in the window that were neither answered as asked nor refused.
+    pub fn failed(&self) -> u64 {
+        self.outcomes.values().sum::<u64>() - self.count(Outcome::Ok) - self.count(Outcome::Refused)
     }
 }
 

@@ -141,7 +141,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
-    let (report, recorders) = runtime.block_on(async {
+    let report = runtime.block_on(async {
         let (model, bodies) = (plan.model.as_deref(), args.bodies as usize);
         let payloads = match plan.protocol {
             Protocol::Classify => protocol::classify(images(&args.image, bodies)?, model)?,
@@ -149,7 +149,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
             Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, plan.tensors, bodies, plan.seed).await?,
         };
         protocol::check(&plan.server, &payloads, args.timeout).await?;
-        anyhow::Ok(load::run(&plan, payloads, &|what| say(format_args!("{what}"))).await)
+        anyhow::Ok(load::run(&plan, payloads, |what| say(format_args!("{what}"))).await)
     })?;
     let mut out = io::stdout().lock();
     if args.json {
@@ -158,7 +158,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         print(&mut out, &report)?
     }
     if let Some(folder) = &args.report {
-        report::write_load(folder, &report, &recorders)?;
+        report::write_load(folder, &report)?;
         say(format_args!("wrote {}", folder.join(report::PAGE).display()));
     }
     let void = report.steps.iter().filter(|s| !s.valid).count();
@@ -205,8 +205,7 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
         "step", "throughput/s", "goodput/s", "ok", "refused", "failed", "p50 ms", "p90", "p99", "lag p99"
     )?;
     for s in &report.steps {
-        let of = |outcome| s.outcomes.get(&outcome).copied().unwrap_or(0);
-        let failed: u64 = s.outcomes.values().sum::<u64>() - of(Outcome::Ok) - of(Outcome::Refused);
+        let failed = s.failed();
         let or = |v: Option<f64>| v.map_or_else(|| "-".into(), |v| format!("{v:.1}"));
         let l = s.latency_ms.as_ref();
         let name = match (s.connections, s.rate, s.multiple) {
@@ -219,8 +218,8 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
             "{name:<26} {:>12.1} {:>10.1} {:>7} {:>8} {failed:>7} {:>8} {:>8} {:>8} {:>7.2}{}",
             s.throughput,
             s.goodput,
-            of(Outcome::Ok),
-            of(Outcome::Refused),
+            s.count(Outcome::Ok),
+            s.count(Outcome::Refused),
             or(l.map(|l| l.p50)),
             or(l.map(|l| l.p90)),
             or(l.and_then(|l| l.p99)),
