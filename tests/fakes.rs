@@ -34,7 +34,7 @@ pub enum Fault {
     Batched,
 }
 
-/// Strings that pull the engines of one model.
+/// Controls of one model's engines.
 #[derive(Debug, Default)]
 pub struct Strings {
     closed: Mutex<bool>,

@@ -96,7 +96,7 @@ fn newest(registry: &Registry) -> u64 {
     model.version
 }
 
-/// Version 0.1 waited for ever for the report of a thread that had panicked, and every further reload waited for it.
+/// Version 0.1 waited without end for the report of a thread that had panicked, and every later reload waited for that.
 #[test]
 fn a_panic_while_an_engine_opens_is_a_failure_like_any_other() {
     for opens in [Opens::PanicInThread, Opens::PanicInRun, Opens::PanicBefore] {

@@ -404,7 +404,7 @@ fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
     assert_eq!(all_images(&stage.metrics, "m"), stage.ended(Outcome::Ok));
 }
 
-/// The engine with all cores is fast because nobody else is there: what it costs must not be taken for what a crowd costs.
+/// The engine with all cores is fast because the machine is idle: its cost must not count as that of a busy machine.
 #[test]
 fn an_idle_machine_does_not_spoil_the_estimate() {
     let (stage, wide) = elastic(options(1, 1, 100));
@@ -481,7 +481,7 @@ fn batches_are_padded_to_buckets_and_the_padding_counted() {
 }
 
 #[test]
-fn answers_that_depend_on_company_are_found_at_the_start() {
+fn answers_that_depend_on_their_batch_are_found_at_the_start() {
     let begin = |invariance| {
         let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
         *strings.fault.lock().unwrap() = Some(Fault::Batched);

@@ -82,7 +82,7 @@ pub fn ask(address: SocketAddr, head: &str, headers: &[(&str, &str)], body: &[u8
     receive(send(address, head, headers, body))
 }
 
-/// A one-colour PNG; the puppet's logits are its red over 255.
+/// A one-colour PNG; the first logit of the fake engine is its red over 255.
 pub fn png(red: u8) -> Vec<u8> {
     let image = image::RgbImage::from_pixel(2, 2, image::Rgb([red, 7, 9]));
     let mut bytes = std::io::Cursor::new(Vec::new());

@@ -2,8 +2,8 @@
 //!
 //! `REPOSITORY/NAME/VERSION`: a name is what [`check_name`] takes, a version is a whole number in the digits it is usually
 //! written with (`1`, not `01` or `+1`), and its folder has a manifest. Links are followed wherever they lead, under the
-//! name that they have here: that is how ConfigMaps and git-sync lay a repository out. What begins with a dot is nobody's
-//! business (`..data`, `.git`), and so are files beside folders.
+//! name that they have here: that is how ConfigMaps and git-sync lay a repository out. Names that begin with a
+//! dot (`..data`, `.git`) and files beside folders are ignored.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,5 +1,4 @@
-//! What a manifest says about the checkpoint that was folded: where settings come from, what was not used, and what a
-//! reader should look at.
+//! A manifest's record of the checkpoint: where settings come from, what was not used, and warnings.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +11,7 @@ pub struct Source {
     /// Fields and tensors that were read and have no use in a folded model.
     #[serde(default)]
     pub unused: Vec<String>,
-    /// What is probably not as it should be, one sentence each.
+    /// Warnings, one sentence each.
     #[serde(default)]
     pub warnings: Vec<String>,
 }

@@ -92,7 +92,7 @@ impl Decoder {
             Header::WebP => webp::orientation(bytes),
             Header::Gif | Header::Bmp => None,
         };
-        // a broken block of metadata doesn't make the picture unreadable
+        // broken metadata doesn't make the picture unreadable
         let orientation = orientation.unwrap_or(Orientation::NoTransforms);
         if orientation != Orientation::NoTransforms {
             // turned as RGB, from one copy to another

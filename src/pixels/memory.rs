@@ -25,7 +25,7 @@ pub struct DecodeMemory {
 struct State {
     small: u64,
     large: u64,
-    /// Large images that have asked in vain, first come first served.
+    /// Large images that wait, first come first served.
     waiting: VecDeque<u64>,
     next_turn: u64,
 }

@@ -1,5 +1,5 @@
 //! An ONNX graph rewritten for this processor, in memory only: padded to the blocks of channels that the kernels process, and
-//! laid out in them. Files that are handed out stay as they were folded.
+//! laid out in them. Files stay as they were folded.
 //!
 //! Knows nothing of sessions; `engine` opens what comes out.
 

@@ -1,4 +1,4 @@
-//! Hostile bytes at every door where bytes come in: images by format, checkpoints, manifests, forms, JSON, both framings of the
+//! Hostile bytes for every parser of untrusted input (a door): images by format, checkpoints, manifests, forms, JSON, both framings of the
 //! Open Inference Protocol, gRPC messages, heads of HTTP requests.
 //!
 //! Every door has seeds (real input), an oracle of what must hold of the outcome, whatever comes, and one of memory: bytes
@@ -21,7 +21,7 @@ use allocation_counter::AllocationInfo;
 
 use crate::random::Random;
 
-/// Mutated inputs of a smoke run, at every door.
+/// Mutated inputs of a smoke run, for each parser.
 const SMOKE: usize = 2000;
 /// Seeds kept at most.
 const POOL: usize = 2000;
@@ -38,7 +38,7 @@ pub struct Door {
     pub longest: usize,
 }
 
-/// What an input came to, and what it cost.
+/// The outcome of an input, and its cost.
 pub struct Verdict {
     /// Outcomes that differ in more than numbers are different ones.
     pub outcome: String,

@@ -1,11 +1,9 @@
 //! A deterministic simulation of scheduling: admission, queue, deadlines, cancellation, priorities, batching, the
 //! elastic engine, reload and drain run as they are, on a system whose clock and threads obey a seed.
 //!
-//! `shuttle` was looked at first. It explores schedules of threads, but it has no clock, and its timed waits never time out
-//! (`shuttle-std` 0.1: "this method never times out"), while half of what is to be found here has to do with deadlines, queue
-//! delays and reopened engines. So scheduling has an interface of its own ([`System`](crate::infer::system::System): time, threads,
-//! parking), and the coroutines below it are those of `generator`, which loom and shuttle stand on. With a clock of our own a
-//! schedule of ten simulated minutes takes half a millisecond.
+//! Scheduling has an interface of its own to the system ([`System`](crate::infer::system::System): time, threads, parking); the
+//! simulation implements it on the coroutines of `generator`, with a clock of its own. docs/decisions has the reasons, and why
+//! it is not `shuttle`.
 //!
 //! What holds in every schedule: each reply goes to its request; every admitted image is answered exactly once; no model
 //! holds more than its limit; slots return to zero; no thread sleeps beside work; nothing expired is computed; nothing that
@@ -29,7 +27,7 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable} is no number: {e}")))
 }
 
-/// Runs one schedule, and counts what came of it.
+/// Runs one schedule, and counts its outcomes.
 fn run(seed: u64, seen: &Seen) -> Result<(), String> {
     let scenario = Scenario::begin(seed);
     scenario.run().map_err(|violation| {
@@ -44,7 +42,7 @@ fn run(seed: u64, seen: &Seen) -> Result<(), String> {
     Ok(())
 }
 
-/// Everything that can come of an image here, and of a reload: a simulation in which some of it never does shows nothing.
+/// Every outcome of an image and of a reload. The simulation fails if one of them never occurs: it would show nothing.
 const OUTCOMES: [Outcome; 8] = [
     Outcome::Ok,
     Outcome::UnsupportedMediaType,

@@ -1,5 +1,5 @@
 //! What happens in one schedule: models with engines that are slow, fail, panic or hang; clients that come in crowds, wait or
-//! leave; a repository that changes; an operator who reloads, loads, unloads; and an end. All of it drawn by lot.
+//! leave; a repository that changes; an operator who reloads, loads, unloads; and an end. All of it is random.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future as _;
@@ -70,7 +70,7 @@ struct Record {
     /// Every model that was seen, to look after.
     models: Vec<Weak<LiveModel>>,
     violations: Vec<String>,
-    /// Somebody has unloaded the model.
+    /// A client has unloaded the model.
     unloaded: bool,
     /// Everything queued was given up, on the second request to stop.
     aborted: bool,
@@ -495,7 +495,7 @@ impl Scenario {
         }
     }
 
-    /// Somebody changes the repository, and asks for it.
+    /// Changes the repository and requests a reload.
     fn operate(&self, registry: &Registry) {
         let deeds = self.random().between(1, 4);
         for deed in 0..deeds {

@@ -1,8 +1,8 @@
 //! Time, threads and waiting that obey a seed.
 //!
-//! A thread is a coroutine; one runs at a time, and gives way only where the scheduler would touch a lock, park or sleep. Who
-//! goes on then is drawn by lot, and time passes only when nobody can go on, or when the lot says that a thread was held up
-//! (decoding, page faults, a neighbour's load). So a schedule is a function of its seed.
+//! A thread is a coroutine; one runs at a time, and yields only where the scheduler would touch a lock, park or sleep. The next
+//! one is chosen at random. Time passes only when no thread can go on, or when a thread is delayed at random (as by decoding,
+//! page faults, or load of other processes). So a schedule is a function of its seed.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +19,7 @@ use crate::random::Random;
 /// Longest that a thread is held up at a time.
 pub const HOLD_UP: Duration = Duration::from_millis(3);
 
-/// So many turns at one moment are for ever.
+/// More turns than this at one moment mean an endless loop.
 const CIRCLES: usize = 20_000;
 
 /// Words of a thread's stack.

@@ -217,7 +217,7 @@ fn a_full_port_makes_room() {
     assert!(server.wait().success());
 }
 
-/// Who works is not sent away for who comes.
+/// A working connection is not evicted for a new one.
 /// Clients that ask for something cheap so often that none is ever quiet for long.
 #[test]
 fn a_port_full_of_busy_askers_makes_room() {

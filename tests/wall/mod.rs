@@ -4,7 +4,6 @@
 pub mod calls;
 mod connections;
 mod floods;
-mod heart;
 mod images;
 mod logs;
 mod memory;
@@ -12,6 +11,7 @@ mod pace;
 mod panics;
 mod refusals;
 mod repository;
+mod shared_engines;
 mod streams;
 
 use std::net::SocketAddr;

@@ -220,7 +220,7 @@ fn a_body_that_does_not_fit_in_memory_is_refused_and_told() {
     house.end().unwrap();
 }
 
-/// Who asks before it sends is told without having to send.
+/// A client that sends `expect: 100-continue` is refused before it sends the body.
 #[test]
 fn a_client_that_asks_first_sends_nothing() {
     let house = house(local(), options(1, 4, 8));
@@ -236,7 +236,7 @@ fn a_client_that_asks_first_sends_nothing() {
     house.end().unwrap();
 }
 
-/// Nobody is waited for who has stopped sending, or never stops.
+/// A client that has stopped sending, or never stops, is not waited for.
 #[test]
 fn what_is_thrown_away_is_bounded() {
     let house = house(local(), options(1, 4, 8));

@@ -128,7 +128,7 @@ fn what_would_block_or_fill_memory_fails_alone_and_is_said_once() {
     for (number, kind) in ["pipe", "folder", "socket", "zeros", "sparse", "short"].into_iter().enumerate() {
         let version = model.join((number + 2).to_string());
         let (_, cost) = under_attack(&server, || {
-            // whole at once, as a careful hand would
+            // by a rename, so that it appears whole
             copy(&good, &wrong);
             let onnx = wrong.join("model.onnx");
             let whole = fs::read(&onnx).unwrap();

@@ -197,7 +197,7 @@ fn compression(scheme: u64, fax_options: u64) -> Result<Compression, ImageError>
     unsupported(format!("TIFF compressed by {name} is not read"))
 }
 
-/// Pillow's table of what it opens, without what nobody writes.
+/// Pillow's table of the kinds that it opens, without those that no program writes.
 fn kind(photometric: u64, bits: u64, count: u64, format: u64, extra: &[u64]) -> Result<Kind, ImageError> {
     let colors = count - (extra.len() as u64).min(count - 1);
     let small = matches!(bits, 1 | 2 | 4 | 8);
