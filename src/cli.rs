@@ -121,6 +121,9 @@ pub fn main() -> ExitCode {
 
 /// What the user typed, with what the environment sets; help, the version or what is wrong with it is printed.
 fn parse() -> Result<Cli, ExitCode> {
+    for (name, meant) in environment::misspelt(&Cli::command()) {
+        say(format_args!("warning: no flag reads the variable {name}; {meant} is meant?"));
+    }
     let program = environment::without_empty(Cli::command());
     let parsed = program.clone().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     parsed.map_err(|error| {

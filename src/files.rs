@@ -179,6 +179,13 @@ struct Listed {
     _lock: Option<File>,
 }
 
+/// What the system said, without the name of a draft that nobody has heard of, which `tempfile` puts behind it.
+fn plain(error: io::Error) -> io::Error {
+    let text = error.to_string();
+    let said = text.split(" at path \"").next().unwrap_or(&text);
+    io::Error::new(error.kind(), said.to_string())
+}
+
 impl<T> Live<T> {
     fn create(
         create: impl Fn() -> io::Result<T>,
@@ -188,7 +195,7 @@ impl<T> Live<T> {
         loop {
             let mut live = live();
             let Some(list) = live.as_mut() else { return Err(io::ErrorKind::Interrupted.into()) };
-            let inner = create()?;
+            let inner = create().map_err(plain)?;
             let path = path(&inner);
             list.insert(path.clone());
             drop(live);

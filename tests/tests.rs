@@ -19,6 +19,9 @@ mod layers;
 /// The program's output, exit codes and traces.
 mod cli;
 
+/// Help, addresses, the start of a server, odd files, misspelt variables.
+mod command_line;
+
 /// What the program says about itself: reference, completions, manuals.
 mod reference;
 

@@ -81,6 +81,17 @@ pub struct Report {
     pub rows: Vec<Row>,
 }
 
+impl Report {
+    /// What of the figures can't be, where something can't.
+    pub fn implausible(&self) -> Option<&'static str> {
+        let above = self.rows.iter().filter_map(|row| row.peak_share).any(|share| share > 1.0);
+        above.then_some(
+            "more than 100 % of peak is implausible: the processor's speed changed, or others used it, while the peak was \
+             measured; measure again on an idle machine",
+        )
+    }
+}
+
 /// One contender at one batch size and thread count.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[allow(missing_docs)]

@@ -57,7 +57,7 @@ impl Machine {
         let memory = field(&read("/proc/meminfo"), "MemTotal").unwrap_or_default();
         let kib: f64 = memory.split_whitespace().next().and_then(|v| v.parse().ok()).unwrap_or(0.0);
         let governor = read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").trim().to_string();
-        let mut command: Vec<String> = std::env::args().collect();
+        let mut command: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
         if let Some(program) = command.first_mut() {
             *program = env!("CARGO_PKG_NAME").into();
         }

@@ -70,6 +70,9 @@ fn engine_section(out: &mut String, report: &Report) {
         .map(|p| format!("{:.1} GFLOP/s with {} thread{}", p.gflops, p.threads, if p.threads == 1 { "" } else { "s" }))
         .collect();
     let _ = write!(out, "{} (fused multiply-adds in registers, measured).</p>", peaks.join(", "));
+    if let Some(note) = report.implausible() {
+        let _ = write!(out, "<p class=\"note\">Note: {note}.</p>");
+    }
 }
 
 fn cells(report: &Report) -> BTreeSet<(usize, usize)> {
@@ -241,9 +244,9 @@ fn load_section(out: &mut String, report: &load::Report) {
     machine(out, &report.machine, report.stolen_share);
     let _ = write!(
         out,
-        "<p class=\"note\">{:?} arrivals, seed {}; {} s of warm-up, then {} s measured a step; {} different bodies of \
+        "<p class=\"note\">{} arrivals, seed {}; {} s of warm-up, then {} s measured a step; {} different bodies of \
          {:.1} kB in random order; patience {} s.</p>",
-        plan.arrivals,
+        plan.arrivals.name(),
         plan.seed,
         number(plan.warmup_s),
         number(plan.window_s),

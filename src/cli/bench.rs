@@ -18,6 +18,7 @@ use super::printable::say;
 use super::serve::{ProviderArg, duration};
 use crate::bench::engine::{self, Plan, Report};
 use crate::bench::report;
+use crate::bench::statistics::{self, Ratio};
 use crate::engine::Provider;
 
 /// Arguments of `nfold bench`.
@@ -179,7 +180,7 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// For each batch size and number of threads: which network is the fastest, and by how much.
+/// For each batch size and number of threads: which network is the fastest, and by how much, as far as the rounds can tell.
 fn verdicts(report: &Report) -> Vec<String> {
     let mut sentences = Vec::new();
     for &threads in &report.plan.threads {
@@ -187,7 +188,7 @@ fn verdicts(report: &Report) -> Vec<String> {
             let mut rows: Vec<_> = report.rows.iter().filter(|r| (r.threads, r.batch) == (threads, batch)).collect();
             rows.sort_by(|a, b| a.latency_ms.median.total_cmp(&b.latency_ms.median));
             let [first, second, ..] = rows.as_slice() else { continue };
-            let times = second.latency_ms.median / first.latency_ms.median;
+            let ratio = statistics::ratio(&second.rounds_ms, &first.rounds_ms, report.plan.seed);
             let against = report.plan.reference.as_deref().filter(|r| *r != first.label && *r != second.label);
             let reference = match (against, &first.speed) {
                 (Some(name), Some(s)) => {
@@ -196,9 +197,20 @@ fn verdicts(report: &Report) -> Vec<String> {
                 _ => String::new(),
             };
             let (a, b) = (&first.label, &second.label);
-            sentences.push(format!(
-                "batch {batch}, threads {threads}: {a} is the fastest, {times:.2} times as fast as {b}{reference}"
-            ));
+            let verdict = match ratio {
+                Some(Ratio { value, low, high }) if low > 1.0 => {
+                    format!(
+                        "{a} is the fastest, {value:.2} times as fast as {b} (95 %: {low:.2} to {high:.2}){reference}"
+                    )
+                }
+                Some(Ratio { value, low, high }) => {
+                    format!(
+                        "{a} and {b} can't be told apart (ratio {value:.2}, 95 %: {low:.2} to {high:.2}); more --rounds may"
+                    )
+                }
+                None => format!("{a} is the fastest{reference}"),
+            };
+            sentences.push(format!("batch {batch}, threads {threads}: {verdict}"));
         }
     }
     sentences
@@ -243,15 +255,61 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
     for sentence in verdicts(report) {
         writeln!(out, "{sentence}")?;
     }
-    if report.rows.iter().filter_map(|r| r.peak_share).any(|share| share > 1.0) {
-        writeln!(
-            out,
-            "note: more than 100 % of peak is implausible: the processor's speed changed, or others used it, while the peak was \
-             measured; measure again on an idle machine"
-        )?;
+    if let Some(note) = report.implausible() {
+        writeln!(out, "note: {note}")?;
     }
     if let Some(share) = report.stolen_share.filter(|s| *s > 0.01) {
         writeln!(out, "note: {:.1} % of processor time went to other guests of this machine", 100.0 * share)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Networks by name, medians of their rounds and share of peak.
+    fn report(rows: &[(&str, &[f64], f64)]) -> Report {
+        let row = |(label, rounds, share): &(&str, &[f64], f64)| -> Value {
+            let mut sorted = rounds.to_vec();
+            sorted.sort_by(f64::total_cmp);
+            let [min, median, max] = [sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]];
+            let latency = json!({ "runs": 5, "min": min, "median": median, "p90": max, "p99": null, "max": max });
+            json!({ "label": label, "model": label, "variant": "folded", "height": 1, "width": 1, "batch": 1, "threads": 1,
+                "onnx_bytes": 1, "load_ms": 1.0, "latency_ms": latency, "rounds_ms": rounds, "percentiles_ms": [],
+                "images_per_s": 1.0, "peak_share": share })
+        };
+        let plan = json!({ "batches": [1], "threads": [1], "rounds": 5, "turn_ms": 1, "warmup_ms": 1, "warmup_runs": 1,
+            "spinning": false, "reference": null, "seed": 0 });
+        let machine = json!({ "processor": "p", "cores": 1, "extensions": [], "memory_gib": 1.0, "system": "s", "kernel": "k",
+            "nfold": "0", "command": [], "unix_time": 0 });
+        let rows: Vec<Value> = rows.iter().map(row).collect();
+        let report = json!({ "schema": engine::SCHEMA, "machine": machine, "plan": plan, "peaks": [], "rows": rows });
+        serde_json::from_value(report).expect("a report")
+    }
+
+    fn said(report: &Report) -> String {
+        let mut out = Vec::new();
+        print(&mut out, report).expect("printed");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn the_verdict_says_what_the_rounds_can_tell() {
+        let (slow, fast): (&[f64], &[f64]) = (&[20.0, 20.1, 20.2, 19.9, 20.0], &[10.0, 10.1, 10.2, 9.9, 10.0]);
+        let clear = said(&report(&[("slow", slow, 0.5), ("fast", fast, 0.5)]));
+        assert!(clear.contains("threads 1: fast is the fastest, 2.00 times as fast as slow (95 %: "), "{clear}");
+        let noisy: &[f64] = &[9.0, 11.5, 8.0, 12.0, 10.1];
+        let unclear = said(&report(&[("noisy", noisy, 0.5), ("fast", fast, 0.5)]));
+        assert!(unclear.contains("fast and noisy can't be told apart (ratio 1.01, 95 %: "), "{unclear}");
+    }
+
+    #[test]
+    fn more_than_the_peak_is_called_implausible() {
+        let rounds: &[f64] = &[1.0; 5];
+        assert!(said(&report(&[("a", rounds, 1.01)])).contains("note: more than 100 % of peak is implausible"));
+        assert!(!said(&report(&[("a", rounds, 0.99)])).contains("implausible"));
+    }
 }

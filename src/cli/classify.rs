@@ -5,6 +5,7 @@ mod answers;
 pub mod search;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, bail};
 use clap::Args;
 use clap::builder::FalseyValueParser;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use self::answers::{Answer, Format, Out, Printer};
 use self::search::{Found, Search};
@@ -263,8 +264,12 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
 }
 
 fn bar(images: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images, {per_sec}, {eta} left");
-    ProgressBar::new(images as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images, {speed}, {eta} left");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let speed = |state: &ProgressState, out: &mut dyn fmt::Write| {
+        let _ = write!(out, "{:.1} images/s", state.per_sec());
+    };
+    ProgressBar::new(images as u64).with_style(style.with_key("speed", speed))
 }
 
 /// The summary on stderr: one image needs none; a failure always has its line.

@@ -3,6 +3,7 @@
 //! A variable that is there but empty counts as not set: compose files (`${X:-}`) and Helm charts (`value: ""`) make such.
 //! So does what Kubernetes sets for a Service called `nfold` (`NFOLD_PORT=tcp://…`).
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 
 use clap::error::{ContextKind, ContextValue};
@@ -25,6 +26,25 @@ fn set_or_not(argument: Arg) -> Arg {
 
 fn is_unset(value: &OsStr) -> bool {
     value.is_empty() || ["tcp://", "udp://", "sctp://"].iter().any(|link| value.to_string_lossy().starts_with(link))
+}
+
+/// Variables that are set and that no flag of any command reads, with the name that they probably should have; what is like
+/// no name of ours is somebody else's.
+pub fn misspelt(program: &Command) -> Vec<(String, String)> {
+    let mut known = BTreeSet::new();
+    let mut left = vec![program];
+    while let Some(command) = left.pop() {
+        left.extend(command.get_subcommands());
+        known.extend(command.get_arguments().filter_map(|argument| argument.get_env()?.to_str().map(String::from)));
+    }
+    let set = std::env::vars_os().filter(|(_, value)| !is_unset(value)).filter_map(|(name, _)| name.into_string().ok());
+    let unknown = set.filter(|name| name.starts_with("NFOLD_") && !known.contains(name));
+    let meant = |name: String| {
+        let likeness = |other: &String| strsim::normalized_damerau_levenshtein(&name, other);
+        let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?.clone();
+        (likeness(&nearest) > 0.85).then_some((name, nearest))
+    };
+    unknown.filter_map(meant).collect()
 }
 
 /// Whether any variable's value is no [`printable`](super::printable) text.

@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::bail;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::json;
@@ -74,6 +75,12 @@ fn open(args: &InspectArgs, path: &Path) -> anyhow::Result<ModelDir> {
         && let Ok(model) = ModelDir::open(repository, Some(name), args.model_version)
     {
         return Ok(model);
+    }
+    if !path.exists() && path.components().count() > 1 {
+        bail!(
+            "there is nothing at `{}`; name a model of the repository, a path that `nfold fold` printed, or a checkpoint",
+            path.display()
+        );
     }
     Ok(ModelDir::open(&args.repository, Some(&path.to_string_lossy()), args.model_version)?)
 }

@@ -1,7 +1,6 @@
 //! `nfold spp`: signal propagation statistics of networks at initialisation, of checkpoints (unfolded, folded, in half
 //! precision) and of folded models, side by side; exit code 1 when a statistic is unhealthy.
 
-use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,13 +11,12 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::classify::search::{Found, Search};
-use super::printable::say;
+use super::classify::search::Search;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
 use crate::engine::Batch;
 use crate::files::{self, DraftFolder};
 use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
-use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing};
+use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing, regular_file};
 use crate::nets::activation::{ACTIVATIONS, Activation};
 use crate::pixels::{Decoder, Preprocessor};
 use crate::spp::health::{self, Limits, Problem};
@@ -283,20 +281,7 @@ fn noise(seed: u64, shape: [usize; 3], count: usize) -> Vec<Batch> {
 fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result<Vec<Batch>> {
     let mut search = Search::new(false);
     search.folder(folder).map_err(|e| anyhow!("can't search `{}`: {e}", folder.display()))?;
-    let left_out = search.left_out();
-    let mut files = Vec::new();
-    for Found { path, refused } in search.found {
-        match refused {
-            None => files.push(path),
-            Some(reason) => say(format_args!("warning: `{}` is left out: {reason}", path.display())),
-        }
-    }
-    if files.is_empty() {
-        bail!("folder `{}` holds no image file; name another with --images", folder.display());
-    }
-    if let Some(left) = left_out {
-        say(format_args!("note: {left}"));
-    }
+    let files = search.readable(&format!("name another folder than `{}` with --images", folder.display()))?;
     let count = count.min(files.len());
     let preprocessor = Preprocessor::new(p);
     if !preprocessor.takes_images() {
@@ -308,7 +293,8 @@ fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result
         let mut batch = Batch::zeros_of(BATCH.min(count - first), p.shape());
         for i in 0..batch.images {
             let path = &files[(first + i) * files.len() / count];
-            let bytes = fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+            let bytes = regular_file::read(path, decoder.limits.max_bytes as u64);
+            let bytes = bytes.map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
             let image = decoder.decode(&bytes, p.exif_orientation, |width, height| [width, height]);
             let image = image.map_err(|e| anyhow!("`{}`: {e}", path.display()))?;
             preprocessor.apply(&image, batch.image_mut(i));

@@ -3,7 +3,7 @@
 //! Keys are kept as digests and compared in constant time. Health answers without a key, and so do pages that hold no
 //! data; metrics are on another port.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::extract::{Request, State};
@@ -15,6 +15,10 @@ use subtle::ConstantTimeEq as _;
 
 use super::doors;
 use super::status::{ApiError, Code};
+use crate::model::regular_file;
+
+/// Most bytes of a key file.
+const LARGEST: u64 = 16 << 20;
 
 /// What can be wrong with a key file.
 #[derive(Debug, thiserror::Error)]
@@ -81,9 +85,10 @@ fn digest(key: &[u8]) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-fn read(path: &PathBuf) -> Result<Digests, KeysError> {
-    let text = std::fs::read_to_string(path).map_err(|source| KeysError::Io { path: path.clone(), source })?;
-    let bad = |reason: String| KeysError::Bad { path: path.clone(), reason };
+fn read(path: &Path) -> Result<Digests, KeysError> {
+    let bytes = regular_file::read(path, LARGEST).map_err(|source| KeysError::Io { path: path.into(), source })?;
+    let text = String::from_utf8_lossy(&bytes);
+    let bad = |reason: String| KeysError::Bad { path: path.into(), reason };
     let mut digests = Vec::new();
     for (i, line) in text.lines().enumerate() {
         let key = line.trim();

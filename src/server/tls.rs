@@ -11,6 +11,11 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::TlsAcceptor;
 
+use crate::model::regular_file;
+
+/// Most bytes of a file of certificates or of a key.
+const LARGEST: u64 = 16 << 20;
+
 /// Where the certificates are. All files are PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsOptions {
@@ -64,25 +69,28 @@ impl Tls {
     }
 }
 
-/// Whether a PEM file holds a key behind a password, in either of the two forms.
-fn is_encrypted(path: &Path) -> bool {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+/// Whether PEM is a key behind a password, in either of the two forms.
+fn is_encrypted(pem: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(pem);
     text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED")
 }
 
 fn configure(options: &TlsOptions) -> Result<Arc<ServerConfig>, TlsError> {
     let file = |path: &Path, what, reason: String| TlsError::File { path: path.into(), what, reason };
-    let certificates = |path: &Path, what| {
-        let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        match read {
-            Ok(found) if found.is_empty() => Err(file(path, what, "it holds no PEM certificate".into())),
-            read => read.map_err(|e| file(path, what, e.to_string())),
-        }
+    let read = |path: &Path, what| {
+        regular_file::read(path, LARGEST).map_err(|e| file(path, what, format!("it can't be read: {e}")))
     };
+    let certificates =
+        |path: &Path, what| match CertificateDer::pem_slice_iter(&read(path, what)?).collect::<Result<Vec<_>, _>>() {
+            Ok(found) if found.is_empty() => Err(file(path, what, "it holds no PEM certificate".into())),
+            found => found.map_err(|e| file(path, what, e.to_string())),
+        };
     let chain = certificates(&options.cert, "certificate (--tls-cert)")?;
-    let bad_key = |reason: String| file(&options.key, "private key of the certificate (--tls-key)", reason);
-    let key = PrivateKeyDer::from_pem_file(&options.key).map_err(|e| {
-        if is_encrypted(&options.key) {
+    let of_key = "private key of the certificate (--tls-key)";
+    let bad_key = |reason: String| file(&options.key, of_key, reason);
+    let pem = read(&options.key, of_key)?;
+    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|e| {
+        if is_encrypted(&pem) {
             bad_key("it is encrypted; decrypt it with `openssl pkey -in KEY -out DECRYPTED`".into())
         } else {
             bad_key(e.to_string())

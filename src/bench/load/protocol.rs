@@ -125,7 +125,7 @@ pub async fn check(server: &str, requests: &[Request], patience: Duration) -> Re
             Request::Grpc(request) => {
                 let client = Grpc::new(server).map_err(unheard)?;
                 let answer = client.infer(request).await;
-                answer.map_err(|s| refused("ModelInfer", format!("{:?}", s.code()), s.message().into()))
+                answer.map_err(|s| refused("ModelInfer", s.code().to_string(), s.message().into()))
             }
         }
     };

@@ -17,6 +17,16 @@ pub enum Arrivals {
     Constant,
 }
 
+impl Arrivals {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Poisson => "Poisson",
+            Self::Constant => "Constant",
+        }
+    }
+}
+
 /// Arrival times within `span`, ascending, `rate` a second. The same seed gives the same times.
 pub fn draw(arrivals: Arrivals, rate: f64, span: Duration, seed: u64) -> Vec<Duration> {
     let (mut rng, mut times, mut at) = (ChaCha8Rng::seed_from_u64(seed), Vec::new(), 0.0);

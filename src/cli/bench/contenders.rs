@@ -1,7 +1,6 @@
 //! From what names a network on the command line to a graph that can be timed: initialised and folded here, folded
 //! from a checkpoint, or read as it is.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -13,11 +12,13 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::engine::{EngineOptions, OrtBackend};
 use crate::files::DraftFolder;
 use crate::fold::{FoldOptions, Size, fold};
-use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision};
+use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision, regular_file};
 use crate::nets;
 
 /// Size of a dynamic graph where none is given, as timm's default.
 const DYNAMIC: usize = 224;
+/// Most bytes of a file of `--onnx`: what protobuf takes in one message.
+const LARGEST_ONNX: u64 = (1 << 31) - 1;
 
 /// `MODEL[@SIZE][:VARIANT[+SETTING…]]`: an architecture, a checkpoint folder, a model of the repository, or a
 /// folded version folder.
@@ -64,7 +65,8 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
             Precision::Fp16 => "fp16",
             Precision::Fp32 => "folded",
         };
-        return Ok(contender(onnx, &folded.manifest, label, size));
+        // by its name: several models may be of one architecture
+        return Ok(Contender { model: folded.name, ..contender(onnx, &folded.manifest, label, size) });
     }
     let options = options(text, variant, size)?;
     if path.join(CONFIG_FILE).is_file() {
@@ -93,7 +95,8 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
         None => (text, Vec::new()),
     };
     let (path, size) = sized(rest)?;
-    let onnx = fs::read(path).map_err(|e| anyhow!("can't read `{path}`: {e}; --onnx names an ONNX file"))?;
+    let onnx = regular_file::read(Path::new(path), LARGEST_ONNX);
+    let onnx = onnx.map_err(|e| anyhow!("can't read `{path}`: {e}; --onnx names an ONNX file"))?;
     let graph = OrtBackend::open(&onnx, path, &EngineOptions::default())?;
     let (channels, fixed) = (graph.input_channels().unwrap_or(3), graph.input_size());
     let (height, width) = match (fixed, size) {

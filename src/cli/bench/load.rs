@@ -1,6 +1,5 @@
 //! `nfold bench load`: which load, on which server, from what the user typed.
 
-use std::fs;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,9 +14,13 @@ use crate::bench::load::protocol::{self, Datatype, Protocol, Tensors};
 use crate::bench::load::schedule::Arrivals;
 use crate::bench::load::{self, Plan, Report};
 use crate::bench::report;
-use crate::cli::classify::search::{self, Search};
+use crate::cli::classify::search::{Found, Search};
 use crate::cli::printable::say;
 use crate::cli::serve::{duration, positive};
+use crate::model::regular_file;
+
+/// Most bytes of an image to send.
+const LARGEST_IMAGE: u64 = 1 << 30;
 
 /// Arguments of `nfold bench load`.
 #[derive(Debug, Args)]
@@ -175,25 +178,20 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
 
 /// Every file named, and every file of a folder named, `most` at most, spread over them.
 fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
-    let mut files = Vec::new();
+    let mut search = Search::new(false);
     for path in named {
-        if !path.is_dir() {
-            files.push(path.clone());
-            continue;
+        if path.is_dir() {
+            search.folder(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
+        } else {
+            search.found.push(Found::image(path.clone()));
         }
-        let mut search = Search::new(false);
-        search.folder(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))?;
-        if let Some(left) = search.left_out() {
-            say(format_args!("note: {left}"));
-        }
-        files.extend(search.found.into_iter().map(|found| found.path));
     }
-    if files.is_empty() {
-        bail!("no image file is named by --image (looked for: {})", search::known());
-    }
+    let mut files = search.readable("name others with --image")?;
     files.sort();
     let step = files.len().div_ceil(most).max(1);
-    let read = |path: &PathBuf| fs::read(path).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()));
+    let read = |path: &PathBuf| {
+        regular_file::read(path, LARGEST_IMAGE).map_err(|e| anyhow!("can't read `{}`: {e}", path.display()))
+    };
     files.iter().step_by(step).map(read).collect()
 }
 

@@ -6,7 +6,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::cli::printable;
+use anyhow::bail;
+
+use crate::cli::printable::{self, say};
 
 /// What a folder is searched for: extensions of the formats that can be decoded.
 const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"];
@@ -91,6 +93,27 @@ impl Search {
     fn leave_out(&mut self, reason: Reason, name: &OsStr) {
         let (count, _) = self.left_out.entry(reason).or_insert_with(|| (0, printable::path(Path::new(name))));
         *count += 1;
+    }
+
+    /// The images that can be read. The others are named on stderr, and so is what was left out; where nothing is left, the
+    /// error says it, with `hint` as the next step.
+    pub fn readable(self, hint: &str) -> anyhow::Result<Vec<PathBuf>> {
+        let left_out = self.left_out();
+        let mut files = Vec::new();
+        for Found { path, refused } in self.found {
+            match refused {
+                None => files.push(path),
+                Some(reason) => say(format_args!("warning: `{}` is left out: {reason}", printable::path(&path))),
+            }
+        }
+        if files.is_empty() {
+            let left = left_out.map(|left| format!("; {left}")).unwrap_or_default();
+            bail!("there is no image file (looked for: {}); {hint}{left}", known());
+        }
+        if let Some(left) = left_out {
+            say(format_args!("note: {left}"));
+        }
+        Ok(files)
     }
 
     /// What was left out and why, as a sentence; none: nothing was.

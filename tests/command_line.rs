@@ -1,0 +1,188 @@
+//! The command line as documents promise it: help, addresses, the start of a server, odd files, misspelt variables.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::cli::{nfold, project, refused, text, with_demo};
+
+/// Runs the program and fails if it waits for something that never comes.
+fn at_once(args: &[&str], folder: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+    command.args(args).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("nfold {args:?} waits");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn help_of_serve_is_in_groups() {
+    let help = text(&nfold(&["serve", "--help"], &std::env::temp_dir()).stdout);
+    let groups = ["Models:", "Addresses:", "Engines:", "Queue:", "Limits:", "Security:", "Logs:", "Examples:"];
+    let found: Vec<_> = help.lines().filter(|line| groups.contains(line)).collect();
+    assert_eq!(found, groups);
+    // none but the two that every command has is left over
+    let options = help.split("Models:").next().unwrap().split("Options:").nth(1).unwrap();
+    assert_eq!(options.matches("--").count(), 2, "{options}");
+}
+
+/// The log says what is under way, and ends with an address to click; SIGHUP is answered by a line.
+#[cfg(unix)]
+#[test]
+fn the_start_is_told() {
+    let folder = with_demo();
+    // beyond loopback, and a port that --port picks in place of the address's
+    let ports = ["--http", ":1", "--port", "0", "--grpc", "localhost:0", "--admin", "127.0.0.1:0"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nfold"))
+        .arg("serve")
+        .args(ports)
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let mut until = |what: &str| -> String {
+        lines.find(|line| line.contains(what)).unwrap_or_else(|| panic!("the log never says `{what}`"))
+    };
+    until("warming model nf_regnet_cifar10 version 1");
+    until("model nf_regnet_cifar10 version 1 is warm");
+    let line = until("try it in a browser: http://localhost:");
+    let port: u16 = line.rsplit("http://localhost:").next().unwrap().trim_end_matches(['/', '"']).parse().unwrap();
+    assert!(port > 1 && std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "{line}");
+    let signal = |name: &str| Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    assert!(signal("-HUP").success());
+    until("SIGHUP: reading certificates, API keys and the model repository again");
+    assert!(signal("-TERM").success());
+    until("stopped");
+    assert!(child.wait().unwrap().success());
+}
+
+/// Pipes, sockets and devices are named, not waited for, wherever a file is.
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_named_at_once() {
+    let folder = with_demo();
+    let here = folder.path();
+    let images = here.join("images");
+    fs::create_dir(&images).unwrap();
+    for pipe in ["pipe", "images/pipe.jpg"] {
+        assert!(Command::new("mkfifo").arg(here.join(pipe)).status().unwrap().success());
+    }
+    let _socket = std::os::unix::net::UnixListener::bind(images.join("socket.png")).unwrap();
+    std::os::unix::fs::symlink("loop", images.join("loop.jpg")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", images.join("zero.jpg")).unwrap();
+    std::os::unix::fs::symlink(".", images.join("again")).unwrap();
+    for (args, what) in [
+        (&["fold", "pipe"][..], "pipe"),
+        (&["fold", "repository/nf_regnet_cifar10", "--labels", "pipe"], "repository"),
+        (&["inspect", "pipe"], "pipe"),
+        (&["spp", "pipe"], "pipe"),
+        (&["bench", "engine", "--onnx", "pipe"], "`pipe`: it is not a regular file"),
+        (&["bench", "engine", "--onnx", "/dev/zero"], "`/dev/zero`: it is not a regular file"),
+        (&["bench", "load", "--image", "pipe"], "`pipe`: it is not a regular file"),
+        (&["bench", "load", "--image", "/dev/zero"], "`/dev/zero`: it is not a regular file"),
+        (&["serve", "--api-key-file", "pipe"], "`pipe`: it is not a regular file"),
+        (&["serve", "--api-key-file", "/dev/zero"], "`/dev/zero`: it is not a regular file"),
+        (&["serve", "--tls-cert", "pipe", "--tls-key", "pipe"], "--tls-cert"),
+        (&["classify", "images/socket.png"], "socket.png"),
+        (&["classify", "/dev/zero"], "/dev/zero"),
+        (&["classify", "/dev/null"], "/dev/null"),
+        (&["inspect", "repository/nf_regnet_cifar10/7"], "there is nothing at `repository/nf_regnet_cifar10/7`"),
+    ] {
+        refused(&at_once(args, here), what);
+    }
+    // what can't be read of a folder is named, and the rest is taken
+    for args in [&["bench", "load", "--image", "images"][..], &["spp", "nf_regnet_cifar10", "--images", "images"]] {
+        let output = at_once(args, here);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for name in ["pipe.jpg", "socket.png", "loop.jpg", "zero.jpg"] {
+            assert!(said.contains(&format!("warning: `images/{name}` is left out: ")), "{name}: {said}");
+        }
+        assert!(said.contains("1 link to a folder (again)"), "{said}");
+        let last = said.lines().last().unwrap();
+        assert!(last.starts_with("error: ") && last.contains("no image file"), "{last}");
+    }
+    fs::copy(project("tests/data/cat.jpg"), images.join("cat.jpg")).unwrap();
+    let output = at_once(&["spp", "nf_regnet_cifar10", "--images", "images", "--count", "1"], here);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = at_once(&["bench", "load", "--image", "images", "--server", "127.0.0.1:1"], here);
+    assert!(text(&output.stderr).lines().last().unwrap().contains("127.0.0.1:1"), "{}", text(&output.stderr));
+}
+
+/// Where an answer can't be written, it says what the user named.
+#[test]
+fn what_cannot_be_written_is_named() {
+    let folder = with_demo();
+    let here = folder.path();
+    fs::write(here.join("file"), "").unwrap();
+    let cat = project("tests/data/cat.jpg");
+    for output in ["nowhere/a.csv", "file/a.csv", "."] {
+        let done = nfold(&["classify", &cat, "--output", output], here);
+        refused(&done, &format!("can't write `{output}`"));
+        assert!(!text(&done.stderr).contains("draft"), "{}", text(&done.stderr));
+    }
+}
+
+/// A variable that only looks like one of ours is told; those of others are none of our business.
+#[test]
+fn misspelt_variables_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+        text(
+            &command
+                .args(["gamma", "relu", "--samples", "1000"])
+                .env(name, "x")
+                .current_dir(folder.path())
+                .output()
+                .unwrap()
+                .stderr,
+        )
+    };
+    for (wrong, right) in [("NFOLD_REPOSITRY", "NFOLD_REPOSITORY"), ("NFOLD_MODELS", "NFOLD_MODEL")] {
+        let said = said(wrong);
+        assert!(said.contains(&format!("variable {wrong}; {right} is meant")), "{said}");
+    }
+    // of Kubernetes, for a Service called nfold, and of another program
+    for theirs in
+        ["NFOLD_SERVICE_HOST", "NFOLD_SERVICE_PORT_HTTP", "NFOLD_PORT_8000_TCP_ADDR", "NFOLD_THEME", "NFOLDING"]
+    {
+        assert!(said(theirs).is_empty(), "{theirs}: {}", said(theirs));
+    }
+}
+
+/// A name that is no text, where the report repeats the command.
+#[cfg(target_os = "linux")]
+#[test]
+fn reports_take_names_that_are_no_text() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let folder = with_demo();
+    let report = std::ffi::OsStr::from_bytes(b"r\xe9port");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+    command.args([
+        "bench",
+        "engine",
+        "nf_regnet_cifar10",
+        "--rounds",
+        "1",
+        "--turn",
+        "0s",
+        "--warmup",
+        "0s",
+        "--warmup-runs",
+        "1",
+    ]);
+    let output = command.arg("--report").arg(report).current_dir(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(folder.path().join(report).join("index.html").is_file());
+}
