@@ -8,14 +8,17 @@ What can't be tried here is said.
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,12 +135,55 @@ def debian(file, work):
             run("apt-get", "install", "--simulate", "--quiet", file)
         clean_root(root, [root / "usr/bin/nfold", root / "usr/lib/nfold/libonnxruntime.so"])
         trial(".deb in a clean root", inside(root), "/usr/bin/nfold", {"PATH": ""}, root / "home", "/home")
+        if shutil.which("debootstrap"):
+            by_dpkg(file, work)
+        else:
+            print("SKIP: the .deb by dpkg in a fresh Debian: no debootstrap here (apt install debootstrap)")
     else:
         print("SKIP: the .deb in a clean root: chroot needs root")
     if shutil.which("systemd-analyze"):
         unit = root / "lib/systemd/system/nfold.service"
         said = run("systemd-analyze", "security", "--offline=true", "--threshold=20", unit)
         print(f".deb: {said.strip().splitlines()[-1]}")
+
+
+def by_dpkg(file, work):
+    """A Debian of its own with nothing but what is essential, and apt; the package goes in, runs, and goes."""
+    root = work / "debian"
+    run("debootstrap", "--variant=minbase", platform.freedesktop_os_release()["VERSION_CODENAME"], root)
+    shutil.copy(file, root / "nfold.deb")
+    here, env = inside(root), {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    said = run(*here, "/usr/bin/dpkg", "--install", "/nfold.deb", env=env)
+    assert "Setting up nfold" in said and "nfold fold CHECKPOINT" in said, said
+    trial(".deb by dpkg in a fresh Debian", here, "/usr/bin/nfold", {"PATH": ""}, root / "home", "/home")
+    (root / "var/lib/nfold/models/mine").mkdir()
+    run(*here, "/usr/bin/dpkg", "--purge", "nfold", env=env)
+    left = [name for name in ("usr/bin/nfold", "usr/lib/nfold", "etc/default/nfold", "lib/systemd/system/nfold.service")
+            if (root / name).exists()]
+    assert not left and (root / "var/lib/nfold/models/mine").is_dir(), "the program goes, the administrator's models stay"
+
+
+def section(program, name):
+    """The bytes of a section of a 64-bit ELF file; none: it has no such section."""
+    offset, size, count, names = struct.unpack_from("<Q10xHHH", program, 0x28)
+    header = lambda i: struct.unpack_from("<IIQQQQ", program, offset + i * size)
+    at = header(names)[4]
+    for entry in map(header, range(count)):
+        if program[at + entry[0]:].split(b"\0", 1)[0] == name:
+            return program[entry[4]:entry[4] + entry[5]]
+    return None
+
+
+def list_inside(file):
+    """The crates that the program itself says it is made of (cargo-auditable)."""
+    with tarfile.open(file) as archive:
+        [member] = [name for name in archive.getnames() if name.endswith("/nfold")]
+        program = archive.extractfile(member).read()
+    packed = section(program, b".dep-v0")
+    assert packed is not None, "the program carries no list of its crates"
+    crates = {crate["name"] for crate in json.loads(zlib.decompress(packed))["packages"]}
+    assert {"nfold", "ort", "axum", "tonic", "png"} <= crates, crates
+    print(f"the program lists {len(crates)} crates")
 
 
 def checksums(folder):
@@ -166,6 +212,7 @@ def main():
     try:
         checksums(folder)
         parts(next(folder.glob("*.cdx.json")))
+        list_inside(next(folder.glob("*.tar.gz")))
         wheel(next(folder.glob("*.whl")), work)
         tarball(next(folder.glob("*.tar.gz")), work)
         packages = list(folder.glob("*.deb"))
