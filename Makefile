@@ -21,7 +21,8 @@
 #   make check-manifests   deploy/ against the Kubernetes schemas, and the check of clusters against stubs of one
 #   make docs    docs/configuration.md from the command line
 #   make tools   what some tests need beyond that, from Debian's packages; they say SKIP without it
-#   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine)
+#   make bench   measure this machine: target/bench/index.html (about 6 minutes, on an idle machine); shorter, to try it:
+#                make bench ENGINE_FLAGS="--rounds 2" LOAD_FLAGS="--duration 1s"
 #   make ort     fetch ONNX Runtime into .ort/ (the others do it too); make ort-gpu for CUDA and TensorRT
 
 SHELL := /bin/bash
@@ -35,6 +36,8 @@ DEMO_REPOSITORY := target/demo
 PHOTOGRAPHS := tests/data/cat.jpg $(foreach c,airplane dog frog horse ship truck,$(firstword $(wildcard tests/data/cifar10/$(c)/*.jpg)))
 
 BENCH := target/bench
+ENGINE_FLAGS ?=
+LOAD_FLAGS ?=
 
 .PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants mutation fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
@@ -44,11 +47,12 @@ demo: ort
 	@echo
 	$(DEMO) classify --repository $(DEMO_REPOSITORY) --top-k 3 $(PHOTOGRAPHS)
 
+# twice as many threads as cores: half of the tests wait for a timeout, a browser or another process
 test: ort target/python/onnx
-	set -o pipefail; cargo test --locked 2>&1 | tee target/test.log
+	set -o pipefail; RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))} cargo test --locked 2>&1 | tee target/test.log
 	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
 	set -o pipefail; $(PYTHON) tests/clients/run.py $(DEMO) 2>&1 | tee -a target/test.log
-	@grep -hoE '(SKIP|SKIPPED):? .*|test .* \.\.\. ignored.*' target/test.log | sort | uniq > target/skipped.log; \
+	@grep -hoE '(SKIP|SKIPPED):? .*|test .* \.\.\. ignored.*' target/test.log | grep -v 'ignored, run by ' | sort | uniq > target/skipped.log; \
 	if [ -s target/skipped.log ]; then echo "skipped:"; sed 's/^/  /' target/skipped.log; else echo "nothing was skipped"; fi
 
 # every block of README.md on a clean copy, builds included
@@ -112,7 +116,7 @@ fuzz:
 	NFOLD_FUZZ_SECONDS=$(TIME) cargo test --locked --lib -- --nocapture fuzz::
 
 check-all: ort check-features
-	cargo test --locked --test tests -- --ignored --nocapture golden::
+	cargo test --locked --test tests -- --ignored --nocapture golden:: gpu_check::
 	$(MAKE) check-dist check-readme
 	$(MAKE) simulate mutants mutation soak rehearsal
 	$(MAKE) fuzz TIME=300
@@ -169,14 +173,14 @@ target/python/onnx:
 # the generator has the first core to itself, or its own lag would void the figures; steps that are void nevertheless are
 # said, and marked in the report
 bench: ort
-	cargo build --release --locked
-	target/release/nfold bench engine --threads 1,2 --report $(BENCH)
+	$(if $(PROGRAM),,cargo build --release --locked)
+	$(SERVE) bench engine --threads 1,2 --report $(BENCH) $(ENGINE_FLAGS)
 	rm -rf $(BENCH)/nf_regnet_b1 $(BENCH)/load.json
-	target/release/nfold init nf_regnet_b1 --out $(BENCH)/nf_regnet_b1
-	target/release/nfold fold $(BENCH)/nf_regnet_b1 --repository $(BENCH)/repository --replace
-	taskset -c 1-$$(($$(nproc) - 1)) target/release/nfold serve --queue-limit 8 --repository $(BENCH)/repository --http 127.0.0.1:18000 \
+	$(SERVE) init nf_regnet_b1 --out $(BENCH)/nf_regnet_b1
+	$(SERVE) fold $(BENCH)/nf_regnet_b1 --repository $(BENCH)/repository --replace
+	taskset -c 1-$$(($$(nproc) - 1)) $(SERVE) serve --queue-limit 8 --repository $(BENCH)/repository --http 127.0.0.1:18000 \
 	  --grpc 127.0.0.1:18001 --admin 127.0.0.1:18002 2> $(BENCH)/serve.log & \
 	  trap "kill $$!" EXIT; \
-	  until target/release/nfold healthcheck --admin 127.0.0.1:18002 2> /dev/null; do sleep 0.2; kill -0 $$! || exit 1; done; \
-	  taskset -c 0 target/release/nfold bench load --server 127.0.0.1:18000 --image tests/data/cat.jpg --connections 1,4 --sweep \
-	    --slo 250ms --report $(BENCH) || [ -s $(BENCH)/load.json ]
+	  until $(SERVE) healthcheck --admin 127.0.0.1:18002 2> /dev/null; do sleep 0.2; kill -0 $$! || exit 1; done; \
+	  taskset -c 0 $(SERVE) bench load --server 127.0.0.1:18000 --image tests/data/cat.jpg --connections 1,4 --sweep \
+	    --slo 250ms --report $(BENCH) $(LOAD_FLAGS) || [ -s $(BENCH)/load.json ]

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -164,12 +165,47 @@ fn init_refuses_and_leaves_nothing() {
     assert!(folded.status.success(), "{}", text(&folded.stderr));
 }
 
-/// A repository with the demo model, folded by the program itself.
+/// A repository of one's own with the demo model, folded by the program itself.
 pub fn with_demo() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let output = nfold(&["fold", &project("models/nf_regnet_cifar10")], folder.path());
-    assert!(output.status.success(), "{}", text(&output.stderr));
+    let version = folder.path().join("repository/nf_regnet_cifar10/1");
+    fs::create_dir_all(&version).unwrap();
+    for name in ["manifest.json", "model.onnx"] {
+        fs::copy(folded_demo().join(name), version.join(name)).unwrap();
+    }
     folder
+}
+
+/// The demo model's version folder. A hundred tests want one, so that it is folded once for each build of the program, and kept
+/// beside it.
+fn folded_demo() -> &'static Path {
+    static FOLDED: OnceLock<PathBuf> = OnceLock::new();
+    FOLDED.get_or_init(|| {
+        let checkpoint = project("models/nf_regnet_cifar10");
+        let made = |path: &Path| {
+            let at = fs::metadata(path).unwrap().modified().unwrap();
+            at.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos()
+        };
+        let weights = Path::new(&checkpoint).join("model.safetensors");
+        let stamp = format!("demo-{}-{}", made(Path::new(env!("CARGO_BIN_EXE_nfold"))), made(&weights));
+        let parent = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let kept = parent.join(&stamp);
+        if !kept.is_dir() {
+            for old in fs::read_dir(parent)
+                .unwrap()
+                .flatten()
+                .filter(|e| text(e.file_name().as_encoded_bytes()).starts_with("demo-"))
+            {
+                let _ = fs::remove_dir_all(old.path());
+            }
+            let fresh = tempfile::tempdir_in(parent).unwrap();
+            let output = nfold(&["fold", &checkpoint], fresh.path());
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            // another process may have been faster
+            let _ = fs::rename(fresh.path().join("repository"), &kept);
+        }
+        kept.join("nf_regnet_cifar10/1")
+    })
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn under_overload_as_many_are_answered_as_can_be_and_in_time() {
 }
 
 #[test]
-#[ignore = "three minutes"]
+#[ignore = "three minutes: make soak"]
 fn long_overload() {
     overload(30.0);
 }

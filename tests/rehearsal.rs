@@ -201,14 +201,14 @@ fn a_rolling_restart_fails_no_request() {
 
 /// `make rehearsal`
 #[test]
-#[ignore = "a minute of restarts"]
+#[ignore = "a minute of restarts: make rehearsal"]
 fn many_rolling_restarts_fail_no_request() {
     rehearse(10);
 }
 
 /// The rehearsal can see failures: a server that is killed costs requests.
 #[test]
-#[ignore = "with the one above"]
+#[ignore = "a minute of restarts: make rehearsal"]
 fn a_killed_server_is_noticed() {
     let Some(cluster) = Cluster::start() else { return };
     let proxy = cluster.proxy;

@@ -218,13 +218,13 @@ fn siege(seconds: f64, limit: f64) {
 }
 
 #[test]
-#[ignore = "three minutes"]
+#[ignore = "three minutes: make soak"]
 fn a_siege_leaves_nothing_behind() {
     siege(180.0, 20e3);
 }
 
 #[test]
-#[ignore = "ten minutes"]
+#[ignore = "ten minutes: make soak"]
 fn a_long_siege_leaves_nothing_behind() {
     siege(600.0, 10e3);
 }
@@ -235,7 +235,7 @@ fn memory_does_not_grow() {
 }
 
 #[test]
-#[ignore = "ten minutes"]
+#[ignore = "ten minutes: make soak"]
 fn memory_does_not_grow_in_ten_minutes() {
     soak(600.0, 10e3);
 }

@@ -3,10 +3,11 @@
 //! answered within 100 ms.
 
 use std::io::{Read as _, Write as _};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::calls::{INFER, STREAM, call, flagged, frame, gzip, gzipped, ld, zlib};
-use super::{MIB, alone, under_attack};
+use super::{MIB, alone, peak, resident, under_attack};
 use crate::process::{Server, ask, connect};
 
 /// Beside the body limit, which is 64 MiB.
@@ -14,19 +15,59 @@ const ROOM: u64 = 64_000_000;
 const HEALTH: Duration = Duration::from_millis(100);
 const MODEL: &str = "/v2/models/nf_regnet_cifar10/infer";
 
-/// Attacks a server of its own; what it answers begins with `due`.
+/// A server that these attacks share, one after the other.
+struct Attacked {
+    server: Server,
+    /// Its resident memory before the first of them, so that what one leaves behind counts against the next.
+    before: u64,
+}
+
+impl Attacked {
+    fn start() -> Self {
+        let server = Server::start(&[]);
+        let cat = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/cat.jpg")).unwrap();
+        assert_eq!(ask(server.http, "POST", "/v1/classify", &[], &cat).unwrap().status, 200);
+        let before = resident(server.pid());
+        Self { server, before }
+    }
+
+    /// Bytes by which its memory rose at its peak, since the last attack began.
+    fn growth(&self) -> u64 {
+        peak(self.server.pid()).saturating_sub(self.before)
+    }
+}
+
+/// The one that others attack or wait for; none: a new one. Whoever is the last stops it.
+fn attacked() -> Arc<Attacked> {
+    static SHARED: Mutex<Weak<Attacked>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(there) = shared.upgrade() {
+        return there;
+    }
+    let fresh = Arc::new(Attacked::start());
+    *shared = Arc::downgrade(&fresh);
+    fresh
+}
+
+/// Attacks a server; what it answers begins with `due`.
 fn defused(due: &str, attack: impl Fn(&Server) -> String) {
+    let attacked = attacked();
     let _alone = alone();
-    let server = Server::start(&[]);
-    let cat = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/cat.jpg")).unwrap();
-    assert_eq!(ask(server.http, "POST", "/v1/classify", &[], &cat).unwrap().status, 200);
+    let server = &attacked.server;
     let mut slowest = Vec::new();
     // a machine that others use can only make it slower, so the best of three counts
     for _ in 0..3 {
-        let (outcome, cost) = under_attack(&server, || attack(&server));
+        let (outcome, cost) = under_attack(server, || attack(server));
+        let mut growth = attacked.growth();
+        if growth >= ROOM + 64 * MIB {
+            // what the attacks before left behind may be in it: a server of its own decides
+            let own = Attacked::start();
+            under_attack(&own.server, || attack(&own.server));
+            growth = own.growth();
+        }
         assert!(outcome.starts_with(due), "{due} is due: {}", &outcome[..outcome.len().min(2000)]);
         assert!(outcome.len() < 4096, "an answer of {} bytes", outcome.len());
-        assert!(cost.growth < ROOM + 64 * MIB, "{} MiB: {cost:?}", cost.growth / MIB);
+        assert!(growth < ROOM + 64 * MIB, "{} MiB: {cost:?}", growth / MIB);
         assert!(cost.failed == 0 && cost.took < Duration::from_secs(12), "{cost:?}");
         slowest.push(cost.health);
         if cost.health < HEALTH {
