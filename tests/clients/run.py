@@ -215,9 +215,8 @@ def cluster_load(server):
     run = check.Check(check.arguments(["--image", "a", "--models-image", "a", "--client-image", "a", "--rate", "10"]), None, None)
     given = {"/given/client.py": ROOT / "deploy" / "check_cluster_client.py", "/given/1-photograph.jpg": check.PHOTOGRAPH}
     def started(at, kind, seconds):
-        words, expected = run.words(kind, "127.0.0.1", seconds)
-        ports = {f"127.0.0.1:{check.HTTP_PORT}": at.addresses["http"], f"127.0.0.1:{check.GRPC_PORT}": at.addresses["grpc"]}
-        words = [str({**given, **ports}.get(word, word)) for word in words]
+        words, expected = run.words(kind, at.addresses["http"], at.addresses["grpc"], seconds)
+        words = [str(given.get(word, word)) for word in words]
         command = words if words[0] == "python3" else [str(at.program), *words]
         return kind, expected, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     def counted(kind, expected, process):
