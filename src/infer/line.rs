@@ -69,12 +69,66 @@ impl Queued for Prepared {
 /// How many images of other classes may pass a waiting image of this class; then the class is due.
 pub(super) const PATIENCE: [u32; Class::ALL.len()] = [0, 3, 14];
 
-/// Waiting images in the order in which they are taken: in each class by priority, then by arrival; of the classes the first
+/// How many images of a class may pass the one that came first; then that one is due.
+const PATIENCE_IN_CLASS: u32 = 3;
+
+/// Images of one class in the order in which they are taken: by priority, then by arrival, but one in 4 is the one that came first.
+#[derive(Debug)]
+struct Row<T> {
+    images: BTreeMap<(u32, u64), T>,
+    /// Their priorities, by their order of arrival.
+    arrivals: BTreeMap<u64, u32>,
+    /// Images that were taken since the one that came first was the next.
+    passed: u32,
+}
+
+impl<T> Default for Row<T> {
+    fn default() -> Self {
+        Self { images: BTreeMap::new(), arrivals: BTreeMap::new(), passed: 0 }
+    }
+}
+
+impl<T: Queued> Row<T> {
+    fn is_empty(&self) -> bool {
+        self.images.is_empty()
+    }
+
+    fn push(&mut self, rank: (u32, u64), item: T) {
+        self.arrivals.insert(rank.1, rank.0);
+        self.images.insert(rank, item);
+    }
+
+    /// The rank of the image whose turn it is, and of the one that came first.
+    fn next(&self) -> Option<[(u32, u64); 2]> {
+        let (&first, _) = self.images.first_key_value()?;
+        let (&sequence, &priority) = self.arrivals.first_key_value()?;
+        let oldest = (priority, sequence);
+        Some([if self.passed < PATIENCE_IN_CLASS { first } else { oldest }, oldest])
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        let [rank, oldest] = self.next()?;
+        self.passed = if rank == oldest { 0 } else { self.passed + 1 };
+        self.arrivals.remove(&rank.1);
+        self.images.remove(&rank)
+    }
+
+    /// Takes out those that are `gone`, in linear time.
+    fn evict(&mut self, gone: impl Fn(&T) -> bool) -> impl Iterator<Item = T> {
+        let (out, kept) = std::mem::take(&mut self.images).into_iter().partition(|(_, item)| gone(item));
+        self.images = kept;
+        self.arrivals = self.images.keys().map(|&(priority, sequence)| (sequence, priority)).collect();
+        let out: BTreeMap<_, T> = out;
+        out.into_values()
+    }
+}
+
+/// Waiting images in the order in which they are taken: in each class as its row says; of the classes the first
 /// that has any, unless a later one is due. So one image in 4 is of the default class and one in 16 of the last, whatever the
 /// other classes bring, as long as they have any.
 #[derive(Debug)]
 pub(super) struct Line<T> {
-    classes: [BTreeMap<(u32, u64), T>; Class::ALL.len()],
+    classes: [Row<T>; Class::ALL.len()],
     /// Images of other classes that were taken while this one had any waiting.
     passed: [u32; Class::ALL.len()],
 }
@@ -86,19 +140,19 @@ impl<T: Queued> Line<T> {
 
     pub(super) fn push(&mut self, item: T) {
         let Pending { class, rank, .. } = *item.pending();
-        self.classes[class as usize].insert(rank, item);
+        self.classes[class as usize].push(rank, item);
     }
 
     pub(super) fn len(&self) -> usize {
-        self.classes.iter().map(BTreeMap::len).sum()
+        self.classes.iter().map(|row| row.images.len()).sum()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.classes.iter().all(BTreeMap::is_empty)
+        self.classes.iter().all(Row::is_empty)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Pending> {
-        self.classes.iter().flat_map(BTreeMap::values).map(Queued::pending)
+        self.classes.iter().flat_map(|row| row.images.values()).map(Queued::pending)
     }
 
     /// The class whose turn it is.
@@ -118,7 +172,7 @@ impl<T: Queued> Line<T> {
     ) -> Option<T> {
         loop {
             let class = self.class()?;
-            let (_, item) = self.classes[class].pop_first()?;
+            let item = self.classes[class].pop()?;
             if item.pending().is_expired(now, lead(self.len())) {
                 given_up.push(item.into_pending());
                 continue;
@@ -133,19 +187,16 @@ impl<T: Queued> Line<T> {
 
     /// Gives up all expired images. Takes linear time.
     pub(super) fn evict(&mut self, now: Instant, given_up: &mut Vec<Pending>) {
-        for class in &mut self.classes {
-            let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
-            if class.values().any(expired) {
-                let (gone, kept) = std::mem::take(class).into_iter().partition(|(_, item)| expired(item));
-                let gone: BTreeMap<_, T> = gone;
-                *class = kept;
-                given_up.extend(gone.into_values().map(Queued::into_pending));
+        let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
+        for row in &mut self.classes {
+            if row.images.values().any(expired) {
+                given_up.extend(row.evict(expired).map(Queued::into_pending));
             }
         }
     }
 
     pub(super) fn drain(&mut self) -> impl Iterator<Item = Pending> + use<T> {
-        std::mem::take(&mut self.classes).into_iter().flat_map(BTreeMap::into_values).map(Queued::into_pending)
+        std::mem::take(&mut self.classes).into_iter().flat_map(|row| row.images.into_values()).map(Queued::into_pending)
     }
 }
 
@@ -212,11 +263,13 @@ mod tests {
             }
             let now = stage.now;
             let mut waited = [0_usize; Class::ALL.len()];
-            let mut gone: Vec<(u32, u64)> = Vec::new();
-            while gone.len() < 200 {
+            let mut passed = [0_usize; Class::ALL.len()];
+            for _ in 0..200 {
                 // there is always one more of the flood
                 stage.push(flood);
                 let waiting = Class::ALL.map(|class| !stage.line.classes[class as usize].is_empty());
+                let ranks = |class: Class| stage.line.classes[class as usize].images.keys().copied().collect::<Vec<_>>();
+                let ranks = Class::ALL.map(ranks);
                 let Some(entry) = stage.pop() else { break };
                 let class = entry.pending.class as usize;
                 for other in 0..waiting.len() {
@@ -225,13 +278,12 @@ mod tests {
                 prop_assert!(waited[Class::Default as usize] < 4, "one in 4 is of the default class");
                 prop_assert!(waited[Class::Last as usize] < 16, "one in 16 is of the last class");
                 prop_assert!(waited[Class::First as usize] < 3, "the first class goes first otherwise");
-                gone.push(entry.pending.rank);
+                let (rank, ranks) = (entry.pending.rank, &ranks[class]);
+                let oldest = *ranks.iter().min_by_key(|(_, sequence)| sequence).expect("there");
+                prop_assert!(rank == ranks[0] || rank == oldest, "by priority, or the one that came first: {:?}", rank);
+                passed[class] = if rank == oldest { 0 } else { passed[class] + 1 };
+                prop_assert!(passed[class] <= 3, "one in 4 of a class is the one that came first");
                 entry.pending.answer(Err(InferError::ShuttingDown), now);
-            }
-            for class in Class::ALL {
-                let of = |&&(priority, _): &&(u32, u64)| Class::of(priority) == class && priority != flood;
-                let taken: Vec<_> = gone.iter().filter(of).collect();
-                prop_assert!(taken.is_sorted(), "{:?}: by priority, then by arrival: {:?}", class, taken);
             }
         });
     }
