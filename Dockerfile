@@ -58,8 +58,10 @@ LABEL org.opencontainers.image.title="nfold" \
       org.opencontainers.image.revision="${REVISION}"
 COPY LICENSE-APACHE LICENSE-MIT /usr/share/doc/nfold/
 COPY --from=build /build/target/release/nfold /usr/bin/nfold
+# the third: memory of large bodies goes back to the system when they are answered; left alone, glibc learns to keep it
 ENV ORT_DYLIB_PATH=/usr/lib/onnxruntime/libonnxruntime.so \
     NFOLD_REPOSITORY=/models \
+    MALLOC_MMAP_THRESHOLD_=16777216 \
     NFOLD_LOG_FORMAT=json
 USER 65532:65532
 EXPOSE 8000 8001 8002

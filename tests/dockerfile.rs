@@ -154,4 +154,5 @@ fn the_image_is_what_the_manifests_rely_on() {
     }
     assert!(file.last("ENV").contains("ORT_DYLIB_PATH=/usr/lib/onnxruntime/libonnxruntime.so"));
     assert!(file.last("ENV").contains("NFOLD_REPOSITORY=/models"));
+    assert!(file.last("ENV").contains("MALLOC_MMAP_THRESHOLD_=16777216"));
 }

@@ -127,6 +127,8 @@ closed_sets! {
         SlowBody = "slow_body",
         /// The port was full, and this connection was the one that had done nothing for the longest.
         Full = "full",
+        /// More was kept for it than for any other connection, and for all together more than the port allows.
+        Memory = "memory",
         /// A TLS handshake failed.
         Handshake = "handshake",
         /// A head that is no HTTP.

@@ -1,11 +1,13 @@
 //! Accepts connections and ends them: their number, TLS, the time limits for heads, bodies and answers, and the drain.
 //!
 //! Knows nothing of what the connections carry. `wire` has a connection's bytes, `frames` those that ask for nothing,
-//! `activity` what is under way on it, `remains` the bodies of its requests, `crowd` all of a port's connections.
+//! `activity` what is under way on it, `held` what is kept for it meanwhile, `remains` the bodies of its requests, `crowd` all
+//! of a port's connections.
 
 mod activity;
 mod crowd;
 mod frames;
+mod held;
 mod remains;
 mod wire;
 
@@ -26,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tower::ServiceExt as _;
 
+pub(super) use self::activity::Accounted;
 use self::activity::Activity;
 use self::crowd::Crowd;
 use self::wire::{Socket, Wire};
@@ -61,6 +64,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_millis(1);
 /// Bounds of that time.
 const QUIET_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// How long a connection that was cut may take to be gone, before the port looks whether another must go.
+const GONE: Duration = Duration::from_millis(5);
 /// How often a full port looks again for a connection that could go.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How often the log says that the system is out of descriptors.
@@ -91,6 +96,8 @@ pub(super) struct Limits {
 pub(super) struct Open {
     stopping: watch::Sender<bool>,
     tasks: JoinSet<()>,
+    /// Ends when this is dropped.
+    _relief: JoinSet<()>,
 }
 
 impl Open {
@@ -118,10 +125,13 @@ pub(super) async fn accept(
 ) -> Open {
     let room = Arc::new(Semaphore::new(limits.connections.max(1)));
     let crowd = Arc::new(Crowd::default());
+    let held = Arc::new(held::Port::new(limits.connections));
     let (stopping, stopped) = watch::channel(false);
-    let mut open = Open { stopping, tasks: JoinSet::new() };
+    let mut relief = JoinSet::new();
+    relief.spawn(relieve(held.clone(), crowd.clone()));
+    let mut open = Open { stopping, tasks: JoinSet::new(), _relief: relief };
     let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
-        let activity = Arc::new(Activity::new());
+        let activity = Arc::new(Activity::new(held.clone()));
         let member = crowd.join(activity.clone());
         let counted = (limits.port != Port::Admin).then(|| Counted::new(&metrics.connections));
         let connection = connect(stream, routes.clone(), limits.clone(), activity.clone(), stopped.clone());
@@ -194,6 +204,15 @@ async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Opt
     }
 }
 
+/// Cuts connections while more is kept for them than the port allows.
+async fn relieve(held: Arc<held::Port>, crowd: Arc<Crowd>) {
+    loop {
+        held.above().await;
+        crowd.cut_heaviest(held.limit());
+        tokio::time::sleep(GONE).await;
+    }
+}
+
 /// Connections that the system did not hand over.
 struct Failures {
     last_said: Option<Instant>,
@@ -236,6 +255,7 @@ async fn connect(
         shaken = tls.acceptor().accept(stream) => shaken,
         () = tokio::time::sleep(limits.head_timeout) => return activity.end_for(Ending::HeadTimeout),
         () = activity.evicted() => return activity.end_for(Ending::Full),
+        () = activity.is_cut() => return activity.end_for(Ending::Memory),
     };
     match shaken {
         Ok(stream) => serve(stream, routes, &limits, activity, stopped).await,
@@ -303,6 +323,7 @@ async fn serve<S>(
     let told_to_end = tokio::select! {
         ended = connection.as_mut() => return note(&activity, ended),
         () = stuck.as_mut() => return activity.end_for(Ending::WriteTimeout),
+        () = activity.is_cut() => return activity.end_for(Ending::Memory),
         () = last_call => None,
         ending = activity.overstays(limits.head_timeout) => Some(ending),
         () = activity.evicted() => Some(Ending::Full),
@@ -323,6 +344,7 @@ async fn serve<S>(
     tokio::select! {
         ended = connection => note(&activity, ended),
         () = stuck => activity.end_for(Ending::WriteTimeout),
+        () = activity.is_cut() => activity.end_for(Ending::Memory),
         () = last_moments => {}
     }
 }

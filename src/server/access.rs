@@ -159,7 +159,9 @@ fn trace_id(headers: &HeaderMap) -> Option<String> {
 /// The client's own id, if it is short and printable (it goes into logs), else a fresh one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fits = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    headers.get(REQUEST_ID).filter(fits).cloned().unwrap_or_else(fresh_id)
+    let own = headers.get(REQUEST_ID).filter(fits);
+    // a copy: the library's is a part of the whole head, and would keep all of it
+    own.and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok()).unwrap_or_else(fresh_id)
 }
 
 fn fresh_id() -> HeaderValue {

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderValue, header};
-use axum::response::{IntoResponse as _, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -139,8 +138,8 @@ async fn classify(
         let answer = ClassifyAnswer { model: &model.name, version: model.version, results };
         serde_json::to_vec(&answer).map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
     });
-    let body = Body::new(ChargedBody::new(written.await?.into(), charge));
-    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
+    let mut response = ChargedBody::respond(written.await?.into(), charge);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
         response.headers_mut().insert(SERVER_TIMING, value);
     }

@@ -10,8 +10,6 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use serde::Serialize;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::compression::predicate::SizeAbove;
-use tower_http::compression::{CompressionLayer, CompressionLevel};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use utoipa::{OpenApi as _, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -22,11 +20,8 @@ use super::app::App;
 use super::bodies::coding::Coding;
 use super::served::SERVER_TIMING;
 use super::status::{ApiError, Code, ErrorBody};
-use super::{classify, head, keys, oip, openapi, page};
+use super::{classify, compress, head, keys, oip, openapi, page};
 use crate::panics;
-
-/// Answers above this many bytes are compressed for clients that accept it.
-const COMPRESS_ABOVE: u64 = 1024;
 
 /// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
 /// content coding, compression of answers. Bodies are read by handlers, through `bodies`.
@@ -43,7 +38,7 @@ pub(super) fn routes(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(async || {
             ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")
         })
-        .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESS_ABOVE)))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), compress::gzip))
         .layer(axum::middleware::from_fn(known_encoding))
         .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {

@@ -10,6 +10,7 @@ mod admin;
 mod app;
 mod bodies;
 mod classify;
+mod compress;
 mod control;
 mod deadline;
 mod descriptors;
@@ -292,7 +293,7 @@ impl Server {
             request_timeout: options.request_timeout,
             write_timeout: options.write_timeout,
             bodies: Bodies::new(options.body_limit, options.body_memory, &metrics),
-            pace: Pace::new(metrics.held_refusals.clone()),
+            pace: Pace::new(shares.of(Port::Http), metrics.held_refusals.clone()),
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),

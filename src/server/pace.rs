@@ -18,9 +18,9 @@ const RATE: u32 = 200;
 const LONGEST: Duration = Duration::from_secs(2);
 /// A client that comes within that after a refusal comes straight back; `retry-after` is no shorter.
 const STRAIGHT: Duration = Duration::from_secs(1);
-/// Most that are held at once; more are answered at once.
-const HELD: usize = 2048;
-
+/// Of four connections that a port may have open, the most that a refusal is held for at once, should each hold one: the others
+/// are for clients that could be answered. More are answered at once.
+const HELD_OF_FOUR: usize = 3;
 /// Most that are held of one connection: the rest of its HTTP/2 streams stay free.
 const HELD_EACH: usize = 16;
 
@@ -78,8 +78,10 @@ impl Drop for Counted {
 }
 
 impl Pace {
-    pub(super) fn new(held: IntGauge) -> Self {
-        Self { next: Mutex::new(Instant::now()), room: Arc::new(Semaphore::new(HELD)), held }
+    /// For a server whose ports may have so many connections open, each.
+    pub(super) fn new(connections: usize, held: IntGauge) -> Self {
+        let most = (connections / 4).saturating_mul(HELD_OF_FOUR).clamp(1, Semaphore::MAX_PERMITS);
+        Self { next: Mutex::new(Instant::now()), room: Arc::new(Semaphore::new(most)), held }
     }
 
     /// A request is refused that wants its answer by `deadline`; none: the refusal goes out at once.
@@ -111,10 +113,12 @@ mod tests {
     use crate::metrics::Metrics;
 
     const MS: Duration = Duration::from_millis(1);
+    const CONNECTIONS: usize = 1200;
+    const HELD: usize = 900;
 
     fn pace() -> (Pace, Metrics) {
         let metrics = Metrics::new();
-        (Pace::new(metrics.held_refusals.clone()), metrics)
+        (Pace::new(CONNECTIONS, metrics.held_refusals.clone()), metrics)
     }
 
     #[test]

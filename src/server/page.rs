@@ -8,6 +8,8 @@ use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use axum::routing::{MethodRouter, get};
 
+use super::accept::Accounted;
+
 /// Scripts, styles and calls only from and to this server; images also from the page's own memory (the thumbnails).
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -29,7 +31,10 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
 
 /// The headers that keep `/docs` to this server.
 pub(super) async fn guard_docs(response: Response) -> Response {
-    guarded(response, DOCS_POLICY)
+    let mut response = guarded(response, DOCS_POLICY);
+    // its files are in the program
+    response.extensions_mut().insert(Accounted);
+    response
 }
 
 fn guarded(mut response: Response, policy: &'static str) -> Response {

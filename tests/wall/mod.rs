@@ -4,6 +4,7 @@
 pub mod calls;
 mod connections;
 mod floods;
+mod hoards;
 mod images;
 mod logs;
 mod memory;

@@ -1,8 +1,14 @@
 //! Clients that come straight back after a refusal, by the hundred: those that are answered don't pay for them.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+
+use super::calls::{INFER, STREAM, frame as message, ld, open};
 use super::{MIB, metric, under_attack};
 use crate::process::{Server, connect, data, exchange};
 
@@ -110,4 +116,89 @@ fn the_end_of_a_hold_loses_no_request() {
     });
     assert_eq!(lost.into_inner(), 0, "requests without an answer");
     assert!(server.wait().success());
+}
+
+/// A body of gRPC: an encoded image for the demo model.
+fn call_of(cat: &[u8]) -> Vec<u8> {
+    let input = [ld(1, b"input"), ld(2, b"BYTES"), ld(3, &[1])].concat();
+    let raw = [&(cat.len() as u32).to_le_bytes()[..], cat].concat();
+    message(&[ld(1, b"nf_regnet_cifar10"), ld(5, &input), ld(7, &raw)].concat())
+}
+
+/// As over HTTP: a connection that is refused and comes straight back waits in line, by calls and by messages of a stream.
+#[test]
+fn calls_and_messages_of_streams_wait_as_well() {
+    const CLIENTS: usize = 48;
+    const TIME: Duration = Duration::from_secs(4);
+    let server = Server::start(&["--workers", "1", "--elastic-threads", "0", "--queue-limit", "4"]);
+    let call = call_of(&data("cat.jpg"));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    for streamed in [false, true] {
+        let ((answered, refused), cost) = under_attack(&server, || {
+            runtime.block_on(async {
+                let clients: Vec<_> = (0..CLIENTS)
+                    .map(|_| {
+                        let (to, call) = (server.grpc, Bytes::from(call.clone()));
+                        tokio::spawn(async move {
+                            let until = Instant::now() + TIME;
+                            if streamed { messages(to, call, until).await } else { calls(to, call, until).await }
+                        })
+                    })
+                    .collect();
+                let mut sum = (0, 0);
+                for client in clients {
+                    let (answered, refused) = client.await.unwrap();
+                    sum = (sum.0 + answered, sum.1 + refused);
+                }
+                sum
+            })
+        });
+        println!("streams {streamed}: {answered} answered, {refused} refused; {cost:?}");
+        assert!(answered > 20, "{answered}");
+        // besides those in line, the first of each that was answered in between
+        let most = CLIENTS + answered + 200 * (TIME.as_secs() as usize + 2);
+        assert!((CLIENTS / 2..most).contains(&refused), "streams {streamed}: {refused} refused, of {most}");
+        assert!(cost.failed == 0 && cost.growth < 64 * MIB, "{cost:?}");
+    }
+    crate::fakes::eventually("nothing is held", || metric(server.admin, "nfold_held_refusals") == 0);
+}
+
+/// One after the other on a connection: how many are answered, and refused.
+async fn calls(to: SocketAddr, call: Bytes, until: Instant) -> (usize, usize) {
+    let stream = tokio::net::TcpStream::connect(to).await.unwrap();
+    let (mut requests, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let (mut answered, mut refused) = (0, 0);
+    while Instant::now() < until {
+        let request = hyper::Request::post(format!("http://localhost{INFER}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers");
+        let response = requests.send_request(request.body(Full::new(call.clone())).unwrap()).await.unwrap();
+        match response.headers().get("grpc-status").map(|status| status.to_str().unwrap()) {
+            None => answered += 1,
+            Some("8") => refused += 1,
+            other => panic!("{other:?}: {response:?}"),
+        }
+        response.into_body().collect().await.unwrap();
+    }
+    (answered, refused)
+}
+
+/// The same in a stream.
+async fn messages(to: SocketAddr, message: Bytes, until: Instant) -> (usize, usize) {
+    let mut stream = open(to, STREAM, &[]).await;
+    let (mut answered, mut refused) = (0, 0);
+    while Instant::now() < until {
+        assert!(stream.send(message.clone()).await);
+        let answer = stream.next().await.expect("an answer for each message");
+        // `error_message` is field 1
+        if answer.first() == Some(&(1 << 3 | 2)) {
+            assert!(String::from_utf8_lossy(&answer).contains("try again"), "{:?}", String::from_utf8_lossy(&answer));
+            refused += 1;
+        } else {
+            answered += 1;
+        }
+    }
+    (answered, refused)
 }

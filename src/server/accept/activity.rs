@@ -18,7 +18,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::LEAST_RATE;
+use super::{LEAST_RATE, held};
 pub(super) use crate::metrics::Ending;
 
 /// Shared by a connection's bytes, its requests and the task that watches over it.
@@ -51,8 +51,13 @@ pub(super) struct Activity {
     waiting: Mutex<HashMap<u64, Waiting>>,
     /// Names pieces.
     pieces: AtomicU64,
+    /// What is kept for it.
+    held: held::Connection,
     /// The connection is evicted: another one needs the room.
     evicted: Notify,
+    /// It keeps more than any other on a port that keeps too much: it ends at once.
+    cut: Notify,
+    is_cut: AtomicBool,
     /// It is about to end anyway.
     leaving: AtomicBool,
     /// Why it ends before its client wants to, if it does.
@@ -81,8 +86,8 @@ pub(super) fn due(since: Instant, progress: Instant, taken: u64, limit: Duration
 }
 
 impl Activity {
-    /// For a connection that was accepted just now.
-    pub(super) fn new() -> Self {
+    /// For a connection that was accepted just now on a port.
+    pub(super) fn new(port: Arc<held::Port>) -> Self {
         Self {
             since: Instant::now(),
             came: AtomicU64::new(0),
@@ -97,7 +102,10 @@ impl Activity {
             unread: AtomicBool::new(false),
             waiting: Mutex::default(),
             pieces: AtomicU64::new(0),
+            held: held::Connection::new(port),
             evicted: Notify::new(),
+            cut: Notify::new(),
+            is_cut: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             ending: OnceLock::new(),
         }
@@ -121,14 +129,33 @@ impl Activity {
         self.useful.store(self.now(), Ordering::Relaxed);
     }
 
-    /// A handler waits for its client to send more.
-    pub(super) fn starves(&self) {
+    /// A handler waits for its client to send more, as long as what is returned lives.
+    pub(super) fn starves(self: &Arc<Self>) -> Starving {
         self.starving.fetch_add(1, Ordering::AcqRel);
+        Starving { _held: self.holds(held::REQUEST), activity: self.clone() }
     }
 
-    /// It has got more, or waits no longer.
-    pub(super) fn is_fed(&self) {
-        self.starving.fetch_sub(1, Ordering::AcqRel);
+    /// `bytes` are kept for it, as long as what is returned lives.
+    fn holds(self: &Arc<Self>, bytes: usize) -> Holding {
+        self.held.add(bytes);
+        Holding { activity: self.clone(), bytes }
+    }
+
+    /// Bytes that are kept for it; none: it is cut already.
+    pub(super) fn held(&self) -> Option<usize> {
+        (!self.is_cut.load(Ordering::Acquire)).then(|| self.held.bytes())
+    }
+
+    /// Ends the connection at once.
+    pub(super) fn cut(&self) {
+        self.is_cut.store(true, Ordering::Release);
+        self.leaving.store(true, Ordering::Relaxed);
+        self.cut.notify_one();
+    }
+
+    /// Resolves once the connection is to end at once.
+    pub(super) async fn is_cut(&self) {
+        self.cut.notified().await;
     }
 
     /// Bytes came in or went out.
@@ -279,6 +306,36 @@ impl Drop for Stream {
     }
 }
 
+/// A handler that waits for its client.
+#[derive(Debug)]
+pub(super) struct Starving {
+    activity: Arc<Activity>,
+    _held: Holding,
+}
+
+impl Drop for Starving {
+    fn drop(&mut self) {
+        self.activity.starving.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Bytes that are kept for a connection.
+#[derive(Debug)]
+struct Holding {
+    activity: Arc<Activity>,
+    bytes: usize,
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        self.activity.held.sub(self.bytes);
+    }
+}
+
+/// Of an answer: its bytes are charged or shared, so that the connection does not keep them.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::server) struct Accounted;
+
 /// A request that is open as long as this lives.
 #[derive(Debug, Clone)]
 pub(super) struct Mark(Arc<Stream>);
@@ -286,7 +343,12 @@ pub(super) struct Mark(Arc<Stream>);
 impl Mark {
     /// Ties an answer to its request.
     pub(super) fn answer(self, response: Response<Body>) -> Response<Answer> {
-        response.map(|body| Answer { body, mark: self })
+        let Self(stream) = &self;
+        let accounted = response.extensions().get::<Accounted>().is_some();
+        // one without an end in sight waits for what the server or the client has to say
+        let is_stream = response.body().size_hint().exact().is_none();
+        let held = (stream.multiplexed && is_stream).then(|| stream.activity.holds(held::ANSWER));
+        response.map(|body| Answer { body, mark: self, accounted, _held: held })
     }
 }
 
@@ -295,6 +357,8 @@ impl Mark {
 pub(super) struct Answer {
     body: Body,
     mark: Mark,
+    accounted: bool,
+    _held: Option<Holding>,
 }
 
 impl HttpBody for Answer {
@@ -303,7 +367,8 @@ impl HttpBody for Answer {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece>, axum::Error>>> {
         let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
-        Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(|bytes| Piece::new(bytes, self.mark.clone())))))
+        let piece = |bytes| Piece::new(bytes, self.mark.clone(), self.accounted);
+        Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -322,13 +387,16 @@ pub(super) struct Piece {
     mark: Mark,
     /// Its name among those that wait; none for HTTP/1, where the connection's own bytes tell.
     name: Option<u64>,
+    _held: Option<Holding>,
 }
 
 impl Piece {
-    fn new(bytes: Bytes, mark: Mark) -> Self {
+    fn new(bytes: Bytes, mark: Mark, accounted: bool) -> Self {
         let Mark(stream) = &mark;
         let name = stream.multiplexed.then(|| stream.activity.pieces.fetch_add(1, Ordering::Relaxed));
-        let piece = Self { bytes, mark, name };
+        let kept = held::ANSWER + if accounted { 0 } else { bytes.len() };
+        let held = stream.multiplexed.then(|| stream.activity.holds(kept));
+        let piece = Self { bytes, mark, name, _held: held };
         piece.progress(0);
         piece
     }

@@ -14,7 +14,7 @@ use axum::http::{Request, header};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use super::activity::{Activity, Ending};
+use super::activity::{Activity, Ending, Starving};
 use super::{LEAST_RATE, Limits};
 
 /// Most bytes of an unread body that are thrown away before its request is answered.
@@ -63,6 +63,7 @@ pub(super) fn watch(
         left: keep.then(|| left.clone()),
         unasked,
         activity: activity.clone(),
+        starving: None,
         clock,
     };
     (request.map(|body| Body::new(watched(body))), Some(Remains { left, activity: activity.clone() }))
@@ -72,6 +73,8 @@ impl Remains {
     /// Reads to the body's end, within the bounds.
     pub(super) async fn throw_away(self) {
         let Some(mut body) = self.left.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        // its answer waits for the client
+        let _starving = self.activity.starves();
         let deadline = Instant::now() + THROWING_AWAY;
         let mut left = THROWN_AWAY;
         if body.size_hint().lower() <= THROWN_AWAY as u64 {
@@ -100,6 +103,8 @@ struct Watched {
     /// The client waits to be told that it may send.
     unasked: bool,
     activity: Arc<Activity>,
+    /// While the handler waits.
+    starving: Option<Starving>,
     clock: Clock,
 }
 
@@ -192,8 +197,8 @@ impl HttpBody for Watched {
         watched.unasked = false;
         let Some(body) = &mut watched.body else { return Poll::Ready(None) };
         let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) else {
-            if watched.clock.waiting.is_none() {
-                watched.activity.starves();
+            if watched.starving.is_none() {
+                watched.starving = Some(watched.activity.starves());
             }
             std::task::ready!(watched.clock.wait(cx));
             watched.activity.end_for(Ending::SlowBody);
@@ -201,9 +206,7 @@ impl HttpBody for Watched {
             watched.left = None;
             return Poll::Ready(Some(Err(axum::Error::new(TooSlow))));
         };
-        if watched.clock.waiting.is_some() {
-            watched.activity.is_fed();
-        }
+        watched.starving = None;
         let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
         watched.clock.came(data.map_or(&[], |data| data));
         watched.activity.useful();
@@ -224,9 +227,6 @@ impl HttpBody for Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if self.clock.waiting.is_some() {
-            self.activity.is_fed();
-        }
         let unread = self.body.take().filter(|body| !body.is_end_stream());
         if let (Some(body), Some(left), false) = (unread, &self.left, self.unasked) {
             *left.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);

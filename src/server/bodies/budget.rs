@@ -11,10 +11,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
-
+use axum::response::Response;
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
+use super::super::accept::Accounted;
 use super::super::status::{ApiError, Code};
 use crate::metrics::Metrics;
 
@@ -101,16 +102,21 @@ fn no_room() -> ApiError {
     error
 }
 
-/// An answer that is charged until it is written.
+/// An answer that is charged until it is written. The response is marked [`Accounted`] where anything is charged.
 pub(in crate::server) struct ChargedBody {
     body: Body,
     _charge: Charge,
 }
 
 impl ChargedBody {
-    /// `body`, charged.
-    pub(in crate::server) fn new(body: Body, charge: Charge) -> Self {
-        Self { body, _charge: charge }
+    /// A response of `body`, charged.
+    pub(in crate::server) fn respond(body: Body, charge: Charge) -> Response {
+        let is_charged = charge.bytes > 0;
+        let mut response = Response::new(Body::new(Self { body, _charge: charge }));
+        if is_charged {
+            response.extensions_mut().insert(Accounted);
+        }
+        response
     }
 }
 

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::Request;
+use axum::http::header;
 use bytes::{Buf as _, Bytes};
 use http_body_util::BodyExt as _;
 
+use super::super::access::REQUEST_ID;
 use super::super::bodies::Bodies;
-use super::super::bodies::coding::{Coding, GRPC_ENCODING};
+use super::super::bodies::coding::Coding;
 use super::super::bodies::intake::{Held, Intake};
 use super::super::bodies::threads::too_late;
 use super::super::bodies::too_large;
@@ -37,7 +39,8 @@ impl Messages {
         Ok(Self { bodies, timeout, coding, body: request.into_body(), rest: Bytes::new() })
     }
 
-    /// Takes the body out of `request`, whose messages then are plain.
+    /// A request for the generated services: of the head what they read, copied, since a part of it would keep all of it
+    /// until the call ends; its messages are plain.
     pub(super) fn replace(
         bodies: Bodies,
         timeout: Duration,
@@ -45,11 +48,17 @@ impl Messages {
         with: impl FnOnce(Self) -> Body,
     ) -> Result<Request, ApiError> {
         let coding = Coding::of_messages(request.headers())?;
-        let (mut head, body) = request.into_parts();
-        head.headers.remove(GRPC_ENCODING);
-        head.headers.remove(axum::http::header::CONTENT_LENGTH);
+        let (head, body) = request.into_parts();
+        let unreadable =
+            |e: axum::http::Error| ApiError::new(Code::InvalidRequest, format!("the head can't be read: {e}"));
+        let mut short = Request::builder().method(&head.method).version(head.version).uri(head.uri.path());
+        for name in [header::CONTENT_TYPE, header::TE, REQUEST_ID] {
+            if let Some(value) = head.headers.get(&name) {
+                short = short.header(name, value.as_bytes());
+            }
+        }
         let messages = Self { bodies, timeout, coding, body, rest: Bytes::new() };
-        Ok(Request::from_parts(head, with(messages)))
+        short.body(with(messages)).map_err(unreadable)
     }
 
     /// Waits for the first byte of a message, until `until` at the latest; `false` when there is none to come. Nothing is

@@ -23,6 +23,7 @@ use super::super::bodies::budget::ChargedBody;
 use super::super::bodies::intake::Held;
 use super::super::deadline;
 use super::super::oip::{describe, inference};
+use super::super::pace::Visits;
 use super::super::served::{SERVER_TIMING, millis};
 use super::super::status::{ApiError, Code};
 use super::fields::Unread;
@@ -58,7 +59,7 @@ pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Resp
     };
     let trailers = HeaderMap::from_iter([(STATUS, HeaderValue::from_static("0"))]);
     let body = Full::new(frame).with_trailers(std::future::ready(Some(Ok(trailers))));
-    let mut response = Response::new(Body::new(ChargedBody::new(Body::new(body), charge)));
+    let mut response = ChargedBody::respond(Body::new(body), charge);
     response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
     if let Ok(timing) = HeaderValue::from_str(&served.server_timing()) {
         response.headers_mut().insert(SERVER_TIMING, timing);
@@ -91,6 +92,7 @@ pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Res
         return refused(InferError::ShuttingDown.into());
     }
     let id = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default().to_string();
+    let visits = request.extensions().get::<Visits>().cloned().unwrap_or_default();
     let opened = || {
         let until = deadline::of_stream(request.headers())?;
         Ok((until, Messages::new(app.bodies.clone(), app.request_timeout, request)?))
@@ -101,7 +103,7 @@ pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Res
     };
     // one answer waits at most: a client that does not read is not computed for
     let (answers, frames) = mpsc::channel(1);
-    let stream = Stream { app, id, until, messages, answers, count: 0 };
+    let stream = Stream { app, id, until, visits, messages, answers, count: 0 };
     tokio::spawn(stream.run());
     let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(frames))));
     response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
@@ -115,6 +117,8 @@ struct Stream {
     id: String,
     /// The client's deadline for the whole stream.
     until: Option<Instant>,
+    /// What its connection was told.
+    visits: Visits,
     messages: Messages,
     answers: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
     /// Messages so far.
@@ -210,25 +214,25 @@ impl Stream {
         let answered = answered.unwrap_or_else(|panic| Err(Unread { error: panicked_with(&*panic), malformed: true }));
         let outcome = answered.as_ref().map_or_else(|unread| unread.error.code, |_| Code::Ok);
         let duration_ms = millis(guard.finish(outcome));
-        let (request_id, message, outcome) = (&self.id, self.count, outcome.name());
+        let (request_id, message, name) = (&self.id, self.count, outcome.name());
         match &answered {
             Ok(Reply { served, .. }) => tracing::info!(
                 request_id,
                 message,
-                outcome,
+                outcome = name,
                 duration_ms,
                 model = served.model,
                 version = served.version,
                 images = served.images,
-                "message {message} of stream {request_id} {outcome}"
+                "message {message} of stream {request_id} {name}"
             ),
             Err(_) => {
                 tracing::info!(
                     request_id,
                     message,
-                    outcome,
+                    outcome = name,
                     duration_ms,
-                    "message {message} of stream {request_id} {outcome}"
+                    "message {message} of stream {request_id} {name}"
                 );
             }
         }
@@ -246,8 +250,28 @@ impl Stream {
                 (framed(&pb::ModelStreamInferResponse { error_message: error.message, infer_response: None }), None)
             }
         };
+        self.wait_in_line(outcome).await;
         // an answer is charged until the one before it is taken
         if send(&app, &self.answers, Frame::data(frame)).await { None } else { Some(End::Left) }
+    }
+
+    /// Holds the answer of a message that was refused, where its client was refused just before: it would send the next at once.
+    async fn wait_in_line(&mut self, outcome: Code) {
+        match outcome {
+            Code::Ok => self.visits.welcome(),
+            Code::Overloaded if !self.app.readiness.is_draining() => {
+                let now = Instant::now();
+                let latest = now + self.app.request_timeout;
+                let latest = self.until.map_or(latest, |until| until.min(latest));
+                let Some(hold) = self.app.pace.hold(&self.visits, now, latest) else { return };
+                tokio::select! {
+                    () = tokio::time::sleep_until(hold.until.into()) => {}
+                    () = self.answers.closed() => {}
+                    () = self.app.readiness.closed() => {}
+                }
+            }
+            _ => {}
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Owns the framing of the binary-tensor extension in both directions. Knows no model.
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
-use axum::response::{IntoResponse as _, Response};
+use axum::response::Response;
 use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -432,8 +432,8 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let kind = if binary.is_empty() { "application/json" } else { "application/octet-stream" };
     let is_binary = !binary.is_empty();
     binary.iter().for_each(|bytes| body.extend_from_slice(bytes));
-    let body = Body::new(ChargedBody::new(body.into(), charge));
-    let mut response = ([(header::CONTENT_TYPE, kind)], body).into_response();
+    let mut response = ChargedBody::respond(body.into(), charge);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     if is_binary {
         response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(length));
     }

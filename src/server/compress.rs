@@ -1,0 +1,125 @@
+//! Answers in gzip, for clients that take it.
+//!
+//! Whole answers, on the threads that parse: a compressor for each answer that is under way would take a hundred kilobytes for as
+//! long as its client reads nothing, and its work would keep the threads that move bytes.
+
+use std::io::Write as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use axum::body::{Body, Bytes, HttpBody as _};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
+
+use super::app::App;
+use super::deadline;
+use super::doors;
+use super::status::ApiError;
+
+/// Answers of fewer bytes are sent as they are.
+const LEAST: u64 = 1024;
+
+/// The layer.
+pub(super) async fn gzip(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    // pages are in memory once for all clients, and would be compressed for each
+    let takes = takes_gzip(request.headers()) && !doors::is_page(request.uri().path());
+    let deadline = deadline::http(request.headers(), app.request_timeout);
+    let mut response = next.run(request).await;
+    let length = response.body().size_hint().exact().unwrap_or(0);
+    if length < LEAST || response.headers().contains_key(header::CONTENT_ENCODING) {
+        return response;
+    }
+    response.headers_mut().append(header::VARY, HeaderValue::from(header::ACCEPT_ENCODING));
+    let (true, Ok(deadline)) = (takes, deadline) else { return response };
+    let (mut head, mut body) = response.into_parts();
+    // one piece, which is in memory
+    let Some(Ok(Ok(plain))) = body.frame().await.map(|frame| frame.map(Frame::into_data)) else {
+        return Response::from_parts(head, body);
+    };
+    let length = plain.len();
+    let shown = plain.clone();
+    let packed = app.bodies.threads.run(length, deadline, move || {
+        let mut encoder = GzEncoder::new(Vec::with_capacity(shown.len() / 4), Compression::fast());
+        let packed = encoder.write_all(&shown).and_then(|()| encoder.finish());
+        packed.map_err(|e| ApiError::internal(format!("an answer can't be compressed: {e}")))
+    });
+    let bytes = match packed.await {
+        Ok(packed) => {
+            head.headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            head.headers.remove(header::CONTENT_LENGTH);
+            packed.into()
+        }
+        // no time for it: as it is
+        Err(_) => plain,
+    };
+    Response::from_parts(head, Body::new(Instead { bytes: Some(bytes), _plain: body }))
+}
+
+/// Whether `gzip` is among the codings of `accept-encoding`, by name or by `*`, and not at `q=0`.
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    let weight = ["gzip", "x-gzip", "*"].into_iter().find_map(|name| weight(headers, name));
+    weight.is_some_and(|weight| weight > 0.0)
+}
+
+/// The weight of a coding that is named.
+fn weight(headers: &HeaderMap, wanted: &str) -> Option<f32> {
+    for value in headers.get_all(header::ACCEPT_ENCODING) {
+        for coding in value.to_str().unwrap_or_default().split(',') {
+            let mut parts = coding.split(';').map(str::trim);
+            if parts.next().is_some_and(|name| name.eq_ignore_ascii_case(wanted)) {
+                let weight = parts.find_map(|part| part.strip_prefix("q="));
+                return Some(weight.and_then(|weight| weight.parse().ok()).unwrap_or(1.0));
+            }
+        }
+    }
+    None
+}
+
+/// Bytes instead of those that a body had; what that is charged with stays charged until they are gone.
+struct Instead {
+    bytes: Option<Bytes>,
+    _plain: Body,
+}
+
+impl http_body::Body for Instead {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Poll::Ready(self.bytes.take().map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.bytes.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gzip_is_sent_to_those_who_take_it() {
+        let takes = |value: &'static str| {
+            takes_gzip(&HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static(value))]))
+        };
+        for yes in ["gzip", "GZIP", "x-gzip", "br, gzip;q=0.5", "deflate,*", "gzip; q=0.1, *;q=0"] {
+            assert!(takes(yes), "{yes}");
+        }
+        for no in ["", "br", "identity", "gzip;q=0", "gzip;q=0, *", "gzip; q=0.0", "*;q=0", "gzippy"] {
+            assert!(!takes(no), "{no}");
+        }
+        assert!(!takes_gzip(&HeaderMap::new()));
+    }
+}
