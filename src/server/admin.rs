@@ -8,17 +8,19 @@
 //! * `/metrics`: Prometheus text.
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
-use axum::Router;
+use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::{HeaderName, header};
-use axum::response::{IntoResponse as _, Response};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use tokio::sync::oneshot;
 
-use super::accept::{self, Limits};
+use super::accept::{self, Accounted, Limits};
 use super::head;
 use super::readiness::Readiness;
 use super::status::Code;
@@ -35,6 +37,26 @@ pub(super) struct Admin {
 struct Shared {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
+    /// What was scraped last, and when.
+    scraped: Mutex<Option<(Instant, Bytes)>>,
+}
+
+impl Shared {
+    /// The metrics, as they were at some moment after `since`.
+    fn scrape(&self, since: Instant) -> Bytes {
+        let mut scraped = self.scraped.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, text)) = &*scraped
+            && *at >= since
+        {
+            return text.clone();
+        }
+        let at = Instant::now();
+        self.metrics.ready.set(i64::from(self.readiness.check().is_ok()));
+        self.readiness.observe(&self.metrics);
+        let text = Bytes::from(self.metrics.encode());
+        *scraped = Some((at, text.clone()));
+        text
+    }
 }
 
 impl Admin {
@@ -53,7 +75,7 @@ impl Admin {
             .route("/readyz", get(readyz))
             .route("/metrics", get(scrape))
             .layer(axum::middleware::from_fn(head::check))
-            .with_state(Arc::new(Shared { readiness, metrics: metrics.clone() }));
+            .with_state(Arc::new(Shared { readiness, metrics: metrics.clone(), scraped: Mutex::default() }));
         listener.set_nonblocking(true)?;
         let thread = std::thread::Builder::new().name("nfold-admin".into()).spawn(move || {
             let served = runtime.block_on(async {
@@ -89,9 +111,10 @@ async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
     }
 }
 
-async fn scrape(State(shared): State<Arc<Shared>>) -> ([(HeaderName, &'static str); 1], String) {
-    let ready = shared.readiness.check().is_ok();
-    shared.metrics.ready.set(i64::from(ready));
-    shared.readiness.observe(&shared.metrics);
-    ([(header::CONTENT_TYPE, CONTENT_TYPE)], shared.metrics.encode())
+/// One text for all who ask at the same time: it takes a millisecond to write, and many may ask and not read it.
+async fn scrape(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    let arrived = Instant::now();
+    // the others that are here come before the text is written
+    tokio::task::yield_now().await;
+    (Extension(Accounted), [(header::CONTENT_TYPE, CONTENT_TYPE)], shared.scrape(arrived))
 }

@@ -191,6 +191,7 @@ fn answers_that_nobody_takes() {
             ("/docs in gzip", http, "/docs/swagger-ui-bundle.js", &[GZIP], &[]),
             ("the page in gzip", http, "/page/page.js", &[GZIP], &[]),
             ("refusals", http, "/nothing", &[], &[]),
+            ("metrics", admin, "/metrics", &[], &[]),
         ] {
             let method = if body.is_empty() { "GET" } else { "POST" };
             bounded(&format!("{name}, {window}"), port, &hello(window), &many(method, path, more, body, true));
