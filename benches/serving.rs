@@ -177,6 +177,7 @@ impl House {
         let registry = RegistryOptions {
             max_input_pixels: 1024 * 1024,
             skip_broken: false,
+            default_model: None,
             repository: repository.into(),
             models: vec![(model.into(), None)],
             engine: EngineOptions::default(),

@@ -8,6 +8,7 @@ mod completions;
 mod docs;
 mod environment;
 mod examples;
+mod fetching;
 mod fold;
 mod gamma;
 mod healthcheck;
@@ -49,7 +50,7 @@ enum Command {
     /// Classify image files with a folded model, without a server
     #[command(after_help = examples::CLASSIFY)]
     Classify(classify::ClassifyArgs),
-    /// Serve a model repository over HTTP and gRPC
+    /// Serve a model repository, or checkpoints, over HTTP and gRPC
     #[command(after_help = examples::SERVE)]
     Serve(Box<serve::ServeArgs>),
     /// Exit 0 when a server is ready: for containers without a shell

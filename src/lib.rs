@@ -6,6 +6,7 @@
 //! * [`files`]: whole-or-nothing writing, for every file that the program writes.
 //! * [`nets`]: what a network is: configurations, block plans, activations and their γ. Pure data and maths.
 //! * [`checkpoint`]: reads untrusted checkpoints (configurations, safetensors, torch files) into validated tensors, and writes fresh ones.
+//! * [`hub`]: checkpoints by their names on the model hub, fetched into its own cache.
 //! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`pixels`]: untrusted bytes → tensor: limits, formats, resize, crop, normalise.
@@ -14,12 +15,13 @@
 //! * [`infer`]: encoded image → predictions: queue, batch, top-k. Knows no protocol.
 //! * [`mod@bench`]: graphs timed in process, load on a server, and the report.
 //! * [`spp`]: signal propagation plots: statistics of hidden activations, block by block.
+//! * [`sources`]: from what a user names (folder, file, hub) to a folded, verified model; the cache behind `serve SOURCE`.
 //! * [`server`]: the edge: HTTP, health, metrics.
 //! * [`metrics`]: every metric, declared once. [`chart`]: lines and points as SVG. [`pb`]: generated protobuf modules. [`logging`]: tracing set-up. [`mod@printable`]: text without control characters. [`panics`]: what a panic says.
 //! * [`cli`]: the command line: arguments → typed options → one call into the rooms above.
 //!
-//! Imports only point down (`cli` → `fold` | `bench` | `spp` | `server` → `infer` → `engine`, `pixels` → `relayout` →
-//! `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`, `files`);
+//! Imports only point down (`cli` → `sources`, `bench` | `spp` | `server` → `infer`, `fold` → `engine`, `pixels` → `relayout` →
+//! `hub` → `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`, `files`);
 //! `tests/layers.rs` tests that.
 #![forbid(unsafe_code)]
 
@@ -30,6 +32,7 @@ pub mod nets;
 pub mod checkpoint;
 pub mod fold;
 pub mod graph;
+pub mod hub;
 
 pub mod engine;
 pub mod pixels;
@@ -38,6 +41,7 @@ pub mod relayout;
 pub mod bench;
 pub mod infer;
 pub mod server;
+pub mod sources;
 pub mod spp;
 
 pub mod chart;

@@ -20,6 +20,7 @@ pub struct Server {
     pub grpc: SocketAddr,
     pub admin: SocketAddr,
     folder: tempfile::TempDir,
+    before: Vec<String>,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -38,10 +39,19 @@ impl Server {
 
     /// On the repository of a folder.
     pub fn start_in(folder: tempfile::TempDir, flags: &[&str]) -> Self {
-        let mut child = serve(folder.path()).args(flags).spawn().unwrap();
+        Self::start_with(folder, flags, &[])
+    }
+
+    /// With variables.
+    pub fn start_with(folder: tempfile::TempDir, flags: &[&str], variables: &[(&str, String)]) -> Self {
+        let variables = variables.iter().map(|(name, value)| (*name, value.as_str()));
+        let mut child = serve(folder.path()).args(flags).envs(variables).spawn().unwrap();
+        let mut before = Vec::new();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut address_of = |what: &str| -> SocketAddr {
-            let line = lines.find_map(|l| l.ok().filter(|l| l.contains(what))).unwrap_or_else(|| panic!("no `{what}`"));
+            let mut kept = lines.by_ref().map_while(Result::ok).inspect(|line| before.push(line.clone()));
+            let line = kept.find(|line| line.contains(what));
+            let line = line.unwrap_or_else(|| panic!("no `{what}`: {before:#?}"));
             let line: Value = serde_json::from_str(&line).unwrap();
             line["address"].as_str().unwrap().parse().unwrap()
         };
@@ -51,7 +61,7 @@ impl Server {
         let log = Arc::<Mutex<Vec<String>>>::default();
         let heard = log.clone();
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| heard.lock().unwrap().push(line)));
-        Self { child, http, grpc, admin, folder, log }
+        Self { child, http, grpc, admin, folder, before, log }
     }
 
     pub fn post(&self, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
@@ -65,6 +75,12 @@ impl Server {
     /// Lines of the log since the server is ready, such as have `text` in them.
     pub fn logged(&self, text: &str) -> Vec<String> {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
+    }
+
+    /// Lines of the log before the server was ready.
+    #[cfg_attr(not(feature = "hub"), allow(dead_code))]
+    pub fn before_ready(&self, text: &str) -> Vec<&String> {
+        self.before.iter().filter(|line| line.contains(text)).collect()
     }
 
     /// Where the server was started; its repository is the folder of this name there.

@@ -4,7 +4,8 @@ folder of his own, and a checkpoint that timm's save_for_hf wrote without option
     python3 tests/readme.py                  # everything, builds included
     python3 tests/readme.py --quick NFOLD    # with a program that is built: nothing is compiled or installed
 
-What can't run here (torch, a container engine) is SKIPPED by name. Ports 8000 to 8002 must be free; the quick form has a network
+Names on the model hub are answered by a hub on loopback, on which each is the demo checkpoint. What can't run here (torch, a
+container engine) is SKIPPED by name. Ports 8000 to 8002 must be free; the quick form has a network
 of its own where the system allows one.
 """
 import argparse
@@ -53,6 +54,10 @@ class Reader:
         keep = ("PATH", "CARGO_HOME", "RUSTUP_HOME", "LANG", "PIP_", "SSL_", "CARGO_HTTP", "CARGO_REG", "HTTP", "http", "no_proxy", "NO_PROXY")
         self.env = {name: value for name, value in os.environ.items() if name.startswith(keep)}
         self.env["HOME"] = str(self.home)
+        sys.path.insert(0, str(ROOT / "tests/clients"))
+        sys.dont_write_bytecode = True
+        from hub import Hub
+        self.env.update(HF_ENDPOINT=Hub(ROOT / "models/nf_regnet_cifar10").endpoint, NO_PROXY="127.0.0.1,127.0.0.2,localhost")
         real = Path.home()
         if not quick:
             # toolchains that live in the real home

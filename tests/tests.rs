@@ -13,6 +13,10 @@ mod channels;
 /// What people have instead of a folder from the hub: dialects, files, hostile ones.
 mod sources;
 
+/// Checkpoints by their names on the model hub.
+#[cfg(feature = "hub")]
+mod hub;
+
 /// Imports only point down.
 mod layers;
 

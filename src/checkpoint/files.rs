@@ -11,11 +11,15 @@ use super::store::{SourceFile, Tensors};
 use super::torch::{self, Training};
 use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE, read, safetensors_file};
 use crate::model::{hex, regular_file};
+use crate::printable::brief;
 
 /// File name of torch's weights in a folder of the hub.
 const TORCH_FILE: &str = "pytorch_model.bin";
 /// What the name of an index of shards ends with.
 const INDEX: &str = ".index.json";
+/// Files of weights in a folder of the hub, the first that is there counts.
+pub const HUB_WEIGHTS: [&str; 4] =
+    [WEIGHTS_FILE, "model.safetensors.index.json", TORCH_FILE, "pytorch_model.bin.index.json"];
 /// Most bytes of a configuration or an index.
 const LARGEST_TEXT: u64 = 16 << 20;
 /// Most shards.
@@ -56,17 +60,15 @@ pub fn locate(path: &Path) -> Result<Location, CheckpointError> {
     let whole = fs::canonicalize(path).map_err(read(path))?;
     let own = |p: &Path| p.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
     let config_in = |folder: &Path| Some(folder.join(CONFIG_FILE)).filter(|p| p.is_file());
-    let hub =
-        [WEIGHTS_FILE.into(), format!("{WEIGHTS_FILE}{INDEX}"), TORCH_FILE.into(), format!("{TORCH_FILE}{INDEX}")];
     if !whole.is_dir() {
         let folder = whole.parent().unwrap_or(Path::new("/"));
         // a file as the hub names it belongs to the configuration beside it
-        let of_hub = hub.contains(&own(&whole));
+        let of_hub = HUB_WEIGHTS.contains(&own(&whole).as_str());
         let config = if of_hub { config_in(folder) } else { None };
         let name = if config.is_some() { own(folder) } else { stem(&own(&whole)) };
         return Ok(Location { weights: path.into(), config, name });
     }
-    let Some(weights) = hub.iter().map(|file| path.join(file)).find(|p| p.is_file()) else {
+    let Some(weights) = HUB_WEIGHTS.iter().map(|file| path.join(file)).find(|p| p.is_file()) else {
         let entries = fs::read_dir(path).map_err(read(path))?;
         let names = entries.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
         let ends = [".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt"];
@@ -101,7 +103,7 @@ fn is_pointer(bytes: &[u8]) -> bool {
 
 /// Opens weights of any kind.
 pub fn open(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
-    if path.to_string_lossy().ends_with(INDEX) {
+    if is_index(&path.to_string_lossy()) {
         return shards(path, use_ema);
     }
     let source = SourceFile::open(path).map_err(read(path))?;
@@ -170,20 +172,47 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+impl Index {
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let index: Self = serde_json::from_slice(text).map_err(|e| brief(format!("not an index of shards: {e}")))?;
+        let names = index.shards();
+        if names.is_empty() || names.len() > MOST_SHARDS {
+            return Err(format!("it names {} shards, not 1 to {MOST_SHARDS}", names.len()));
+        }
+        match names.iter().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
+            Some(name) => Err(brief(format!("shard `{name}` is not a file beside it"))),
+            None => Ok(index),
+        }
+    }
+
+    fn shards(&self) -> BTreeSet<&String> {
+        self.weight_map.values().collect()
+    }
+}
+
+/// Whether a folder is a checkpoint as the hub lays it out.
+pub fn is_folder(path: &Path) -> bool {
+    path.join(CONFIG_FILE).is_file() && HUB_WEIGHTS.iter().any(|file| path.join(file).is_file())
+}
+
+/// Whether a file of weights is an index of shards.
+pub fn is_index(file: &str) -> bool {
+    file.ends_with(INDEX)
+}
+
+/// Names of the shards that an index lists: files beside it, in order.
+pub fn shards_of(text: &[u8]) -> Result<Vec<String>, String> {
+    Ok(Index::parse(text)?.shards().into_iter().cloned().collect())
+}
+
 /// Shards: every tensor is where the index says it is.
 fn shards(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
     let bad = |reason: String| CheckpointError::Config { path: path.into(), reason };
-    let index: Index = serde_json::from_slice(&text(path)?).map_err(|e| bad(format!("not an index of shards: {e}")))?;
-    let names: BTreeSet<&String> = index.weight_map.values().collect();
-    if names.is_empty() || names.len() > MOST_SHARDS {
-        return Err(bad(format!("it names {} shards, not 1 to {MOST_SHARDS}", names.len())));
-    }
+    let index = Index::parse(&text(path)?).map_err(bad)?;
+    let names = index.shards();
     let folder = path.parent().unwrap_or(Path::new("."));
     let (mut all, mut digests) = (Opened::default(), String::new());
     for (file, name) in names.iter().enumerate() {
-        if name.contains(['/', '\\']) || name.starts_with('.') {
-            return Err(bad(format!("shard `{name}` is not a file beside it")));
-        }
         let shard = folder.join(name);
         let source = SourceFile::open(&shard).map_err(read(&shard))?;
         let part = one(&source, file, use_ema)?;

@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 pub use config::Config;
+pub use files::{HUB_WEIGHTS, is_folder, is_index, shards_of};
 pub use reader::Reader;
 pub use torch::pickle;
 
@@ -214,6 +215,8 @@ pub struct Checkpoint {
     pub labels: Vec<String>,
     /// SHA-256 of the weights' file, in hexadecimal; of shards, of the list of theirs.
     pub sha256: String,
+    /// SHA-256 of all else that was read about it: its configuration, and a file of class names.
+    pub told_sha256: String,
     /// What to call it: the folder's name, or the file's.
     pub name: String,
     layers: Vec<Layer>,
@@ -231,9 +234,10 @@ impl Checkpoint {
     pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
         let at = files::locate(path)?;
         // a configuration that can't be read is the first thing to know
+        let text = at.config.as_deref().map(files::text).transpose()?.unwrap_or_default();
         let mut config = match &at.config {
             Some(file) => Some(
-                Config::parse(&files::text(file)?)
+                Config::parse(&text)
                     .map_err(|reason| CheckpointError::Config { path: file.clone(), reason: brief(reason) })?,
             ),
             None => None,
@@ -260,9 +264,18 @@ impl Checkpoint {
             let path = at.config.unwrap_or_default();
             return Err(CheckpointError::OtherArchitecture { given: given.into(), found: config.architecture, path });
         }
-        let mut checkpoint = Assembly { path: &at.weights, options, config, opened, source: Source::default() };
+        let mut checkpoint =
+            Assembly { path: &at.weights, options, config, opened, told: text, source: Source::default() };
         checkpoint.source.settings.push(setting("architecture", architecture_from));
         checkpoint.finish(at.name, told)
+    }
+
+    /// Whether a configuration alone tells of a network that can be opened: the first thing to know, before weights are there.
+    pub fn check_config(text: &[u8], options: &OpenOptions) -> Result<(), CheckpointError> {
+        let bad = |reason| CheckpointError::Config { path: CONFIG_FILE.into(), reason: brief(reason) };
+        let mut config = Config::parse(text).map_err(bad)?;
+        config.model_args.extend(options.model_args.clone());
+        Ok(Network::plan(&config.architecture, &config.model_args).map(drop)?)
     }
 
     /// Preprocessing as timm resolves it for evaluation, and where every setting came from. `size` (height, width)
@@ -272,6 +285,12 @@ impl Checkpoint {
         let mut source = self.source.clone();
         source.settings.extend(origins);
         Ok((preprocessing, source))
+    }
+
+    /// Notes where it was fetched from, and calls it as it is called there.
+    pub fn set_origin(&mut self, name: &str, origin: String) {
+        self.name = name.into();
+        self.source.settings.insert(0, setting("checkpoint", origin));
     }
 
     /// Starts taking tensors.
@@ -355,6 +374,8 @@ struct Assembly<'a> {
     options: &'a OpenOptions,
     config: Config,
     opened: files::Opened,
+    /// Bytes that say something about it, one file after the other.
+    told: Vec<u8>,
     source: Source,
 }
 
@@ -391,6 +412,7 @@ impl Assembly<'_> {
             network,
             labels,
             sha256: self.opened.sha256,
+            told_sha256: crate::model::sha256(&self.told),
             name,
             layers,
             source: self.source,
@@ -449,7 +471,9 @@ impl Assembly<'_> {
             }
             Some(LabelChoice::File(path)) => {
                 let bad = |reason| CheckpointError::Labels { path: path.clone(), reason };
-                let names = labels::from_file(&files::text(path)?).map_err(bad)?;
+                let text = files::text(path)?;
+                let names = labels::from_file(&text).map_err(bad)?;
+                self.told.extend(text);
                 (names, format!("--labels {}", shown(path)), path.clone())
             }
             None if own.is_empty() => {

@@ -11,7 +11,7 @@ Examples:
 pub const FOLD: &str = "\
 Examples:
   nfold fold my-checkpoint
-  nfold fold my-checkpoint --name flowers --model-version 2 --size 288
+  nfold fold timm/nf_regnet_b1.ra2_in1k --name flowers --model-version 2 --size 288
   nfold fold my-checkpoint --precision fp16 --replace --repository /srv/models";
 
 /// `nfold classify`.
@@ -24,7 +24,7 @@ Examples:
 /// `nfold serve`.
 pub const SERVE: &str = "\
 Examples:
-  nfold serve
+  nfold serve timm/nf_regnet_b1.ra2_in1k
   nfold serve --port 9000 --model flowers --repository /srv/models
   nfold serve --http localhost:8000 --api-key-file keys.txt --log-format json
 

@@ -15,7 +15,7 @@ use super::printable::printable;
 use super::source::SourceArgs;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::fold::{FoldOptions, fold};
-use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir};
+use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, SourceSetting};
 
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
@@ -52,7 +52,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         writeln!(out, "{:#}", json!({ "kind": kind, "name": name, "manifest": manifest }))?;
     } else {
-        write!(out, "{kind} {}\n{}", printable(&name), describe(&manifest))?;
+        write!(out, "{kind} {}\n{}", printable(&name), describe(&manifest, Detail::Whole))?;
         writeln!(out, "source sha256  {}", printable(&manifest.source_sha256))?;
         if kind == "model" {
             writeln!(out, "onnx sha256    {}", printable(&manifest.onnx_sha256))?;
@@ -92,8 +92,17 @@ pub fn warn(m: &Manifest) {
     }
 }
 
+/// How much a person wants to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// What it is, and in five lines at most where that comes from.
+    Brief,
+    /// Every setting's origin, every block's scalars.
+    Whole,
+}
+
 /// A manifest as text for people.
-pub fn describe(m: &Manifest) -> String {
+pub fn describe(m: &Manifest, detail: Detail) -> String {
     let (f, p) = (&m.fold, &m.preprocessing);
     let mut out = String::new();
     // names come from an untrusted file
@@ -113,8 +122,11 @@ pub fn describe(m: &Manifest) -> String {
     line("work", format!("{:.3} GMACs an image", f.gmacs));
     let crop = format!("{} crop {} of {} resize", p.crop_mode, p.crop_pct, p.interpolation);
     line("preprocessing", format!("{crop}, mean {:?}, std {:?}", p.mean, p.std));
-    for setting in &m.source.settings {
-        line("  from", format!("{}: {}", setting.setting, setting.origin));
+    match detail {
+        Detail::Whole => {
+            m.source.settings.iter().for_each(|s| line("  from", format!("{}: {}", s.setting, s.origin)));
+        }
+        Detail::Brief => origins(&m.source.settings).into_iter().for_each(|text| line("  from", text)),
     }
     if !m.source.unused.is_empty() {
         line("not used", m.source.unused.join(", "));
@@ -132,6 +144,9 @@ pub fn describe(m: &Manifest) -> String {
     }
     if let Some(headroom) = f.verification.as_ref().and_then(|v| v.headroom) {
         line("half precision", format!("the largest value of any map fits {headroom:.0} times"));
+    }
+    if detail == Detail::Brief {
+        return out;
     }
     if !f.blocks.is_empty() {
         let _ = writeln!(
@@ -154,6 +169,33 @@ pub fn describe(m: &Manifest) -> String {
         );
     }
     out
+}
+
+/// Origins in five lines at most: settings of the same file and table together, the rest of many in the last line.
+fn origins(settings: &[SourceSetting]) -> Vec<String> {
+    const LINES: usize = 5;
+    let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+    for SourceSetting { setting, origin } in settings {
+        // `pretrained_cfg.crop_pct in config.json` and `pretrained_cfg.mean in config.json` are one place
+        let place = match origin.split_once(" in ") {
+            Some((field, file)) if field == setting => file.to_string(),
+            Some((path, file)) => match path.rsplit_once('.').filter(|(_, field)| field == setting) {
+                Some((table, _)) => format!("{table} in {file}"),
+                None => origin.clone(),
+            },
+            None => origin.clone(),
+        };
+        match groups.iter_mut().find(|(p, _)| *p == place) {
+            Some((_, names)) => names.push(setting),
+            None => groups.push((place, vec![setting])),
+        }
+    }
+    let mut lines: Vec<String> = groups.iter().map(|(place, names)| format!("{}: {place}", names.join(", "))).collect();
+    if lines.len() > LINES {
+        let rest = lines.split_off(LINES - 1).len();
+        lines.push(format!("{rest} more: --verbose lists them, and so does `nfold inspect`"));
+    }
+    lines
 }
 
 /// The first and the last of many names.

@@ -1,7 +1,7 @@
 //! `nfold serve`: arguments, their defaults, and the way into the server.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -12,23 +12,43 @@ use tokio::sync::mpsc;
 use super::addresses;
 use super::images::ImageArgs;
 use super::signals::Signals;
+use super::source::{FoldingArgs, SourceArgs};
+use crate::checkpoint::{self, OpenOptions};
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{EngineOptions, GpuOptions, Provider};
+use crate::fold::FoldOptions;
 use crate::infer::job::{Invariance, SchedulerOptions};
-use crate::infer::registry::{Registry, RegistryOptions};
+use crate::infer::registry::{Registry, RegistryError, RegistryOptions};
 use crate::logging::{self, LogFormat};
 use crate::metrics::Metrics;
 use crate::server::{self, Options, Server, TlsOptions};
+use crate::sources::{Served, ServedOptions};
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}
+    /// Checkpoint to fold and serve, as NAME=SOURCE under a name of its own: a folder, a file of weights, or a model on the hub
+    /// (ORG/NAME[@REVISION]); repeat for several. Looked at again on SIGHUP [default: the models of the repository]
+    #[arg(value_name = "SOURCE", value_parser = source)]
+    sources: Vec<(Option<String>, PathBuf)>,
+    /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}; a folder that is a checkpoint itself is folded and
+    /// served as SOURCE is. Not looked at where there is a SOURCE
     #[arg(help_heading = "Models", long, value_name = "DIR", env = "NFOLD_REPOSITORY", default_value = "repository")]
     repository: PathBuf,
     /// Model to serve, all its versions or one; repeat for several [default: everything in the repository]
     #[arg(help_heading = "Models", long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
     models: Vec<(String, Option<u64>)>,
+    /// Model that answers requests that name none [default: the only one, and the model of a single SOURCE]
+    #[arg(help_heading = "Models", long, value_name = "NAME", env = "NFOLD_DEFAULT_MODEL", value_parser = name)]
+    default_model: Option<String>,
+    /// Folder for what SOURCE is folded to, by digest and options [default: nfold in the user's cache folder, or a temporary folder where
+    /// that can't be written]
+    #[arg(help_heading = "Models", long, value_name = "DIR", env = "NFOLD_CACHE")]
+    cache: Option<PathBuf>,
+    #[command(flatten, next_help_heading = "Sources")]
+    checkpoint: SourceArgs,
+    #[command(flatten, next_help_heading = "Sources")]
+    folding: FoldingArgs,
     /// Serve the rest when a model does not start (nfold_models_skipped counts); without it, the start fails, so that no
     /// rollout passes with a broken model
     #[arg(help_heading = "Models", long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
@@ -173,7 +193,7 @@ pub struct ServeArgs {
     /// Let clients load and unload models of the repository
     #[arg(help_heading = "Models", long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
     model_control: bool,
-    /// Look at the repository this often for new, changed and gone models [default: only on SIGHUP]
+    /// Look at the repository this often for new, changed and gone models; not at sources [default: only on SIGHUP]
     #[arg(help_heading = "Models", long, value_name = "TIME", env = "NFOLD_WATCH", value_parser = positive)]
     watch: Option<Duration>,
     /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
@@ -235,7 +255,8 @@ enum LogFormatArg {
 
 impl ServeArgs {
     /// Typed options. Defaults depend on the provider and on the machine's cores.
-    fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions)> {
+    fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions, Option<ServedOptions>)> {
+        let served = self.served();
         if let Some(port) = self.port {
             self.http.set_port(port);
         }
@@ -272,6 +293,7 @@ impl ServeArgs {
             },
             max_input_pixels: self.max_input_pixels,
             skip_broken: self.skip_broken_models,
+            default_model: self.default_model,
             pad_channels: !self.no_channel_padding,
             graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
@@ -320,8 +342,54 @@ impl ServeArgs {
             fault_limit: self.fault_limit,
             started: Instant::now(),
         };
-        Ok((options, registry))
+        Ok((options, registry, served))
     }
+
+    /// The sources, where models come from such: those that were typed, or a repository that is a checkpoint itself.
+    fn served(&mut self) -> Option<ServedOptions> {
+        let mut sources = std::mem::take(&mut self.sources);
+        let repository = self.repository.display();
+        if !sources.is_empty() {
+            if self.repository.is_dir() {
+                tracing::info!(%repository, "the sources are served; the repository is not looked at");
+            }
+        } else if checkpoint::is_folder(&self.repository) {
+            tracing::info!(%repository, "the repository is a checkpoint itself: it is folded and served");
+            sources.push((self.default_model.clone(), self.repository.clone()));
+        }
+        let (open, fold) = (self.checkpoint.options(), self.folding.options());
+        if sources.is_empty() {
+            if open != OpenOptions::default() || fold != FoldOptions::default() {
+                tracing::warn!(
+                    "options of checkpoints (--labels, --size and others) mean nothing to models that are folded already"
+                );
+            }
+            return None;
+        }
+        if self.watch.is_some() {
+            tracing::warn!("--watch does not look at sources: SIGHUP does");
+        }
+        Some(ServedOptions { sources, open, fold, cache: self.cache.clone() })
+    }
+}
+
+/// Opens what is to be served; sources are fetched and folded first, so that no engine takes memory meanwhile.
+fn open(
+    mut registry: RegistryOptions,
+    served: Option<ServedOptions>,
+    metrics: &Metrics,
+) -> Result<Registry, RegistryError> {
+    let Some(served) = served else { return Registry::open(&registry, metrics) };
+    let count = served.sources.len();
+    let served = Served::open(served, registry.clone()).map_err(|e| RegistryError::Source(Box::new(e)))?;
+    let names = served.names();
+    if names.is_empty() {
+        return Err(RegistryError::AllBroken(count));
+    }
+    if count == 1 && registry.default_model.is_none() {
+        registry.default_model = names.first().cloned();
+    }
+    Registry::open_from(&served, Box::new(served.later()), &registry, metrics)
 }
 
 /// Serves until SIGTERM or SIGINT; a second one stops at once. Threads that load models, or hang in an engine, may still run
@@ -341,16 +409,16 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         return Err(anyhow!("--cuda-… and --device-memory mean something to --provider cuda or tensorrt only"));
     }
     let check = args.check;
-    let (options, registry) = args.resolve()?;
+    let (options, registry, served) = args.resolve()?;
     if check {
-        return check_models(&registry);
+        return check_models(registry, served);
     }
     let runtime = server::runtime().map_err(|e| anyhow!("can't start the async runtime: {e}"))?;
     let served = runtime.block_on(async {
         let (sender, control) = mpsc::channel(2);
         let server = Server::bind(options)?;
         Signals::tell(sender);
-        server.run(move |metrics| Registry::open(&registry, metrics), control).await
+        server.run(move |metrics| open(registry, served, metrics), control).await
     });
     // a model that is still loading, or a hung engine, must not hold up the exit
     runtime.shutdown_background();
@@ -358,14 +426,32 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Starts every model and ends it again.
-fn check_models(options: &RegistryOptions) -> anyhow::Result<ExitCode> {
+fn check_models(options: RegistryOptions, served: Option<ServedOptions>) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let registry = Registry::open(options, &Metrics::new())?;
+    let registry = open(options, served, &Metrics::new())?;
     for model in registry.all() {
         tracing::info!(model = model.name, version = model.version, "checked");
     }
     tracing::info!(duration_ms = started.elapsed().as_millis() as u64, "every model starts");
     Ok(ExitCode::SUCCESS)
+}
+
+/// `SOURCE` or `NAME=SOURCE`. What is here as it was typed is no name and source.
+fn source(text: &str) -> Result<(Option<String>, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, source)) if !Path::new(text).exists() && crate::model::check_name(name).is_ok() => {
+            if source.is_empty() {
+                Err("there is nothing after `=`".into())
+            } else {
+                Ok((Some(name.into()), source.into()))
+            }
+        }
+        _ => Ok((None, text.into())),
+    }
+}
+
+fn name(text: &str) -> Result<String, String> {
+    crate::model::check_name(text).map(|()| text.into()).map_err(|e| e.to_string())
 }
 
 /// `NAME` or `NAME:VERSION`.

@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
 use clap::builder::FalseyValueParser;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::labels::ImageNet;
 use crate::checkpoint::settings::Settings;
 use crate::checkpoint::{LabelChoice, OpenOptions};
-use crate::model::{CropMode, Interpolation};
+use crate::fold::{FoldOptions, Size};
+use crate::model::{CropMode, Gate, Interpolation, Precision};
 
 /// Options of every command that opens checkpoints.
 #[derive(Debug, Args)]
@@ -72,6 +73,64 @@ impl SourceArgs {
                 ..Settings::default()
             },
         }
+    }
+}
+
+/// How a checkpoint is folded: the options that `nfold fold` and `nfold serve SOURCE` share.
+#[derive(Debug, Args)]
+pub struct FoldingArgs {
+    /// Input size in pixels: `dynamic`, `H` or `HxW` [default: the checkpoint's evaluation size]
+    #[arg(long, env = "NFOLD_SIZE", value_parser = parse_graph_size)]
+    size: Option<Size>,
+    /// Number format of weights and arithmetic
+    #[arg(long, env = "NFOLD_PRECISION", default_value = "fp32")]
+    precision: PrecisionArg,
+    /// How attention gates multiply: `resize` is fastest on ONNX Runtime's CPU, `broadcast` suits other runtimes
+    #[arg(long, env = "NFOLD_GATE", default_value = "resize")]
+    gate: GateArg,
+    /// Turn images upright by their EXIF orientation before they are classified; timm, and so training, does not
+    #[arg(long, env = "NFOLD_EXIF_ORIENTATION", value_parser = FalseyValueParser::new())]
+    exif_orientation: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    Fp32,
+    Fp16,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum GateArg {
+    Resize,
+    Broadcast,
+}
+
+impl FoldingArgs {
+    /// What the options say.
+    pub fn options(&self) -> FoldOptions {
+        FoldOptions {
+            size: self.size.unwrap_or_default(),
+            precision: match self.precision {
+                PrecisionArg::Fp32 => Precision::Fp32,
+                PrecisionArg::Fp16 => Precision::Fp16,
+            },
+            gate: match self.gate {
+                GateArg::Resize => Gate::Resize,
+                GateArg::Broadcast => Gate::Broadcast,
+            },
+            unfolded: false,
+            exif_orientation: self.exif_orientation,
+        }
+    }
+}
+
+fn parse_graph_size(text: &str) -> Result<Size, String> {
+    let side =
+        |s: &str| s.parse::<u32>().map_err(|_| format!("`{text}` is not `dynamic`, `H` or `HxW`, as in 288x288"));
+    match text.split_once('x') {
+        _ if text == "dynamic" => Ok(Size::Dynamic),
+        Some((height, width)) => Ok(Size::Fixed(side(height)?, side(width)?)),
+        None => side(text).map(|s| Size::Fixed(s, s)),
     }
 }
 

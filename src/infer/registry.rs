@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::error::InferError;
 pub use super::live_model::{Classified, Engines, LiveModel, LoadError};
-pub use super::source::{RegistryOptions, Source};
+pub use super::source::{Look, RegistryOptions, Source};
 use super::system::{Os, System, Turns};
 use crate::metrics::Metrics;
 use crate::model::{Listing, ModelDir, ModelError};
@@ -50,6 +50,17 @@ pub enum RegistryError {
         /// ` (left out: …)`, or nothing.
         left_out: String,
     },
+    /// The model for requests that name none is not there.
+    #[error("the default model `{name}` is not among the models ({available}); name one of them with --default-model")]
+    NoDefault {
+        /// The name asked for.
+        name: String,
+        /// Names that are there.
+        available: String,
+    },
+    /// What models are made of can't be had, or is none.
+    #[error(transparent)]
+    Source(Box<dyn std::error::Error + Send + Sync>),
     /// Models were to be left out that don't start, and nothing is left.
     #[error("none of {0} models can be served; the log says why of each")]
     AllBroken(usize),
@@ -75,6 +86,8 @@ pub struct Registry {
     /// Models that are asked for, each with one version or all of them; empty: everything there is.
     asked_for: Vec<(String, Option<u64>)>,
     repository: PathBuf,
+    /// The model that answers requests that name none.
+    default_model: Option<String>,
     system: Arc<dyn System>,
     /// Held while a model loads: one at a time.
     turns: Turns,
@@ -109,15 +122,6 @@ struct Failed {
 /// Shortest and longest pause between two tries to load a version that has not changed.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
 
-/// Why the repository is looked at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
-    /// On request: what could not be loaded is tried again.
-    Asked,
-    /// By timer: what could not be loaded is tried again when it has changed, else after growing pauses.
-    Again,
-}
-
 /// Who wants a version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum By {
@@ -138,6 +142,7 @@ impl Registry {
             source,
             asked_for,
             repository: PathBuf::new(),
+            default_model: None,
             turns: Turns::new(system.clone()),
             system,
             notes: Mutex::default(),
@@ -154,19 +159,36 @@ impl Registry {
     pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
         let mut later = options.clone();
         later.scheduler.one_by_one = true;
-        let mut registry = Self::new(Some(Box::new(later)), options.models.clone(), Arc::new(Os));
+        Self::open_from(options, Box::new(later), options, metrics)
+    }
+
+    /// As [`open`](Self::open), with models from elsewhere than the repository: `first` opens them at the start, `later` beside
+    /// those that serve.
+    pub fn open_from(
+        first: &dyn Source,
+        later: Box<dyn Source>,
+        options: &RegistryOptions,
+        metrics: &Metrics,
+    ) -> Result<Self, RegistryError> {
+        let mut registry = Self::new(Some(later), options.models.clone(), Arc::new(Os));
         registry.repository = options.repository.clone();
-        let listing = options.list()?;
+        registry.default_model = options.default_model.clone();
+        let listing = first.list()?;
         registry.say_what_is_left_out(&listing);
         let wanted = registry.wanted(&listing, &BTreeSet::new())?;
+        if let Some(name) = options.default_model.as_ref().filter(|name| wanted.iter().all(|(w, _)| w != *name)) {
+            let mut names: Vec<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+            names.dedup();
+            return Err(RegistryError::NoDefault { name: name.clone(), available: names.join(", ") });
+        }
         let mut skipped = 0;
         for (name, version) in &wanted {
-            match registry.load_version(options, name, *version, By::Repository, metrics) {
+            match registry.load_version(first, name, *version, By::Repository, metrics) {
                 Ok(()) => {}
                 Err(error) if options.skip_broken => {
                     skipped += 1;
                     tracing::error!(model = name, version, %error, "skipped, it can't be served: {error}");
-                    registry.note_failure(options, name, *version, &error);
+                    registry.note_failure(first, name, *version, &error);
                 }
                 Err(error) => return Err(error),
             }
@@ -239,6 +261,7 @@ impl Registry {
     pub fn reload(&self, metrics: &Metrics, look: Look) -> Result<(), RegistryError> {
         let _turn = self.turns.wait();
         let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
+        source.prepare(look);
         let listing = source.list()?;
         self.say_what_is_left_out(&listing);
         let kept = self.controlled(source, &listing);
@@ -410,11 +433,11 @@ impl Registry {
         }
     }
 
-    /// The model a request means: the named one, or the only one; the given version, or the highest.
+    /// The model a request means: the named one, else the default one, else the only one; the given version, or the highest.
     pub fn find(&self, name: Option<&str>, version: Option<u64>) -> Result<Arc<LiveModel>, InferError> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let available = || models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        let (name, versions) = match name {
+        let (name, versions) = match name.or(self.default_model.as_deref()) {
             Some(wanted) => models
                 .get_key_value(wanted)
                 .ok_or_else(|| InferError::ModelNotFound { model: wanted.into(), available: available() })?,

@@ -34,10 +34,24 @@ pub struct RegistryOptions {
     pub max_input_pixels: u64,
     /// Serve the rest when models don't start.
     pub skip_broken: bool,
+    /// The model that answers requests that name none; none: the only one there is.
+    pub default_model: Option<String>,
+}
+
+/// Why models are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// On request: what could not be loaded is tried again.
+    Asked,
+    /// By timer: what could not be loaded is tried again when it has changed, else after growing pauses.
+    Again,
 }
 
 /// Where models come from; tests have their own implementation.
 pub trait Source: Send + Sync + std::fmt::Debug {
+    /// Called before [`list`](Self::list) at every look but the first. Blocks for as long as it takes to fetch and fold.
+    fn prepare(&self, _look: Look) {}
+
     /// The repository's contents.
     fn list(&self) -> Result<Listing, ModelError>;
 

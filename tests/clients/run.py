@@ -1,5 +1,5 @@
 """Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis, httpx,
-curl and Node; and the examples of docs/api.md.
+curl, Node and huggingface_hub; and the examples of docs/api.md.
 
     python3 tests/clients/run.py PATH_OF_NFOLD
 
@@ -30,6 +30,7 @@ CACHE = ROOT / "target" / "python" / "clients"
 TRITON = ["tritonclient[http,grpc]==2.73.0"]
 KSERVE = ["kserve==0.21.0"]
 SCHEMATHESIS = ["schemathesis==4.32.5"]
+HUB = ["huggingface_hub==2.4.0"]
 HTTPX = ["httpx[http2]==0.28.1"]
 # glibc 2.38 and newer; older systems: the last tritonclient that carries the program
 PERF_ANALYZER = ["perf-analyzer==2.60.0"]
@@ -205,6 +206,12 @@ def uploads(server):
             locked.stop()
 
 
+def hub(server):
+    """Python's cache of the model hub read by nfold, and nfold's by Python."""
+    python = environment("hub", HUB)
+    subprocess.run([python, HERE / "hub.py", "client", server.program, ROOT / "models" / "nf_regnet_cifar10"], check=True, timeout=300)
+
+
 def cluster_load(server):
     """The load of deploy/check-cluster: its four kinds of clients, and what it reads of them, from a server that stops, too."""
     sys.path.insert(0, str(ROOT / "deploy"))
@@ -249,6 +256,7 @@ CHECKS = {
     "check-cluster": cluster_load,
     "kserve": script("kserve_sdk", KSERVE),
     "uploads": uploads,
+    "huggingface_hub": hub,
     "tritonclient": script("triton", TRITON),
 }
 

@@ -1,0 +1,105 @@
+//! What a user names, a folder, a file or a model on the hub, and the way from there to a folded, verified model.
+//!
+//! `folding` folds and verifies; `cache` keeps folded models by the digest of what they were made of; `served` is where a
+//! server's models come from that was given sources in place of a repository. Knows no protocol.
+
+mod cache;
+mod folding;
+mod served;
+
+use std::path::{Path, PathBuf};
+
+pub use self::cache::{CacheError, FoldCache};
+pub use self::folding::{FoldingError, fold_verified};
+pub use self::served::{Served, ServedOptions};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError, OpenOptions, WEIGHTS_FILE};
+use crate::hub::{self, Event, HubError, HubId, HubOptions};
+
+/// Why there is no checkpoint where the user says there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// What came from the hub can't be used.
+    #[error("`{id}`: {source}")]
+    Fetched {
+        /// The model.
+        id: String,
+        /// Why.
+        source: CheckpointError,
+    },
+    /// Nothing is there.
+    #[error(
+        "`{0}` is not here, and is no name on the model hub (ORG/NAME or ORG/NAME@REVISION); a checkpoint is a folder with `{CONFIG_FILE}` and `{WEIGHTS_FILE}`, or a file of weights"
+    )]
+    Missing(PathBuf),
+}
+
+/// What a user names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A folder or a file.
+    Path(PathBuf),
+    /// A model on the hub.
+    Hub(HubId),
+}
+
+impl Origin {
+    /// What a word means: `hf://ORG/NAME` the hub; anything that is here, that; else `ORG/NAME` the hub.
+    pub fn parse(word: &Path) -> Result<Self, SourceError> {
+        let text = word.to_str().unwrap_or_default();
+        if HubId::is_address(text) {
+            return Ok(Self::Hub(HubId::parse(text)?));
+        }
+        // what can't be looked at is for its reader to complain about
+        if word.symlink_metadata().is_ok() {
+            return Ok(Self::Path(word.into()));
+        }
+        if HubId::is_meant(text) {
+            return Ok(Self::Hub(HubId::parse(text)?));
+        }
+        Err(SourceError::Missing(word.into()))
+    }
+
+    /// Opens the checkpoint; one on the hub is fetched first. Blocks.
+    pub fn open(
+        &self,
+        options: &OpenOptions,
+        hub_options: impl FnOnce() -> HubOptions,
+        say: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Checkpoint, SourceError> {
+        let id = match self {
+            Self::Path(path) => return Ok(Checkpoint::open_with(path, options)?),
+            Self::Hub(id) => id,
+        };
+        let check = |config: &[u8]| Checkpoint::check_config(config, options);
+        let snapshot = hub::fetch(id, &hub_options(), &check, say)?;
+        let opened = Checkpoint::open_with(&snapshot.folder, options);
+        let mut checkpoint = opened.map_err(|source| SourceError::Fetched { id: id.to_string(), source })?;
+        checkpoint.set_origin(id.name(), format!("{} at commit {}", id.repository(), snapshot.commit));
+        Ok(checkpoint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_here_comes_before_the_hub() {
+        let folder = tempfile::tempdir().expect("folder");
+        let here = folder.path().join("timm");
+        std::fs::create_dir(&here).expect("made");
+        assert_eq!(Origin::parse(&here).expect("here"), Origin::Path(here));
+        let id = |text| Origin::Hub(HubId::parse(text).expect("an id"));
+        assert_eq!(Origin::parse(Path::new("hf://timm/x")).expect("hub"), id("timm/x"));
+        assert_eq!(Origin::parse(Path::new("no-such-org/x")).expect("hub"), id("no-such-org/x"));
+        for bad in ["./x", "x/y/z", "/no/such", "no-such/model.pth", "no-such", "hf://x", ""] {
+            assert!(Origin::parse(Path::new(bad)).is_err(), "{bad}");
+        }
+    }
+}
