@@ -124,6 +124,8 @@ check-all: ort check-features
 # every set of features compiles without a warning, the default one being `make test`'s
 check-features:
 	for features in gpu otel gpu,otel; do cargo clippy --locked --all-targets --features $$features -- -D warnings || exit 1; done
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	! cargo tree --locked --no-default-features --edges normal --prefix none | grep -E '^(ureq|hf-hub|reqwest) '
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::
