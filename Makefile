@@ -15,6 +15,7 @@
 #   make check-features    every set of features compiles without a warning
 #   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
 #                          memory and descriptors
+#   make eval              the demo on the photographs in the repository, beside timm's own answers
 #   make bench-pixels      from JPEG to tensor: nfold, Pillow, OpenCV and torchvision, in one run
 #   make compare-pillow    six hundred files of every format, as Pillow and as nfold read them
 #   make check-deny        licences, sources and duplicates of the dependencies
@@ -39,7 +40,7 @@ BENCH := target/bench
 ENGINE_FLAGS ?=
 LOAD_FLAGS ?=
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants mutation fuzz compare-pillow bench-pixels serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(if $(PROGRAM),,cargo build --quiet --locked)
@@ -74,6 +75,12 @@ check-dist: dist
 compare-pillow: target/pillow/installed
 	cargo build --quiet --locked --example pixels
 	PYTHONPATH=target/pillow $(PYTHON) tests/data/preprocess/compare_pillow.py
+
+eval: ort
+	$(if $(PROGRAM),,cargo build --quiet --locked)
+	$(DEMO) fold models/nf_regnet_cifar10 --repository $(DEMO_REPOSITORY) --replace --json > /dev/null
+	$(PYTHON) tests/data/timm_answers.py > $(DEMO_REPOSITORY).timm.jsonl
+	$(DEMO) eval tests/data/cifar10 --repository $(DEMO_REPOSITORY) --against $(DEMO_REPOSITORY).timm.jsonl
 
 bench-pixels: target/bench-pixels/installed
 	cargo build --quiet --release --locked --example pixels

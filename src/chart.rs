@@ -450,7 +450,8 @@ fn text_width(text: &str, size: f64) -> f64 {
     text.chars().map(|c| if "ijlt.,:;|'()[] ".contains(c) { 0.34 } else { 0.6 }).sum::<f64>() * size
 }
 
-fn escape(text: &str) -> String {
+/// Text that HTML and SVG take as text.
+pub fn escape(text: &str) -> String {
     let printable = text.chars().filter(|c| !c.is_control());
     let mut out = String::with_capacity(text.len());
     for c in printable {

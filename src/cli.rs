@@ -7,6 +7,7 @@ mod classify;
 mod completions;
 mod docs;
 mod environment;
+mod eval;
 mod examples;
 mod fetching;
 mod fold;
@@ -50,6 +51,9 @@ enum Command {
     /// Classify image files with a folded model, without a server
     #[command(after_help = examples::CLASSIFY)]
     Classify(classify::ClassifyArgs),
+    /// Measure how right a folded model is on images whose classes are known
+    #[command(after_help = examples::EVAL)]
+    Eval(eval::EvalArgs),
     /// Serve a model repository, or checkpoints, over HTTP and gRPC
     #[command(after_help = examples::SERVE)]
     Serve(Box<serve::ServeArgs>),
@@ -160,6 +164,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Fold(args) => fold::run(&args),
         Command::Classify(args) => classify::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Serve(args) => serve::run(*args),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Inspect(args) => inspect::run(&args),

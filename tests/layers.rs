@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rooms, each with the rooms of ours that it may import.
-const ROOMS: [(&str, &[&str]); 24] = [
+const ROOMS: [(&str, &[&str]); 25] = [
     ("main", &["cli"]),
     (
         "cli",
         &[
             "bench",
+            "eval",
             "files",
             "fold",
             "hub",
@@ -32,6 +33,7 @@ const ROOMS: [(&str, &[&str]); 24] = [
     ("fold", &["checkpoint", "graph", "nets", "model"]),
     ("bench", &["infer", "engine", "chart", "files", "model", "pb"]),
     ("server", &["infer", "pixels", "model", "metrics", "pb", "panics", "printable"]),
+    ("eval", &[]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics", "panics"]),
     ("engine", &["relayout", "model", "files"]),

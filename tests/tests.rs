@@ -35,6 +35,9 @@ mod invariance;
 /// Graphs padded to the processor's blocks.
 mod channel_padding;
 
+/// Accuracy on real photographs, beside timm's own answers.
+mod eval;
+
 /// Graphs kept for the next start.
 mod graph_cache;
 

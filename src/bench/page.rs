@@ -8,7 +8,7 @@ use super::load;
 use super::load::answer::Outcome;
 use super::load::record::Step;
 use super::machine::Machine;
-use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series};
+use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series, escape};
 
 const STYLE: &str = "\
 :root{color-scheme:light dark;--ink:#1b1b1b;--soft:#666;--line:#dcdcdc;--paper:#fff}\
@@ -364,9 +364,4 @@ fn number(v: f64) -> String {
     let digits = if v.abs() >= 100.0 { 0 } else { 2 };
     let text = format!("{v:.digits$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
-}
-
-/// Text escaped for HTML.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

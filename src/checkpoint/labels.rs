@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 
 /// ImageNet's 1000 classes in logit order, one a line: WordNet lemmas as timm has them (`imagenet-1k.LICENSE` beside).
 const IMAGENET_1K: &str = include_str!("labels/imagenet-1k.txt");
+/// Their WordNet synsets, in the same order, which is that of their names.
+const SYNSETS_1K: &str = include_str!("labels/imagenet-1k.synsets.txt");
 /// All classes of the larger lists, ordered by synset, one a line: a letter whose bits, counted from `a`, say which lists have
 /// it (1: 12k, 2: 22k, 4: 21k), then its lemmas.
 const IMAGENET_21K: &[u8] = include_bytes!("labels/imagenet-21k.txt.gz");
@@ -77,6 +79,11 @@ impl ImageNet {
         let all = entries.by_ref().filter(|(lists, _)| lists.as_bytes()[0].wrapping_sub(b'a') & list != 0);
         all.map(|(_, lemmas)| lemmas.to_string()).collect()
     }
+}
+
+/// Position of a synset, such as `n01440764`, among ImageNet's 1000 classes.
+pub fn imagenet_1k_synset(name: &str) -> Option<usize> {
+    SYNSETS_1K.lines().position(|synset| synset == name)
 }
 
 /// Names as a configuration writes them: `names` in a list or a dictionary by class number, each looked up in
@@ -261,6 +268,8 @@ mod tests {
     #[test]
     fn imagenets_lists_are_timms() {
         assert_eq!(ImageNet::In1k.labels()[0], "tench, Tinca tinca");
+        assert_eq!(imagenet_1k_synset("n01440764"), Some(0));
+        assert_eq!((SYNSETS_1K.lines().count(), SYNSETS_1K.lines().is_sorted()), (1000, true));
         // of timm 1.0.31: SHA-256 of the lemmas of its synsets, joined by line ends
         for (list, digest) in [
             (ImageNet::In12k, "5ebe3dde6550d38e4a45d3dfd5b60fd5684940f4393932616d73f4a8097cdc2c"),

@@ -1,33 +1,25 @@
-//! `nfold classify`: image files → classes, without a server. One worker per core, each with its own session; answers
-//! come out in the order of the files.
+//! `nfold classify`: image files → classes, without a server.
 
 mod answers;
 pub mod search;
+pub mod workers;
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
-use std::io::{self, Read as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 use clap::Args;
 use clap::builder::FalseyValueParser;
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use indicatif::ProgressBar;
 
-use self::answers::{Answer, Format, Out, Printer};
+use self::answers::{Format, Out, Printer};
 use self::search::{Found, Search};
+use self::workers::{Choice, Workers, bar, engine, is_stdin};
 use super::images::ImageArgs;
 use super::printable::{self, say};
-use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
 use crate::infer::top_k::top_k;
-use crate::model::{Colors, ModelDir};
-use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 
 /// More images than this are answered as JSON lines, with a progress bar.
 const MANY: usize = 20;
@@ -107,26 +99,13 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     if let Some(Shard { index, count }) = args.shard {
         images = images.into_iter().skip(index).step_by(count).collect();
     }
-    let model = ModelDir::open(&args.repository, args.model.as_deref(), args.model_version)?;
-    let channels = model.manifest.preprocessing.channels();
-    if Colors::of_channels(channels).is_none() {
-        bail!(
-            "`{}` takes {channels} channels, and an image has 1 or 3 (grey, RGB); serve it, and send tensors to /v2",
-            model.name
-        );
-    }
-    let (model, onnx) = model.with_onnx()?;
-    let graph = Fitted::for_this_cpu(onnx);
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.map_or(cores, usize::from);
-    let workers = threads.clamp(1, images.len().max(1));
-    // one image may have all the cores; several are faster with a core each
-    let intra_threads = if workers == 1 { threads } else { 1 };
-    let options = EngineOptions { intra_threads, ..EngineOptions::default() };
-    let what = model.onnx().display().to_string();
-    let backends: Vec<_> =
-        (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
-
+    let choice = Choice {
+        repository: &args.repository,
+        model: args.model.as_deref(),
+        version: args.model_version,
+        threads: args.threads,
+    };
+    let (model, workers) = Workers::open(choice, images.len())?;
     let many = images.len() > MANY;
     let format = match &args.output {
         _ if args.format.is_some() || args.json => args.format.unwrap_or(Format::Jsonl),
@@ -137,98 +116,17 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     let mut printer = Printer::new(&model, format, Out::open(args.output.as_deref())?)?;
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
     let started = Instant::now();
-    classify(&images, backends, &model, (decoder, &memory), args.top_k as usize, |i, answer| {
+    workers.each(&model, &images, (decoder, &memory), |i, logits| {
         progress.inc(1);
+        let top = logits.and_then(|logits| top_k(&logits, args.top_k as usize, &model.manifest.labels).map_err(engine));
         // the bar and the answers may share a terminal
-        progress.suspend(|| printer.print(&images[i].path, answer))
+        progress.suspend(|| printer.print(&images[i].path, top))
     })?;
     progress.finish_and_clear();
     summary(images.len(), &printer, format, args, started.elapsed());
     let failed = printer.failed;
     printer.finish()?;
     Ok(if failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Classifies on one thread per backend and hands over the answers in the order of `images`. Stops early when
-/// `answered` fails.
-fn classify(
-    images: &[Found],
-    backends: Vec<OrtBackend>,
-    model: &ModelDir,
-    decoder: (Decoder, &Arc<DecodeMemory>),
-    k: usize,
-    mut answered: impl FnMut(usize, Answer) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    let preprocessor = Preprocessor::new(&model.manifest.preprocessing);
-    let next = AtomicUsize::new(0);
-    thread::scope(|scope| {
-        let (sender, receiver) = mpsc::sync_channel(64);
-        for mut backend in backends {
-            let (sender, next, preprocessor) = (sender.clone(), &next, &preprocessor);
-            scope.spawn(move || {
-                while let Some((i, image)) =
-                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, images.get(i)?)))
-                {
-                    let answer = match &image.refused {
-                        Some(reason) => Err(("unreadable", reason.clone())),
-                        None => one(&image.path, &mut backend, model, preprocessor, decoder, k),
-                    };
-                    if sender.send((i, answer)).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        drop(sender);
-        let (mut waiting, mut turn) = (BTreeMap::new(), 0);
-        for (i, answer) in receiver {
-            waiting.insert(i, answer);
-            while let Some(answer) = waiting.remove(&turn) {
-                answered(turn, answer)?;
-                turn += 1;
-            }
-        }
-        Ok(())
-    })
-}
-
-fn one(
-    path: &Path,
-    backend: &mut dyn Backend,
-    model: &ModelDir,
-    preprocessor: &Preprocessor,
-    (decoder, memory): (Decoder, &Arc<DecodeMemory>),
-    k: usize,
-) -> Answer {
-    let manifest = &model.manifest;
-    let bytes = read(path, decoder.limits.max_bytes).map_err(|e| ("unreadable", format!("can't read it: {e}")))?;
-    let upright = manifest.preprocessing.exif_orientation;
-    let refused = |e: ImageError| (e.reason(), e.to_string());
-    let image = decoder.open(&bytes, upright).map_err(refused)?;
-    let need = image.need();
-    let share = memory.claim(need.bytes + preprocessor.scratch(need.width, need.height)).wait();
-    let image = image.decode(|width, height| preprocessor.resized(width, height)).map_err(refused)?;
-    let mut batch = Batch::zeros_of(1, manifest.preprocessing.shape());
-    preprocessor.apply(&image, batch.image_mut(0));
-    drop((image, share));
-    let logits = backend.run(&batch).map_err(|e| ("engine", e.to_string()))?;
-    top_k(logits.row(0), k, &manifest.labels).map_err(|e| ("engine", e.to_string()))
-}
-
-/// Reads a file or standard input, one byte past `limit` at most: decoding then refuses it by its size.
-fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let limit = limit as u64 + 1;
-    if is_stdin(path) {
-        io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
-    } else {
-        fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
-    }
-    Ok(bytes)
-}
-
-fn is_stdin(path: &Path) -> bool {
-    path.as_os_str() == "-"
 }
 
 /// Files named, and files found in folders named.
@@ -261,15 +159,6 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
         say(format_args!("note: {left}"));
     }
     Ok(search.found)
-}
-
-fn bar(images: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images, {speed}, {eta} left");
-    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-    let speed = |state: &ProgressState, out: &mut dyn fmt::Write| {
-        let _ = write!(out, "{:.1} images/s", state.per_sec());
-    };
-    ProgressBar::new(images as u64).with_style(style.with_key("speed", speed))
 }
 
 /// The summary on stderr: one image needs none; a failure always has its line.

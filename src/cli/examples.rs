@@ -21,6 +21,13 @@ Examples:
   nfold classify --recursive photos --output answers.csv
   nfold classify --model flowers --top-k 1 --format jsonl -";
 
+/// `nfold eval`.
+pub const EVAL: &str = "\
+Examples:
+  nfold eval photos
+  nfold eval test.csv --model flowers --limit 1000 --json
+  nfold eval photos --predictions new.jsonl --against old.jsonl --report report";
+
 /// `nfold serve`.
 pub const SERVE: &str = "\
 Examples:

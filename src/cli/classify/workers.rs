@@ -1,0 +1,161 @@
+//! Images of files → logits, without a server: one worker per core, each with its own session; answers come in the order of
+//! the files.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::io::{self, Read as _};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use anyhow::bail;
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+
+use super::search::Found;
+use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
+use crate::infer::top_k::NotFinite;
+use crate::model::{Colors, ModelDir};
+use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
+
+/// Why an image has no answer: a stable reason and a message.
+pub type Refusal = (&'static str, String);
+
+/// Which model, and how many threads: one per core where not said.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice<'a> {
+    /// Model repository.
+    pub repository: &'a Path,
+    /// Name of the model; the repository's only one where not said.
+    pub model: Option<&'a str>,
+    /// Version of the model; the highest where not said.
+    pub version: Option<u64>,
+    /// Worker threads.
+    pub threads: Option<u16>,
+}
+
+/// Workers that are ready to run a model.
+pub struct Workers(Vec<OrtBackend>);
+
+impl Workers {
+    /// Opens the model for so many images.
+    pub fn open(choice: Choice<'_>, images: usize) -> anyhow::Result<(ModelDir, Self)> {
+        let model = ModelDir::open(choice.repository, choice.model, choice.version)?;
+        let channels = model.manifest.preprocessing.channels();
+        if Colors::of_channels(channels).is_none() {
+            bail!(
+                "`{}` takes {channels} channels, and an image has 1 or 3 (grey, RGB); serve it, and send tensors to /v2",
+                model.name
+            );
+        }
+        let (model, onnx) = model.with_onnx()?;
+        let graph = Fitted::for_this_cpu(onnx);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let threads = choice.threads.map_or(cores, usize::from);
+        let workers = threads.clamp(1, images.max(1));
+        // one image may have all the cores; several are faster with a core each
+        let intra_threads = if workers == 1 { threads } else { 1 };
+        let options = EngineOptions { intra_threads, ..EngineOptions::default() };
+        let what = model.onnx().display().to_string();
+        let backends =
+            (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
+        Ok((model, Self(backends)))
+    }
+
+    /// Runs the images and hands over their logits, or why there are none, in their order. Stops early when `answered`
+    /// fails.
+    pub fn each(
+        self,
+        model: &ModelDir,
+        images: &[Found],
+        decoder: (Decoder, &Arc<DecodeMemory>),
+        mut answered: impl FnMut(usize, Result<Vec<f32>, Refusal>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let preprocessor = Preprocessor::new(&model.manifest.preprocessing);
+        let next = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            let (sender, receiver) = mpsc::sync_channel(64);
+            for mut backend in self.0 {
+                let (sender, next, preprocessor) = (sender.clone(), &next, &preprocessor);
+                scope.spawn(move || {
+                    while let Some((i, image)) =
+                        Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, images.get(i)?)))
+                    {
+                        let answer = match &image.refused {
+                            Some(reason) => Err(("unreadable", reason.clone())),
+                            None => one(&image.path, &mut backend, model, preprocessor, decoder),
+                        };
+                        if sender.send((i, answer)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            let (mut waiting, mut turn) = (BTreeMap::new(), 0);
+            for (i, answer) in receiver {
+                waiting.insert(i, answer);
+                while let Some(answer) = waiting.remove(&turn) {
+                    answered(turn, answer)?;
+                    turn += 1;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn one(
+    path: &Path,
+    backend: &mut dyn Backend,
+    model: &ModelDir,
+    preprocessor: &Preprocessor,
+    (decoder, memory): (Decoder, &Arc<DecodeMemory>),
+) -> Result<Vec<f32>, Refusal> {
+    let manifest = &model.manifest;
+    let bytes = read(path, decoder.limits.max_bytes).map_err(|e| ("unreadable", format!("can't read it: {e}")))?;
+    let upright = manifest.preprocessing.exif_orientation;
+    let refused = |e: ImageError| (e.reason(), e.to_string());
+    let image = decoder.open(&bytes, upright).map_err(refused)?;
+    let need = image.need();
+    let share = memory.claim(need.bytes + preprocessor.scratch(need.width, need.height)).wait();
+    let image = image.decode(|width, height| preprocessor.resized(width, height)).map_err(refused)?;
+    let mut batch = Batch::zeros_of(1, manifest.preprocessing.shape());
+    preprocessor.apply(&image, batch.image_mut(0));
+    drop((image, share));
+    let logits = backend.run(&batch).map_err(|e| ("engine", e.to_string()))?;
+    Ok(logits.data)
+}
+
+/// The refusal of logits that are no numbers.
+pub fn engine(error: NotFinite) -> Refusal {
+    ("engine", error.to_string())
+}
+
+/// Reads a file or standard input, one byte past `limit` at most: decoding then refuses it by its size.
+pub fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let limit = limit as u64 + 1;
+    if is_stdin(path) {
+        io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
+    } else {
+        fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// Whether `-` was given.
+pub fn is_stdin(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// Progress over so many images, on stderr.
+pub fn bar(images: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images, {speed}, {eta} left");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let speed = |state: &ProgressState, out: &mut dyn fmt::Write| {
+        let _ = write!(out, "{:.1} images/s", state.per_sec());
+    };
+    ProgressBar::new(images as u64).with_style(style.with_key("speed", speed))
+}

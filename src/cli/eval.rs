@@ -1,0 +1,331 @@
+//! `nfold eval`: how right a folded model is on images whose classes are known.
+
+mod dataset;
+mod page;
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{anyhow, bail};
+use clap::Args;
+use clap::builder::FalseyValueParser;
+use serde_json::{Value, json};
+
+use self::dataset::{Other, Sample};
+use super::classify::workers::{Choice, Workers, bar, engine};
+use super::images::ImageArgs;
+use super::printable::{self, printable, say};
+use crate::eval::{Comparison, Evaluation, Judged, Share, TOP};
+use crate::files::{self, DraftFile};
+use crate::infer::top_k::{Prediction, top_k};
+use crate::model::ModelDir;
+
+/// Classes that the table lists before it points to --json.
+const CLASSES: usize = 40;
+/// Confusions that the table lists.
+const CONFUSIONS: usize = 10;
+
+/// Arguments of `nfold eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Folder with a folder of images for each class, or a table (CSV) of path,class. Classes are named by label, by
+    /// position, or by synset
+    #[arg(value_name = "DATA")]
+    data: PathBuf,
+    /// Model repository
+    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    repository: PathBuf,
+    /// Name of the model [default: the repository's only one]
+    #[arg(long, env = "NFOLD_MODEL", value_name = "NAME")]
+    model: Option<String>,
+    /// Version of the model [default: the highest]
+    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
+    model_version: Option<u64>,
+    /// Compare image by image with another run: JSON lines of `nfold classify`, or of --predictions
+    #[arg(long, env = "NFOLD_AGAINST", value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Evaluate so many images, evenly spread over all
+    #[arg(long, env = "NFOLD_LIMIT", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// Write each image's class and answers to this file, as JSON lines; it appears when it is complete
+    #[arg(long, env = "NFOLD_PREDICTIONS", value_name = "FILE")]
+    predictions: Option<PathBuf>,
+    /// Write a page with the figures and the worst errors' pictures into this folder
+    #[arg(long, env = "NFOLD_REPORT", value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Also take names that begin with a dot, and folders that systems keep beside photographs, such as @eaDir
+    #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
+    hidden: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    #[command(flatten)]
+    limits: ImageArgs,
+    /// Exit 0 although some images could not be evaluated; they are named and not counted
+    #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
+    skip_broken: bool,
+    /// Print the figures as JSON
+    #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
+    json: bool,
+}
+
+/// What came of a run.
+struct Run {
+    model: ModelDir,
+    samples: Vec<Sample>,
+    /// By the sample's number: its answer, most probable class first.
+    answered: Vec<(usize, Judged, Vec<Prediction>)>,
+    /// By the sample's number: why it has none.
+    failed: Vec<(usize, String)>,
+    evaluation: Evaluation,
+    against: Option<(String, Comparison)>,
+    seconds: f64,
+}
+
+/// Runs `nfold eval`. Exit code 1 when any image could not be evaluated.
+pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
+    let (decoder, memory) = args.limits.resolve();
+    let mut samples = dataset::read(&args.data, args.hidden)?;
+    if let Some(limit) = args.limit {
+        samples = dataset::limited(samples, usize::try_from(limit).unwrap_or(usize::MAX));
+    }
+    let other = args.against.as_deref().map(Other::read).transpose()?;
+    let choice = Choice {
+        repository: &args.repository,
+        model: args.model.as_deref(),
+        version: args.model_version,
+        threads: args.threads,
+    };
+    let (model, workers) = Workers::open(choice, samples.len())?;
+    let labels = &model.manifest.labels;
+    let classes = dataset::resolve(&samples, labels, model.manifest.classes as usize)?;
+    let images: Vec<_> = samples.iter().map(|sample| sample.found.clone()).collect();
+    let mut predictions = args.predictions.as_ref().map(|path| Predictions::create(path)).transpose()?;
+    let (mut answered, mut failed) = (Vec::new(), Vec::new());
+    let progress = bar(samples.len());
+    let started = Instant::now();
+    workers.each(&model, &images, (decoder, &memory), |i, logits| {
+        progress.inc(1);
+        let sample = &samples[i];
+        match logits.and_then(|logits| top_k(&logits, TOP, labels).map_err(engine)) {
+            Ok(top) => {
+                let class = classes[&sample.class];
+                if let Some(file) = &mut predictions {
+                    file.write(&json!({
+                        "image": sample.name, "class": label(labels, class), "model": model.name, "version": model.version,
+                        "predictions": top,
+                    }))?;
+                }
+                let (predicted, score) = top.first().map_or((usize::MAX, 0.0), |best| (best.index, best.score));
+                let in_top5 = top.iter().any(|p| p.index == class);
+                answered.push((i, Judged { class, predicted, score, in_top5 }, top));
+            }
+            Err((reason, message)) => {
+                progress.suspend(|| say(format_args!("error: `{}`: {message}", printable(&sample.name))));
+                if let Some(file) = &mut predictions {
+                    file.write(&json!({ "image": sample.name, "error": { "reason": reason, "message": message } }))?;
+                }
+                failed.push((i, message));
+            }
+        }
+        Ok(())
+    })?;
+    progress.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    if answered.is_empty() {
+        bail!("none of {} images could be evaluated; the lines above say why", samples.len());
+    }
+    if let Some(file) = predictions {
+        file.publish()?;
+    }
+    let judged: Vec<_> = answered.iter().map(|(_, judged, _)| *judged).collect();
+    let evaluation = Evaluation::of(&judged);
+    let against = match (&args.against, other) {
+        (Some(path), Some(other)) => {
+            let by_label =
+                |name: &str| (0..model.manifest.classes as usize).find(|&index| label(labels, index) == name);
+            let pairs: Vec<_> = answered
+                .iter()
+                .filter_map(|(i, judged, _)| Some((*judged, by_label(other.of(&samples[*i].name)?)?)))
+                .collect();
+            if pairs.is_empty() {
+                bail!(
+                    "no image of `{}` is in `{}` by its name with a class of this model; the first here is `{}`",
+                    printable::path(&args.data),
+                    printable::path(path),
+                    printable(&samples[0].name)
+                );
+            }
+            Some((printable::path(path), Comparison::of(&pairs)))
+        }
+        _ => None,
+    };
+    let run = Run { model, samples, answered, failed, evaluation, against, seconds };
+    if let Some(folder) = &args.report {
+        std::fs::create_dir_all(folder)
+            .map_err(|e| anyhow!("can't make `{}`: {e}; check --report", printable::path(folder)))?;
+        let path = folder.join("index.html");
+        files::write(&path, page::html(&run, decoder.limits.max_bytes).as_bytes())
+            .map_err(|e| anyhow!("can't write `{}`: {e}; check --report", printable::path(&path)))?;
+        say(format_args!("wrote {}", printable::path(&path)));
+    }
+    let text = if args.json { format!("{}\n", object(&run)) } else { table(&run) };
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    let failed = run.failed.len();
+    if failed > 0 && !args.skip_broken {
+        say(format_args!(
+            "error: {failed} of {} images could not be evaluated; the lines above say why (--skip-broken exits with 0 all the same)",
+            run.samples.len()
+        ));
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A class's name, or its position where it has none.
+fn label(labels: &[String], index: usize) -> String {
+    labels.get(index).cloned().unwrap_or_else(|| index.to_string())
+}
+
+/// The file of --predictions.
+struct Predictions {
+    draft: DraftFile,
+    path: String,
+}
+
+impl Predictions {
+    fn create(path: &std::path::Path) -> anyhow::Result<Self> {
+        let shown = printable::path(path);
+        let draft = DraftFile::create(path).map_err(|e| anyhow!("can't write `{shown}`: {e}; check --predictions"))?;
+        Ok(Self { draft, path: shown })
+    }
+
+    fn write(&mut self, row: &Value) -> anyhow::Result<()> {
+        let written = self.draft.write_all(format!("{row}\n").as_bytes());
+        written.map_err(|e| anyhow!("can't write `{}`: {e}; check --predictions", self.path))
+    }
+
+    fn publish(self) -> anyhow::Result<()> {
+        self.draft.publish().map_err(|e| anyhow!("can't write `{}`: {e}; check --predictions", self.path))
+    }
+}
+
+/// The figures for programs.
+fn object(run: &Run) -> Value {
+    let labels = &run.model.manifest.labels;
+    let mut evaluation = json!(run.evaluation);
+    let named = |rows: Option<&mut Vec<Value>>, fields: &[(&str, &str)]| {
+        for row in rows.into_iter().flatten() {
+            for (position, name) in fields {
+                let index = row[*position].as_u64().and_then(|i| usize::try_from(i).ok());
+                row[*name] = index.map(|index| label(labels, index)).into();
+            }
+        }
+    };
+    named(evaluation["classes"].as_array_mut(), &[("index", "label")]);
+    named(evaluation["confusions"].as_array_mut(), &[("class", "label"), ("predicted", "predicted_label")]);
+    let failed = run.failed.iter().map(|(i, why)| json!({ "image": run.samples[*i].name, "message": why }));
+    json!({
+        "schema": "nfold-eval/1",
+        "model": run.model.name,
+        "version": run.model.version,
+        "onnx_sha256": run.model.manifest.onnx_sha256,
+        "images": run.answered.len(),
+        "failed": failed.collect::<Vec<_>>(),
+        "seconds": run.seconds,
+        "evaluation": evaluation,
+        "against": run.against.as_ref().map(|(file, found)| json!({ "file": file, "comparison": found })),
+    })
+}
+
+/// A share in per cent with its interval.
+fn percent(share: &Share) -> String {
+    let Share { count, of, value, low, high } = share;
+    format!("{:.2} %  ({count} of {of}; 95 %: {:.2} to {:.2})", 100.0 * value, 100.0 * low, 100.0 * high)
+}
+
+/// The figures for people.
+fn table(run: &Run) -> String {
+    let Run { model, evaluation, .. } = run;
+    let labels = &model.manifest.labels;
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| {
+        let _ = writeln!(out, "{name:<14} {text}");
+    };
+    line(
+        "model",
+        format!("{} version {}, sha256 {:.12}", printable(&model.name), model.version, model.manifest.onnx_sha256),
+    );
+    let speed = run.answered.len() as f64 / run.seconds.max(1e-3);
+    line(
+        "images",
+        format!(
+            "{} in {:.1} s ({speed:.1} images/s); {} could not be read",
+            run.answered.len(),
+            run.seconds,
+            run.failed.len()
+        ),
+    );
+    line("top-1", percent(&evaluation.top1));
+    if model.manifest.classes as usize > TOP {
+        line("top-5", percent(&evaluation.top5));
+    }
+    line(
+        "mean recall",
+        format!(
+            "{:.2} % of {} classes",
+            100.0 * evaluation.mean_recall,
+            evaluation.classes.iter().filter(|c| c.recall.of > 0).count()
+        ),
+    );
+    line(
+        "calibration",
+        format!(
+            "scores are {:.2} points from the share of right answers; their mean is {:.2} %",
+            100.0 * evaluation.calibration_error,
+            100.0 * evaluation.mean_score
+        ),
+    );
+    if let Some((file, found)) = &run.against {
+        line("against", file.clone());
+        line("  agreement", percent(&found.agreement));
+        line(
+            "  right",
+            format!("{} here only, {} there only; p = {:.3} (McNemar)", found.only_this, found.only_other, found.p),
+        );
+    }
+    let width = evaluation
+        .classes
+        .iter()
+        .map(|c| printable(&label(labels, c.index)).chars().count())
+        .max()
+        .unwrap_or(0)
+        .clamp(5, 40);
+    let _ = writeln!(out, "\n{:<width$}  {:>7}  {:>8}  {:>9}", "class", "images", "recall %", "precision %");
+    for class in evaluation.classes.iter().take(CLASSES) {
+        let name: String = printable(&label(labels, class.index)).chars().take(width).collect();
+        let of = |share: &Share| if share.of == 0 { "-".into() } else { format!("{:.1}", 100.0 * share.value) };
+        let _ = writeln!(
+            out,
+            "{name:<width$}  {:>7}  {:>8}  {:>9}",
+            class.recall.of,
+            of(&class.recall),
+            of(&class.precision)
+        );
+    }
+    if evaluation.classes.len() > CLASSES {
+        let _ = writeln!(out, "… and {} more: --json has all", evaluation.classes.len() - CLASSES);
+    }
+    if !evaluation.confusions.is_empty() {
+        let _ = writeln!(out, "\nmost often confused");
+    }
+    for confusion in evaluation.confusions.iter().take(CONFUSIONS) {
+        let name = |index| printable(&label(labels, index)).into_owned();
+        let _ =
+            writeln!(out, "{:>7}  {} taken for {}", confusion.images, name(confusion.class), name(confusion.predicted));
+    }
+    out
+}

@@ -1,0 +1,99 @@
+//! `nfold eval` on real photographs, with timm's own answers for the same files as the yardstick.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::cli::{nfold, project, refused, text, with_demo};
+
+/// What timm says, as the JSON lines that `--against` takes.
+fn timm(folder: &Path) -> (Value, String) {
+    let said: Value = serde_json::from_slice(&fs::read(project("tests/data/cifar10.json")).unwrap()).unwrap();
+    let labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
+    let images = said["images"].as_object().unwrap();
+    let row = |(image, answer): (&String, &Value)| {
+        let label = labels[answer["top1"].as_u64().unwrap() as usize];
+        format!("{}\n", json!({ "image": format!("elsewhere/{image}"), "predictions": [{ "label": label }] }))
+    };
+    let path = folder.join("timm.jsonl");
+    fs::write(&path, images.iter().map(row).collect::<String>()).unwrap();
+    (said, path.display().to_string())
+}
+
+fn evaluated(args: &[&str], folder: &Path) -> Value {
+    let output = nfold(&[&["eval", "--json"], args].concat(), folder);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn photographs_are_as_right_as_timm_says_and_image_by_image_the_same() {
+    let folder = with_demo();
+    let here = folder.path();
+    let (said, against) = timm(here);
+    let photographs = project("tests/data/cifar10");
+    let found = evaluated(&[&photographs, "--against", &against, "--predictions", "own.jsonl"], here);
+    let images = said["images"].as_object().unwrap().len();
+    assert_eq!(found["images"], images);
+    assert_eq!(found["evaluation"]["top1"]["value"], said["accuracy"]);
+    assert_eq!(found["against"]["comparison"]["agreement"]["count"], images);
+    let classes = found["evaluation"]["classes"].as_array().unwrap();
+    assert_eq!(classes.len(), 10);
+    assert_eq!((&classes[3]["label"], &classes[3]["recall"]["of"]), (&"cat".into(), &(images / 10).into()));
+    assert!(found["evaluation"]["calibration_error"].as_f64().unwrap() < 0.1);
+    // a run agrees with itself
+    let limited = evaluated(&[&photographs, "--against", "own.jsonl", "--limit", "50"], here);
+    assert_eq!(limited["against"]["comparison"]["agreement"]["count"], 50);
+    assert!(limited["evaluation"]["classes"].as_array().unwrap().iter().all(|c| c["recall"]["of"] == 5), "{limited}");
+}
+
+#[test]
+fn tables_name_images_and_classes_and_pages_show_errors() {
+    let folder = with_demo();
+    let here = folder.path();
+    fs::create_dir(here.join("images")).unwrap();
+    for (name, photograph) in [("a.jpg", "cat"), ("b.jpg", "dog"), ("c.jpg", "ship")] {
+        let first =
+            fs::read_dir(project(&format!("tests/data/cifar10/{photograph}"))).unwrap().next().unwrap().unwrap();
+        fs::copy(first.path(), here.join("images").join(name)).unwrap();
+    }
+    // by label in another case, by position, and wrongly
+    fs::write(here.join("test.csv"), "path,label\nimages/a.jpg,Cat\nimages/b.jpg,5\n\"images/c.jpg\",frog\n").unwrap();
+    let output = nfold(&["eval", "test.csv", "--report", "page"], here);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    assert!(said.contains("of 3; 95 %") && said.contains("frog taken for ship"), "{said}");
+    let page = fs::read_to_string(here.join("page/index.html")).unwrap();
+    assert!(page.contains("<img alt=\"images/c.jpg\" src=\"data:image/jpeg;base64,/9j/"), "{page}");
+
+    // one that can't be read is named, and not counted
+    fs::write(here.join("test.csv"), "images/a.jpg,cat\nimages/none.jpg,cat\n").unwrap();
+    let output = nfold(&["eval", "test.csv"], here);
+    let said = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(1) && said.contains("`images/none.jpg`") && said.contains("1 of 2 images"),
+        "{said}"
+    );
+    assert!(text(&output.stdout).contains("of 1; 95 %"));
+    assert!(nfold(&["eval", "test.csv", "--skip-broken"], here).status.success());
+}
+
+#[test]
+fn what_names_no_class_or_image_is_refused() {
+    let folder = with_demo();
+    let here = folder.path();
+    fs::create_dir_all(here.join("data/catt")).unwrap();
+    fs::copy(project("tests/data/cat.jpg"), here.join("data/catt/1.jpg")).unwrap();
+    refused(&nfold(&["eval", "data"], here), "no class `catt`; nearest to the first: cat");
+    fs::create_dir_all(here.join("empty/cat")).unwrap();
+    refused(&nfold(&["eval", "empty"], here), "CLASS/IMAGE");
+    refused(&nfold(&["eval", "nowhere"], here), "check the path");
+    fs::write(here.join("one.csv"), "a.jpg\n").unwrap();
+    refused(&nfold(&["eval", "one.csv"], here), "line 1: two columns");
+    fs::write(here.join("other.jsonl"), "{\"image\":\"x.jpg\",\"predictions\":[{\"label\":\"cat\"}]}\n").unwrap();
+    fs::rename(here.join("data/catt"), here.join("data/cat")).unwrap();
+    refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "no image of");
+    fs::write(here.join("other.jsonl"), "cat\n").unwrap();
+    refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "line 1");
+}
