@@ -245,6 +245,8 @@ fn nothing_else_calls_out() {
     for args in [
         &["classify", &photo][..],
         &["classify", "--model", REPOSITORY, &photo],
+        &["eval", &demo],
+        &["serve", "--check"],
         &["inspect", "nf_regnet_cifar10"],
         &["inspect", REPOSITORY],
         &["inspect", "hf://timm/demo"],
