@@ -48,9 +48,8 @@ demo: ort
 	@echo
 	$(DEMO) classify --repository $(DEMO_REPOSITORY) --top-k 3 $(PHOTOGRAPHS)
 
-# twice as many threads as cores: half of the tests wait for a timeout, a browser or another process
 test: ort target/python/onnx
-	set -o pipefail; RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))} cargo test --locked 2>&1 | tee target/test.log
+	set -o pipefail; cargo test --locked 2>&1 | tee target/test.log
 	PYTHONPATH=target/python $(PYTHON) tests/check_onnx.py $(DEMO)
 	set -o pipefail; $(PYTHON) tests/clients/run.py $(DEMO) 2>&1 | tee -a target/test.log
 	@grep -hoE '(SKIP|SKIPPED):? .*|test .* \.\.\. ignored.*' target/test.log | grep -v 'ignored, run by ' | sort | uniq > target/skipped.log; \

@@ -39,6 +39,9 @@ use crate::metrics::{Ending, IntGauge, Metrics, Port};
 /// How long a connection that was accepted just before the stop may take to bring its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
+/// How long an HTTP/1 connection that is idle at the stop may take to bring a request that its client sent before it knew.
+const NEXT_REQUEST: Duration = Duration::from_millis(500);
+
 /// How long an idle connection stays open after it was told to end: time for the client to read that.
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
@@ -303,12 +306,16 @@ async fn serve<S>(
             if let Some(remains) = remains {
                 remains.throw_away().await;
             }
-            if let Some(hold) = response.extensions_mut().remove::<Hold>() {
-                let stopped = tokio::time::timeout_at(hold.until.into(), stopping.wait_for(|stopping| *stopping)).await;
-                if http1 && stopped.is_ok() {
-                    // the server ends meanwhile: the next request of this client would not be read
-                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            let stops = match response.extensions_mut().remove::<Hold>() {
+                None => *stopping.borrow(),
+                Some(hold) => {
+                    let stopped = stopping.wait_for(|stopping| *stopping);
+                    tokio::time::timeout_at(hold.until.into(), stopped).await.is_ok()
                 }
+            };
+            if http1 && stops {
+                // the server ends: the next request of this client would not be read
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, std::convert::Infallible>(mark.answer(response))
         }
@@ -318,6 +325,10 @@ async fn serve<S>(
         let _ = stopped.wait_for(|stopped| *stopped).await;
         // told to shut down before its first request, a connection would drop that request unread
         let _ = tokio::time::timeout(FIRST_REQUEST, seen.wait_for(|seen| *seen)).await;
+        // a request that is on its way to an HTTP/1 connection would be dropped as well; HTTP/2 tells which ones it has read
+        if !activity.speaks_http2() {
+            activity.idle(NEXT_REQUEST).await;
+        }
     };
     let mut stuck = pin!(activity.stuck(limits.write_timeout));
     let told_to_end = tokio::select! {

@@ -257,6 +257,11 @@ impl Activity {
         }
     }
 
+    /// Whether it speaks HTTP/2.
+    pub(super) fn speaks_http2(&self) -> bool {
+        self.multiplexed.load(Ordering::Relaxed)
+    }
+
     /// Resolves once nothing was under way for `grace` on end.
     pub(super) async fn idle(&self, grace: Duration) {
         let life = || {
