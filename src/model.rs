@@ -25,6 +25,8 @@ use crate::printable::brief;
 pub const MODEL_FILE: &str = "model.onnx";
 /// File name of the manifest inside a version folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Most entries of a folder that are looked at to tell what it is.
+const MOST_LOOKED_AT: usize = 1000;
 /// Name of the folded graph's input, float32 `[batch, channels, height, width]`.
 pub const INPUT: &str = "input";
 /// Name of a graph's one output: logits `[N, classes]`.
@@ -40,6 +42,9 @@ pub enum ModelError {
         "model repository `{0}` does not exist; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`"
     )]
     NoRepository(PathBuf),
+    /// Nothing is in the repository.
+    #[error("repository `{0}` holds no model; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
+    Empty(PathBuf),
     /// No such model in the repository.
     #[error("model `{name}` is not in repository `{repository}` (it has: {available})")]
     NoModel {
@@ -260,6 +265,20 @@ impl Manifest {
     }
 }
 
+/// The repository that a folder is, or is a model of: one of folded models, without a checkpoint in it.
+pub fn repository_of(folder: &Path) -> Option<PathBuf> {
+    let is_model = |folder: &Path| {
+        let versions = fs::read_dir(folder).into_iter().flatten().flatten();
+        versions.take(MOST_LOOKED_AT).any(|version| version.path().join(MANIFEST_FILE).is_file())
+    };
+    if is_model(folder) {
+        let parent = folder.parent().unwrap_or(Path::new(""));
+        return Some(if parent.as_os_str().is_empty() { ".".into() } else { parent.into() });
+    }
+    let models = fs::read_dir(folder).ok()?.flatten();
+    models.take(MOST_LOOKED_AT).any(|model| is_model(&model.path())).then(|| folder.into())
+}
+
 /// One version of one model on disk, its manifest read and checked.
 #[derive(Debug, Clone)]
 pub struct ModelDir {
@@ -284,10 +303,11 @@ impl ModelDir {
             }
             None => listing.models.first_key_value(),
         };
-        let (name, versions) = found.ok_or_else(|| ModelError::NoModel {
-            name: name.unwrap_or("any").into(),
-            repository: repository.into(),
-            available: listing.summary(),
+        let (name, versions) = found.ok_or_else(|| match name {
+            None => ModelError::Empty(repository.into()),
+            Some(name) => {
+                ModelError::NoModel { name: name.into(), repository: repository.into(), available: listing.summary() }
+            }
         })?;
         let version = match version {
             Some(v) if versions.contains(&v) => v,

@@ -186,3 +186,43 @@ fn reports_take_names_that_are_no_text() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(folder.path().join(report).join("index.html").is_file());
 }
+
+/// What people give in place of a checkpoint, of a file of names, or of an image's bytes, is called what it is.
+#[test]
+fn what_is_mistaken_for_something_else_is_named() {
+    let folder = with_demo();
+    let here = folder.path();
+    let onnx = "repository/nf_regnet_cifar10/1/model.onnx";
+    for (args, what) in [
+        (
+            &["serve", "repository", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"][..],
+            "nfold serve --repository repository",
+        ),
+        (
+            &[
+                "serve",
+                "repository/nf_regnet_cifar10",
+                "--http",
+                "127.0.0.1:0",
+                "--grpc",
+                "127.0.0.1:0",
+                "--admin",
+                "127.0.0.1:0",
+            ],
+            "nfold serve --repository repository",
+        ),
+        (&["fold", "repository"], "holds folded models"),
+        (&["fold", onnx, "--arch", "nf_regnet_b0"], "an ONNX graph"),
+        (&["fold", &project("tests/data/cat.jpg"), "--arch", "nf_regnet_b0"], "nfold classify` takes images"),
+        (&["fold", &project("models/nf_regnet_cifar10"), "--labels", "cat,dog"], "--labels takes a file of names"),
+        (
+            &["classify", &project("tests/data/cat.jpg"), "--repository", "empty"],
+            "holds no model; fold a checkpoint into it",
+        ),
+    ] {
+        std::fs::create_dir_all(here.join("empty")).unwrap();
+        let output = nfold(args, here);
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(what), "{args:?}: {said}");
+    }
+}

@@ -572,6 +572,10 @@ fn the_program_serves_a_folded_model() {
     );
     let metrics = ask(admin, "GET /metrics", &[], b"").body;
     assert!(metrics.contains("nfold_requests_total{outcome=\"ok\",protocol=\"rest\"} 1"), "{metrics}");
+    // what `curl -d @photo.jpg` sends of it
+    let by_form = [("content-type", "application/x-www-form-urlencoded")];
+    let answer = ask(http, "POST /v1/classify", &by_form, &cat[..cat.len() / 2]);
+    assert!(answer.status == 400 && answer.body.contains("send them with --data-binary"), "{answer:?}");
     let killed = Command::new("kill").arg(server.id().to_string()).status().unwrap();
     assert!(killed.success());
     assert_eq!(server.wait().unwrap().code(), Some(0));

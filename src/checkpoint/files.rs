@@ -155,13 +155,19 @@ fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, Checkp
 
 /// Formats that people mistake for checkpoints.
 fn other_kind(start: &[u8]) -> Option<&'static str> {
-    let kinds: [(&[u8], &str); 5] = [
+    let kinds: [(&[u8], &str); 7] = [
+        (b"\xff\xd8\xff", "an image; `nfold classify` takes images"),
+        (b"\x89PNG", "an image; `nfold classify` takes images"),
         (b"\x89HDF", "an HDF5 file, of Keras perhaps, not weights of timm"),
         (b"GGUF", "a GGUF file, not weights of timm"),
         (b"\x1f\x8b", "compressed; unpack it first"),
         (b"<!DOCTYPE", "a web page: the download went wrong"),
         (b"<html", "a web page: the download went wrong"),
     ];
+    // a protobuf message that begins with its format's version and who made it
+    if let [0x08, 1..=20, 0x12, ..] = start {
+        return Some("an ONNX graph; give the checkpoint that it was made from");
+    }
     let tar = start.get(257..262) == Some(b"ustar");
     let found = kinds.into_iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| what);
     found.or(tar.then_some("a tar archive; unpack it first"))

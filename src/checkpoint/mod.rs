@@ -471,7 +471,11 @@ impl Assembly<'_> {
             }
             Some(LabelChoice::File(path)) => {
                 let bad = |reason| CheckpointError::Labels { path: path.clone(), reason };
-                let text = files::text(path)?;
+                let advice = "--labels takes a file of names, one a line or JSON, or imagenet-1k, -12k, -21k or -22k";
+                let text = files::text(path).map_err(|e| match e {
+                    CheckpointError::Read { source, .. } => bad(format!("can't read it: {source}; {advice}")),
+                    other => other,
+                })?;
                 let names = labels::from_file(&text).map_err(bad)?;
                 self.told.extend(text);
                 (names, format!("--labels {}", shown(path)), path.clone())

@@ -24,6 +24,8 @@ use crate::infer::top_k::Prediction;
 
 /// Predictions per image when the request names no number.
 const DEFAULT_TOP_K: usize = 5;
+/// What `curl -d` says that it sends, whatever that is.
+const FORM: &str = "application/x-www-form-urlencoded";
 
 /// The route and its description.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
@@ -91,6 +93,7 @@ async fn classify(
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
+    let as_a_form = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
     // checked before the body is read, so that a wrong name costs no upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
     // nor does a refusal
@@ -126,7 +129,13 @@ async fn classify(
                 ImageAnswer::Predictions(classified.predictions.into_iter().map(PredictionBody::from).collect())
             }
             // a request of one image has no neighbours to save
-            Err(error) if images == 1 => return Err(error.into()),
+            Err(error) if images == 1 => {
+                let mut error = ApiError::from(error);
+                if as_a_form && matches!(error.code, Code::InvalidImage | Code::UnsupportedMediaType) {
+                    error.message.push_str("; curl's -d changes files, send them with --data-binary");
+                }
+                return Err(error);
+            }
             Err(error) => {
                 let ApiError { code, message, detail, .. } = error.into();
                 served.faults.extend(detail);

@@ -14,6 +14,7 @@ pub use self::folding::{FoldingError, fold_verified};
 pub use self::served::{Served, ServedOptions};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError, OpenOptions, WEIGHTS_FILE};
 use crate::hub::{self, Event, HubError, HubId, HubOptions};
+use crate::model;
 
 /// Why there is no checkpoint where the user says there is one.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,9 @@ pub enum SourceError {
         /// Why.
         source: CheckpointError,
     },
+    /// Models that are folded already.
+    #[error("`{0}` holds folded models, not a checkpoint; serve them with `nfold serve --repository {1}`")]
+    Folded(PathBuf, PathBuf),
     /// Nothing is there.
     #[error(
         "`{0}` is not here, and is no name on the model hub (ORG/NAME or ORG/NAME@REVISION); a checkpoint is a folder with `{CONFIG_FILE}` and `{WEIGHTS_FILE}`, or a file of weights"
@@ -73,7 +77,12 @@ impl Origin {
         say: &mut dyn FnMut(Event<'_>),
     ) -> Result<Checkpoint, SourceError> {
         let id = match self {
-            Self::Path(path) => return Ok(Checkpoint::open_with(path, options)?),
+            Self::Path(path) => {
+                if let Some(repository) = model::repository_of(path) {
+                    return Err(SourceError::Folded(path.clone(), repository));
+                }
+                return Ok(Checkpoint::open_with(path, options)?);
+            }
             Self::Hub(id) => id,
         };
         let check = |config: &[u8]| Checkpoint::check_config(config, options);
