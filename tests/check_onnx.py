@@ -2,6 +2,7 @@
 
     PYTHONPATH=... python3 tests/check_onnx.py PATH_OF_NFOLD
 """
+import json
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ def main():
     checked = 0
     with tempfile.TemporaryDirectory() as folder:
         for golden in goldens:
+            channels = json.loads((golden / "config.json").read_text()).get("model_args", {}).get("in_chans", 3)
             for version, (way, flags) in enumerate(WAYS.items(), start=1):
                 command = [nfold, "fold", golden, "--repository", folder, "--model-version", str(version), *flags]
                 subprocess.run(command, check=True, stderr=subprocess.PIPE)
@@ -34,7 +36,7 @@ def main():
                 [source], [logits] = model.graph.input, model.graph.output
                 assert (source.name, logits.name) == ("input", "logits"), path
                 assert source.type.tensor_type.elem_type == logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-                assert shape(source)[:2] == ["batch", 3] and shape(logits)[0] == "batch", path
+                assert shape(source)[:2] == ["batch", channels] and shape(logits)[0] == "batch", path
                 assert (shape(source)[2:] == ["height", "width"]) == (way == "dynamic"), path
                 checked += 1
     print(f"onnx.checker: {checked} passed, 0 failed")

@@ -24,7 +24,7 @@ use crate::infer::top_k::Prediction;
 
 /// Predictions per image when the request names no number.
 const DEFAULT_TOP_K: usize = 5;
-/// What `curl -d` says that it sends, whatever that is.
+/// What curl says that it sends, whatever that is.
 const FORM: &str = "application/x-www-form-urlencoded";
 
 /// The route and its description.
@@ -93,7 +93,7 @@ async fn classify(
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    let as_a_form = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
+    let by_curl = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
     // checked before the body is read, so that a wrong name costs no upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
     // nor does a refusal
@@ -112,6 +112,7 @@ async fn classify(
     if size > INLINE {
         charge.answer(size)?;
     }
+    let altered = by_curl && matches!(uploaded.as_slice(), [Ok(image)] if lacks_line_ends(image));
     let broken: Vec<Option<InferError>> =
         uploaded.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
     let whole = uploaded.into_iter().flatten().collect();
@@ -131,8 +132,8 @@ async fn classify(
             // a request of one image has no neighbours to save
             Err(error) if images == 1 => {
                 let mut error = ApiError::from(error);
-                if as_a_form && matches!(error.code, Code::InvalidImage | Code::UnsupportedMediaType) {
-                    error.message.push_str("; curl's -d changes files, send them with --data-binary");
+                if altered && matches!(error.code, Code::InvalidImage | Code::UnsupportedMediaType) {
+                    error.message.push_str("; curl's -d leaves bytes of files out: send them with --data-binary");
                 }
                 return Err(error);
             }
@@ -154,6 +155,11 @@ async fn classify(
     }
     response.extensions_mut().insert(served);
     Ok(response)
+}
+
+/// Whether an image's beginning has no byte of those that `curl -d @FILE` leaves out: no image of some size is so.
+fn lacks_line_ends(image: &[u8]) -> bool {
+    image.len() > 512 && memchr::memchr3(b'\n', b'\r', 0, &image[..image.len().min(4096)]).is_none()
 }
 
 /// Bytes of an answer, at most, about: a prediction has its label and some 80 more.
