@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::fakes::{SIDE, options};
-use crate::serve::{Answer, House, house, local, parse, png};
+use crate::serve::{Answer, TestServer, local, parse, png, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
 /// What an answer's status may be.
@@ -187,9 +187,9 @@ fn request() -> impl Strategy<Value = Request> {
 }
 
 /// The answer, or none: only a damaged head may get none, when its end never came.
-fn answer(house: &House, request: &Request) -> Option<Answer> {
+fn answer(server: &TestServer, request: &Request) -> Option<Answer> {
     use std::io::Read as _;
-    let mut stream = TcpStream::connect(house.http).unwrap();
+    let mut stream = TcpStream::connect(server.http).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     // a server may refuse before it has read everything
     let _ = stream.write_all(&request.bytes());
@@ -261,21 +261,21 @@ fn well_formed(request: &Request, answer: Option<Answer>) -> Result<(), String> 
 
 #[test]
 fn any_request_gets_a_well_formed_answer() {
-    let house = house(small(), options(2, 4, 64));
+    let server = start(small(), options(2, 4, 64));
     for (method, path, headers, body) in valid() {
         let request =
             Request { method: method.into(), path: path.into(), headers, body, chunked: false, damage: vec![] };
-        assert_eq!(answer(&house, &request).unwrap().status, 200, "{method} {path} is valid");
+        assert_eq!(answer(&server, &request).unwrap().status, 200, "{method} {path} is valid");
     }
     let config = Config { cases: 2500, failure_persistence: None, ..Config::default() };
     let ran = TestRunner::new(config)
-        .run(&request(), |request| well_formed(&request, answer(&house, &request)).map_err(TestCaseError::fail));
+        .run(&request(), |request| well_formed(&request, answer(&server, &request)).map_err(TestCaseError::fail));
     ran.unwrap();
-    assert_eq!(house.classify("", &[], &png(1)).status, 200);
+    assert_eq!(server.classify("", &[], &png(1)).status, 200);
     crate::fakes::eventually("nothing is left behind", || {
-        (house.depth(), house.metrics.inflight_requests.get()) == (0, 0)
+        (server.depth(), server.metrics.inflight_requests.get()) == (0, 0)
     });
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 fn message() -> impl Strategy<Value = pb::ModelInferRequest> {
@@ -372,9 +372,9 @@ fn damaged_message() -> impl Strategy<Value = pb::ModelInferRequest> {
 
 #[test]
 fn any_grpc_message_gets_an_answer_or_a_documented_status() {
-    let house = house(small(), options(2, 4, 64));
+    let server = start(small(), options(2, 4, 64));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let channel = tonic::transport::Channel::from_shared(format!("http://{}", house.grpc)).unwrap();
+    let channel = tonic::transport::Channel::from_shared(format!("http://{}", server.grpc)).unwrap();
     let channel = runtime.block_on(channel.connect()).unwrap();
     let mut answered = 0;
     let seen = std::cell::RefCell::new(&mut answered);
@@ -393,7 +393,7 @@ fn any_grpc_message_gets_an_answer_or_a_documented_status() {
     });
     ran.unwrap();
     assert!(answered > 10, "{answered} of the messages were valid: too few to say anything");
-    assert_eq!(house.classify("", &[], &png(1)).status, 200);
+    assert_eq!(server.classify("", &[], &png(1)).status, 200);
     drop((channel, runtime));
-    house.end().unwrap();
+    server.end().unwrap();
 }

@@ -8,7 +8,7 @@ use nfold::metrics::{Ending, Port};
 use nfold::server::Options;
 
 use crate::fakes::{eventually, options};
-use crate::serve::{Answer, House, ask, house, local, parse, png, receive, send};
+use crate::serve::{Answer, TestServer, ask, local, parse, png, receive, send, start};
 
 const LIVE: &str = "GET /v2/health/live HTTP/1.1\r\nhost: t\r\n\r\n";
 
@@ -44,12 +44,12 @@ fn unreadable() -> Vec<(String, u16)> {
 
 #[test]
 fn heads_that_nobody_can_read_are_told_so_and_counted() {
-    let house = house(local(), options(1, 4, 8));
+    let server = start(local(), options(1, 4, 8));
     let cases = unreadable();
-    for (address, port) in [(house.http, Port::Http), (house.grpc, Port::Grpc), (house.admin, Port::Admin)] {
+    for (address, port) in [(server.http, Port::Http), (server.grpc, Port::Grpc), (server.admin, Port::Admin)] {
         let count = || {
             let labels = [port.name(), Ending::Unreadable.name()];
-            house.metrics.ended_connections_total.with_label_values(&labels).get()
+            server.metrics.ended_connections_total.with_label_values(&labels).get()
         };
         for (i, (bytes, status)) in cases.iter().enumerate() {
             let answer = raw(address, bytes.as_bytes());
@@ -63,20 +63,20 @@ fn heads_that_nobody_can_read_are_told_so_and_counted() {
         }
     }
     // a line that can be read but is out of all proportion
-    let answer = ask(house.http, &format!("GET /{}", "x".repeat(9000)), &[], b"");
+    let answer = ask(server.http, &format!("GET /{}", "x".repeat(9000)), &[], b"");
     assert_eq!(answer.error(), (414, "uri_too_long".into()));
     // headers that hyper may read although they are beyond its limit
-    assert_eq!(ask(house.http, "GET /v2", &[("x-long", &"x".repeat(66_000))], b"").status, 431);
-    assert_eq!(house.classify("", &[], &png(1)).status, 200);
-    house.end().unwrap();
+    assert_eq!(ask(server.http, "GET /v2", &[("x-long", &"x".repeat(66_000))], b"").status, 431);
+    assert_eq!(server.classify("", &[], &png(1)).status, 200);
+    server.end().unwrap();
 }
 
 /// The answer arrives although most of what the client sends is never read.
 #[test]
 fn a_client_that_goes_on_sending_still_reads_why_it_was_refused() {
-    let house = house(local(), options(1, 4, 8));
+    let server = start(local(), options(1, 4, 8));
     for first in ["", LIVE] {
-        let mut stream = open(house.http);
+        let mut stream = open(server.http);
         stream.write_all(format!("{first}GARBAGE\r\n\r\n").as_bytes()).unwrap();
         for _ in 0..20 {
             stream.write_all(&[b'x'; 500_000]).expect("the server still reads");
@@ -86,23 +86,23 @@ fn a_client_that_goes_on_sending_still_reads_why_it_was_refused() {
         stream.read_to_string(&mut answers).unwrap();
         assert!(answers.contains("HTTP/1.1 400"), "{answers}");
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn answers_to_readable_requests_stay_as_they_are() {
-    let house = house(Options { cors_origins: vec!["*".into()], ..local() }, options(1, 4, 8));
+    let server = start(Options { cors_origins: vec!["*".into()], ..local() }, options(1, 4, 8));
     // what has no body, or an error of our own
     let preflight = [("origin", "https://a.test"), ("access-control-request-method", "POST")];
-    let allowed = ask(house.http, "OPTIONS /v1/classify", &preflight, b"");
+    let allowed = ask(server.http, "OPTIONS /v1/classify", &preflight, b"");
     assert_eq!((allowed.status, allowed.body.as_str()), (200, ""));
-    let head = ask(house.http, "HEAD /nothing", &[], b"");
+    let head = ask(server.http, "HEAD /nothing", &[], b"");
     assert_eq!((head.status, head.body.as_str()), (404, ""));
-    let missing = ask(house.http, "GET /nothing", &[], b"");
+    let missing = ask(server.http, "GET /nothing", &[], b"");
     assert_eq!(missing.error(), (404, "not_found".into()));
     assert!(missing.body.contains("there is no such path"), "{missing:?}");
     // a good request and a bad one in one packet: each has its own answer
-    let mut stream = open(house.http);
+    let mut stream = open(server.http);
     stream.write_all(format!("{LIVE}GARBAGE\r\n\r\n").as_bytes()).unwrap();
     let mut answers = Vec::new();
     stream.read_to_end(&mut answers).unwrap();
@@ -110,7 +110,7 @@ fn answers_to_readable_requests_stay_as_they_are() {
     let second = answers.split_off(at);
     assert_eq!(parse(answers).json()["live"], true);
     assert_eq!(parse(second).status, 400);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 // --- HTTP/2 by hand: a client that does only what a test says ---------------------------------------------------------
@@ -169,29 +169,29 @@ const BUNDLE: &str = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: t\r\n\r\n
 
 #[test]
 fn a_client_that_takes_nothing_loses_its_connection() {
-    let house = house(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
-    let size = ask(house.http, "GET /docs/swagger-ui-bundle.js", &[], b"").bytes.len();
+    let server = start(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
+    let size = ask(server.http, "GET /docs/swagger-ui-bundle.js", &[], b"").bytes.len();
     assert!(size > 1_000_000, "{size} bytes would fit into the system's buffers");
-    let gone = |house: &House| eventually("cut off", || house.metrics.connections.get() == 0);
-    gone(&house);
-    let mut stream = open(house.http);
+    let gone = |server: &TestServer| eventually("cut off", || server.metrics.connections.get() == 0);
+    gone(&server);
+    let mut stream = open(server.http);
     stream.write_all(BUNDLE.repeat(40).as_bytes()).unwrap();
-    eventually("it is in", || house.metrics.connections.get() == 1);
+    eventually("it is in", || server.metrics.connections.get() == 1);
     let started = Instant::now();
-    gone(&house);
+    gone(&server);
     assert!(started.elapsed() > Duration::from_millis(350), "{:?}", started.elapsed());
     // what it could have had is less than what it asked for
     let mut taken = Vec::new();
     let _ = stream.read_to_end(&mut taken);
     assert!(taken.len() < 40 * size);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn a_slow_client_that_takes_something_keeps_its_connection() {
-    let house = house(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
-    let size = ask(house.http, "GET /docs/swagger-ui-bundle.js", &[], b"").bytes.len();
-    let mut stream = open(house.http);
+    let server = start(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
+    let size = ask(server.http, "GET /docs/swagger-ui-bundle.js", &[], b"").bytes.len();
+    let mut stream = open(server.http);
     stream.write_all(BUNDLE.repeat(20).as_bytes()).unwrap();
     let (mut taken, mut buffer, started) = (0, vec![0; 1 << 20], Instant::now());
     while taken < 20 * size {
@@ -202,15 +202,15 @@ fn a_slow_client_that_takes_something_keeps_its_connection() {
     stream.write_all(LIVE.as_bytes()).unwrap();
     listen(&mut stream, b"\"live\":true");
     drop(stream);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// An HTTP/2 client answers pings and takes frames, but never gives its answer room.
 #[test]
 fn a_client_that_gives_no_window_loses_its_connection_on_both_ports() {
-    let house = house(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
+    let server = start(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
     let live = request("POST", "/inference.GRPCInferenceService/ServerLive", "application/grpc", &[0; 5]);
-    for (address, asked) in [(house.http, request("GET", "/", "text/plain", b"")), (house.grpc, live)] {
+    for (address, asked) in [(server.http, request("GET", "/", "text/plain", b"")), (server.grpc, live)] {
         let mut stream = open(address);
         stream.write_all(&[hello(0), asked.clone()].concat()).unwrap();
         let started = Instant::now();
@@ -226,25 +226,25 @@ fn a_client_that_gives_no_window_loses_its_connection_on_both_ports() {
         let ended_stream = bytes.windows(9).any(|w| w[3] <= 1 && w[4] & 1 == 1 && w[5..9] == [0, 0, 0, 1]);
         assert!(ended_stream, "{bytes:?}");
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn clients_that_leave_connections_open_don_t_hold_up_the_stop() {
-    let house = house(local(), options(1, 4, 8));
-    let mut idle = open(house.grpc);
+    let server = start(local(), options(1, 4, 8));
+    let mut idle = open(server.grpc);
     let live = request("POST", "/inference.GRPCInferenceService/ServerLive", "application/grpc", &[0; 5]);
     idle.write_all(&[hello(1 << 20), live].concat()).unwrap();
     listen(&mut idle, b"\x08\x01");
-    let mut silent = open(house.http);
+    let mut silent = open(server.http);
     silent.write_all(&hello(1 << 20)).unwrap();
-    let mut half = open(house.http);
+    let mut half = open(server.http);
     half.write_all(format!("{LIVE}GET /v2 HTTP/1.1\r\nx: ").as_bytes()).unwrap();
     listen(&mut half, b"\"live\":true");
-    eventually("all are in", || house.metrics.connections.get() == 3);
+    eventually("all are in", || server.metrics.connections.get() == 3);
     let started = Instant::now();
-    house.stop();
-    house.thread.join().unwrap().unwrap();
+    server.stop();
+    server.thread.join().unwrap().unwrap();
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
     drop((idle, silent, half));
 }
@@ -252,18 +252,18 @@ fn clients_that_leave_connections_open_don_t_hold_up_the_stop() {
 /// What is being computed is waited for, however silent its client is.
 #[test]
 fn a_stop_waits_for_open_requests_of_silent_clients() {
-    let house = house(local(), options(1, 1, 8));
-    house.strings.hold();
-    let mut multiplexed = open(house.http);
+    let server = start(local(), options(1, 1, 8));
+    server.strings.hold();
+    let mut multiplexed = open(server.http);
     multiplexed.write_all(&[hello(1 << 20), request("POST", "/v1/classify", "image/png", &png(9))].concat()).unwrap();
-    eventually("the engine is busy", || house.strings.runs() == 1);
-    let plain = send(house.http, "POST /v1/classify", &[], &png(8));
-    eventually("both are admitted", || house.depth() == 2);
-    house.stop();
+    eventually("the engine is busy", || server.strings.runs() == 1);
+    let plain = send(server.http, "POST /v1/classify", &[], &png(8));
+    eventually("both are admitted", || server.depth() == 2);
+    server.stop();
     std::thread::sleep(Duration::from_millis(2500));
-    house.strings.release();
+    server.strings.release();
     let (bytes, _) = listen(&mut multiplexed, b"\"predictions\"");
     assert!(bytes.windows(13).any(|w| w == b"\"predictions\""));
     assert_eq!(receive(plain).status, 200);
-    house.thread.join().unwrap().unwrap();
+    server.thread.join().unwrap().unwrap();
 }

@@ -16,31 +16,31 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
 use crate::fakes::{CLASSES, SIDE, eventually, images, options};
-use crate::serve::{House, ask, house, local, png, receive};
+use crate::serve::{TestServer, ask, local, png, receive, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
 
 type Client = GrpcInferenceServiceClient<Channel>;
 
 /// Runs `talk` against a server of its own.
-fn with<F: Future<Output = ()>>(server: Options, scheduler: (usize, usize, usize), talk: impl FnOnce(House2) -> F) {
-    let house = house(server, options(scheduler.0, scheduler.1, scheduler.2));
+fn with<F: Future<Output = ()>>(server: Options, scheduler: (usize, usize, usize), talk: impl FnOnce(OverGrpc) -> F) {
+    let server = start(server, options(scheduler.0, scheduler.1, scheduler.2));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let house = std::sync::Arc::new(house);
+    let server = std::sync::Arc::new(server);
     runtime.block_on(async {
-        let channel = Channel::from_shared(format!("http://{}", house.grpc)).unwrap().connect().await.unwrap();
-        talk(House2 { house: house.clone(), channel }).await;
+        let channel = Channel::from_shared(format!("http://{}", server.grpc)).unwrap().connect().await.unwrap();
+        talk(OverGrpc { server: server.clone(), channel }).await;
     });
     drop(runtime);
-    std::sync::Arc::into_inner(house).expect("the test has let go of it").end().unwrap();
+    std::sync::Arc::into_inner(server).expect("the test has let go of it").end().unwrap();
 }
 
-struct House2 {
-    house: std::sync::Arc<House>,
+struct OverGrpc {
+    server: std::sync::Arc<TestServer>,
     channel: Channel,
 }
 
-impl House2 {
+impl OverGrpc {
     fn client(&self) -> Client {
         Client::new(self.channel.clone())
     }
@@ -120,13 +120,13 @@ fn three_doors_one_path() {
         bytes.extend(&picture);
         let by_grpc = h.client().model_infer(raw("BYTES", &[1], bytes.into())).await.unwrap().into_inner();
         let bare = [("inference-header-content-length", "0")];
-        let by_http = ask(h.house.http, "POST /v2/models/m/infer", &bare, &picture);
+        let by_http = ask(h.server.http, "POST /v2/models/m/infer", &bare, &picture);
         let length: usize = by_http.headers["inference-header-content-length"].parse().unwrap();
         assert_eq!(by_grpc.raw_output_contents[0], by_http.bytes[length..]);
         let logits: Vec<f32> =
             by_grpc.raw_output_contents[0].chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect();
         let top = nfold::infer::top_k::top_k(&logits, 3, &["first", "second", "third"].map(String::from)).unwrap();
-        let classified = h.house.classify("?top_k=3", &[], &picture).json();
+        let classified = h.server.classify("?top_k=3", &[], &picture).json();
         assert_eq!(classified["results"][0]["predictions"], serde_json::to_value(top).unwrap());
         let mut typed = ask_for("BYTES", &[1, 1]);
         let bytes_contents = vec![picture.into()];
@@ -146,7 +146,7 @@ fn what_is_told_is_what_http_tells() {
         let ready = pb::ModelReadyRequest { name: name.clone(), version: String::new() };
         assert!(client.model_ready(ready).await.unwrap().into_inner().ready);
         client.model_infer(fp32(&tensor(0.0))).await.unwrap();
-        let http = |path: &str| ask(h.house.http, &format!("GET {path}"), &[], b"").json();
+        let http = |path: &str| ask(h.server.http, &format!("GET {path}"), &[], b"").json();
         let server = client.server_metadata(pb::ServerMetadataRequest {}).await.unwrap().into_inner();
         assert_eq!(serde_json::to_value(server).unwrap(), http("/v2"));
         let metadata = pb::ModelMetadataRequest { name: name.clone(), version: version.clone() };
@@ -200,7 +200,7 @@ fn errors_have_the_status_of_the_one_table() {
         assert_eq!(error.code(), Code::OutOfRange, "a message above the limit: {error:?}");
         let load = pb::RepositoryModelLoadRequest { model_name: "m".into(), ..Default::default() };
         assert_eq!(client.repository_model_load(load).await.unwrap_err().code(), Code::InvalidArgument);
-        let requests = |o| h.house.requests(Protocol::Grpc, o);
+        let requests = |o| h.server.requests(Protocol::Grpc, o);
         assert_eq!((requests(Outcome::ModelNotFound), requests(Outcome::BodyTooLarge)), (1, 1));
         assert_eq!((requests(Outcome::UnsupportedMediaType), requests(Outcome::Internal)), (1, 0));
     });
@@ -240,35 +240,35 @@ fn metadata_beyond_all_proportion_is_refused() {
 #[test]
 fn overload_deadline_and_a_client_that_goes_away() {
     with(local(), (1, 1, 2), async |h| {
-        let busy = h.house.occupy();
+        let busy = h.server.occupy();
         let mut request = Request::new(fp32(&tensor(0.0)));
         request.set_timeout(Duration::from_millis(60));
         let started = Instant::now();
         let late = h.client().model_infer(request).await.unwrap_err();
         assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late:?}");
         assert!(started.elapsed() < Duration::from_secs(2));
-        assert_eq!(h.house.strings.runs(), 1);
+        assert_eq!(h.server.strings.runs(), 1);
         // which of the two it was depends on whose clock was first: the server's, or the client's that hung up
         let [cancelled, expired] = [Outcome::Cancelled, Outcome::DeadlineExceeded];
-        let ended = |outcome| h.house.requests(Protocol::Grpc, outcome);
+        let ended = |outcome| h.server.requests(Protocol::Grpc, outcome);
         eventually("the first is counted", || ended(cancelled) + ended(expired) == 1);
 
         let mut client = h.client();
         let gone = tokio::spawn(async move { client.model_infer(fp32(&tensor(0.0))).await });
-        eventually("it is here", || h.house.metrics.inflight_requests.get() == 2);
+        eventually("it is here", || h.server.metrics.inflight_requests.get() == 2);
         // the expired image of the first made room for it
         tokio::time::sleep(Duration::from_millis(100)).await;
-        assert_eq!(h.house.depth(), 2);
+        assert_eq!(h.server.depth(), 2);
         let full = h.client().model_infer(fp32(&tensor(0.0))).await.unwrap_err();
         assert_eq!((full.code(), code(&full)), (Code::ResourceExhausted, "overloaded"));
         assert!(full.metadata().get("retry-after").is_some());
-        let before = (ended(cancelled), images(&h.house.metrics, "m", cancelled));
+        let before = (ended(cancelled), images(&h.server.metrics, "m", cancelled));
         gone.abort();
         eventually("it is counted", || ended(cancelled) == before.0 + 1);
-        h.house.strings.release();
+        h.server.strings.release();
         assert_eq!(receive(busy).status, 200);
-        eventually("its image too", || images(&h.house.metrics, "m", cancelled) == before.1 + 1);
-        assert_eq!(h.house.strings.runs(), 1, "nothing was computed for those who left");
+        eventually("its image too", || images(&h.server.metrics, "m", cancelled) == before.1 + 1);
+        assert_eq!(h.server.strings.runs(), 1, "nothing was computed for those who left");
     });
 }
 
@@ -288,7 +288,7 @@ fn a_stream_answers_in_order_and_ends_with_the_server() {
             assert_eq!(values[..4], (i as f32).to_le_bytes(), "{i}");
         }
         assert!(answers.message().await.unwrap().unwrap().error_message.contains("INT8"));
-        h.house.control.send(nfold::server::Control::Stop).await.unwrap();
+        h.server.control.send(nfold::server::Control::Stop).await.unwrap();
         let end = tokio::time::timeout(Duration::from_secs(5), answers.message()).await.unwrap().unwrap_err();
         assert_eq!((end.code(), code(&end)), (Code::Unavailable, "shutting_down"));
     });
@@ -306,7 +306,7 @@ fn health_is_readiness_and_watchers_hear_of_the_drain() {
         assert_eq!(health.check(named("x")).await.unwrap_err().code(), Code::NotFound);
         let mut watch = health.watch(named("")).await.unwrap().into_inner();
         assert_eq!(watch.message().await.unwrap().unwrap().status, i32::from(ServingStatus::Serving));
-        h.house.control.send(nfold::server::Control::Stop).await.unwrap();
+        h.server.control.send(nfold::server::Control::Stop).await.unwrap();
         assert_eq!(watch.message().await.unwrap().unwrap().status, i32::from(ServingStatus::NotServing));
         assert!(!h.client().server_ready(pb::ServerReadyRequest {}).await.unwrap().into_inner().ready);
         assert_eq!(watch.message().await.ok().flatten(), None, "and the stream does not hold up the end");

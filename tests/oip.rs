@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::fakes::{CLASSES, Fault, SIDE, options};
-use crate::serve::{Answer, House, ask, house, local, png};
+use crate::serve::{Answer, TestServer, ask, local, png, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
 const INFER: &str = "POST /v2/models/m/infer";
@@ -27,8 +27,8 @@ fn tensor(seed: f32) -> Vec<f32> {
     (0..LEN).map(|i| seed + i as f32 * 0.37).collect()
 }
 
-fn infer(house: &House, body: &Value) -> Answer {
-    ask(house.http, INFER, &[], body.to_string().as_bytes())
+fn infer(server: &TestServer, body: &Value) -> Answer {
+    ask(server.http, INFER, &[], body.to_string().as_bytes())
 }
 
 fn input(datatype: &str, shape: &[usize], data: Value) -> Value {
@@ -66,11 +66,11 @@ fn binary(answer: &Answer) -> (Value, Vec<u8>) {
 
 #[test]
 fn json_tensors_flat_and_nested_give_their_own_logits() {
-    let house = house(local(), options(2, 4, 16));
+    let server = start(local(), options(2, 4, 16));
     let (a, b) = (tensor(0.1), tensor(-3.7));
     let flat =
         json!({ "id": "x7", "inputs": [input("FP32", &[2, 3, SIDE, SIDE], json!([a.clone(), b.clone()].concat()))] });
-    let answer = infer(&house, &flat);
+    let answer = infer(&server, &flat);
     assert_eq!(numbers(&answer), [logits(a[0], a[1]), logits(b[0], b[1])].concat());
     let body = answer.json();
     assert_eq!((&body["id"], &body["model_name"], &body["model_version"]), (&json!("x7"), &json!("m"), &json!("1")));
@@ -79,16 +79,16 @@ fn json_tensors_flat_and_nested_give_their_own_logits() {
     assert_eq!(output["shape"], json!([2, CLASSES]));
     let planes: Vec<Vec<&[f32]>> = a.chunks(SIDE * SIDE).map(|p| p.chunks(SIDE).collect()).collect();
     let nested = json!({ "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!([planes]))] });
-    let answer = infer(&house, &nested);
+    let answer = infer(&server, &nested);
     assert_eq!(numbers(&answer), logits(a[0], a[1]));
     assert!(answer.json().get("id").is_none(), "{answer:?}");
     assert!(answer.headers["server-timing"].contains("inference;dur="));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn binary_tensors_in_every_datatype_that_is_an_image() {
-    let house = house(local(), options(2, 4, 16));
+    let server = start(local(), options(2, 4, 16));
     let values = tensor(1.5);
     let halves: Vec<u8> = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
     let half = |v: f32| f16::from_f32(v).to_f32();
@@ -104,25 +104,25 @@ fn binary_tensors_in_every_datatype_that_is_an_image() {
                           "parameters": { "binary_data_size": bytes.len() } });
         let request = json!({ "inputs": [one], "parameters": { "binary_data_output": true } });
         let (length, body) = framed(&request, &bytes);
-        let answer = ask(house.http, INFER, &[("Inference-Header-Content-Length", &length)], &body);
+        let answer = ask(server.http, INFER, &[("Inference-Header-Content-Length", &length)], &body);
         let (json, bytes) = binary(&answer);
         assert_eq!((bytes, &json["outputs"][0]["shape"]), (le(&expected), &json!([1, CLASSES])), "{datatype}");
     }
     let as_json = json!({ "inputs": [input("UINT8", &[1, SIDE, SIDE, 3], json!(pixels))] });
-    assert_eq!(numbers(&infer(&house, &as_json)), logits(1.0, 252.0 / 255.0));
+    assert_eq!(numbers(&infer(&server, &as_json)), logits(1.0, 252.0 / 255.0));
     // no JSON at all: the tensor is the body, and so is the answer's
-    let answer = ask(house.http, INFER, &[("inference-header-content-length", "0")], &le(&values));
+    let answer = ask(server.http, INFER, &[("inference-header-content-length", "0")], &le(&values));
     assert_eq!(binary(&answer).1, le(&logits(values[0], values[1])));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// Encoded images through `/v2` are what `/v1` makes of them, logit for logit.
 #[test]
 fn encoded_images_walk_the_same_path_as_classify() {
-    let house = house(local(), options(2, 4, 16));
+    let server = start(local(), options(2, 4, 16));
     let pictures = [png(255), png(40)];
     let texts: Vec<_> = pictures.iter().map(|p| base64::engine::general_purpose::STANDARD.encode(p)).collect();
-    let by_json = numbers(&infer(&house, &json!({ "inputs": [input("BYTES", &[2], json!(texts))] })));
+    let by_json = numbers(&infer(&server, &json!({ "inputs": [input("BYTES", &[2], json!(texts))] })));
     let mut bytes = Vec::new();
     for picture in &pictures {
         bytes.extend((picture.len() as u32).to_le_bytes());
@@ -130,58 +130,58 @@ fn encoded_images_walk_the_same_path_as_classify() {
     }
     let one = json!({ "name": "input", "datatype": "BYTES", "shape": [2, 1], "parameters": { "binary_data_size": bytes.len() } });
     let (length, body) = framed(&json!({ "inputs": [one] }), &bytes);
-    let by_bytes = numbers(&ask(house.http, INFER, &[("inference-header-content-length", &length)], &body));
+    let by_bytes = numbers(&ask(server.http, INFER, &[("inference-header-content-length", &length)], &body));
     assert_eq!(by_json, by_bytes);
-    let alone = ask(house.http, INFER, &[("inference-header-content-length", "0")], &pictures[1]);
+    let alone = ask(server.http, INFER, &[("inference-header-content-length", "0")], &pictures[1]);
     assert_eq!(binary(&alone).1, le(&by_json[CLASSES..]));
     for (i, picture) in pictures.iter().enumerate() {
         let row = &by_json[i * CLASSES..(i + 1) * CLASSES];
         assert_eq!((row[0], row[2]), (f32::from([255_u8, 40][i]) / 255.0, 0.0));
-        let classified = house.classify("?top_k=3", &[], picture).json()["results"][0]["predictions"].clone();
+        let classified = server.classify("?top_k=3", &[], picture).json()["results"][0]["predictions"].clone();
         let top = nfold::infer::top_k::top_k(row, 3, &["first", "second", "third"].map(String::from)).unwrap();
         assert_eq!(classified, serde_json::to_value(top).unwrap());
     }
     let broken = json!({ "inputs": [input("BYTES", &[2], json!([texts[0], "bm8gaW1hZ2U="]))] });
-    let answer = infer(&house, &broken);
+    let answer = infer(&server, &broken);
     assert_eq!(answer.error(), (415, "unsupported_media_type".into()));
     assert!(answer.body.contains("image 1 of the batch"), "{answer:?}");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn classes_instead_of_numbers() {
-    let house = house(local(), options(1, 4, 16));
+    let server = start(local(), options(1, 4, 16));
     let mut values = tensor(0.0);
     (values[0], values[1]) = (0.25, 2.5);
     let mut request = json!({
         "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!(values))],
         "outputs": [{ "name": "logits", "parameters": { "classification": 2 } }],
     });
-    let answer = infer(&house, &request);
+    let answer = infer(&server, &request);
     let output = &answer.json()["outputs"][0];
     assert_eq!((&output["datatype"], &output["shape"]), (&json!("BYTES"), &json!([1, 2])));
     assert_eq!(output["data"], json!(["2.500000:1:second", "0.250000:0:first"]));
     request["outputs"][0]["parameters"] = json!({ "classification": 99, "binary_data": true });
-    let (json, bytes) = binary(&infer(&house, &request));
+    let (json, bytes) = binary(&infer(&server, &request));
     assert_eq!(json["outputs"][0]["shape"], json!([1, 3]));
     assert_eq!(bytes[..4], 17_u32.to_le_bytes());
     assert_eq!(&bytes[4..21], b"2.500000:1:second");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn what_is_told_about_models() {
-    let house = house(local(), options(2, 4, 16));
+    let server = start(local(), options(2, 4, 16));
     let get = |path: &str| {
-        let answer = ask(house.http, &format!("GET {path}"), &[], b"");
+        let answer = ask(server.http, &format!("GET {path}"), &[], b"");
         assert_eq!(answer.status, 200, "{path}: {answer:?}");
         answer.json()
     };
-    let server = get("/v2");
-    assert_eq!(server, get("/v2/"));
-    assert_eq!(server["name"], "nfold");
+    let about = get("/v2");
+    assert_eq!(about, get("/v2/"));
+    assert_eq!(about["name"], "nfold");
     for extension in ["binary_tensor_data", "classification", "statistics", "model_configuration", "schedule_policy"] {
-        assert!(server["extensions"].as_array().unwrap().contains(&json!(extension)), "{extension}");
+        assert!(about["extensions"].as_array().unwrap().contains(&json!(extension)), "{extension}");
     }
     assert_eq!(get("/v2/models"), json!({ "models": ["m"] }));
     let model = get("/v2/models/m/versions/1");
@@ -195,23 +195,23 @@ fn what_is_told_about_models() {
     assert_eq!(config["input"][0]["data_type"], "TYPE_FP32");
     assert_eq!(config["input"][0]["dims"], json!([3, SIDE, SIDE]));
     assert!(config["dynamic_batching"].is_object());
-    let index = ask(house.http, "POST /v2/repository/index", &[], b"{\"ready\":true}");
+    let index = ask(server.http, "POST /v2/repository/index", &[], b"{\"ready\":true}");
     assert_eq!(index.json(), json!([{ "name": "m", "version": "1", "state": "READY", "reason": "" }]));
-    assert_eq!(ask(house.http, "POST /v2/repository/index", &[], b"").json(), index.json());
-    house.end().unwrap();
+    assert_eq!(ask(server.http, "POST /v2/repository/index", &[], b"").json(), index.json());
+    server.end().unwrap();
 }
 
 #[test]
 fn statistics_count_requests_images_and_runs() {
-    let house = house(local(), options(1, 4, 16));
-    let stats = |path: &str| ask(house.http, &format!("GET {path}"), &[], b"").json()["model_stats"][0].clone();
+    let server = start(local(), options(1, 4, 16));
+    let stats = |path: &str| ask(server.http, &format!("GET {path}"), &[], b"").json()["model_stats"][0].clone();
     let fresh = stats("/v2/models/m/stats");
     assert_eq!((&fresh["inference_count"], &fresh["execution_count"]), (&json!(0), &json!(0)), "no warm-up in it");
     let three =
         json!({ "inputs": [input("FP32", &[3, 3, SIDE, SIDE], json!([tensor(0.0), tensor(1.0), tensor(2.0)]))] });
-    assert_eq!(infer(&house, &three).status, 200);
-    assert_eq!(house.classify("", &[], &png(9)).status, 200);
-    assert_eq!(house.classify("", &[], b"no image").status, 415);
+    assert_eq!(infer(&server, &three).status, 200);
+    assert_eq!(server.classify("", &[], &png(9)).status, 200);
+    assert_eq!(server.classify("", &[], b"no image").status, 415);
     for path in ["/v2/models/stats", "/v2/models/m/stats", "/v2/models/m/versions/1/stats"] {
         let s = stats(path);
         assert_eq!((&s["name"], &s["version"]), (&json!("m"), &json!("1")), "{s}");
@@ -230,12 +230,12 @@ fn statistics_count_requests_images_and_runs() {
         assert_eq!(batches.iter().map(|b| of(b).1).sum::<u64>(), runs);
         assert_eq!(batches.iter().map(|b| of(b).0 * of(b).1).sum::<u64>(), 4, "{s}");
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn compression_both_ways_and_no_bomb() {
-    let house = house(Options { body_limit: 100_000, ..local() }, options(1, 8, 64));
+    let server = start(Options { body_limit: 100_000, ..local() }, options(1, 8, 64));
     let many: Vec<Vec<f32>> = (0..64).map(|i| tensor(i as f32)).collect();
     let body = json!({ "inputs": [input("FP32", &[64, 3, SIDE, SIDE], json!(many))] }).to_string();
     let gzip = |bytes: &[u8]| {
@@ -246,10 +246,10 @@ fn compression_both_ways_and_no_bomb() {
     let mut deflate = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
     deflate.write_all(body.as_bytes()).unwrap();
     for (encoding, bytes) in [("gzip", gzip(body.as_bytes())), ("deflate", deflate.finish().unwrap())] {
-        let answer = ask(house.http, INFER, &[("content-encoding", encoding)], &bytes);
+        let answer = ask(server.http, INFER, &[("content-encoding", encoding)], &bytes);
         assert_eq!(numbers(&answer)[CLASSES], many[1][0], "{encoding}");
     }
-    let answer = ask(house.http, INFER, &[("accept-encoding", "gzip")], body.as_bytes());
+    let answer = ask(server.http, INFER, &[("accept-encoding", "gzip")], body.as_bytes());
     assert_eq!((answer.status, answer.headers["content-encoding"].as_str()), (200, "gzip"));
     let mut plain = String::new();
     let bytes = unchunked(&answer);
@@ -258,13 +258,13 @@ fn compression_both_ways_and_no_bomb() {
 
     let bomb = gzip(&vec![b' '; 50_000_000]);
     assert!(bomb.len() < 100_000, "small enough to be let in");
-    assert_eq!(ask(house.http, INFER, &[("content-encoding", "gzip")], &bomb).error(), (413, "body_too_large".into()));
+    assert_eq!(ask(server.http, INFER, &[("content-encoding", "gzip")], &bomb).error(), (413, "body_too_large".into()));
     let cut = &gzip(body.as_bytes())[..40];
-    assert_eq!(ask(house.http, INFER, &[("content-encoding", "gzip")], cut).error(), (400, "invalid_request".into()));
-    let unknown = ask(house.http, INFER, &[("content-encoding", "br")], b"x");
+    assert_eq!(ask(server.http, INFER, &[("content-encoding", "gzip")], cut).error(), (400, "invalid_request".into()));
+    let unknown = ask(server.http, INFER, &[("content-encoding", "br")], b"x");
     assert_eq!(unknown.error(), (415, "unsupported_media_type".into()));
     assert_eq!(unknown.headers["accept-encoding"], "gzip, deflate");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// The body of an answer that came in chunks.
@@ -286,7 +286,7 @@ fn unchunked(answer: &Answer) -> Vec<u8> {
 
 #[test]
 fn every_mistake_is_told_by_name() {
-    let house = house(Options { body_limit: 4000, ..local() }, options(1, 4, 8));
+    let server = start(Options { body_limit: 4000, ..local() }, options(1, 4, 8));
     let good = || input("FP32", &[1, 3, SIDE, SIDE], json!(tensor(0.0)));
     let with = |field: &str, value: Value| {
         let mut input = good();
@@ -328,14 +328,14 @@ fn every_mistake_is_told_by_name() {
         (parameters(json!({ "priority": 5_000_000_000_u64 })), "priority 5000000000 is too large"),
     ];
     for (body, text) in &cases {
-        let answer = infer(&house, body);
+        let answer = infer(&server, body);
         assert_eq!(answer.error(), (400, "invalid_request".into()), "{body}: {answer:?}");
         assert!(answer.body.contains(text), "{body}: {answer:?}");
     }
     let as_bytes = json!({ "inputs": [{ "name": "input", "datatype": "FP32", "shape": [1, 3, SIDE, SIDE],
                                       "parameters": { "binary_data_size": 48 } }] });
     let framing = |length: &str, body: &[u8]| {
-        ask(house.http, INFER, &[("inference-header-content-length", length)], body).error()
+        ask(server.http, INFER, &[("inference-header-content-length", length)], body).error()
     };
     let (length, body) = framed(&as_bytes, &[0; 47]);
     assert_eq!(framing(&length, &body), (400, "invalid_request".into()), "one byte short");
@@ -345,7 +345,7 @@ fn every_mistake_is_told_by_name() {
         assert_eq!(framing(length, &body), (400, "invalid_request".into()), "{length}");
     }
     // what load generators send: bytes can carry the answer, JSON can't
-    let nan = ask(house.http, INFER, &[("inference-header-content-length", "0")], &le(&[f32::NAN; LEN]));
+    let nan = ask(server.http, INFER, &[("inference-header-content-length", "0")], &le(&[f32::NAN; LEN]));
     assert_eq!(binary(&nan).1, le(&[f32::NAN, f32::NAN, 0.0]));
     let paths = [
         ("GET /v2/models/x", 404, "model_not_found"),
@@ -361,59 +361,59 @@ fn every_mistake_is_told_by_name() {
         ("POST /v2/repository/models/m/unload", 400, "invalid_request"),
     ];
     for (head, status, code) in paths {
-        assert_eq!(ask(house.http, head, &[], b"").error(), (status, code.to_string()), "{head}");
+        assert_eq!(ask(server.http, head, &[], b"").error(), (status, code.to_string()), "{head}");
     }
-    assert_eq!(ask(house.http, INFER, &[], &[b' '; 5000]).error(), (413, "body_too_large".into()));
-    assert_eq!(numbers(&infer(&house, &json!({ "inputs": [good()] }))).len(), CLASSES, "and goes on");
-    house.end().unwrap();
+    assert_eq!(ask(server.http, INFER, &[], &[b' '; 5000]).error(), (413, "body_too_large".into()));
+    assert_eq!(numbers(&infer(&server, &json!({ "inputs": [good()] }))).len(), CLASSES, "and goes on");
+    server.end().unwrap();
 }
 
 #[test]
 fn a_clients_own_numbers_that_overflow_the_network_are_its_own_fault() {
-    let house = house(local(), options(1, 4, 8));
-    *house.strings.fault.lock().unwrap() = Some(Fault::Nan);
+    let server = start(local(), options(1, 4, 8));
+    *server.strings.fault.lock().unwrap() = Some(Fault::Nan);
     let mut values = tensor(0.0);
     values[0] = crate::fakes::MARK;
-    let answer = infer(&house, &json!({ "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!(values))] }));
+    let answer = infer(&server, &json!({ "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!(values))] }));
     assert_eq!(answer.error(), (400, "invalid_request".into()));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn the_protocols_timeout_is_a_deadline() {
-    let house = house(local(), options(1, 1, 8));
-    let busy = house.occupy();
+    let server = start(local(), options(1, 1, 8));
+    let busy = server.occupy();
     let late = json!({ "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!(tensor(0.0)))],
                        "parameters": { "timeout": 40_000, "priority": 2 } });
-    assert_eq!(infer(&house, &late).error(), (504, "deadline_exceeded".into()));
-    house.strings.release();
+    assert_eq!(infer(&server, &late).error(), (504, "deadline_exceeded".into()));
+    server.strings.release();
     assert_eq!(crate::serve::receive(busy).status, 200);
-    assert_eq!(house.requests(Protocol::OipHttp, Outcome::DeadlineExceeded), 1);
-    house.end().unwrap();
+    assert_eq!(server.requests(Protocol::OipHttp, Outcome::DeadlineExceeded), 1);
+    server.end().unwrap();
 }
 
 #[test]
 fn models_load_and_unload_only_when_allowed() {
-    let house = house(Options { model_control: true, ..local() }, options(1, 1, 8));
-    let load = ask(house.http, "POST /v2/repository/models/m/load", &[], b"");
+    let server = start(Options { model_control: true, ..local() }, options(1, 1, 8));
+    let load = ask(server.http, "POST /v2/repository/models/m/load", &[], b"");
     assert_eq!(load.error(), (400, "invalid_request".into()), "these models come from no repository");
-    assert_eq!(ask(house.http, "POST /v2/repository/models/m/unload", &[], b"").json(), json!({}));
-    assert_eq!(ask(house.http, "GET /v2/models/m", &[], b"").error().0, 404);
-    assert_eq!(ask(house.http, "POST /v2/repository/models/m/unload", &[], b"").error().0, 404);
-    assert_eq!(ask(house.http, "GET /v2/models", &[], b"").json(), json!({ "models": [] }));
-    house.end().unwrap();
+    assert_eq!(ask(server.http, "POST /v2/repository/models/m/unload", &[], b"").json(), json!({}));
+    assert_eq!(ask(server.http, "GET /v2/models/m", &[], b"").error().0, 404);
+    assert_eq!(ask(server.http, "POST /v2/repository/models/m/unload", &[], b"").error().0, 404);
+    assert_eq!(ask(server.http, "GET /v2/models", &[], b"").json(), json!({ "models": [] }));
+    server.end().unwrap();
 }
 
 #[test]
 fn openapi_describes_every_route_and_the_page_is_here() {
-    let house = house(local(), options(1, 1, 8));
-    let api = ask(house.http, "GET /openapi.json", &[], b"").json();
+    let server = start(local(), options(1, 1, 8));
+    let api = ask(server.http, "GET /openapi.json", &[], b"").json();
     assert!(api["openapi"].as_str().unwrap().starts_with("3.1"), "{}", api["openapi"]);
     let paths = api["paths"].as_object().unwrap();
     for (path, item) in paths {
         for (method, operation) in item.as_object().unwrap() {
             let real = path.replace("{model}", "m").replace("{version}", "1");
-            let answer = ask(house.http, &format!("{} {real}", method.to_uppercase()), &[], b"");
+            let answer = ask(server.http, &format!("{} {real}", method.to_uppercase()), &[], b"");
             assert!(!matches!(answer.status, 404 | 405), "{method} {path}: {answer:?}");
             assert!(operation["responses"]["200"].is_object() && operation["responses"]["default"].is_object());
             assert!(operation["summary"].as_str().is_some_and(|s| !s.is_empty()), "{path} says nothing");
@@ -424,34 +424,34 @@ fn openapi_describes_every_route_and_the_page_is_here() {
     {
         assert!(paths.contains_key(path), "{path}");
     }
-    let page = ask(house.http, "GET /docs/", &[], b"");
+    let page = ask(server.http, "GET /docs/", &[], b"");
     assert!(page.status == 200 && page.body.contains("swagger-ui"), "{page:?}");
     for (part, _) in page.body.match_indices("src=\"").chain(page.body.match_indices("href=\"")) {
         let asset = page.body[part..].split('"').nth(1).unwrap();
         assert!(!asset.contains("//"), "`{asset}` is not here");
-        let answer = ask(house.http, &format!("GET /docs/{}", asset.trim_start_matches("./")), &[], b"");
+        let answer = ask(server.http, &format!("GET /docs/{}", asset.trim_start_matches("./")), &[], b"");
         assert_eq!(answer.status, 200, "{asset}");
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// 10,000 requests, each damaged in its own way; then the server answers and holds no more memory than before.
 #[test]
 fn ten_thousand_malformed_requests_leave_no_trace() {
-    let house = house(Options { body_limit: 64 << 10, ..local() }, options(2, 4, 64));
+    let server = start(Options { body_limit: 64 << 10, ..local() }, options(2, 4, 64));
     let good = json!({ "inputs": [input("FP32", &[1, 3, SIDE, SIDE], json!(tensor(0.0)))] }).to_string().into_bytes();
-    damage(house.http, &good, 500);
+    damage(server.http, &good, 500);
     // other tests of this process come and go; what a server keeps, it keeps each time
     let grown = |_| {
         let before = resident();
-        damage(house.http, &good, 10_000);
+        damage(server.http, &good, 10_000);
         resident().saturating_sub(before)
     };
     assert!((0..3).map(grown).any(|bytes| bytes < 32 << 20), "32 MiB more each time");
-    let answer = ask(house.http, INFER, &[], &good);
+    let answer = ask(server.http, INFER, &[], &good);
     assert_eq!(numbers(&answer).len(), CLASSES);
-    assert_eq!((house.depth(), house.metrics.inflight_requests.get()), (0, 0));
-    house.end().unwrap();
+    assert_eq!((server.depth(), server.metrics.inflight_requests.get()), (0, 0));
+    server.end().unwrap();
 }
 
 fn resident() -> u64 {

@@ -13,16 +13,16 @@ use nfold::infer::job::SchedulerOptions;
 use nfold::server::Options;
 
 use crate::fakes::{eventually, options};
-use crate::serve::{House, ask, house, local, png};
+use crate::serve::{TestServer, ask, local, png, start};
 
 /// Longest a request may take.
 const DEADLINE: Duration = Duration::from_secs(1);
 /// One image in an engine, one image per run: two engines answer 100 a second at most.
 const RUN: Duration = Duration::from_millis(20);
 
-fn measure(house: &House, connections: &[usize], rates: &[f64], window_s: f64) -> Vec<Step> {
+fn measure(server: &TestServer, connections: &[usize], rates: &[f64], window_s: f64) -> Vec<Step> {
     let plan = Plan {
-        server: house.http.to_string(),
+        server: server.http.to_string(),
         protocol: Protocol::Classify,
         tensors: protocol::Tensors::default(),
         model: None,
@@ -44,13 +44,13 @@ fn measure(house: &House, connections: &[usize], rates: &[f64], window_s: f64) -
 
 fn overload(window_s: f64) {
     let scheduler = SchedulerOptions { max_queue_wait: Duration::from_millis(300), ..options(2, 1, 256) };
-    let house = house(Options { request_timeout: DEADLINE, ..local() }, scheduler);
-    *house.strings.delay.lock().unwrap() = RUN;
-    let most = measure(&house, &[8], &[], window_s).remove(0).goodput;
+    let server = start(Options { request_timeout: DEADLINE, ..local() }, scheduler);
+    *server.strings.delay.lock().unwrap() = RUN;
+    let most = measure(&server, &[8], &[], window_s).remove(0).goodput;
     assert!(most > 50.0, "{most}/s where 100/s are possible: this machine is too busy to measure on");
     for multiple in [2.0, 5.0, 10.0] {
         // a machine that others use can only make it worse, so the best of three counts
-        let mut tries = (0..3).map(|_| measure(&house, &[], &[multiple * most], window_s).remove(0));
+        let mut tries = (0..3).map(|_| measure(&server, &[], &[multiple * most], window_s).remove(0));
         let step = tries.find(|step| step.goodput >= 0.95 * most);
         let step =
             step.unwrap_or_else(|| panic!("less than 0.95 times {most}/s at {multiple} times that load, thrice"));
@@ -66,12 +66,12 @@ fn overload(window_s: f64) {
         );
         assert!(step.outcomes[&Outcome::Refused] > 0, "{multiple}: it was no overload: {step:?}");
         // within a second it is as if nothing had been
-        eventually("the queue is empty", || house.depth() == 0);
-        let after = measure(&house, &[], &[0.3 * most], 1.0).remove(0);
+        eventually("the queue is empty", || server.depth() == 0);
+        let after = measure(&server, &[], &[0.3 * most], 1.0).remove(0);
         assert_eq!(after.outcomes.keys().collect::<Vec<_>>(), [&Outcome::Ok], "{after:?}");
         assert!(after.latency_ms.as_ref().unwrap().p50 < 3.0 * RUN.as_secs_f64() * 1e3, "{after:?}");
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
@@ -89,25 +89,25 @@ fn long_overload() {
 fn bodies_share_a_bounded_memory_and_give_it_back() {
     const MIB: usize = 1 << 20;
     let server = Options { body_limit: 2 * MIB, body_memory: 3 * MIB, ..local() };
-    let house = house(server, options(1, 1, 16));
+    let server = start(server, options(1, 1, 16));
     let big = vec![b'x'; MIB];
     // two bodies stop just before their end
     let head = |length: usize| format!("POST /v1/classify HTTP/1.1\r\nhost: t\r\ncontent-length: {length}\r\n\r\n");
     let mut halves: Vec<_> = (0..2)
         .map(|_| {
-            let mut stream = std::net::TcpStream::connect(house.http).unwrap();
+            let mut stream = std::net::TcpStream::connect(server.http).unwrap();
             stream.write_all(head(MIB + 1).as_bytes()).unwrap();
             stream.write_all(&big).unwrap();
             stream
         })
         .collect();
-    let refused = |length: usize| ask(house.http, "POST /v1/classify", &[], &vec![b'x'; length]);
-    eventually("their bytes are in", || house.metrics.body_bytes.get() == 2 * MIB as i64);
+    let refused = |length: usize| ask(server.http, "POST /v1/classify", &[], &vec![b'x'; length]);
+    eventually("their bytes are in", || server.metrics.body_bytes.get() == 2 * MIB as i64);
     let answer = refused(MIB + MIB / 2);
     assert_eq!(answer.error(), (429, "overloaded".into()));
     assert!(answer.headers.contains_key("retry-after") && answer.body.contains("--body-memory"), "{answer:?}");
     // a body that does not say its length is stopped on its way
-    let mut chunked = std::net::TcpStream::connect(house.http).unwrap();
+    let mut chunked = std::net::TcpStream::connect(server.http).unwrap();
     chunked.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     chunked.write_all(b"POST /v1/classify HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n").unwrap();
     let _ = chunked.write_all(format!("{MIB:x}\r\n").as_bytes()).and_then(|()| chunked.write_all(&big));
@@ -116,34 +116,34 @@ fn bodies_share_a_bounded_memory_and_give_it_back() {
     chunked.read_exact(&mut said).unwrap();
     assert_eq!(&said, b"HTTP/1.1 429");
     // small requests find room all the while
-    assert_eq!(house.classify("", &[], &png(255)).status, 200);
+    assert_eq!(server.classify("", &[], &png(255)).status, 200);
     // what was taken comes back, by an answer or by the client's end
     halves[0].write_all(b"x").unwrap();
     let mut said = [0; 12];
     halves[0].read_exact(&mut said).unwrap();
     assert_eq!(&said, b"HTTP/1.1 415", "it is no image");
     drop(halves);
-    eventually("all of it is back", || house.metrics.body_bytes.get() == 0);
+    eventually("all of it is back", || server.metrics.body_bytes.get() == 0);
     assert_eq!(refused(2 * MIB).error(), (415, "unsupported_media_type".into()));
     assert_eq!(refused(2 * MIB + 1).error(), (413, "body_too_large".into()));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// A client that still sends is told at once that there is no room, whatever it is about to send.
 #[test]
 fn refusals_do_not_wait_for_their_bodies() {
-    let house = house(local(), options(1, 1, 2));
-    *house.strings.delay.lock().unwrap() = Duration::from_secs(2);
+    let server = start(local(), options(1, 1, 2));
+    *server.strings.delay.lock().unwrap() = Duration::from_secs(2);
     let body = png(1);
     let busy: Vec<_> = (0..2)
         .map(|_| {
-            let (http, body) = (house.http, body.clone());
+            let (http, body) = (server.http, body.clone());
             std::thread::spawn(move || ask(http, "POST /v1/classify", &[], &body).status)
         })
         .collect();
-    eventually("the queue is full", || house.depth() == 2);
+    eventually("the queue is full", || server.depth() == 2);
     for path in ["/v1/classify", "/v2/models/m/infer"] {
-        let mut stream = std::net::TcpStream::connect(house.http).unwrap();
+        let mut stream = std::net::TcpStream::connect(server.http).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         // the client asks first, and so nothing is thrown away before the refusal
         let head =
@@ -153,9 +153,9 @@ fn refusals_do_not_wait_for_their_bodies() {
         stream.read_exact(&mut said).unwrap();
         assert_eq!(&said, b"HTTP/1.1 429", "{path}");
     }
-    assert_eq!(house.metrics.body_bytes.get() as usize, 2 * body.len());
+    assert_eq!(server.metrics.body_bytes.get() as usize, 2 * body.len());
     for client in busy {
         assert_eq!(client.join().unwrap(), 200);
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }

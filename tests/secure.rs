@@ -17,7 +17,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::fakes::{eventually, options};
-use crate::serve::{ask, house, local, png, receive, send};
+use crate::serve::{ask, local, png, receive, send, start};
 
 const KEY: &str = "a-key-that-is-long-enough";
 
@@ -31,25 +31,25 @@ fn key_file(folder: &Path, keys: &str) -> PathBuf {
 fn without_a_key_only_health_and_pages_answer() {
     let folder = tempfile::tempdir().unwrap();
     let path = key_file(folder.path(), &format!("{KEY}\n"));
-    let house = house(Options { api_key_file: Some(path.clone()), ..local() }, options(1, 4, 8));
+    let server = start(Options { api_key_file: Some(path.clone()), ..local() }, options(1, 4, 8));
     let bearer = format!("Bearer {KEY}");
     let with: &[(&str, &str)] = &[("authorization", &bearer)];
     for head in ["POST /v1/classify", "GET /v2", "GET /v2/models/m", "POST /v2/models/m/infer", "GET /nothing"] {
-        let refused = ask(house.http, head, &[("authorization", "Bearer a-key-that-is-long-enougH")], b"");
+        let refused = ask(server.http, head, &[("authorization", "Bearer a-key-that-is-long-enougH")], b"");
         assert_eq!(refused.error(), (401, "unauthenticated".into()), "{head}");
         assert_eq!(refused.headers["www-authenticate"], "Bearer");
-        assert_ne!(ask(house.http, head, with, b"").status, 401, "{head}");
+        assert_ne!(ask(server.http, head, with, b"").status, 401, "{head}");
     }
-    assert_eq!(house.classify("", with, &png(3)).status, 200);
+    assert_eq!(server.classify("", with, &png(3)).status, 200);
     for open in ["/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs/", "/", "/page/page.js"] {
-        assert_eq!(ask(house.http, &format!("GET {open}"), &[], b"").status, 200, "{open}");
+        assert_eq!(ask(server.http, &format!("GET {open}"), &[], b"").status, 200, "{open}");
     }
-    assert_eq!(ask(house.admin, "GET /metrics", &[], b"").status, 200);
-    let api = ask(house.http, "GET /openapi.json", &[], b"").json();
+    assert_eq!(ask(server.admin, "GET /metrics", &[], b"").status, 200);
+    let api = ask(server.http, "GET /openapi.json", &[], b"").json();
     assert_eq!(api["components"]["securitySchemes"]["api_key"]["scheme"], "bearer");
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (http, grpc) = (house.http, house.grpc);
+    let (http, grpc) = (server.http, server.grpc);
     runtime.block_on(async {
         let channel = Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
         let mut client = GrpcInferenceServiceClient::new(channel.clone());
@@ -64,19 +64,19 @@ fn without_a_key_only_health_and_pages_answer() {
     });
     // with its connection: the server waits for clients that don't close in order
     drop(runtime);
-    eventually("counted", || house.requests(Protocol::Grpc, Outcome::Unauthenticated) == 1);
+    eventually("counted", || server.requests(Protocol::Grpc, Outcome::Unauthenticated) == 1);
 
     // other keys from now on; a file that would lock everybody out changes nothing
     let ask_with = |key: &str| ask(http, "GET /v2", &[("authorization", &format!("Bearer {key}"))], b"").status;
     std::fs::write(&path, "").unwrap();
-    house.control.blocking_send(Control::Reload).unwrap();
+    server.control.blocking_send(Control::Reload).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(ask_with(KEY), 200);
     std::fs::write(&path, "another-key-that-is-long-enough").unwrap();
-    house.control.blocking_send(Control::Reload).unwrap();
+    server.control.blocking_send(Control::Reload).unwrap();
     eventually("the new key is known", || ask_with("another-key-that-is-long-enough") == 200);
     assert_eq!(ask_with(KEY), 401);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// An authority, and certificates of it.
@@ -145,21 +145,21 @@ fn a_real_handshake_on_both_ports_and_new_certificates_without_a_restart() {
     let authority = Authority::new();
     let (cert, key) = authority.write(folder.path(), "first.test");
     let tls = TlsOptions { cert, key, client_ca: None };
-    let house = house(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
+    let server = start(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
     let plain = client(&authority.pem, None, b"http/1.1");
     let ok = "HTTP/1.1 200 OK";
-    assert_eq!(ask_tls(house.http, plain.clone(), "first.test").unwrap(), ok);
-    assert!(ask_tls(house.http, plain.clone(), "second.test").is_err(), "another name");
+    assert_eq!(ask_tls(server.http, plain.clone(), "first.test").unwrap(), ok);
+    assert!(ask_tls(server.http, plain.clone(), "second.test").is_err(), "another name");
     let stranger = client(&Authority::new().pem, None, b"http/1.1");
-    assert!(ask_tls(house.http, stranger, "first.test").is_err(), "an unknown authority");
+    assert!(ask_tls(server.http, stranger, "first.test").is_err(), "an unknown authority");
     let mut bare = Vec::new();
-    let mut stream = TcpStream::connect(house.http).unwrap();
+    let mut stream = TcpStream::connect(server.http).unwrap();
     stream.write_all(b"GET /v2/health/live HTTP/1.1\r\nhost: t\r\n\r\n").unwrap();
     let _ = stream.read_to_end(&mut bare);
     assert!(!String::from_utf8_lossy(&bare).contains("200 OK"), "no plain answer");
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let grpc = house.grpc;
+    let grpc = server.grpc;
     let live = |config: Arc<ClientConfig>, name: &'static str| {
         runtime.block_on(async {
             let connector = tower::service_fn(move |_: axum::http::Uri| {
@@ -180,15 +180,15 @@ fn a_real_handshake_on_both_ports_and_new_certificates_without_a_restart() {
     assert_eq!(live(over_h2.clone(), "first.test"), Some(true));
 
     std::fs::write(folder.path().join("cert.pem"), "no certificate").unwrap();
-    house.control.blocking_send(Control::Reload).unwrap();
+    server.control.blocking_send(Control::Reload).unwrap();
     std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(ask_tls(house.http, plain.clone(), "first.test").unwrap(), ok, "the old one stays");
+    assert_eq!(ask_tls(server.http, plain.clone(), "first.test").unwrap(), ok, "the old one stays");
     authority.write(folder.path(), "second.test");
-    house.control.blocking_send(Control::Reload).unwrap();
-    eventually("the new certificate", || ask_tls(house.http, plain.clone(), "second.test").is_ok());
+    server.control.blocking_send(Control::Reload).unwrap();
+    eventually("the new certificate", || ask_tls(server.http, plain.clone(), "second.test").is_ok());
     assert_eq!(live(over_h2, "second.test"), Some(true));
     drop(runtime);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
@@ -199,12 +199,12 @@ fn clients_without_a_certificate_are_refused_where_one_is_asked_for() {
     let ca = folder.path().join("ca.pem");
     std::fs::write(&ca, &authority.pem).unwrap();
     let tls = TlsOptions { cert, key, client_ca: Some(ca) };
-    let house = house(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
-    let ask = |identity| ask_tls(house.http, client(&authority.pem, identity, b"http/1.1"), "server.test");
+    let server = start(Options { tls: Some(tls), ..local() }, options(1, 4, 8));
+    let ask = |identity| ask_tls(server.http, client(&authority.pem, identity, b"http/1.1"), "server.test");
     assert!(ask(None).is_err());
     assert!(ask(Some(Authority::new().issue("stranger.test"))).is_err());
     assert_eq!(ask(Some(authority.issue("client.test"))).unwrap(), "HTTP/1.1 200 OK");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn other_origins_only_where_allowed() {
         ("access-control-request-method", "POST"),
         ("access-control-request-headers", "authorization,content-type"),
     ];
-    let closed = house(local(), options(1, 4, 8));
+    let closed = start(local(), options(1, 4, 8));
     let answer = ask(closed.http, "GET /v2", &origin, b"");
     assert!(answer.status == 200 && !answer.headers.contains_key("access-control-allow-origin"), "{answer:?}");
     closed.end().unwrap();
@@ -254,7 +254,7 @@ fn other_origins_only_where_allowed() {
         api_key_file: Some(key_file(folder.path(), KEY)),
         ..local()
     };
-    let open = house(open, options(1, 4, 8));
+    let open = start(open, options(1, 4, 8));
     let asked = ask(open.http, "OPTIONS /v1/classify", &preflight, b"");
     assert_eq!((asked.status, asked.headers["access-control-allow-origin"].as_str()), (200, "https://page.test"));
     assert_eq!(asked.headers["access-control-allow-headers"], "authorization,content-type");
@@ -271,46 +271,46 @@ fn other_origins_only_where_allowed() {
 #[test]
 fn slow_clients_don_t_keep_others_out() {
     let limits = Options { connections: 2, head_timeout: Duration::from_millis(300), ..local() };
-    let house = house(limits, options(1, 1, 8));
-    let mut slow = TcpStream::connect(house.http).unwrap();
-    let _silent = TcpStream::connect(house.http).unwrap();
+    let server = start(limits, options(1, 1, 8));
+    let mut slow = TcpStream::connect(server.http).unwrap();
+    let _silent = TcpStream::connect(server.http).unwrap();
     slow.write_all(b"GET /v2 HTTP/1.1\r\nx: ").unwrap();
-    eventually("both are in", || house.metrics.connections.get() >= 2);
+    eventually("both are in", || server.metrics.connections.get() >= 2);
     let started = Instant::now();
-    assert_eq!(ask(house.http, "GET /v2", &[], b"").status, 200);
+    assert_eq!(ask(server.http, "GET /v2", &[], b"").status, 200);
     assert!(started.elapsed() < Duration::from_secs(5));
     let mut rest = Vec::new();
     let _ = slow.read_to_end(&mut rest);
     assert!(!String::from_utf8_lossy(&rest).starts_with("HTTP/1.1 200"));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn heads_have_a_limit() {
-    let house = house(local(), options(1, 1, 8));
+    let server = start(local(), options(1, 1, 8));
     let long = "x".repeat(300_000);
-    let answer = receive(send(house.http, "GET /v2", &[("x-long", &long)], b""));
+    let answer = receive(send(server.http, "GET /v2", &[("x-long", &long)], b""));
     assert_eq!(answer.status, 431, "{answer:?}");
     let many: Vec<(String, String)> = (0..200).map(|i| (format!("x-{i}"), "1".into())).collect();
     let many: Vec<(&str, &str)> = many.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
-    assert_eq!(receive(send(house.http, "GET /v2", &many, b"")).status, 431);
-    let answer = receive(send(house.http, &format!("GET /{long}"), &[], b""));
+    assert_eq!(receive(send(server.http, "GET /v2", &many, b"")).status, 431);
+    let answer = receive(send(server.http, &format!("GET /{long}"), &[], b""));
     assert!(matches!(answer.status, 414 | 431), "{answer:?}");
-    assert_eq!(ask(house.http, "GET /v2", &[], b"").status, 200);
-    house.end().unwrap();
+    assert_eq!(ask(server.http, "GET /v2", &[], b"").status, 200);
+    server.end().unwrap();
 }
 
 /// What a proxy in front may have read in another way is refused, on every port.
 #[test]
 fn heads_that_could_be_read_in_two_ways_are_refused() {
-    let house = house(local(), options(1, 1, 8));
+    let server = start(local(), options(1, 1, 8));
     let says = |address, text: &str| {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(text.as_bytes()).unwrap();
         receive(stream).status
     };
-    for (address, path) in [(house.http, "/v2"), (house.grpc, "/v2"), (house.admin, "/livez")] {
+    for (address, path) in [(server.http, "/v2"), (server.grpc, "/v2"), (server.admin, "/livez")] {
         for headers in [
             "",
             "host: \r\n",
@@ -327,5 +327,5 @@ fn heads_that_could_be_read_in_two_ways_are_refused() {
         assert_ne!(says(address, &format!("GET {path} HTTP/1.0\r\n\r\n")), 400);
         assert_ne!(says(address, &format!("GET {path} HTTP/1.1\r\nhost: a:80\r\nconnection: close\r\n\r\n")), 400);
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }

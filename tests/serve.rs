@@ -90,7 +90,7 @@ pub fn png(red: u8) -> Vec<u8> {
     bytes.into_inner()
 }
 
-pub struct House {
+pub struct TestServer {
     pub http: SocketAddr,
     pub grpc: SocketAddr,
     pub admin: SocketAddr,
@@ -107,7 +107,12 @@ pub fn local() -> Options {
 }
 
 /// A server that loads its model once `go` says so.
-fn open(server: Options, scheduler: SchedulerOptions, names: &'static [&'static str], go: mpsc::Receiver<()>) -> House {
+fn open(
+    server: Options,
+    scheduler: SchedulerOptions,
+    names: &'static [&'static str],
+    go: mpsc::Receiver<()>,
+) -> TestServer {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     open_on(runtime, Arc::new(Os), server, scheduler, names, go)
 }
@@ -120,7 +125,7 @@ fn open_on(
     scheduler: SchedulerOptions,
     names: &'static [&'static str],
     go: mpsc::Receiver<()>,
-) -> House {
+) -> TestServer {
     let strings = Arc::new(Strings::default());
     let server = {
         let _inside = runtime.enter();
@@ -145,24 +150,24 @@ fn open_on(
         runtime.shutdown_background();
         ended
     });
-    House { http, grpc, admin, strings, metrics, control, thread }
+    TestServer { http, grpc, admin, strings, metrics, control, thread }
 }
 
-pub fn house(server: Options, scheduler: SchedulerOptions) -> House {
+pub fn start(server: Options, scheduler: SchedulerOptions) -> TestServer {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    house_on(runtime, Arc::new(Os), server, scheduler)
+    start_on(runtime, Arc::new(Os), server, scheduler)
 }
 
 /// The same on these I/O threads and this system.
-pub fn house_on(runtime: Runtime, system: Arc<dyn System>, server: Options, scheduler: SchedulerOptions) -> House {
+pub fn start_on(runtime: Runtime, system: Arc<dyn System>, server: Options, scheduler: SchedulerOptions) -> TestServer {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
-    let house = open_on(runtime, system, server, scheduler, &["m"], gone);
-    house.until_ready();
-    house
+    let server = open_on(runtime, system, server, scheduler, &["m"], gone);
+    server.until_ready();
+    server
 }
 
-impl House {
+impl TestServer {
     fn until_ready(&self) {
         eventually("ready", || ask(self.admin, "GET /readyz", &[], b"").status == 200);
     }
@@ -199,9 +204,9 @@ impl House {
 
 #[test]
 fn raw_bytes_in_predictions_out() {
-    let house = house(local(), options(2, 4, 16));
+    let server = start(local(), options(2, 4, 16));
     for kind in [&[][..], &[("content-type", "image/png")], &[("content-type", "application/octet-stream")]] {
-        let answer = house.classify("?top_k=2", kind, &png(255));
+        let answer = server.classify("?top_k=2", kind, &png(255));
         assert_eq!(answer.status, 200, "{answer:?}");
         let body = answer.json();
         assert_eq!((&body["model"], &body["version"]), (&json!("m"), &json!(1)));
@@ -213,18 +218,18 @@ fn raw_bytes_in_predictions_out() {
         assert!(["decode;dur=", "queue;dur=", "inference;dur="].iter().all(|p| timing.contains(p)), "{timing}");
     }
     assert_eq!(
-        house.classify("?top_k=99&model=m&version=1", &[], &png(1)).json()["results"][0]["predictions"]
+        server.classify("?top_k=99&model=m&version=1", &[], &png(1)).json()["results"][0]["predictions"]
             .as_array()
             .unwrap()
             .len(),
         3
     );
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn forms_and_json_keep_the_order_and_isolate_bad_images() {
-    let house = house(local(), options(1, 4, 16));
+    let server = start(local(), options(1, 4, 16));
     let (good, other) = (png(200), png(50));
     let scores = |answer: &Answer| {
         let results = answer.json()["results"].as_array().unwrap().clone();
@@ -242,16 +247,16 @@ fn forms_and_json_keep_the_order_and_isolate_bad_images() {
         form.extend(b"\r\n");
     }
     form.extend(b"--X\r\ncontent-disposition: form-data; name=\"top_k\"\r\n\r\n1\r\n--X--\r\n");
-    scores(&house.classify("", &[("content-type", "multipart/form-data; boundary=X")], &form));
+    scores(&server.classify("", &[("content-type", "multipart/form-data; boundary=X")], &form));
     let b64 = |bytes: &[u8]| json!({ "b64": base64::engine::general_purpose::STANDARD.encode(bytes) });
     let body = json!({ "images": [b64(&good), b64(b"no image"), b64(&other)], "top_k": 1 }).to_string();
-    scores(&house.classify("", &[("content-type", "application/json; charset=utf-8")], body.as_bytes()));
-    house.end().unwrap();
+    scores(&server.classify("", &[("content-type", "application/json; charset=utf-8")], body.as_bytes()));
+    server.end().unwrap();
 }
 
 #[test]
 fn every_error_is_json_with_its_code() {
-    let house = house(Options { body_limit: 2000, ..local() }, options(1, 4, 3));
+    let server = start(Options { body_limit: 2000, ..local() }, options(1, 4, 3));
     let json_kind = ("content-type", "application/json");
     let form_kind = ("content-type", "multipart/form-data; boundary=X");
     type Case = (&'static str, Vec<(&'static str, &'static str)>, Vec<u8>, u16, &'static str);
@@ -281,185 +286,185 @@ fn every_error_is_json_with_its_code() {
     ];
     let count = cases.len() as u64;
     for (head, headers, body, status, code) in cases {
-        let answer = ask(house.http, head, &headers, &body);
+        let answer = ask(server.http, head, &headers, &body);
         assert_eq!(answer.error(), (status, code.to_string()), "{head}: {answer:?}");
     }
     let four = json!({ "images": vec![json!({ "b64": "" }); 4] }).to_string();
-    assert_eq!(house.classify("", &[json_kind], four.as_bytes()).error(), (400, "invalid_request".into()));
-    let sum = |p: Protocol| Outcome::ALL.iter().map(|&o| house.requests(p, o)).sum::<u64>();
+    assert_eq!(server.classify("", &[json_kind], four.as_bytes()).error(), (400, "invalid_request".into()));
+    let sum = |p: Protocol| Outcome::ALL.iter().map(|&o| server.requests(p, o)).sum::<u64>();
     eventually("every request is counted", || Protocol::ALL.iter().map(|&p| sum(p)).sum::<u64>() == count + 1);
-    assert_eq!(house.requests(Protocol::Rest, Outcome::Ok), 0);
-    house.end().unwrap();
+    assert_eq!(server.requests(Protocol::Rest, Outcome::Ok), 0);
+    server.end().unwrap();
 }
 
 #[test]
 fn faults_are_told_to_the_log_only() {
-    let house = house(local(), options(1, 4, 16));
+    let server = start(local(), options(1, 4, 16));
     let mark = u8::MAX;
     assert!((f32::from(mark) / 255.0 - MARK).abs() > 1.0, "images can't carry the mark");
-    *house.strings.fault.lock().unwrap() = Some(Fault::Short);
-    let answer = house.classify("", &[], &png(1));
+    *server.strings.fault.lock().unwrap() = Some(Fault::Short);
+    let answer = server.classify("", &[], &png(1));
     assert_eq!(answer.error(), (500, "internal".into()));
     assert!(!answer.body.contains("classes"), "{answer:?}");
-    eventually("counted", || house.requests(Protocol::Rest, Outcome::Internal) == 1);
-    *house.strings.fault.lock().unwrap() = None;
-    assert_eq!(house.classify("", &[], &png(1)).status, 200);
-    house.end().unwrap();
+    eventually("counted", || server.requests(Protocol::Rest, Outcome::Internal) == 1);
+    *server.strings.fault.lock().unwrap() = None;
+    assert_eq!(server.classify("", &[], &png(1)).status, 200);
+    server.end().unwrap();
 }
 
 #[test]
 fn request_ids_are_echoed_or_made() {
-    let house = house(local(), options(1, 4, 16));
-    let id = |headers: &[(&str, &str)]| house.classify("", headers, &png(1)).headers["x-request-id"].clone();
+    let server = start(local(), options(1, 4, 16));
+    let id = |headers: &[(&str, &str)]| server.classify("", headers, &png(1)).headers["x-request-id"].clone();
     assert_eq!(id(&[("x-request-id", "abc-123")]), "abc-123");
     assert_ne!(id(&[]), id(&[]));
     assert_ne!(id(&[("x-request-id", "two words")]), "two words");
     assert_ne!(id(&[("x-request-id", &"x".repeat(200))]).len(), 200);
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn a_full_queue_answers_429_with_retry_after_while_admin_answers() {
-    let house = house(local(), options(1, 1, 2));
-    let busy = house.occupy();
-    let waiting = send(house.http, "POST /v1/classify", &[], &png(1));
-    eventually("both are admitted", || house.depth() == 2);
-    let refused = house.classify("", &[], &png(2));
+    let server = start(local(), options(1, 1, 2));
+    let busy = server.occupy();
+    let waiting = send(server.http, "POST /v1/classify", &[], &png(1));
+    eventually("both are admitted", || server.depth() == 2);
+    let refused = server.classify("", &[], &png(2));
     assert_eq!(refused.error(), (429, "overloaded".into()));
     assert!(refused.headers["retry-after"].parse::<u64>().unwrap() >= 1);
-    let metrics = ask(house.admin, "GET /metrics", &[], b"");
+    let metrics = ask(server.admin, "GET /metrics", &[], b"");
     assert!(metrics.body.contains("nfold_queue_depth{model=\"m\",version=\"1\"} 2"), "{}", metrics.body);
     assert!(metrics.body.contains("nfold_inflight_requests 2"));
-    assert_eq!(ask(house.admin, "GET /livez", &[], b"").status, 200);
-    house.strings.release();
+    assert_eq!(ask(server.admin, "GET /livez", &[], b"").status, 200);
+    server.strings.release();
     assert_eq!((receive(busy).status, receive(waiting).status), (200, 200));
-    assert_eq!((house.depth(), house.requests(Protocol::Rest, Outcome::Overloaded)), (0, 1));
-    house.end().unwrap();
+    assert_eq!((server.depth(), server.requests(Protocol::Rest, Outcome::Overloaded)), (0, 1));
+    server.end().unwrap();
 }
 
 #[test]
 fn a_deadline_answers_504_and_nothing_is_computed() {
-    let house = house(local(), options(1, 1, 8));
-    let busy = house.occupy();
-    let late = house.classify("", &[("x-request-timeout-ms", "40")], &png(1));
+    let server = start(local(), options(1, 1, 8));
+    let busy = server.occupy();
+    let late = server.classify("", &[("x-request-timeout-ms", "40")], &png(1));
     assert_eq!(late.error(), (504, "deadline_exceeded".into()));
-    house.strings.release();
+    server.strings.release();
     assert_eq!(receive(busy).status, 200);
-    eventually("the slot is back", || house.depth() == 0);
-    assert_eq!(house.strings.runs(), 1);
-    house.end().unwrap();
+    eventually("the slot is back", || server.depth() == 0);
+    assert_eq!(server.strings.runs(), 1);
+    server.end().unwrap();
 }
 
 #[test]
 fn a_body_that_never_comes_answers_504() {
-    let house = house(local(), options(1, 1, 8));
-    let mut stream = TcpStream::connect(house.http).unwrap();
+    let server = start(local(), options(1, 1, 8));
+    let mut stream = TcpStream::connect(server.http).unwrap();
     let head = "POST /v1/classify HTTP/1.1\r\nhost: t\r\ncontent-length: 10\r\nx-request-timeout-ms: 50\r\nconnection: close\r\n\r\n";
     stream.write_all(head.as_bytes()).unwrap();
     assert_eq!(receive(stream).error(), (504, "deadline_exceeded".into()));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn a_client_that_goes_away_cancels_its_queued_image() {
-    let house = house(local(), options(1, 1, 8));
-    let busy = house.occupy();
-    let gone = send(house.http, "POST /v1/classify", &[], &png(1));
-    eventually("it is admitted", || house.depth() == 2);
+    let server = start(local(), options(1, 1, 8));
+    let busy = server.occupy();
+    let gone = send(server.http, "POST /v1/classify", &[], &png(1));
+    eventually("it is admitted", || server.depth() == 2);
     drop(gone);
-    eventually("it is counted", || house.requests(Protocol::Rest, Outcome::Cancelled) == 1);
-    house.strings.release();
+    eventually("it is counted", || server.requests(Protocol::Rest, Outcome::Cancelled) == 1);
+    server.strings.release();
     assert_eq!(receive(busy).status, 200);
-    eventually("its image too", || images(&house.metrics, "m", Outcome::Cancelled) == 1);
-    assert_eq!((house.depth(), house.strings.runs()), (0, 1));
-    house.end().unwrap();
+    eventually("its image too", || images(&server.metrics, "m", Outcome::Cancelled) == 1);
+    assert_eq!((server.depth(), server.strings.runs()), (0, 1));
+    server.end().unwrap();
 }
 
 #[test]
 fn ready_only_when_warm_and_listening() {
     let (go, gone) = mpsc::channel();
-    let house = open(local(), options(1, 2, 8), &["m"], gone);
-    eventually("the admin port is up", || TcpStream::connect(house.admin).is_ok());
-    let loading = ask(house.admin, "GET /readyz", &[], b"");
+    let server = open(local(), options(1, 2, 8), &["m"], gone);
+    eventually("the admin port is up", || TcpStream::connect(server.admin).is_ok());
+    let loading = ask(server.admin, "GET /readyz", &[], b"");
     assert_eq!((loading.status, loading.body.as_str()), (503, "not ready: models are loading\n"));
-    assert_eq!(ask(house.admin, "GET /livez", &[], b"").status, 200);
-    assert!(ask(house.admin, "GET /metrics", &[], b"").body.contains("nfold_ready 0"));
-    assert!(TcpStream::connect(house.http).is_err(), "a probe that only connects must fail too");
+    assert_eq!(ask(server.admin, "GET /livez", &[], b"").status, 200);
+    assert!(ask(server.admin, "GET /metrics", &[], b"").body.contains("nfold_ready 0"));
+    assert!(TcpStream::connect(server.http).is_err(), "a probe that only connects must fail too");
     go.send(()).unwrap();
-    house.until_ready();
-    let health = ask(house.http, "GET /v2/health/ready", &[], b"");
+    server.until_ready();
+    let health = ask(server.http, "GET /v2/health/ready", &[], b"");
     assert_eq!((health.status, health.json()), (200, json!({ "live": true, "ready": true })));
-    assert_eq!(ask(house.http, "GET /v2/health/live", &[], b"").json(), json!({ "live": true, "ready": true }));
-    let metrics = ask(house.admin, "GET /metrics", &[], b"").body;
+    assert_eq!(ask(server.http, "GET /v2/health/live", &[], b"").json(), json!({ "live": true, "ready": true }));
+    let metrics = ask(server.admin, "GET /metrics", &[], b"").body;
     assert!(metrics.contains("nfold_ready 1") && metrics.contains("nfold_model_info{"), "{metrics}");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn a_stop_while_loading_ends_at_once() {
     let (go, gone) = mpsc::channel();
-    let house = open(local(), options(1, 2, 8), &["m"], gone);
-    house.stop();
-    house.thread.join().unwrap().unwrap();
+    let server = open(local(), options(1, 2, 8), &["m"], gone);
+    server.stop();
+    server.thread.join().unwrap().unwrap();
     let _ = go.send(());
 }
 
 #[test]
 fn draining_says_not_ready_answers_what_is_in_flight_and_refuses_the_rest() {
     let hold = Duration::from_millis(300);
-    let house = house(Options { drain_hold: hold, ..local() }, options(1, 1, 8));
-    let busy = house.occupy();
-    let queued = send(house.http, "POST /v1/classify", &[], &png(1));
-    eventually("both are admitted", || house.depth() == 2);
-    house.stop();
-    eventually("not ready", || ask(house.admin, "GET /readyz", &[], b"").status == 503);
-    let ready = ask(house.http, "GET /v2/health/ready", &[], b"");
+    let server = start(Options { drain_hold: hold, ..local() }, options(1, 1, 8));
+    let busy = server.occupy();
+    let queued = send(server.http, "POST /v1/classify", &[], &png(1));
+    eventually("both are admitted", || server.depth() == 2);
+    server.stop();
+    eventually("not ready", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
+    let ready = ask(server.http, "GET /v2/health/ready", &[], b"");
     assert_eq!(ready.error(), (503, "shutting_down".into()));
-    let held = send(house.http, "POST /v1/classify", &[], &png(2));
-    eventually("requests are still taken", || house.depth() == 3);
-    eventually("then no longer", || TcpStream::connect(house.http).is_err());
-    assert_eq!(ask(house.admin, "GET /livez", &[], b"").status, 200);
-    house.strings.release();
+    let held = send(server.http, "POST /v1/classify", &[], &png(2));
+    eventually("requests are still taken", || server.depth() == 3);
+    eventually("then no longer", || TcpStream::connect(server.http).is_err());
+    assert_eq!(ask(server.admin, "GET /livez", &[], b"").status, 200);
+    server.strings.release();
     for stream in [busy, queued, held] {
         assert_eq!(receive(stream).status, 200);
     }
-    house.thread.join().unwrap().unwrap();
+    server.thread.join().unwrap().unwrap();
 }
 
 /// To its client a connection in the system's queue is connected, and its request sent.
 #[test]
 fn a_stop_answers_connections_that_were_not_accepted_yet() {
-    let house = house(Options { connections: 1, ..local() }, options(1, 1, 8));
-    let busy = house.occupy();
-    let queued = send(house.http, "POST /v1/classify", &[], &png(1));
-    let silent = TcpStream::connect(house.http).unwrap();
-    house.stop();
-    eventually("the port is closed", || TcpStream::connect(house.http).is_err());
-    house.strings.release();
+    let server = start(Options { connections: 1, ..local() }, options(1, 1, 8));
+    let busy = server.occupy();
+    let queued = send(server.http, "POST /v1/classify", &[], &png(1));
+    let silent = TcpStream::connect(server.http).unwrap();
+    server.stop();
+    eventually("the port is closed", || TcpStream::connect(server.http).is_err());
+    server.strings.release();
     assert_eq!((receive(busy).status, receive(queued).status), (200, 200));
-    house.thread.join().unwrap().expect("one that says nothing does not hold up the end");
+    server.thread.join().unwrap().expect("one that says nothing does not hold up the end");
     drop(silent);
 }
 
 #[test]
 fn a_drain_has_an_end() {
-    let house = house(Options { drain_timeout: Duration::from_millis(100), ..local() }, options(1, 1, 8));
-    let _hung = house.occupy();
+    let server = start(Options { drain_timeout: Duration::from_millis(100), ..local() }, options(1, 1, 8));
+    let _hung = server.occupy();
     let started = Instant::now();
-    house.stop();
-    house.thread.join().unwrap().unwrap();
+    server.stop();
+    server.thread.join().unwrap().unwrap();
     assert!(started.elapsed() < Duration::from_secs(5));
-    house.strings.release();
+    server.strings.release();
 }
 
 #[test]
 fn a_second_stop_is_now() {
-    let house = house(Options { drain_hold: Duration::from_secs(60), ..local() }, options(1, 1, 8));
-    let _hung = house.occupy();
-    house.stop();
-    house.stop();
-    house.thread.join().unwrap().unwrap();
-    house.strings.release();
+    let server = start(Options { drain_hold: Duration::from_secs(60), ..local() }, options(1, 1, 8));
+    let _hung = server.occupy();
+    server.stop();
+    server.stop();
+    server.thread.join().unwrap().unwrap();
+    server.strings.release();
 }
 
 #[test]
@@ -470,24 +475,24 @@ fn hung_engines_end_readiness_and_then_the_server() {
         drain_timeout: Duration::from_millis(50),
         ..local()
     };
-    let house = house(limits, options(1, 1, 8));
-    let _hung = house.occupy();
-    eventually("not ready", || ask(house.admin, "GET /readyz", &[], b"").status == 503);
-    assert!(matches!(house.thread.join().unwrap(), Err(ServeError::Fault(_))));
-    house.strings.release();
+    let server = start(limits, options(1, 1, 8));
+    let _hung = server.occupy();
+    eventually("not ready", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
+    assert!(matches!(server.thread.join().unwrap(), Err(ServeError::Fault(_))));
+    server.strings.release();
 }
 
 #[test]
 fn several_models_must_be_named() {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
-    let house = open(local(), options(1, 2, 8), &["a", "b"], gone);
-    house.until_ready();
-    let unnamed = house.classify("", &[], &png(1));
+    let server = open(local(), options(1, 2, 8), &["a", "b"], gone);
+    server.until_ready();
+    let unnamed = server.classify("", &[], &png(1));
     assert_eq!(unnamed.error(), (400, "invalid_request".into()));
     assert!(unnamed.body.contains("a, b"), "{unnamed:?}");
-    assert_eq!(house.classify("?model=b", &[], &png(1)).json()["model"], "b");
-    house.end().unwrap();
+    assert_eq!(server.classify("?model=b", &[], &png(1)).json()["model"], "b");
+    server.end().unwrap();
 }
 
 #[test]
@@ -501,16 +506,16 @@ fn an_address_in_use_is_told_before_models_load() {
 
 #[test]
 fn under_load_every_request_is_answered_and_counted() {
-    let house = house(local(), options(2, 4, 8));
-    *house.strings.delay.lock().unwrap() = Duration::from_millis(1);
+    let server = start(local(), options(2, 4, 8));
+    *server.strings.delay.lock().unwrap() = Duration::from_millis(1);
     let answers = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..8)
             .map(|c: u8| {
-                let house = &house;
+                let server = &server;
                 scope.spawn(move || {
                     let ask = |i: u8| {
                         let red = c * 30 + i;
-                        let answer = house.classify("?top_k=3", &[], &png(red));
+                        let answer = server.classify("?top_k=3", &[], &png(red));
                         if answer.status == 200 {
                             // softmax of (red/255, 7/255 …): the reply is of this very image
                             let of = |i| {
@@ -530,10 +535,10 @@ fn under_load_every_request_is_answered_and_counted() {
     });
     assert!(answers.iter().all(|s| matches!(s, 200 | 429)), "{answers:?}");
     let ok = answers.iter().filter(|&&s| s == 200).count() as u64;
-    eventually("counted", || house.requests(Protocol::Rest, Outcome::Ok) == ok);
-    assert_eq!(house.requests(Protocol::Rest, Outcome::Overloaded), 200 - ok);
-    assert_eq!((house.depth(), house.metrics.inflight_requests.get()), (0, 0));
-    house.end().unwrap();
+    eventually("counted", || server.requests(Protocol::Rest, Outcome::Ok) == ok);
+    assert_eq!(server.requests(Protocol::Rest, Outcome::Overloaded), 200 - ok);
+    assert_eq!((server.depth(), server.metrics.inflight_requests.get()), (0, 0));
+    server.end().unwrap();
 }
 
 /// The whole line: fold the demo checkpoint, serve it with the program itself, classify, SIGTERM, exit code 0.
@@ -590,13 +595,13 @@ fn the_program_serves_a_folded_model() {
 /// What is done is answered; what the deadline cut off says so.
 #[test]
 fn a_deadline_in_the_middle_of_a_request_keeps_what_is_done() {
-    let house = house(local(), options(1, 1, 64));
-    *house.strings.delay.lock().unwrap() = Duration::from_millis(60);
+    let server = start(local(), options(1, 1, 64));
+    *server.strings.delay.lock().unwrap() = Duration::from_millis(60);
     let b64 = |bytes: &[u8]| json!({ "b64": base64::engine::general_purpose::STANDARD.encode(bytes) });
     let images: Vec<_> = (0..20).map(|i| if i == 1 { b64(b"no image") } else { b64(&png(i)) }).collect();
     let body = json!({ "images": images }).to_string();
     let headers = [("content-type", "application/json"), ("x-request-timeout-ms", "500")];
-    let answer = house.classify("", &headers, body.as_bytes());
+    let answer = server.classify("", &headers, body.as_bytes());
     assert_eq!(answer.status, 200, "{answer:?}");
     let results = answer.json()["results"].as_array().unwrap().clone();
     assert_eq!(results.len(), 20);
@@ -607,11 +612,11 @@ fn a_deadline_in_the_middle_of_a_request_keeps_what_is_done() {
     assert!(results[0].get("predictions").is_some(), "in the order in which they came");
     assert!(results[19]["error"]["code"] == "deadline_exceeded");
     // with nothing done, there is nothing to answer
-    house.strings.hold();
-    let answer = house.classify("", &headers, body.as_bytes());
-    house.strings.release();
+    server.strings.hold();
+    let answer = server.classify("", &headers, body.as_bytes());
+    server.strings.release();
     assert_eq!((answer.status, answer.json()["code"].clone()), (504, json!("deadline_exceeded")));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
@@ -619,22 +624,22 @@ fn a_model_is_ready_whatever_the_others_do() {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
     let server = Options { hang_limit: Duration::from_millis(50), ..local() };
-    let house = open(server, options(1, 1, 16), &["m", "n"], gone);
-    house.until_ready();
-    let status = |path: &str| ask(house.http, &format!("GET {path}"), &[], b"").status;
+    let server = open(server, options(1, 1, 16), &["m", "n"], gone);
+    server.until_ready();
+    let status = |path: &str| ask(server.http, &format!("GET {path}"), &[], b"").status;
     let models = ["/v2/models/m/ready", "/v2/models/n/versions/1/ready"];
     assert_eq!(models.map(status), [200, 200]);
-    house.strings.hold();
-    let stream = send(house.http, "POST /v1/classify?model=m", &[], &png(0));
+    server.strings.hold();
+    let stream = send(server.http, "POST /v1/classify?model=m", &[], &png(0));
     eventually("it hangs", || status(models[0]) == 503);
     assert_eq!((status(models[1]), status("/v2/health/ready")), (200, 503), "the server as a whole is not");
-    let index = ask(house.http, "POST /v2/repository/index", &[], b"").json();
+    let index = ask(server.http, "POST /v2/repository/index", &[], b"").json();
     assert_eq!((&index[0]["state"], &index[1]["state"]), (&json!("UNAVAILABLE"), &json!("READY")), "{index}");
     assert!(index[0]["reason"].as_str().unwrap().contains("hangs"), "{index}");
-    let ready = ask(house.http, "POST /v2/repository/index", &[], b"{\"ready\":true}").json();
+    let ready = ask(server.http, "POST /v2/repository/index", &[], b"{\"ready\":true}").json();
     assert_eq!(ready.as_array().unwrap().len(), 1, "{ready}");
-    house.strings.release();
+    server.strings.release();
     assert_eq!(receive(stream).status, 200);
     eventually("it is back", || models.map(status) == [200, 200]);
-    house.end().unwrap();
+    server.end().unwrap();
 }

@@ -13,7 +13,7 @@ use hyper_util::service::TowerToHyperService;
 use nfold::server::Options;
 
 use crate::fakes::{eventually, options};
-use crate::serve::{ask, house, local, png};
+use crate::serve::{ask, local, png, start};
 
 /// Answers every export with an empty message and status 0.
 fn collector() -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
@@ -60,17 +60,17 @@ fn holds(bytes: &[u8], part: &[u8]) -> bool {
 fn a_request_is_a_span_of_its_callers_trace() {
     let (collector, kept) = collector();
     let server = Options { otlp_endpoint: Some(format!("http://{collector}")), ..local() };
-    let house = house(server, options(1, 4, 16));
+    let server = start(server, options(1, 4, 16));
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let unsampled = "00000000000000000000000000abcdef";
     let of = |trace: &str, flags: &str| format!("00-{trace}-00f067aa0ba902b7-{flags}");
-    assert_eq!(house.classify("", &[("traceparent", &of(trace, "01"))], &png(255)).status, 200);
-    assert_eq!(house.classify("?model=other", &[("traceparent", &of(unsampled, "00"))], &png(255)).status, 404);
-    assert_eq!(ask(house.http, "GET /v2/health/live", &[], b"").status, 200);
-    assert_eq!(ask(house.http, "GET /nowhere", &[("x-request-id", "mine")], b"").status, 404);
-    assert_eq!(ask(house.http, "GET /v2/models/made-up", &[], b"").status, 404);
+    assert_eq!(server.classify("", &[("traceparent", &of(trace, "01"))], &png(255)).status, 200);
+    assert_eq!(server.classify("?model=other", &[("traceparent", &of(unsampled, "00"))], &png(255)).status, 404);
+    assert_eq!(ask(server.http, "GET /v2/health/live", &[], b"").status, 200);
+    assert_eq!(ask(server.http, "GET /nowhere", &[("x-request-id", "mine")], b"").status, 404);
+    assert_eq!(ask(server.http, "GET /v2/models/made-up", &[], b"").status, 404);
     // the end of the server sends what waits
-    house.end().unwrap();
+    server.end().unwrap();
     let bytes = |hexadecimal: &str| -> Vec<u8> {
         (0..hexadecimal.len()).step_by(2).map(|i| u8::from_str_radix(&hexadecimal[i..i + 2], 16).unwrap()).collect()
     };

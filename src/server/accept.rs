@@ -1,14 +1,14 @@
 //! Accepts connections and ends them: their number, TLS, the time limits for heads, bodies and answers, and the drain.
 //!
-//! Knows nothing of what the connections carry. `wire` has a connection's bytes, `frames` those that ask for nothing,
-//! `activity` what is under way on it, `held` what is kept for it meanwhile, `remains` the bodies of its requests, `crowd` all
-//! of a port's connections.
+//! Knows nothing of what the connections carry. `wire`: a connection's bytes. `frames`: HTTP/2 frames that ask for nothing.
+//! `activity`: the requests under way on a connection. `held`: the memory kept for it. `body`: the bodies of its requests.
+//! `connections`: all connections of a port.
 
 mod activity;
-mod crowd;
+mod body;
+mod connections;
 mod frames;
 mod held;
-mod remains;
 mod wire;
 
 use std::pin::pin;
@@ -30,7 +30,7 @@ use tower::ServiceExt as _;
 
 pub(super) use self::activity::Accounted;
 use self::activity::Activity;
-use self::crowd::Crowd;
+use self::connections::Connections;
 use self::wire::{Socket, Wire};
 use super::pace::{Hold, Visits};
 use super::tls::Tls;
@@ -127,20 +127,20 @@ pub(super) async fn accept(
     mut stop: oneshot::Receiver<()>,
 ) -> Open {
     let room = Arc::new(Semaphore::new(limits.connections.max(1)));
-    let crowd = Arc::new(Crowd::default());
+    let connections = Arc::new(Connections::default());
     let held = Arc::new(held::Port::new(limits.connections));
     let (stopping, stopped) = watch::channel(false);
     let mut relief = JoinSet::new();
-    relief.spawn(relieve(held.clone(), crowd.clone()));
+    relief.spawn(relieve(held.clone(), connections.clone()));
     let mut open = Open { stopping, tasks: JoinSet::new(), _relief: relief };
     let serve = |stream, permit: Option<OwnedSemaphorePermit>| {
         let activity = Arc::new(Activity::new(held.clone()));
-        let member = crowd.join(activity.clone());
+        let registered = connections.join(activity.clone());
         let counted = (limits.port != Port::Admin).then(|| Counted::new(&metrics.connections));
         let connection = connect(stream, routes.clone(), limits.clone(), activity.clone(), stopped.clone());
         let (metrics, port) = (metrics.clone(), limits.port);
         async move {
-            let _until_the_end = (permit, counted, member);
+            let _until_the_end = (permit, counted, registered);
             connection.await;
             if let Some(ending) = activity.ending() {
                 metrics.ended(port, ending);
@@ -165,7 +165,7 @@ pub(super) async fn accept(
                         open.tasks.spawn(serve(stream, None));
                         break;
                     }
-                    permit = make_room(&room, &crowd, &limits) => permit,
+                    permit = make_room(&room, &connections, &limits) => permit,
                 };
                 open.tasks.spawn(serve(stream, permit));
             }
@@ -173,7 +173,7 @@ pub(super) async fn accept(
                 // out of file descriptors, usually: one comes back with the connection that makes room
                 metrics.ended(limits.port, Ending::Refused);
                 failures.say(limits.port, &error);
-                crowd.evict(quiet(&limits), limits.longest_work);
+                connections.evict(quiet(&limits), limits.longest_work);
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
         }
@@ -191,14 +191,14 @@ fn quiet(limits: &Limits) -> Duration {
 }
 
 /// Room for one more connection: a free place, else that of an evicted quiet connection, else of the next that ends.
-async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Option<OwnedSemaphorePermit> {
+async fn make_room(room: &Arc<Semaphore>, connections: &Connections, limits: &Limits) -> Option<OwnedSemaphorePermit> {
     let (mut asked, came) = (false, Instant::now());
     loop {
         if let Ok(permit) = room.clone().try_acquire_owned() {
             return Some(permit);
         }
         let least = if came.elapsed() < PATIENCE { quiet(limits) } else { Duration::ZERO };
-        asked = asked || crowd.evict(least, limits.longest_work);
+        asked = asked || connections.evict(least, limits.longest_work);
         let wait = if asked { LAST_MOMENTS } else { LOOK_AGAIN };
         match tokio::time::timeout(wait, room.clone().acquire_owned()).await {
             Ok(permit) => return permit.ok(),
@@ -208,10 +208,10 @@ async fn make_room(room: &Arc<Semaphore>, crowd: &Crowd, limits: &Limits) -> Opt
 }
 
 /// Cuts connections while more is kept for them than the port allows.
-async fn relieve(held: Arc<held::Port>, crowd: Arc<Crowd>) {
+async fn relieve(held: Arc<held::Port>, connections: Arc<Connections>) {
     loop {
         held.above().await;
-        crowd.cut_heaviest(held.limit());
+        connections.cut_heaviest(held.limit());
         tokio::time::sleep(GONE).await;
     }
 }
@@ -298,13 +298,13 @@ async fn serve<S>(
         request.extensions_mut().insert(visits.clone());
         let mark = under_way.request(&request);
         let http1 = request.version() <= Version::HTTP_11;
-        let (request, remains) = remains::watch(request, &under_way, &limits_of_bodies);
+        let (request, unread) = body::watch(request, &under_way, &limits_of_bodies);
         let answer = routes.clone().oneshot(request);
         let mut stopping = stopping.clone();
         async move {
             let mut response = answer.await?;
-            if let Some(remains) = remains {
-                remains.throw_away().await;
+            if let Some(unread) = unread {
+                unread.discard().await;
             }
             let stops = match response.extensions_mut().remove::<Hold>() {
                 None => *stopping.borrow(),

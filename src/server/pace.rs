@@ -125,9 +125,9 @@ mod tests {
     fn who_comes_straight_back_waits_in_line() {
         let ((pace, metrics), start) = (pace(), Instant::now());
         let patient = start + Duration::from_secs(10);
-        let crowd: Vec<_> = (0..800).map(|_| Visits::default()).collect();
-        assert!(crowd.iter().all(|visits| pace.hold(visits, start, patient).is_none()), "the first is never held");
-        let holds: Vec<_> = crowd.iter().map(|visits| pace.hold(visits, start, patient)).collect();
+        let clients: Vec<_> = (0..800).map(|_| Visits::default()).collect();
+        assert!(clients.iter().all(|visits| pace.hold(visits, start, patient).is_none()), "the first is never held");
+        let holds: Vec<_> = clients.iter().map(|visits| pace.hold(visits, start, patient)).collect();
         assert!(holds[0].is_none(), "nobody is before it");
         let until: Vec<_> = holds.iter().flatten().map(|hold| hold.until - start).collect();
         assert_eq!((until.len(), until[0], until[99]), (799, 5 * MS, 500 * MS));

@@ -17,7 +17,7 @@ use crate::connections::{frame, hello, request};
 use crate::fakes::{eventually, options};
 use crate::process::{Server, ask};
 use crate::secure::{Authority, client};
-use crate::serve::{House, house, local, png};
+use crate::serve::{TestServer, local, png, start};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -136,8 +136,8 @@ fn silence_after_a_handshake_ends_as_well() {
     let authority = Authority::new();
     let (cert, key) = authority.write(folder.path(), "t.test");
     let tls = Some(TlsOptions { cert, key, client_ca: None });
-    let house = house(Options { tls, head_timeout: Duration::from_millis(600), ..local() }, options(1, 4, 8));
-    for address in [house.http, house.grpc] {
+    let server = start(Options { tls, head_timeout: Duration::from_millis(600), ..local() }, options(1, 4, 8));
+    for address in [server.http, server.grpc] {
         for protocol in [&b"http/1.1"[..], b"h2"] {
             let started = Instant::now();
             let config: Arc<_> = client(&authority.pem, None, protocol);
@@ -154,19 +154,19 @@ fn silence_after_a_handshake_ends_as_well() {
             assert!(started.elapsed() > Duration::from_millis(500), "{:?}", started.elapsed());
         }
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// An HTTP/2 client is idle only when it has no request open.
 #[test]
 fn requests_in_work_and_streams_are_not_idle() {
-    let house = house(Options { head_timeout: Duration::from_millis(300), ..local() }, options(1, 1, 8));
-    house.strings.hold();
-    let mut stream = crate::connections::open(house.http);
+    let server = start(Options { head_timeout: Duration::from_millis(300), ..local() }, options(1, 1, 8));
+    server.strings.hold();
+    let mut stream = crate::connections::open(server.http);
     stream
         .write_all(&[PREFACE, &frame(4, 0, 0, &[]), &request("POST", "/v1/classify", "image/png", &png(9))].concat())
         .unwrap();
-    eventually("the engine is busy", || house.strings.runs() == 1);
+    eventually("the engine is busy", || server.strings.runs() == 1);
     let pinging = std::thread::spawn(move || {
         let mut bytes: Vec<u8> = Vec::new();
         let mut buffer = [0; 4096];
@@ -178,9 +178,9 @@ fn requests_in_work_and_streams_are_not_idle() {
         }
     });
     std::thread::sleep(Duration::from_millis(1500));
-    house.strings.release();
+    server.strings.release();
     pinging.join().unwrap();
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// Fills a port with clients that say nothing and have all the time of the world, then asks something.
@@ -250,17 +250,17 @@ fn a_port_full_of_busy_askers_makes_room() {
 
 #[test]
 fn a_full_port_lets_its_requests_finish() {
-    let house = house(Options { connections: 2, ..local() }, options(1, 1, 8));
-    let occupied = house.occupy();
-    let waits = crate::serve::send(house.http, "POST /v1/classify", &[], &png(8));
-    eventually("both are admitted", || house.depth() == 2);
-    let late = crate::serve::send(house.http, "GET /v2/health/live", &[], b"");
+    let server = start(Options { connections: 2, ..local() }, options(1, 1, 8));
+    let occupied = server.occupy();
+    let waits = crate::serve::send(server.http, "POST /v1/classify", &[], &png(8));
+    eventually("both are admitted", || server.depth() == 2);
+    let late = crate::serve::send(server.http, "GET /v2/health/live", &[], b"");
     std::thread::sleep(Duration::from_millis(1500));
-    house.strings.release();
+    server.strings.release();
     for stream in [occupied, waits, late] {
         assert_eq!(crate::serve::receive(stream).status, 200);
     }
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
@@ -300,16 +300,16 @@ fn the_soft_limit_of_descriptors_is_raised() {
     stops(server);
 }
 
-fn few_patience() -> House {
+fn few_patience() -> TestServer {
     let patience = Duration::from_millis(500);
     let limits = Options { head_timeout: patience, write_timeout: patience, ..local() };
-    house(Options { request_timeout: Duration::from_secs(600), ..limits }, options(1, 4, 8))
+    start(Options { request_timeout: Duration::from_secs(600), ..limits }, options(1, 4, 8))
 }
 
 /// A request timeout of ten minutes, and still nobody takes ten minutes over a body.
 #[test]
 fn bodies_that_trickle_end_their_requests() {
-    let house = few_patience();
+    let server = few_patience();
     let head = |path: &str| format!("POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n");
     let chunked = "POST /v1/classify HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
     let open_request = |path: &str, kind: &str| {
@@ -319,13 +319,13 @@ fn bodies_that_trickle_end_their_requests() {
     };
     let byte = frame(0, 0, 1, &[0]);
     let cases = [
-        (house.http, Nuisance::new("a body", head("/v1/classify"), "x")),
-        (house.http, Nuisance::new("a body that nobody reads", head("/nothing"), "x")),
-        (house.http, Nuisance::new("a body for another method", head("/v2/health/live"), "x")),
-        (house.http, Nuisance::new("an inference", head("/v2/models/m/infer"), "x")),
-        (house.http, Nuisance::new("no body at all", head("/v1/classify"), "")),
-        (house.http, Nuisance::new("chunks", chunked, "1\r\na\r\n")),
-        (house.admin, Nuisance::new("a body for a probe", head("/readyz"), "x")),
+        (server.http, Nuisance::new("a body", head("/v1/classify"), "x")),
+        (server.http, Nuisance::new("a body that nobody reads", head("/nothing"), "x")),
+        (server.http, Nuisance::new("a body for another method", head("/v2/health/live"), "x")),
+        (server.http, Nuisance::new("an inference", head("/v2/models/m/infer"), "x")),
+        (server.http, Nuisance::new("no body at all", head("/v1/classify"), "")),
+        (server.http, Nuisance::new("chunks", chunked, "1\r\na\r\n")),
+        (server.admin, Nuisance::new("a body for a probe", head("/readyz"), "x")),
     ];
     let longest = Duration::from_secs(25);
     std::thread::scope(|scope| {
@@ -336,9 +336,9 @@ fn bodies_that_trickle_end_their_requests() {
             });
         }
         let calls = [
-            (house.http, "/v1/classify", "image/png"),
-            (house.grpc, "/inference.GRPCInferenceService/ModelInfer", "application/grpc"),
-            (house.grpc, "/inference.GRPCInferenceService/ServerLive", "application/grpc"),
+            (server.http, "/v1/classify", "image/png"),
+            (server.grpc, "/inference.GRPCInferenceService/ModelInfer", "application/grpc"),
+            (server.grpc, "/inference.GRPCInferenceService/ServerLive", "application/grpc"),
         ];
         for (address, path, kind) in calls {
             for drip in [Vec::new(), byte.clone()] {
@@ -354,31 +354,31 @@ fn bodies_that_trickle_end_their_requests() {
         let begin = open_request("/inference.GRPCInferenceService/ModelStreamInfer", "application/grpc");
         let begin = [begin, frame(0, 0, 1, &[0, 0, 0, 200, 0])].concat();
         scope.spawn(move || {
-            let lived = Nuisance::http2("a message", &begin, byte).live(house.grpc, longest);
+            let lived = Nuisance::http2("a message", &begin, byte).live(server.grpc, longest);
             assert!(lived < Duration::from_secs(15), "{lived:?}");
         });
     });
-    let slow = |port: &str| house.metrics.ended_connections_total.with_label_values(&[port, "slow_body"]).get();
+    let slow = |port: &str| server.metrics.ended_connections_total.with_label_values(&[port, "slow_body"]).get();
     assert!(slow("http") >= 5 && slow("grpc") >= 4, "{} {}", slow("http"), slow("grpc"));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// Progress alone is not enough: a byte now and then takes for ever.
 #[test]
 fn answers_taken_in_a_trickle_end() {
-    let house = few_patience();
+    let server = few_patience();
     let ask_for_much = request("GET", "/docs/swagger-ui-bundle.js", "text/plain", b"");
     let begin = [hello(0), ask_for_much].concat();
     let one = 1_u32.to_be_bytes();
     let drip = [frame(8, 0, 0, &one), frame(8, 0, 1, &one)].concat();
-    let lived = Nuisance::new("a byte at a time", begin, drip).live(house.http, Duration::from_secs(20));
+    let lived = Nuisance::new("a byte at a time", begin, drip).live(server.http, Duration::from_secs(20));
     assert!(lived < Duration::from_secs(10), "{lived:?}");
 
     let started = Instant::now();
-    let mut stream = crate::connections::open(house.http);
+    let mut stream = crate::connections::open(server.http);
     stream.write_all("GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: t\r\n\r\n".repeat(40).as_bytes()).unwrap();
-    eventually("it is in", || house.metrics.connections.get() >= 1);
-    while house.metrics.connections.get() > 0 {
+    eventually("it is in", || server.metrics.connections.get() >= 1);
+    while server.metrics.connections.get() > 0 {
         let _ = stream.read(&mut [0; 1]);
         std::thread::sleep(Duration::from_millis(50));
         assert!(started.elapsed() < Duration::from_secs(15), "still open");
@@ -386,6 +386,6 @@ fn answers_taken_in_a_trickle_end() {
     // nor does the system go on sending
     let ended = stream.read_to_end(&mut Vec::new());
     assert_eq!(ended.map_err(|e| e.kind()), Err(std::io::ErrorKind::ConnectionReset));
-    assert!(house.metrics.ended_connections_total.with_label_values(&["http", "write_timeout"]).get() >= 2);
-    house.end().unwrap();
+    assert!(server.metrics.ended_connections_total.with_label_values(&["http", "write_timeout"]).get() >= 2);
+    server.end().unwrap();
 }

@@ -19,7 +19,7 @@ use tracing_subscriber::{Layer, Registry};
 use super::calls::{INFER, call, frame};
 use super::streams::{ended, error_of, message, run, stream};
 use crate::fakes::{eventually, options};
-use crate::serve::{House, ask, house_on, local, png};
+use crate::serve::{TestServer, ask, local, png, start_on};
 
 /// Name of the I/O threads; compute threads are named after their model.
 const IO: &str = "told-io";
@@ -86,7 +86,7 @@ impl Layer<Registry> for Log {
 }
 
 struct Stage {
-    house: House,
+    server: TestServer,
     system: Arc<Faulty>,
     lines: Arc<Mutex<Vec<String>>>,
 }
@@ -99,8 +99,8 @@ fn stage(server: Options, workers: usize, breaks_at: &'static str) -> Stage {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime: Runtime =
         runtime.worker_threads(2).thread_name(IO).on_thread_start(begin).enable_all().build().unwrap();
-    let house = house_on(runtime, system.clone(), server, options(workers, 4, 16));
-    Stage { house, system, lines }
+    let server = start_on(runtime, system.clone(), server, options(workers, 4, 16));
+    Stage { server, system, lines }
 }
 
 impl Stage {
@@ -109,50 +109,50 @@ impl Stage {
     }
 
     fn nothing_is_held(&self) {
-        eventually("no bytes are held", || self.house.metrics.body_bytes.get() == 0);
-        eventually("no slots are held", || self.house.depth() == 0);
-        eventually("nothing is in flight", || self.house.metrics.inflight_requests.get() == 0);
+        eventually("no bytes are held", || self.server.metrics.body_bytes.get() == 0);
+        eventually("no slots are held", || self.server.depth() == 0);
+        eventually("nothing is in flight", || self.server.metrics.inflight_requests.get() == 0);
     }
 }
 
 #[test]
 fn a_panic_in_a_streams_task_ends_that_stream_alone() {
     let stage = stage(local(), 1, "");
-    let house = &stage.house;
+    let server = &stage.server;
     run(async {
-        let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
+        let (mut other, mut sick) = (stream(server, &[]).await, stream(server, &[("x-request-id", "sick")]).await);
         for call in [&mut other, &mut sick] {
             assert!(call.send(frame(&message(0))).await);
             assert_eq!(error_of(&call.next().await.expect("answered")), "");
         }
         // in the middle of a message that is charged
         assert!(sick.send(frame(&message(10_000))[..5000].to_vec()).await);
-        eventually("it is charged", || house.metrics.body_bytes.get() > 0);
+        eventually("it is charged", || server.metrics.body_bytes.get() > 0);
         stage.system.call.store(true, Ordering::SeqCst);
         assert!(sick.send(frame(&message(10_000))[5000..].to_vec()).await);
         let end = sick.end().await;
         assert_eq!(ended(&end), (13, "internal"), "{end:?}");
         assert!(!end.message.contains("secret"), "{end:?}");
-        eventually("the message is counted", || house.requests(Protocol::GrpcStream, Outcome::Internal) == 1);
+        eventually("the message is counted", || server.requests(Protocol::GrpcStream, Outcome::Internal) == 1);
         assert!(stage.logged("stream sick met an internal error") && stage.logged("told to panic, secret detail"));
         // the other one, and new ones, go on
-        let mut new = stream(house, &[]).await;
+        let mut new = stream(server, &[]).await;
         for call in [&mut other, &mut new] {
             assert!(call.send(frame(&message(0))).await);
             assert_eq!(error_of(&call.next().await.expect("answered")), "");
         }
     });
     stage.nothing_is_held();
-    stage.house.end().unwrap();
+    stage.server.end().unwrap();
 }
 
 /// Outside of what is done for a message.
 #[test]
 fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
     let stage = stage(local(), 1, "message 2 of stream sick");
-    let house = &stage.house;
+    let server = &stage.server;
     run(async {
-        let (mut other, mut sick) = (stream(house, &[]).await, stream(house, &[("x-request-id", "sick")]).await);
+        let (mut other, mut sick) = (stream(server, &[]).await, stream(server, &[("x-request-id", "sick")]).await);
         assert!(sick.send([frame(&message(0)), frame(&message(5000))].concat()).await);
         assert_eq!(error_of(&sick.next().await.expect("answered")), "");
         assert_eq!(ended(&sick.end().await), (13, "internal"));
@@ -161,13 +161,13 @@ fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
         assert_eq!(error_of(&other.next().await.expect("answered")), "");
     });
     stage.nothing_is_held();
-    stage.house.end().unwrap();
+    stage.server.end().unwrap();
 }
 
 #[test]
 fn a_panic_in_any_other_call_is_its_answer() {
     let stage = stage(local(), 1, "");
-    let house = &stage.house;
+    let server = &stage.server;
     let sick = |answer: &dyn Fn()| {
         stage.system.call.store(true, Ordering::SeqCst);
         answer();
@@ -175,38 +175,38 @@ fn a_panic_in_any_other_call_is_its_answer() {
         stage.nothing_is_held();
     };
     sick(&|| {
-        let end = call(house.grpc, INFER, &[], frame(&message(0)));
+        let end = call(server.grpc, INFER, &[], frame(&message(0)));
         assert_eq!(ended(&end), (13, "internal"), "{end:?}");
         assert!(!end.message.contains("secret"), "{end:?}");
     });
     sick(&|| {
-        let answer = house.classify("", &[], &png(1));
+        let answer = server.classify("", &[], &png(1));
         assert_eq!(answer.error(), (500, "internal".into()));
         assert!(!answer.body.contains("secret"), "{answer:?}");
     });
-    assert_eq!(house.requests(Protocol::Grpc, Outcome::Internal), 1);
-    assert_eq!(house.requests(Protocol::Rest, Outcome::Internal), 1);
+    assert_eq!(server.requests(Protocol::Grpc, Outcome::Internal), 1);
+    assert_eq!(server.requests(Protocol::Rest, Outcome::Internal), 1);
     assert!(
         stage.logged("a gRPC handler panicked: told to panic") && stage.logged("a handler panicked: told to panic")
     );
-    assert_eq!(house.classify("", &[], &png(1)).status, 200);
-    assert_eq!(ended(&call(house.grpc, INFER, &[], frame(&message(0)))), (0, ""));
-    stage.house.end().unwrap();
+    assert_eq!(server.classify("", &[], &png(1)).status, 200);
+    assert_eq!(ended(&call(server.grpc, INFER, &[], frame(&message(0)))), (0, ""));
+    stage.server.end().unwrap();
 }
 
 /// What a compute thread was woken for is done by others.
 #[test]
 fn a_compute_thread_that_dies_leaves_its_work_to_the_others() {
     let stage = stage(local(), 2, "");
-    let engines = || stage.house.metrics.engine_workers.with_label_values(&["m", "1"]).get();
+    let engines = || stage.server.metrics.engine_workers.with_label_values(&["m", "1"]).get();
     assert_eq!(engines(), 2);
     stage.system.compute.store(true, Ordering::SeqCst);
     for _ in 0..8 {
-        assert_eq!(stage.house.classify("", &[], &png(1)).status, 200);
+        assert_eq!(stage.server.classify("", &[], &png(1)).status, 200);
     }
     assert_eq!(engines(), 1);
     stage.nothing_is_held();
-    stage.house.end().unwrap();
+    stage.server.end().unwrap();
 }
 
 /// With the last one, nobody waits for an answer that can't come, readiness says so, and the server ends to be restarted.
@@ -215,11 +215,11 @@ fn a_model_whose_last_compute_thread_died_is_not_ready() {
     let stage = stage(Options { fault_limit: Duration::from_secs(2), ..local() }, 1, "");
     stage.system.compute.store(true, Ordering::SeqCst);
     let started = Instant::now();
-    let answer = stage.house.classify("", &[], &png(1));
+    let answer = stage.server.classify("", &[], &png(1));
     assert_eq!(answer.status, 503, "{answer:?}");
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     stage.nothing_is_held();
-    assert_eq!(ask(stage.house.admin, "GET /readyz", &[], b"").status, 503);
-    let ended = stage.house.thread.join().unwrap();
+    assert_eq!(ask(stage.server.admin, "GET /readyz", &[], b"").status, 503);
+    let ended = stage.server.thread.join().unwrap();
     assert!(matches!(&ended, Err(ServeError::Fault(fault)) if fault.contains("no working engine")), "{ended:?}");
 }

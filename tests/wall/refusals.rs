@@ -12,7 +12,7 @@ use nfold::server::Options;
 use super::{MIB, under_attack};
 use crate::fakes::{eventually, options};
 use crate::process::Server;
-use crate::serve::{ask, house, local, parse, png};
+use crate::serve::{ask, local, parse, png, start};
 
 const KEY: &str = "a-key-that-is-long-enough";
 
@@ -205,43 +205,43 @@ fn node(
 #[test]
 fn a_body_that_does_not_fit_in_memory_is_refused_and_told() {
     let limits = Options { body_limit: BODY, body_memory: BODY, ..local() };
-    let house = house(limits, options(1, 4, 8));
-    let mut first = TcpStream::connect(house.http).unwrap();
+    let server = start(limits, options(1, 4, 8));
+    let mut first = TcpStream::connect(server.http).unwrap();
     first
         .write_all(format!("POST /v1/classify HTTP/1.1\r\nhost: a\r\ncontent-length: {BODY}\r\n\r\n").as_bytes())
         .unwrap();
     first.write_all(&vec![0; BODY / 2]).unwrap();
-    eventually("it is in memory", || house.metrics.body_bytes.get() as usize == BODY / 2);
+    eventually("it is in memory", || server.metrics.body_bytes.get() as usize == BODY / 2);
     let refused = ("/v1/classify", "image/png", false, 429);
-    assert_eq!(write_then_read(house.http, refused), 429);
+    assert_eq!(write_then_read(server.http, refused), 429);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    assert_eq!(runtime.block_on(send_all(house.http, refused)), 429);
+    assert_eq!(runtime.block_on(send_all(server.http, refused)), 429);
     drop((first, runtime));
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// A client that sends `expect: 100-continue` is refused before it sends the body.
 #[test]
 fn a_client_that_asks_first_sends_nothing() {
-    let house = house(local(), options(1, 4, 8));
+    let server = start(local(), options(1, 4, 8));
     let asked = Instant::now();
     let head = format!("POST /nothing HTTP/1.1\r\nhost: a\r\ncontent-length: {BODY}\r\nexpect: 100-continue\r\n\r\n");
-    let mut stream = TcpStream::connect(house.http).unwrap();
+    let mut stream = TcpStream::connect(server.http).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     stream.write_all(head.as_bytes()).unwrap();
     let mut answer = [0; 12];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"HTTP/1.1 404");
     assert!(asked.elapsed() < Duration::from_millis(900), "{:?}", asked.elapsed());
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 /// A client that has stopped sending, or never stops, is not waited for.
 #[test]
 fn what_is_thrown_away_is_bounded() {
-    let house = house(local(), options(1, 4, 8));
+    let server = start(local(), options(1, 4, 8));
     let begin = |length: &str| {
-        let mut stream = TcpStream::connect(house.http).unwrap();
+        let mut stream = TcpStream::connect(server.http).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         stream.write_all(format!("POST /nothing HTTP/1.1\r\nhost: a\r\n{length}\r\n\r\n").as_bytes()).unwrap();
         stream
@@ -265,6 +265,6 @@ fn what_is_thrown_away_is_bounded() {
         assert!(sent < 1 << 30, "read for ever");
     }
     assert!(sent >= 64 << 20, "{sent}");
-    assert_eq!(ask(house.http, "POST /v1/classify", &[], &png(1)).status, 200);
-    house.end().unwrap();
+    assert_eq!(ask(server.http, "POST /v1/classify", &[], &png(1)).status, 200);
+    server.end().unwrap();
 }

@@ -8,7 +8,7 @@ use nfold::server::{Control, Options};
 
 use super::calls::{Call, Ended, INFER, STREAM, call, flagged, frame, gzip, gzipped, ld, open};
 use crate::fakes::{SIDE, eventually, images, options};
-use crate::serve::{House, ask, house, local, receive};
+use crate::serve::{TestServer, ask, local, receive, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
 
@@ -24,8 +24,8 @@ pub fn run<T>(talk: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(talk)
 }
 
-pub async fn stream(house: &House, headers: &[(&str, &str)]) -> Call {
-    open(house.grpc, STREAM, headers).await
+pub async fn stream(server: &TestServer, headers: &[(&str, &str)]) -> Call {
+    open(server.grpc, STREAM, headers).await
 }
 
 /// The texts of an answer's errors; empty: it is an answer.
@@ -41,9 +41,9 @@ pub fn ended(ended: &Ended) -> (i32, &str) {
 #[test]
 fn what_a_message_took_is_given_back_when_it_is_answered() {
     let server = Options { body_limit: 200_000, body_memory: 300_000, ..local() };
-    let house = house(server, options(1, 4, 16));
+    let server = start(server, options(1, 4, 16));
     run(async {
-        let mut call = stream(&house, &[("grpc-encoding", "gzip")]).await;
+        let mut call = stream(&server, &[("grpc-encoding", "gzip")]).await;
         for i in 0..40 {
             // ten times the memory, plain and compressed by turns
             let sent = if i % 2 == 0 { frame(&message(150_000)) } else { gzipped(&message(150_000)) };
@@ -51,25 +51,25 @@ fn what_a_message_took_is_given_back_when_it_is_answered() {
             let answer = call.next().await.expect("answered");
             assert_eq!(error_of(&answer), "", "{i}");
         }
-        eventually("all of it is back while the stream is open", || house.metrics.body_bytes.get() == 0);
+        eventually("all of it is back while the stream is open", || server.metrics.body_bytes.get() == 0);
         // half a message is charged as far as it has come
         let half = frame(&message(150_000));
         assert!(call.send(half[..100_000].to_vec()).await);
-        eventually("half of it is charged", || house.metrics.body_bytes.get() > 90_000);
+        eventually("half of it is charged", || server.metrics.body_bytes.get() > 90_000);
         assert!(call.send(half[100_000..].to_vec()).await);
         assert_eq!(error_of(&call.next().await.expect("answered")), "");
         call.sender = None;
         assert_eq!(ended(&call.end().await), (0, ""));
     });
-    assert_eq!(house.requests(Protocol::GrpcStream, Outcome::Ok), 41, "every message is counted");
-    assert_eq!(house.requests(Protocol::Grpc, Outcome::Ok), 1, "and so is the stream");
-    house.end().unwrap();
+    assert_eq!(server.requests(Protocol::GrpcStream, Outcome::Ok), 41, "every message is counted");
+    assert_eq!(server.requests(Protocol::Grpc, Outcome::Ok), 1, "and so is the stream");
+    server.end().unwrap();
 }
 
 #[test]
 fn a_refused_message_ends_the_stream_with_its_status() {
     let server = Options { body_limit: 100_000, body_memory: 100_000, ..local() };
-    let house = house(server, options(1, 4, 16));
+    let server = start(server, options(1, 4, 16));
     run(async {
         let packed = gzip(&message(10));
         let junk = flagged(1, b"junk");
@@ -84,7 +84,7 @@ fn a_refused_message_ends_the_stream_with_its_status() {
             ("too many fields", frame(&[0x78, 0].repeat(5000)), (3, "invalid_request")),
         ];
         for (what, bytes, due) in cases {
-            let mut call = stream(&house, &[("grpc-encoding", "gzip")]).await;
+            let mut call = stream(&server, &[("grpc-encoding", "gzip")]).await;
             assert!(call.send(frame(&message(0))).await);
             assert_eq!(error_of(&call.next().await.expect("answered")), "", "{what}");
             assert!(call.send(bytes).await);
@@ -94,16 +94,16 @@ fn a_refused_message_ends_the_stream_with_its_status() {
             assert!(!end.message.is_empty());
         }
         // no room: another one holds it
-        let holder = stream(&house, &[]).await;
+        let holder = stream(&server, &[]).await;
         assert!(holder.send(frame(&message(80_000))[..70_000].to_vec()).await);
-        eventually("it holds", || house.metrics.body_bytes.get() > 60_000);
-        let refused = stream(&house, &[]).await;
+        eventually("it holds", || server.metrics.body_bytes.get() > 60_000);
+        let refused = stream(&server, &[]).await;
         assert!(refused.send(frame(&message(60_000))).await);
         assert_eq!(ended(&refused.end().await), (8, "overloaded"));
         drop(holder);
-        eventually("it is back", || house.metrics.body_bytes.get() == 0);
+        eventually("it is back", || server.metrics.body_bytes.get() == 0);
         // what is wrong with one message only is told in its place
-        let mut call = stream(&house, &[]).await;
+        let mut call = stream(&server, &[]).await;
         for _ in 0..2 {
             assert!(call.send(frame(&[ld(1, b"m"), [0x2a, 0].repeat(9)].concat())).await);
             assert!(error_of(&call.next().await.expect("answered")).contains("more than 8 inputs"));
@@ -112,16 +112,16 @@ fn a_refused_message_ends_the_stream_with_its_status() {
         assert_eq!(ended(&call.end().await), (0, ""));
     });
     // codings that are not taken
-    let unknown = call(house.grpc, STREAM, &[("grpc-encoding", "zstd")], frame(&message(0)));
+    let unknown = call(server.grpc, STREAM, &[("grpc-encoding", "zstd")], frame(&message(0)));
     assert_eq!(ended(&unknown), (12, "unsupported_media_type"), "{unknown:?}");
-    let unsaid = call(house.grpc, STREAM, &[], gzipped(&message(0)));
+    let unsaid = call(server.grpc, STREAM, &[], gzipped(&message(0)));
     assert_eq!(ended(&unsaid), (3, "invalid_request"), "{unsaid:?}");
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn codings_and_content_types_of_calls() {
-    let house = house(local(), options(1, 4, 16));
+    let server = start(local(), options(1, 4, 16));
     let two = [gzip(&message(0)[..10]), gzip(&message(0)[10..])].concat();
     for (headers, bytes) in [
         (&[("grpc-encoding", "GZIP")][..], gzipped(&message(0))),
@@ -130,31 +130,31 @@ fn codings_and_content_types_of_calls() {
         (&[("grpc-encoding", "deflate")], flagged(1, &super::calls::zlib(&message(0)))),
         (&[("content-type", "application/grpc+proto")], frame(&message(0))),
     ] {
-        assert_eq!(ended(&call(house.grpc, INFER, headers, bytes)), (0, ""), "{headers:?}");
+        assert_eq!(ended(&call(server.grpc, INFER, headers, bytes)), (0, ""), "{headers:?}");
     }
     for kind in ["text/plain", "application/json", "application/grpc-web", "application/grpc+json", "application/grpcx"]
     {
-        let refused = call(house.grpc, INFER, &[("content-type", kind)], frame(&message(0)));
+        let refused = call(server.grpc, INFER, &[("content-type", kind)], frame(&message(0)));
         assert_eq!((refused.http, refused.status), (415, None), "{kind}");
     }
     // small messages come compressed as well
     let health = "/grpc.health.v1.Health/Check";
-    assert_eq!(ended(&call(house.grpc, health, &[("grpc-encoding", "gzip")], gzipped(&ld(1, b"m")))), (0, ""));
+    assert_eq!(ended(&call(server.grpc, health, &[("grpc-encoding", "gzip")], gzipped(&ld(1, b"m")))), (0, ""));
     // one message is due
-    assert_eq!(ended(&call(house.grpc, INFER, &[], Vec::new())), (3, "invalid_request"));
+    assert_eq!(ended(&call(server.grpc, INFER, &[], Vec::new())), (3, "invalid_request"));
     let two = [frame(&message(0)), frame(&message(0))].concat();
-    assert_eq!(ended(&call(house.grpc, INFER, &[], two)), (3, "invalid_request"));
-    house.end().unwrap();
+    assert_eq!(ended(&call(server.grpc, INFER, &[], two)), (3, "invalid_request"));
+    server.end().unwrap();
 }
 
 #[test]
 fn a_streams_own_deadline_and_that_of_each_message() {
-    let house = house(Options { request_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 16));
+    let server = start(Options { request_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 16));
     run(async {
         // idle: as long as it likes, without a deadline of its own
-        let mut idle = stream(&house, &[]).await;
+        let mut idle = stream(&server, &[]).await;
         let started = Instant::now();
-        let bound = stream(&house, &[("grpc-timeout", "700m")]).await;
+        let bound = stream(&server, &[("grpc-timeout", "700m")]).await;
         assert_eq!(ended(&bound.end().await), (4, "deadline_exceeded"));
         let took = started.elapsed();
         assert!(took >= Duration::from_millis(690) && took < Duration::from_secs(5), "{took:?}");
@@ -164,85 +164,85 @@ fn a_streams_own_deadline_and_that_of_each_message() {
         assert!(idle.send(frame(&message(0))[..9].to_vec()).await);
         assert_eq!(ended(&idle.end().await), (4, "deadline_exceeded"));
         // a message that no engine takes in time is told so, and the next one is tried
-        let busy = house.occupy();
-        let mut late = stream(&house, &[]).await;
+        let busy = server.occupy();
+        let mut late = stream(&server, &[]).await;
         assert!(late.send(frame(&message(0))).await);
         assert!(error_of(&late.next().await.expect("answered")).contains("deadline"));
-        house.strings.release();
+        server.strings.release();
         drop(busy);
         assert!(late.send(frame(&message(0))).await);
         assert_eq!(error_of(&late.next().await.expect("answered")), "");
     });
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn a_client_that_leaves_takes_its_images_with_it() {
-    let house = house(local(), options(1, 1, 8));
+    let server = start(local(), options(1, 1, 8));
     run(async {
-        let busy = house.occupy();
-        let left = stream(&house, &[]).await;
+        let busy = server.occupy();
+        let left = stream(&server, &[]).await;
         assert!(left.send(frame(&message(1000))).await);
-        eventually("its image waits", || house.depth() == 2);
-        let cancelled = || images(&house.metrics, "m", Outcome::Cancelled);
+        eventually("its image waits", || server.depth() == 2);
+        let cancelled = || images(&server.metrics, "m", Outcome::Cancelled);
         let before = cancelled();
         drop(left);
-        eventually("its message is given up", || house.requests(Protocol::GrpcStream, Outcome::Cancelled) == 1);
-        house.strings.release();
+        eventually("its message is given up", || server.requests(Protocol::GrpcStream, Outcome::Cancelled) == 1);
+        server.strings.release();
         assert_eq!(receive(busy).status, 200);
         eventually("and its image", || cancelled() == before + 1);
-        eventually("and its memory", || house.metrics.body_bytes.get() == 0);
-        assert_eq!(house.strings.runs(), 1, "nothing was computed for it");
+        eventually("and its memory", || server.metrics.body_bytes.get() == 0);
+        assert_eq!(server.strings.runs(), 1, "nothing was computed for it");
     });
-    house.end().unwrap();
+    server.end().unwrap();
 }
 
 #[test]
 fn streams_live_through_the_hold_and_end_after_their_last_answer() {
     let hold = Duration::from_millis(1500);
-    let house = house(Options { drain_hold: hold, ..local() }, options(1, 1, 8));
+    let server = start(Options { drain_hold: hold, ..local() }, options(1, 1, 8));
     run(async {
-        let (mut busy, mut idle) = (stream(&house, &[]).await, stream(&house, &[]).await);
+        let (mut busy, mut idle) = (stream(&server, &[]).await, stream(&server, &[]).await);
         assert!(busy.send(frame(&message(0))).await);
         assert_eq!(error_of(&busy.next().await.expect("answered")), "");
         let stopped = Instant::now();
-        house.control.send(Control::Stop).await.unwrap();
-        eventually("it is stopping", || ask(house.admin, "GET /readyz", &[], b"").status == 503);
+        server.control.send(Control::Stop).await.unwrap();
+        eventually("it is stopping", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
         // during the hold everything is as before, new streams too
-        let mut new = stream(&house, &[]).await;
+        let mut new = stream(&server, &[]).await;
         for call in [&mut busy, &mut new, &mut idle] {
             assert!(call.send(frame(&message(0))).await);
             assert_eq!(error_of(&call.next().await.expect("answered")), "");
         }
         assert!(stopped.elapsed() < hold, "too slow to say anything");
         // in an engine when the hold ends, and one more behind it
-        house.strings.hold();
+        server.strings.hold();
         assert!(busy.send([frame(&message(0)), frame(&message(0))].concat()).await);
         tokio::time::sleep(hold.saturating_sub(stopped.elapsed()) + Duration::from_millis(200)).await;
         assert_eq!(ended(&idle.end().await), (14, "shutting_down"), "an idle one hears of it");
-        house.strings.release();
+        server.strings.release();
         for i in 0..2 {
             assert_eq!(error_of(&busy.next().await.expect("answered")), "", "{i}");
         }
         assert_eq!(ended(&busy.end().await), (14, "shutting_down"));
         assert_eq!(ended(&new.end().await), (14, "shutting_down"));
     });
-    house.thread.join().unwrap().unwrap();
+    server.thread.join().unwrap().unwrap();
 }
 
 #[test]
 fn a_stream_that_begins_after_the_hold_is_refused() {
-    let house = house(local(), options(1, 1, 8));
+    let server = start(local(), options(1, 1, 8));
     run(async {
         // keeps the server from ending
-        let busy = house.occupy();
-        let stream_to = tokio::net::TcpStream::connect(house.grpc).await.unwrap();
+        let busy = server.occupy();
+        let stream_to = tokio::net::TcpStream::connect(server.grpc).await.unwrap();
         let io = hyper_util::rt::TokioIo::new(stream_to);
         let (mut requests, connection) =
             hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
-        house.control.send(Control::Stop).await.unwrap();
-        eventually("it is stopping", || ask(house.admin, "GET /readyz", &[], b"").status == 503);
+        server.control.send(Control::Stop).await.unwrap();
+        eventually("it is stopping", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
         // a hold of nothing is over now
         tokio::time::sleep(Duration::from_millis(200)).await;
         let request =
@@ -253,18 +253,18 @@ fn a_stream_that_begins_after_the_hold_is_refused() {
             // the connection was closed for new calls: clients try elsewhere
             Err(error) => assert!(error.is_canceled() || error.to_string().contains("connection"), "{error:?}"),
         }
-        house.strings.release();
+        server.strings.release();
         assert_eq!(receive(busy).status, 200);
     });
-    house.thread.join().unwrap().unwrap();
+    server.thread.join().unwrap().unwrap();
 }
 
 /// A client that takes no answers is not computed for, and is let go of.
 #[test]
 fn a_client_that_reads_nothing_is_bounded() {
-    let house = house(Options { write_timeout: Duration::from_millis(300), ..local() }, options(1, 4, 16));
+    let server = start(Options { write_timeout: Duration::from_millis(300), ..local() }, options(1, 4, 16));
     run(async {
-        let call = stream(&house, &[]).await;
+        let call = stream(&server, &[]).await;
         let id = ld(3, &[b'i'; 200]);
         let one = frame(&[message(0), id].concat());
         let mut sent = 0;
@@ -276,9 +276,9 @@ fn a_client_that_reads_nothing_is_bounded() {
                 _ => break,
             }
         }
-        let answered = house.requests(Protocol::GrpcStream, Outcome::Ok);
+        let answered = server.requests(Protocol::GrpcStream, Outcome::Ok);
         assert!(answered < 3000 && sent < 10_000, "{answered} of {sent} were answered although nobody read");
-        eventually("it is let go of", || house.metrics.connections.get() == 0 || house.metrics.body_bytes.get() == 0);
+        eventually("it is let go of", || server.metrics.connections.get() == 0 || server.metrics.body_bytes.get() == 0);
     });
-    house.end().unwrap();
+    server.end().unwrap();
 }

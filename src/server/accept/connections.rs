@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::activity::Activity;
 
-/// Connections by number.
+/// Open connections by number.
 #[derive(Debug, Default)]
-pub(super) struct Crowd {
+pub(super) struct Connections {
     open: Mutex<Numbered>,
 }
 
@@ -18,14 +18,14 @@ struct Numbered {
     by_number: HashMap<u64, Arc<Activity>>,
 }
 
-impl Crowd {
-    /// A connection is open as long as the member lives.
-    pub(super) fn join(self: &Arc<Self>, activity: Arc<Activity>) -> Member {
+impl Connections {
+    /// Registers a connection, for as long as what is returned lives.
+    pub(super) fn join(self: &Arc<Self>, activity: Arc<Activity>) -> Registered {
         let mut open = self.open();
         let number = open.next;
         open.next += 1;
         open.by_number.insert(number, activity);
-        Member { crowd: self.clone(), number }
+        Registered { connections: self.clone(), number }
     }
 
     /// Asks the connection to end that has done nothing useful for the longest, and for `least` at least. A connection
@@ -59,16 +59,16 @@ impl Crowd {
     }
 }
 
-/// One open connection among the others.
+/// Keeps a connection registered; dropping it removes the connection.
 #[derive(Debug)]
-pub(super) struct Member {
-    crowd: Arc<Crowd>,
+pub(super) struct Registered {
+    connections: Arc<Connections>,
     number: u64,
 }
 
-impl Drop for Member {
+impl Drop for Registered {
     fn drop(&mut self) {
-        self.crowd.open().by_number.remove(&self.number);
+        self.connections.open().by_number.remove(&self.number);
     }
 }
 
@@ -78,21 +78,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_keeps_most_is_cut_and_only_as_many_as_must_be() {
-        let (crowd, port) = (Arc::new(Crowd::default()), Arc::new(held::Port::new(1)));
+    fn the_heaviest_connections_are_cut_and_no_more_than_needed() {
+        let (connections, port) = (Arc::new(Connections::default()), Arc::new(held::Port::new(1)));
         let activities: Vec<_> = (0..3).map(|_| Arc::new(Activity::new(port.clone()))).collect();
-        let _members: Vec<_> = activities.iter().map(|activity| crowd.join(activity.clone())).collect();
+        let _members: Vec<_> = activities.iter().map(|activity| connections.join(activity.clone())).collect();
         let starving = |count, activity: &Arc<Activity>| (0..count).map(|_| activity.starves()).collect::<Vec<_>>();
         let (_little, much, more) =
             (starving(10, &activities[0]), starving(600, &activities[1]), starving(700, &activities[2]));
         let cut = || activities.iter().map(|activity| activity.held().is_none()).collect::<Vec<_>>();
-        crowd.cut_heaviest(port.limit());
+        connections.cut_heaviest(port.limit());
         assert_eq!(cut(), [false, false, true], "1310 of 16 KiB are more than 16 MiB");
         // what is on its way out counts no more
-        crowd.cut_heaviest(port.limit());
+        connections.cut_heaviest(port.limit());
         assert_eq!(cut(), [false, false, true]);
         let _again = starving(500, &activities[1]);
-        crowd.cut_heaviest(port.limit());
+        connections.cut_heaviest(port.limit());
         assert_eq!(cut(), [false, true, true]);
         drop((much, more));
     }

@@ -2,7 +2,7 @@
 //!
 //! A client that is still sending when its answer comes may never see it: HTTP/1 clients write first and meet a closed
 //! connection, and curl, Node and httpx trip over the end of an HTTP/2 stream that they still write to. So what a handler
-//! leaves unread is read and thrown away, within bounds, before the answer goes out.
+//! leaves unread is read and discarded, within bounds, before the answer goes out.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,37 +17,37 @@ use tokio::time::{Instant, Sleep};
 use super::activity::{Activity, Ending, Starving};
 use super::{LEAST_RATE, Limits};
 
-/// Most bytes of an unread body that are thrown away before its request is answered.
-const THROWN_AWAY: usize = 64 << 20;
-/// Longest that takes.
-const THROWING_AWAY: Duration = Duration::from_secs(10);
-/// Longest of that without a byte: the client may be waiting for its answer.
+/// Most bytes of an unread body that are discarded before its request is answered.
+const DISCARDED: usize = 64 << 20;
+/// Longest time spent on discarding.
+const DISCARDING: Duration = Duration::from_secs(10);
+/// Longest pause without a byte meanwhile: the client may be waiting for its answer.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Longest a stream may be without a message under way.
 const SILENT_STREAM: Duration = Duration::from_secs(300);
 
-/// What a handler left of a request's body.
+/// What a handler left unread of a request's body.
 #[derive(Debug)]
-pub(super) struct Remains {
+pub(super) struct Unread {
     left: Slot,
     activity: Arc<Activity>,
 }
 
-/// Where a body goes that was dropped before its end.
+/// Holds a body that was dropped before its end.
 type Slot = Arc<Mutex<Option<Incoming>>>;
 
-/// The request with a body that is watched over, and what will be left of it.
+/// The request with its body timed, and a handle on what the handler leaves unread.
 pub(super) fn watch(
     request: Request<Incoming>,
     activity: &Arc<Activity>,
     limits: &Limits,
-) -> (Request<Body>, Option<Remains>) {
+) -> (Request<Body>, Option<Unread>) {
     if request.body().is_end_stream() {
         return (request.map(Body::new), None);
     }
     let left = Slot::default();
     let streams = (limits.is_stream)(&request);
-    // asked for the first time, such a body would be sent only to be thrown away
+    // asked for the first time, such a body would be sent only to be discarded
     let unasked = request.headers().contains_key(header::EXPECT);
     let clock = Clock {
         patience: limits.head_timeout,
@@ -58,7 +58,7 @@ pub(super) fn watch(
         alarm: None,
     };
     let keep = !streams;
-    let watched = |body| Watched {
+    let timed = |body| TimedBody {
         body: Some(body),
         left: keep.then(|| left.clone()),
         unasked,
@@ -66,18 +66,18 @@ pub(super) fn watch(
         starving: None,
         clock,
     };
-    (request.map(|body| Body::new(watched(body))), Some(Remains { left, activity: activity.clone() }))
+    (request.map(|body| Body::new(timed(body))), Some(Unread { left, activity: activity.clone() }))
 }
 
-impl Remains {
-    /// Reads to the body's end, within the bounds.
-    pub(super) async fn throw_away(self) {
+impl Unread {
+    /// Reads the body to its end, within the bounds, so that the client gets its answer.
+    pub(super) async fn discard(self) {
         let Some(mut body) = self.left.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
         // its answer waits for the client
         let _starving = self.activity.starves();
-        let deadline = Instant::now() + THROWING_AWAY;
-        let mut left = THROWN_AWAY;
-        if body.size_hint().lower() <= THROWN_AWAY as u64 {
+        let deadline = Instant::now() + DISCARDING;
+        let mut left = DISCARDED;
+        if body.size_hint().lower() <= DISCARDED as u64 {
             while left > 0 {
                 let pause = deadline.min(Instant::now() + PAUSE);
                 let next = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
@@ -93,36 +93,36 @@ impl Remains {
     }
 }
 
-/// A body on its way to a handler.
+/// A body that the handler reads, with the time limits of a client that sends too slowly.
 #[derive(Debug)]
-struct Watched {
-    /// Until dropped.
+struct TimedBody {
+    /// `None` once it was handed to `left`.
     body: Option<Incoming>,
-    /// Nowhere, once there is nothing left to throw away.
+    /// Where the body goes when the handler drops it; `None` once nothing is left to discard.
     left: Option<Slot>,
     /// The client waits to be told that it may send.
     unasked: bool,
     activity: Arc<Activity>,
-    /// While the handler waits.
+    /// Set while the handler waits for bytes.
     starving: Option<Starving>,
     clock: Clock,
 }
 
-/// How long the client let itself be waited for, against what it sent.
+/// Time spent waiting for the client, against the bytes that it sent.
 #[derive(Debug)]
 struct Clock {
     patience: Duration,
-    /// Of messages in a stream; none: the body is one.
+    /// Of the messages in a gRPC stream; `None` for a body that is one message.
     framing: Option<Framing>,
     spent: Duration,
     bytes: u64,
-    /// From when on the handler waits.
+    /// When the handler began to wait.
     waiting: Option<Instant>,
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
 impl Clock {
-    /// The handler waits: whether for too long.
+    /// Ready once the handler has waited for too long.
     fn wait(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.waiting.get_or_insert_with(Instant::now);
         let rate = Duration::from_millis(self.bytes * 1000 / LEAST_RATE);
@@ -185,33 +185,33 @@ impl Framing {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("it came too slowly: less than {LEAST_RATE} bytes a second, --head-timeout aside")]
+#[error("the body came too slowly: less than {LEAST_RATE} bytes a second, --head-timeout aside")]
 struct TooSlow;
 
-impl HttpBody for Watched {
+impl HttpBody for TimedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let watched = &mut *self;
-        watched.unasked = false;
-        let Some(body) = &mut watched.body else { return Poll::Ready(None) };
+        let timed = &mut *self;
+        timed.unasked = false;
+        let Some(body) = &mut timed.body else { return Poll::Ready(None) };
         let Poll::Ready(frame) = Pin::new(body).poll_frame(cx) else {
-            if watched.starving.is_none() {
-                watched.starving = Some(watched.activity.starves());
+            if timed.starving.is_none() {
+                timed.starving = Some(timed.activity.starves());
             }
-            std::task::ready!(watched.clock.wait(cx));
-            watched.activity.end_for(Ending::SlowBody);
+            std::task::ready!(timed.clock.wait(cx));
+            timed.activity.end_for(Ending::SlowBody);
             // not worth waiting for
-            watched.left = None;
+            timed.left = None;
             return Poll::Ready(Some(Err(axum::Error::new(TooSlow))));
         };
-        watched.starving = None;
+        timed.starving = None;
         let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
-        watched.clock.came(data.map_or(&[], |data| data));
-        watched.activity.useful();
+        timed.clock.came(data.map_or(&[], |data| data));
+        timed.activity.useful();
         if frame.as_ref().is_none_or(Result::is_err) {
-            watched.left = None;
+            timed.left = None;
         }
         Poll::Ready(frame.map(|frame| frame.map_err(axum::Error::new)))
     }
@@ -225,7 +225,7 @@ impl HttpBody for Watched {
     }
 }
 
-impl Drop for Watched {
+impl Drop for TimedBody {
     fn drop(&mut self) {
         let unread = self.body.take().filter(|body| !body.is_end_stream());
         if let (Some(body), Some(left), false) = (unread, &self.left, self.unasked) {
