@@ -142,7 +142,7 @@ fn parse() -> Result<Cli, ExitCode> {
 }
 
 /// Prints clap's message. It repeats what was typed, and in colour: where that holds control characters, the words are parsed
-/// again as [`printable`] ones, which fail in the same way.
+/// again as [`printable()`] ones, which fail in the same way.
 fn tell(error: &clap::Error, program: &clap::Command) {
     let words: Vec<OsString> = std::env::args_os().collect();
     let shown: Vec<OsString> = words.iter().map(|word| printable::os(word).into()).collect();

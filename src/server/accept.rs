@@ -1,7 +1,8 @@
-//! Accepts connections and ends them: their number, TLS, the time limits for heads, bodies and answers, and the drain.
+//! Accepts connections and ends them: their number, TLS, the time limits for heads, bodies and responses, and the
+//! drain.
 //!
-//! Knows nothing of what the connections carry. `wire`: a connection's bytes. `frames`: HTTP/2 frames that ask for nothing.
-//! `activity`: the requests under way on a connection. `held`: the memory kept for it. `body`: the bodies of its requests.
+//! Knows nothing of what the connections carry. `wire`: a connection's byte stream. `frames`: floods of HTTP/2 frames.
+//! `activity`: the open requests of a connection. `held`: the memory kept for it. `body`: the bodies of its requests.
 //! `connections`: all connections of a port.
 
 mod activity;
@@ -36,70 +37,72 @@ use super::pace::{Hold, Visits};
 use super::tls::Tls;
 use crate::metrics::{Ending, IntGauge, Metrics, Port};
 
-/// How long a connection that was accepted just before the stop may take to bring its first request.
+/// How long a connection accepted just before shutdown may wait for its first request.
 const FIRST_REQUEST: Duration = Duration::from_millis(500);
 
-/// How long an HTTP/1 connection that is idle at the stop may take to bring a request that its client sent before it knew.
+/// How long an HTTP/1 connection that is idle at shutdown may wait for a request that its client has sent already.
 const NEXT_REQUEST: Duration = Duration::from_millis(500);
 
-/// How long an idle connection stays open after it was told to end: time for the client to read that.
+/// How long an idle connection stays open after its client was told that it ends: time to read that.
 const LAST_MOMENTS: Duration = Duration::from_secs(1);
 
-/// Least bytes a second of a body that is sent or an answer that is taken, once the time limits are used up.
+/// Least bytes per second at which a body must arrive or a response must be read, once the time limits are used up.
 const LEAST_RATE: u64 = 1024;
 
-/// Most bytes of a request's line and headers. What hyper reads of HTTP/1 it may overstep, so the routes look again.
+/// Most bytes of a request line and headers. hyper may exceed it for HTTP/1, so the routes check again.
 pub(super) const HEAD_LIMIT: usize = 64 * 1024;
-/// Most bytes of an HTTP/2 head that are read at all: more are refused by the library, without a body.
+/// Most bytes of an HTTP/2 head that are read at all: h2 refuses larger ones, without a response body.
 const HEAD_LIMIT_HTTP2: u32 = 4 * HEAD_LIMIT as u32;
 /// Most headers of a request.
 const HEADERS: usize = 128;
-/// Requests under way on one HTTP/2 connection.
+/// Concurrent requests of one HTTP/2 connection.
 const STREAMS: u32 = 100;
-/// Flow-control window of an HTTP/2 connection and of each stream, in bytes. h2 buffers no more than that of unread bodies.
+/// Flow-control window of an HTTP/2 connection and of each stream, in bytes. h2 buffers no more than that of unread
+/// bodies.
 const WINDOW: u32 = 512 * 1024;
-/// Longest that a new connection on a full port waits for one that has been quiet long enough; then the connection without a
-/// request that has been quiet the longest is evicted.
+/// How long a new connection on a full port waits for one that has been quiet long enough. After that, the connection
+/// without a request in work that has been quiet the longest is evicted.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long a connection must have been quiet before it is evicted from a full port: this many milliseconds for each
-/// that may be open, so that a port turns over 1000 silent connections a second, however few fit.
+/// How long a connection must have been quiet before a full port evicts it: this, times the connections that the port
+/// may have, so that a port replaces 1000 silent connections per second at any limit.
 const QUIET: Duration = Duration::from_millis(1);
-/// Bounds of that time.
+/// Bounds of that product.
 const QUIET_BOUNDS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// How long a connection that was cut may take to be gone, before the port looks whether another must go.
+/// How long a cut connection may need to end, before the port checks whether to cut another.
 const GONE: Duration = Duration::from_millis(5);
-/// How often a full port looks again for a connection that could go.
+/// How often a full port looks again for a connection to evict.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// How often the log says that the system is out of descriptors.
+/// At most how often the log says that file descriptors have run out.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Limits on a port's connections.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
-    /// Which port, for the metrics.
+    /// The port's label in the metrics.
     pub(super) port: Port,
-    /// Connections open at once. When there are more, the one goes that has done nothing useful for the longest; where
-    /// none can go, the newest waits.
+    /// Most open connections. At the limit, the connection that has been quiet the longest is evicted; if none can be,
+    /// the new one waits.
     pub(super) connections: usize,
-    /// Longest a client may take to send a request's head, from the connection's start or the last answer; and to send a
-    /// body, beyond what its bytes take at the least rate.
+    /// Longest a client may take to send a request's head, from the connection's start or the last response, and to
+    /// send a body, beyond the time that its bytes need at the least rate.
     pub(super) head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it, or beyond what it takes at the least rate.
+    /// Longest a response may wait without its client reading any of it, or beyond the time that its bytes need at the
+    /// least rate.
     pub(super) write_timeout: Duration,
-    /// Longest that a request may be in progress.
+    /// Longest a request may be in progress.
     pub(super) longest_work: Duration,
-    /// Whether a request's client sends messages when it likes.
+    /// Whether a request is a stream, whose client may pause between messages.
     pub(super) is_stream: fn(&Request<Incoming>) -> bool,
-    /// None: plain TCP.
+    /// `None`: plain TCP.
     pub(super) tls: Option<Arc<Tls>>,
 }
 
-/// Connections that are still open after accepting ended.
+/// The connections still open after accepting ended.
 pub(super) struct Open {
     stopping: watch::Sender<bool>,
     tasks: JoinSet<()>,
-    /// Ends when this is dropped.
+    /// Cuts connections that keep too much memory; stops when this is dropped.
     _relief: JoinSet<()>,
 }
 
@@ -110,7 +113,7 @@ impl Open {
         while self.tasks.join_next().await.is_some() {}
     }
 
-    /// Cuts what is left; returns how many.
+    /// Cuts the remaining connections; returns their number.
     pub(super) async fn cut(mut self) -> usize {
         let left = self.tasks.len();
         self.tasks.shutdown().await;
@@ -118,7 +121,7 @@ impl Open {
     }
 }
 
-/// Accepts until `stop` resolves, then hands over what is open.
+/// Accepts connections until `stop` resolves; returns those still open.
 pub(super) async fn accept(
     listener: TcpListener,
     routes: Router,
@@ -153,14 +156,14 @@ pub(super) async fn accept(
             biased;
             _ = &mut stop => break,
             accepted = listener.accept() => accepted,
-            // keeps the set small
+            // finished tasks would pile up
             Some(_) = open.tasks.join_next() => continue,
         };
         match accepted {
             Ok((stream, _)) => {
                 let permit = tokio::select! {
                     biased;
-                    // it is connected: it is served as those are that the system still has in its queue
+                    // the client is connected: serve it, as those in the kernel's queue are served below
                     _ = &mut stop => {
                         open.tasks.spawn(serve(stream, None));
                         break;
@@ -170,7 +173,7 @@ pub(super) async fn accept(
                 open.tasks.spawn(serve(stream, permit));
             }
             Err(error) => {
-                // out of file descriptors, usually: one comes back with the connection that makes room
+                // usually no file descriptor is left: evicting a connection frees one
                 metrics.ended(limits.port, Ending::Refused);
                 failures.say(limits.port, &error);
                 connections.evict(quiet(&limits), limits.longest_work);
@@ -178,7 +181,7 @@ pub(super) async fn accept(
             }
         }
     }
-    // to their clients, those in the system's queue are connected: closing the port with them in it would reset them
+    // clients in the kernel's queue are connected: closing the listener would reset them
     for stream in queued(listener) {
         open.tasks.spawn(serve(stream, None));
     }
@@ -190,7 +193,7 @@ fn quiet(limits: &Limits) -> Duration {
     (QUIET * connections.min(10_000)).clamp(QUIET_BOUNDS.0, QUIET_BOUNDS.1)
 }
 
-/// Room for one more connection: a free place, else that of an evicted quiet connection, else of the next that ends.
+/// A permit for one more connection: a free one, that of an evicted connection, or that of the next that ends.
 async fn make_room(room: &Arc<Semaphore>, connections: &Connections, limits: &Limits) -> Option<OwnedSemaphorePermit> {
     let (mut asked, came) = (false, Instant::now());
     loop {
@@ -207,7 +210,7 @@ async fn make_room(room: &Arc<Semaphore>, connections: &Connections, limits: &Li
     }
 }
 
-/// Cuts connections while more is kept for them than the port allows.
+/// Cuts connections whenever the port keeps more memory than its limit.
 async fn relieve(held: Arc<held::Port>, connections: Arc<Connections>) {
     loop {
         held.above().await;
@@ -216,7 +219,7 @@ async fn relieve(held: Arc<held::Port>, connections: Arc<Connections>) {
     }
 }
 
-/// Connections that the system did not hand over.
+/// Counts connections that could not be accepted, and logs them now and then.
 struct Failures {
     last_said: Option<Instant>,
     since: u64,
@@ -233,9 +236,9 @@ impl Failures {
     }
 }
 
-/// Closes the port; returns the connections that the system had accepted already.
+/// Closes the listener; returns the connections that wait in the kernel's queue.
 fn queued(listener: TcpListener) -> Vec<TcpStream> {
-    // the system itself is asked: the runtime may not have heard of the latest
+    // accept without the runtime, which may not know of the latest connections yet
     let Ok(listener) = listener.into_std() else { return Vec::new() };
     let mut streams = Vec::new();
     while let Ok((stream, _)) = listener.accept() {
@@ -244,7 +247,7 @@ fn queued(listener: TcpListener) -> Vec<TcpStream> {
     streams
 }
 
-/// The whole life of a connection: a handshake, where there is one, and requests.
+/// Serves a connection to its end: the TLS handshake, if any, and its requests.
 async fn connect(
     stream: TcpStream,
     routes: Router,
@@ -314,7 +317,7 @@ async fn serve<S>(
                 }
             };
             if http1 && stops {
-                // the server ends: the next request of this client would not be read
+                // the connection ends: the client must not send another request on it
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, std::convert::Infallible>(mark.answer(response))
@@ -323,9 +326,9 @@ async fn serve<S>(
     let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), TowerToHyperService::new(service)));
     let last_call = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
-        // told to shut down before its first request, a connection would drop that request unread
+        // hyper, told to shut down before the first request, would drop that request unread
         let _ = tokio::time::timeout(FIRST_REQUEST, seen.wait_for(|seen| *seen)).await;
-        // a request that is on its way to an HTTP/1 connection would be dropped as well; HTTP/2 tells which ones it has read
+        // it would also drop an HTTP/1 request that is on its way; over HTTP/2, GOAWAY names the last request read
         if !activity.speaks_http2() {
             activity.idle(NEXT_REQUEST).await;
         }
@@ -360,7 +363,7 @@ async fn serve<S>(
     }
 }
 
-/// Why the library ended a connection, if it did.
+/// Records why hyper ended a connection, if it did.
 fn note(activity: &Activity, ended: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     let Err(error) = ended else { return };
     tracing::debug!(error, "a connection ended early");
@@ -372,13 +375,13 @@ fn note(activity: &Activity, ended: Result<(), Box<dyn std::error::Error + Send 
     }
 }
 
-/// Whether it was the server that ended an HTTP/2 connection.
+/// Whether the server ended an HTTP/2 connection for a protocol error.
 fn broke_the_rules(error: &hyper::Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
     cause.is_some_and(|cause| cause.is_go_away() && cause.is_library())
 }
 
-/// An open connection in the metrics.
+/// Guard: counts an open connection in the metrics.
 struct Counted(IntGauge);
 
 impl Counted {

@@ -1,6 +1,6 @@
-//! Every request, on either port, gets an id, is counted once and leaves one log line.
+//! Access log: every request, on either port, gets an id, is counted once and leaves one log line.
 //!
-//! Knows what a request was about only by what its handler leaves in the response: [`Served`], or a failure's code.
+//! Knows what a request was about only from what its handler leaves in the response: [`Served`], or a failure's code.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
@@ -23,10 +23,10 @@ use crate::metrics::{Outcome, Protocol};
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The outermost layer.
+/// The outermost middleware of both ports.
 pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let protocol = protocol(request.uri().path());
-    // dropped with this future when the client goes away: that counts as cancelled
+    // dropped with this future when the client disconnects: that counts as cancelled
     let guard = app.metrics.request(protocol);
     let id = request_id(request.headers());
     let trace = trace_id(request.headers());
@@ -58,7 +58,7 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
                 response.extensions_mut().insert(hold);
             }
         }
-        // only an admitted image resets the client: otherwise a cheap request before each image would
+        // only an admitted image resets the client's refusals: otherwise a cheap request before each image would
         (Some(visits), _) if outcome == Outcome::Ok && served.is_some() => visits.welcome(),
         _ => {}
     }
@@ -76,10 +76,10 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     response
 }
 
-/// What kind of request it was: a closed set, whatever clients ask for.
+/// The span's name, from a closed set whatever clients send.
 fn span_name(line: &Line<'_>, route: Option<&MatchedPath>) -> String {
     match route.map(MatchedPath::as_str) {
-        // a service's methods, all of which are known
+        // a gRPC route serves all methods of a service, and each of them is known
         Some(route) if route.ends_with("/{*rest}") && line.outcome != Outcome::NotFound => {
             format!("{} {}", line.method, line.path)
         }
@@ -88,10 +88,10 @@ fn span_name(line: &Line<'_>, route: Option<&MatchedPath>) -> String {
     }
 }
 
-/// Most bytes of a path in the log: paths that don't exist may have any length.
+/// Most bytes of a path in the log: a path that no route matches may be of any length.
 const PATH: usize = 256;
 
-/// The first bytes of a path; a request line is ASCII.
+/// The first bytes of a path, which is ASCII.
 fn cut(path: &str) -> &str {
     path.get(..PATH).unwrap_or(path)
 }
@@ -145,8 +145,8 @@ fn log(line: &Line<'_>, served: Option<Served>, response: &Response<Body>) {
     }
 }
 
-/// The trace that a request belongs to: the second field of `traceparent` (W3C Trace Context, section 3.2), 32 hexadecimal
-/// digits that are not all zero.
+/// The request's trace id: the second field of `traceparent` (W3C Trace Context, section 3.2), 32 hexadecimal digits
+/// that are not all zero.
 fn trace_id(headers: &HeaderMap) -> Option<String> {
     let mut fields = headers.get("traceparent")?.to_str().ok()?.split('-');
     let (version, trace) = (fields.next()?, fields.next()?);
@@ -156,18 +156,18 @@ fn trace_id(headers: &HeaderMap) -> Option<String> {
     fits.then(|| trace.to_string())
 }
 
-/// The client's own id, if it is short and printable (it goes into logs), else a fresh one.
+/// The client's own `x-request-id` if it is short and printable (it goes into logs), else a fresh one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fits = |id: &&HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
     let own = headers.get(REQUEST_ID).filter(fits);
-    // a copy: the library's is a part of the whole head, and would keep all of it
+    // a copy: the header value is a slice of the whole head, and would keep all of it in memory
     own.and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok()).unwrap_or_else(fresh_id)
 }
 
 fn fresh_id() -> HeaderValue {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     static SEED: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
-    // seeded at random once per process, so that ids of restarts and replicas don't meet
+    // seeded at random once per process, so that ids of restarts and replicas differ
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let id = format!("{:016x}", SEED.hash_one(count));
     HeaderValue::from_str(&id).unwrap_or_else(|_| HeaderValue::from_static("none"))

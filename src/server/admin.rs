@@ -1,11 +1,11 @@
-//! The operator's port: `/livez`, `/readyz`, `/metrics`.
+//! The admin port: `/livez`, `/readyz`, `/metrics`.
 //!
-//! It has its own OS thread and runtime, so that probes and scrapes answer while every other thread is busy. It is up
-//! before the models load and until the process ends.
+//! It has its own OS thread and runtime, so that probes and scrapes are answered while every other thread is busy. It
+//! listens before the models load and until the process ends.
 //!
 //! * `/livez`: 200 as long as the process can answer at all.
 //! * `/readyz`: 200 when requests are welcome, else 503 with the reason as text.
-//! * `/metrics`: Prometheus text.
+//! * `/metrics`: Prometheus text format.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,7 +26,7 @@ use super::readiness::Readiness;
 use super::status::Code;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 
-/// The admin port, serving on its thread until dropped or stopped.
+/// The admin port, served on its thread until dropped or stopped.
 #[derive(Debug)]
 pub(super) struct Admin {
     stop: oneshot::Sender<()>,
@@ -37,12 +37,12 @@ pub(super) struct Admin {
 struct Shared {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
-    /// What was scraped last, and when.
+    /// The last scrape: when, and the text.
     scraped: Mutex<Option<(Instant, Bytes)>>,
 }
 
 impl Shared {
-    /// The metrics, as they were at some moment after `since`.
+    /// The metrics as text, of a moment after `since`.
     fn scrape(&self, since: Instant) -> Bytes {
         let mut scraped = self.scraped.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, text)) = &*scraped
@@ -80,7 +80,7 @@ impl Admin {
         let thread = std::thread::Builder::new().name("nfold-admin".into()).spawn(move || {
             let served = runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                // a scraper's idle connection must not hold up the exit: what is open goes with the runtime
+                // a scraper's idle connection must not delay the exit: open connections end with the runtime
                 drop(accept::accept(listener, routes, limits, metrics, stopped).await);
                 Ok::<_, std::io::Error>(())
             });
@@ -97,7 +97,7 @@ impl Admin {
         self.thread.is_finished()
     }
 
-    /// Ends the thread. Blocks for a moment.
+    /// Ends the thread; blocks briefly.
     pub(super) fn stop(self) {
         drop(self.stop);
         let _ = self.thread.join();
@@ -111,10 +111,11 @@ async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
     }
 }
 
-/// One text for all who ask at the same time: it takes a millisecond to write, and many may ask and not read it.
+/// `/metrics`. Concurrent scrapes share one text: it takes a millisecond to write, and clients may ask often and not
+/// read it.
 async fn scrape(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     let arrived = Instant::now();
-    // the others that are here come before the text is written
+    // let the other pending requests arrive before the text is written
     tokio::task::yield_now().await;
     (Extension(Accounted), [(header::CONTENT_TYPE, CONTENT_TYPE)], shared.scrape(arrived))
 }

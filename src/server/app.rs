@@ -1,4 +1,4 @@
-//! What handlers share, for as long as the server lives. Knows no handler.
+//! The state that all handlers share. Knows no handler.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::traces::Traces;
 use crate::infer::registry::Registry;
 use crate::metrics::Metrics;
 
-/// What handlers need; lives as long as the server.
+/// Shared state; lives as long as the server.
 #[derive(Debug)]
 pub(super) struct App {
     pub(super) registry: Arc<Registry>,
@@ -20,18 +20,18 @@ pub(super) struct App {
     pub(super) metrics: Arc<Metrics>,
     /// Longest a request may take; a client can ask for less.
     pub(super) request_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it.
+    /// Longest a response may wait without its client reading any of it.
     pub(super) write_timeout: Duration,
     /// Limits on bodies.
     pub(super) bodies: Bodies,
-    /// The pace of refusals.
+    /// Delays refusals of clients that retry at once.
     pub(super) pace: Pace,
-    /// API keys; none: every client may ask.
+    /// API keys; `None`: requests need no key.
     pub(super) keys: Option<Arc<Keys>>,
-    /// Origins whose pages may ask; `*`: all.
+    /// Origins whose pages may send requests (CORS); `*`: all.
     pub(super) cors_origins: Vec<String>,
-    /// Where spans of requests go.
+    /// The exporter of spans.
     pub(super) traces: Option<Arc<Traces>>,
-    /// Whether clients may load and unload models.
+    /// Loads and unloads models for clients, if that is allowed.
     pub(super) control: ModelControl,
 }

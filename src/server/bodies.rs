@@ -1,8 +1,8 @@
-//! Bodies and messages from clients: how many bytes of them are in memory, how they are inflated, how many things may be in
-//! them, and what images they hold.
+//! Bodies and messages from clients: the memory they use, how they are decompressed, how many elements they may hold,
+//! and which images they contain.
 //!
-//! Nothing here allocates by a number that a client wrote before a limit was checked, and nothing that takes longer than some
-//! microseconds runs on the threads that move bytes. Knows no model and no route.
+//! Nothing here allocates by a number that a client sent before a limit was checked, and nothing that takes longer than
+//! some microseconds runs on the async I/O threads. Knows no model and no route.
 
 pub(super) mod base64;
 pub(super) mod budget;
@@ -21,35 +21,35 @@ use self::threads::ParseThreads;
 use super::status::{ApiError, Code};
 use crate::metrics::Metrics;
 
-/// What every body is held to.
+/// Limits and resources that all bodies share.
 #[derive(Debug, Clone)]
 pub(super) struct Bodies {
-    /// Most bytes of a body, or of a gRPC message, inflated.
+    /// Most bytes of a body, or of a gRPC message, decompressed.
     pub(super) limit: usize,
-    /// Memory for all of them.
+    /// The memory that all bodies share.
     pub(super) budget: BodyBudget,
-    /// Where they are inflated and parsed.
+    /// The threads that decompress and parse bodies.
     pub(super) threads: ParseThreads,
 }
 
 impl Bodies {
-    /// Bodies of at most `limit` bytes, and `memory` bytes for all of them together, at least one of `limit`.
+    /// Allows `limit` bytes per body and `memory` bytes for all bodies together (at least `limit`).
     pub(super) fn new(limit: usize, memory: usize, metrics: &Arc<Metrics>) -> Self {
         let budget = BodyBudget::new(memory.max(limit), metrics);
         Self { limit, budget, threads: ParseThreads::new() }
     }
 }
 
-/// What a request may hold at most, by the model that it names.
+/// What a request may hold at most, for the model that it names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Images: the model's queue takes no more at once.
+    /// Most images: the capacity of the model's queue.
     pub images: usize,
-    /// Numbers of one image's tensor.
+    /// Elements of one image's tensor.
     pub values: usize,
 }
 
-/// The refusal of what is above the limit.
+/// The error for a body above the limit.
 pub(in crate::server) fn too_large() -> ApiError {
     ApiError::new(Code::BodyTooLarge, "the body is larger than this server takes (--body-limit)")
 }

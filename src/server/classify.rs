@@ -22,12 +22,12 @@ use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
 use crate::infer::top_k::Prediction;
 
-/// Predictions per image when the request names no number.
+/// Predictions per image when the request gives no number.
 const DEFAULT_TOP_K: usize = 5;
-/// What curl says that it sends, whatever that is.
+/// The content type that `curl -d` sends for any data.
 const FORM: &str = "application/x-www-form-urlencoded";
 
-/// The route and its description.
+/// The route and its OpenAPI description.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(classify))
 }
@@ -36,11 +36,11 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 struct ClassifyQuery {
-    /// Name in the repository; may be left out when only one model is served.
+    /// Name in the repository; optional when only one model is served.
     model: Option<String>,
-    /// Left out: the highest.
+    /// Version; by default the highest.
     version: Option<u64>,
-    /// Predictions per image; 5 when left out.
+    /// Predictions per image; by default 5.
     #[param(minimum = 1)]
     top_k: Option<usize>,
 }
@@ -53,7 +53,7 @@ struct ClassifyAnswer<'a> {
     results: Vec<ImageAnswer>,
 }
 
-/// An image's answer, or, among several images, why it has none.
+/// An image's predictions, or, if the request has several images, the image's error.
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum ImageAnswer {
@@ -64,11 +64,11 @@ enum ImageAnswer {
 /// A class and its probability.
 #[derive(Serialize, ToSchema)]
 struct PredictionBody {
-    /// Position in the logits.
+    /// Index of the class in the logits.
     index: usize,
-    /// Its name; its index in digits where the model has no labels.
+    /// Label of the class; the index in digits if the model has no labels.
     label: String,
-    /// Softmax probability in 0..=1.
+    /// Softmax probability, 0 to 1.
     score: f64,
 }
 
@@ -96,10 +96,10 @@ async fn classify(
     let by_curl = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
     // checked before the body is read, so that a wrong name costs no upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
-    // nor does a refusal
+    // neither does a full queue
     model.has_room(deadline)?;
     let limit = model.scheduler().queue_limit();
-    // what it takes is held until it is answered
+    // the charge is held until the request is answered
     let Upload { images: uploaded, top_k, charge: _charge } =
         upload::read(&app.bodies, request, limit, deadline).await?;
     let k = top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
@@ -129,7 +129,7 @@ async fn classify(
                 served.add_timings(&classified.timings);
                 ImageAnswer::Predictions(classified.predictions.into_iter().map(PredictionBody::from).collect())
             }
-            // a request of one image has no neighbours to save
+            // with a single image, its error is the request's
             Err(error) if images == 1 => {
                 let mut error = ApiError::from(error);
                 if altered && matches!(error.code, Code::InvalidImage | Code::UnsupportedMediaType) {
@@ -157,12 +157,12 @@ async fn classify(
     Ok(response)
 }
 
-/// Whether an image's beginning has no byte of those that `curl -d @FILE` leaves out: no image of some size is so.
+/// Whether an image's first bytes lack those that `curl -d @FILE` leaves out (line ends and zeros).
 fn lacks_line_ends(image: &[u8]) -> bool {
     image.len() > 512 && memchr::memchr3(b'\n', b'\r', 0, &image[..image.len().min(4096)]).is_none()
 }
 
-/// Bytes of an answer, at most, about: a prediction has its label and some 80 more.
+/// Estimate of a response's most bytes: each prediction has its label and some 80 bytes more.
 fn answer_size(model: &LiveModel, images: usize, k: usize) -> usize {
     let k = k.min(model.manifest.classes as usize);
     let label = model.manifest.labels.iter().map(String::len).max().unwrap_or_default();

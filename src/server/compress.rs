@@ -1,7 +1,7 @@
-//! Answers in gzip, for clients that take it.
+//! Compresses responses with gzip for clients that accept it.
 //!
-//! Whole answers, on the threads that parse: a compressor for each answer that is under way would take a hundred kilobytes for as
-//! long as its client reads nothing, and its work would keep the threads that move bytes.
+//! Whole responses, on the parsing threads: a streaming compressor would keep some hundred kilobytes per response for
+//! as long as its client does not read, and would work on the async I/O threads.
 
 use std::io::Write as _;
 use std::pin::Pin;
@@ -23,12 +23,12 @@ use super::deadline;
 use super::doors;
 use super::status::ApiError;
 
-/// Answers of fewer bytes are sent as they are.
+/// Least bytes of a response that is compressed.
 const LEAST: u64 = 1024;
 
-/// The layer.
+/// The middleware.
 pub(super) async fn gzip(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    // pages are in memory once for all clients, and would be compressed for each
+    // pages are in memory once for all clients, but would be compressed for each of them
     let takes = takes_gzip(request.headers()) && !doors::is_page(request.uri().path());
     let deadline = deadline::http(request.headers(), app.request_timeout);
     let mut response = next.run(request).await;
@@ -39,7 +39,7 @@ pub(super) async fn gzip(State(app): State<Arc<App>>, request: Request, next: Ne
     response.headers_mut().append(header::VARY, HeaderValue::from(header::ACCEPT_ENCODING));
     let (true, Ok(deadline)) = (takes, deadline) else { return response };
     let (mut head, mut body) = response.into_parts();
-    // one piece, which is in memory
+    // a body of known length is one frame in memory
     let Some(Ok(Ok(plain))) = body.frame().await.map(|frame| frame.map(Frame::into_data)) else {
         return Response::from_parts(head, body);
     };
@@ -56,19 +56,19 @@ pub(super) async fn gzip(State(app): State<Arc<App>>, request: Request, next: Ne
             head.headers.remove(header::CONTENT_LENGTH);
             packed.into()
         }
-        // no time for it: as it is
+        // the deadline passed: send it uncompressed
         Err(_) => plain,
     };
     Response::from_parts(head, Body::new(Instead { bytes: Some(bytes), _plain: body }))
 }
 
-/// Whether `gzip` is among the codings of `accept-encoding`, by name or by `*`, and not at `q=0`.
+/// Whether `accept-encoding` accepts `gzip`, by name or by `*`, and not with `q=0`.
 fn takes_gzip(headers: &HeaderMap) -> bool {
     let weight = ["gzip", "x-gzip", "*"].into_iter().find_map(|name| weight(headers, name));
     weight.is_some_and(|weight| weight > 0.0)
 }
 
-/// The weight of a coding that is named.
+/// The weight (`q`) of a named coding.
 fn weight(headers: &HeaderMap, wanted: &str) -> Option<f32> {
     for value in headers.get_all(header::ACCEPT_ENCODING) {
         for coding in value.to_str().unwrap_or_default().split(',') {
@@ -82,7 +82,7 @@ fn weight(headers: &HeaderMap, wanted: &str) -> Option<f32> {
     None
 }
 
-/// Bytes instead of those that a body had; what that is charged with stays charged until they are gone.
+/// A compressed body. It keeps the plain body, and with it the budget charge, until it is dropped.
 struct Instead {
     bytes: Option<Bytes>,
     _plain: Body,

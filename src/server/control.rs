@@ -1,4 +1,4 @@
-//! Loading and unloading of models at a client's request: off unless the operator switches it on.
+//! Loads and unloads models at a client's request; off unless the operator enables it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,13 +10,13 @@ use crate::infer::registry::{LoadError, Registry, RegistryError};
 use crate::metrics::Metrics;
 use crate::model::ModelError;
 
-/// Whether clients may load and unload, and the lock for it.
+/// Whether clients may load and unload models, and the lock for it.
 #[derive(Debug)]
 pub(super) struct ModelControl {
     allowed: bool,
     registry: Arc<Registry>,
     metrics: Arc<Metrics>,
-    /// Held while a model loads: those who wait for it keep no thread from others.
+    /// Held while a model loads: waiting requests hold no blocking thread meanwhile.
     one: Arc<Mutex<()>>,
 }
 
@@ -50,7 +50,7 @@ impl ModelControl {
         loaded.await.map_err(|e| ApiError::internal(format!("loading a model panicked: {e}")))?
     }
 
-    /// Takes every version of the named model out of service; what is queued is still answered.
+    /// Stops serving every version of the named model; queued requests are still answered.
     pub(super) async fn unload<'a>(
         &self,
         name: &str,
@@ -64,13 +64,13 @@ impl ModelControl {
     }
 }
 
-/// What a load may be told. Triton's own would make another model of it (`config`, `file:…`), and are refused.
+/// Parameters that a load knows: none. Triton's own (`config`, `file:…`) would change the model, and are refused.
 pub(super) const LOAD_PARAMETERS: [&str; 0] = [];
 
-/// What an unload may be told: no model depends on another.
+/// Parameters that an unload knows; no model depends on another.
 pub(super) const UNLOAD_PARAMETERS: [&str; 1] = ["unload_dependents"];
 
-/// Refuses what can't be done as asked.
+/// Refuses unknown parameters.
 fn known<'a>(parameters: impl IntoIterator<Item = &'a String>, known: &[&str]) -> Result<(), ApiError> {
     let unknown: BTreeSet<&String> = parameters.into_iter().filter(|name| !known.contains(&name.as_str())).collect();
     let Some(name) = unknown.first() else { return Ok(()) };
@@ -82,7 +82,7 @@ fn known<'a>(parameters: impl IntoIterator<Item = &'a String>, known: &[&str]) -
     Err(ApiError::new(Code::InvalidRequest, text))
 }
 
-/// What a client reads of a failed load: which model and why, but no path of this machine. The log has all of it.
+/// A failed load as the client sees it: which model and why, without paths of this machine. The log has the full error.
 fn refused(name: &str, error: RegistryError) -> ApiError {
     tracing::error!(model = name, %error, "not loaded: {error}");
     let (code, why) = match &error {

@@ -1,4 +1,4 @@
-//! Until when a request wants its answer: what the protocols' headers say, capped by the server's own limit.
+//! A request's deadline, from the protocol's headers and the server's own limit.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use super::status::{ApiError, Code};
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// From now, by `x-request-timeout-ms`, at most `longest`.
+/// Deadline by `x-request-timeout-ms`, at most `longest` from now.
 pub(super) fn http(headers: &HeaderMap, longest: Duration) -> Result<Instant, ApiError> {
     let asked = headers.get(TIMEOUT).map(|value| {
         let millis = value.to_str().ok().and_then(|t| t.trim().parse::<u64>().ok()).filter(|&ms| ms > 0);
@@ -21,14 +21,14 @@ pub(super) fn http(headers: &HeaderMap, longest: Duration) -> Result<Instant, Ap
     Ok(Instant::now() + timeout)
 }
 
-/// From now, by `grpc-timeout` (up to 8 digits and one of `H`, `M`, `S`, `m`, `u`, `n`), at most `longest`.
+/// Deadline by `grpc-timeout` (up to 8 digits and one of `H`, `M`, `S`, `m`, `u`, `n`), at most `longest` from now.
 pub(super) fn grpc(headers: &HeaderMap, longest: Duration) -> Result<Instant, ApiError> {
     Ok(Instant::now() + asked(headers)?.map_or(longest, |asked| asked.min(longest)))
 }
 
-/// The end of a whole stream, from now, if the client gives it one.
+/// Deadline of a whole stream by `grpc-timeout`; `None` if the client sets none.
 pub(super) fn of_stream(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
-    // one beyond the clock's range is none
+    // a deadline beyond the clock's range is no deadline
     Ok(asked(headers)?.and_then(|asked| Instant::now().checked_add(asked)))
 }
 

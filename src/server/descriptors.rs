@@ -1,42 +1,43 @@
-//! File descriptors: raises the limit to what the system allows and divides them among the ports.
+//! File descriptors: raises the soft limit and divides the descriptors among the ports.
 
 use crate::metrics::Port;
 
-/// Descriptors that are kept for files: models, certificates and keys that are read again.
+/// Descriptors reserved for files: models, certificates and keys that are read again.
 const RESERVE: u64 = 16;
-/// Connections of the admin port: the most that are taken, and the least where descriptors are few.
+/// Most and least connections of the admin port; the least where descriptors are few.
 const ADMIN: (u64, u64) = (64, 8);
-/// Of the descriptors that are free, the admin port has this part.
+/// The admin port gets one in this many free descriptors.
 const ADMIN_PART: u64 = 8;
 
 /// Connections that each port may have open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shares {
-    /// HTTP and gRPC, each.
+    /// Of the HTTP port, and of the gRPC port.
     clients: u64,
     admin: u64,
 }
 
 impl Shares {
-    /// Of `limit` descriptors, `used` are open; `asked` connections are wanted on each port for clients.
+    /// Divides what is left of `limit` descriptors when `used` are open and each client port wants `asked` connections.
     fn new(limit: u64, used: u64, asked: u64) -> Self {
         let free = limit.saturating_sub(used + RESERVE);
         let admin = (free / ADMIN_PART).clamp(ADMIN.1, ADMIN.0);
         Self { clients: asked.min(free.saturating_sub(admin) / 2).max(1), admin }
     }
 
-    /// For `port`.
+    /// The share of `port`.
     pub(super) fn of(self, port: Port) -> usize {
         let share = if port == Port::Admin { self.admin } else { self.clients };
         usize::try_from(share).unwrap_or(usize::MAX)
     }
 }
 
-/// Raises the soft limit of this process to the hard one and shares it out; says where that is less than asked for.
+/// Raises the soft limit of this process to the hard limit and divides it; logs a warning if that is less than asked
+/// for.
 pub(super) fn share(asked: usize) -> Shares {
     let asked = asked as u64;
     let Some(limit) = raise() else { return Shares { clients: asked, admin: ADMIN.0 } };
-    // what the system can't count is guessed, high enough for the runtime and a few models
+    // where the system can't count them: enough for the runtime and a few models
     let used = std::fs::read_dir("/proc/self/fd").map_or(64, |open| open.count() as u64);
     let shares = Shares::new(limit, used, asked);
     if shares.clients < asked {
@@ -52,7 +53,7 @@ pub(super) fn share(asked: usize) -> Shares {
     shares
 }
 
-/// The limit from now on; none where the system has none or does not tell.
+/// The limit after raising it; `None` if the system has none or does not tell.
 #[cfg(unix)]
 fn raise() -> Option<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -88,7 +89,7 @@ mod tests {
             }
         }
         assert_eq!(Shares::new(1 << 20, 24, 1024), Shares { clients: 1024, admin: 64 });
-        // far too few, and still each port gets some
+        // too few even for the minimum: each port still gets some
         assert_eq!(Shares::new(10, 24, 1024), Shares { clients: 1, admin: 8 });
     }
 }

@@ -1,4 +1,4 @@
-//! Which protocol, and which kind of route, a request is for, by its path and content type: the one place that knows.
+//! The only place that decides which protocol and which kind of route a request is for, by its path and content type.
 
 use axum::http::{Request, header};
 
@@ -36,7 +36,7 @@ pub(super) fn is_health(path: &str) -> bool {
     protocol(path) == Protocol::Health
 }
 
-/// Whether a path is a page for people or belongs to one: these hold no data.
+/// Whether a path belongs to a page for people; these need no API key, as they hold no data.
 pub(super) fn is_page(path: &str) -> bool {
     const PAGES: [&str; 3] = ["/", "/docs", "/openapi.json"];
     PAGES.contains(&path) || ["/docs/", "/page/"].iter().any(|folder| path.starts_with(folder))

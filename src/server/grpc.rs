@@ -1,7 +1,7 @@
-//! The gRPC port: `inference.GRPCInferenceService`, `grpc.health.v1.Health` and reflection.
+//! The gRPC port: `inference.GRPCInferenceService`, `grpc.health.v1.Health` and server reflection.
 //!
-//! The calls that run a model read the wire themselves (`inference`); the others are the generated services, with messages of
-//! some kilobytes at most. The request path and what is told about models are those of HTTP.
+//! The calls that run a model decode their messages themselves (`inference`); the others are generated services, with
+//! messages of some kilobytes at most. Requests and model metadata are handled as over HTTP.
 
 mod fields;
 mod frames;
@@ -44,7 +44,7 @@ use crate::pb::open_inference::grpc_inference_service_server::{GrpcInferenceServ
 /// Most bytes of a message that carries no tensor.
 const SMALL: usize = 64 * 1024;
 
-/// Every service and the layers from the outside in: accounting, panics, keys, size of the head, content type.
+/// Every service and its middleware, from the outside in: access log, panics, keys, head, content type.
 pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -55,7 +55,7 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     let services = tonic::service::Routes::new(GrpcInferenceServiceServer::new(Service(app.clone())))
         .add_service(health::service(app.clone()))
         .add_service(reflection().build_v1().map_err(failed)?)
-        // what grpcurl and Python's client ask first
+        // grpcurl and Python's client ask for v1alpha first
         .add_service(reflection().build_v1alpha().map_err(failed)?);
     let path = |method| format!("/inference.GRPCInferenceService/{method}");
     let models = Router::new()
@@ -76,7 +76,7 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
     Ok(routes.layer(axum::middleware::from_fn_with_state(app, access::account)))
 }
 
-/// What is made of a message, for the fuzzer.
+/// Decodes a message for the fuzzer.
 #[cfg(test)]
 pub(super) fn read_message(
     message: &Bytes,
@@ -87,15 +87,15 @@ pub(super) fn read_message(
     read.map(|(inference, _)| inference).map_err(|unread| unread.error)
 }
 
-/// Whether a call's client sends messages when it likes; the others send one, at once.
+/// Whether a call is a stream, whose client may pause between messages.
 pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
     const STREAMS: [&str; 2] = ["/ModelStreamInfer", "/ServerReflectionInfo"];
     doors::is_grpc(request) && STREAMS.iter().any(|method| request.uri().path().ends_with(method))
 }
 
-/// Refuses what is not gRPC, as its specification wants: with the status of HTTP.
+/// Refuses requests that are not gRPC with HTTP status 415, as gRPC's HTTP/2 protocol wants.
 async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
-    // with none, it is no call of ours, and told so by the services
+    // without a content type, the services refuse it
     let Some(kind) = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes) else {
         return next.run(request).await;
     };
@@ -109,13 +109,13 @@ async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
     ApiError::new(Code::UnsupportedMediaType, text).into_response()
 }
 
-/// Streams of reflection open at once, over all connections.
+/// Most reflection streams open at once, over all connections.
 const MOST_REFLECTIONS: usize = 16;
 static REFLECTIONS: Semaphore = Semaphore::const_new(MOST_REFLECTIONS);
 
-/// Hands messages without tensors to the generated services: limited, inflated and with their deadlines.
+/// Hands messages without tensors to the generated services: limited, decompressed, each with a deadline.
 async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next: Next) -> HttpResponse {
-    // its answers are the whole description of the services, for as many questions as there are
+    // one reflection stream may ask for the whole description any number of times
     let reflects = request.uri().path().ends_with("/ServerReflectionInfo");
     let room = if reflects { Some(REFLECTIONS.try_acquire()) } else { None };
     let room = match room.transpose() {
@@ -130,14 +130,14 @@ async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next:
     let refusal = Arc::new(OnceLock::new());
     let (refused_with, closing) = (refusal.clone(), app.clone());
     let plain = Messages::replace(bodies, app.request_timeout, request, |messages| {
-        // a call begins with a message; those of a stream come when they come
+        // only the first message has a deadline: those of a stream may come at any time
         let messages = futures_util::stream::try_unfold((messages, Some(first)), move |(mut messages, until)| {
             let (refusal, closing) = (refused_with.clone(), closing.clone());
             async move {
                 let message = async {
                     let more = tokio::select! {
                         more = messages.arrives(until) => more?,
-                        // a client that asks for nothing more must not hold up the end
+                        // an idle stream must not delay shutdown
                         () = closing.readiness.closed() => return Err(ApiError::from(InferError::ShuttingDown)),
                     };
                     Ok(if more { Some(messages.read(until).await?) } else { None })
@@ -153,11 +153,11 @@ async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next:
         Ok(request) => request,
         Err(error) => return refused(error),
     };
-    // the service of reflection ends its stream well, whatever ended its messages
+    // the reflection service ends its stream with OK even if a message was refused
     let true_end = move |frame: Frame<Bytes>| match (frame.is_trailers(), refusal.get(), &room) {
         (true, Some(status), _) => {
             let mut trailers = HeaderMap::new();
-            // sanitised text: it is always a header's value
+            // can't fail: the text is sanitised, so that it is a valid header value
             let _ = status.add_header(&mut trailers);
             Frame::trailers(trailers)
         }
@@ -166,14 +166,14 @@ async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next:
     next.run(request).await.map(|body| Body::new(body.map_frame(true_end)))
 }
 
-/// An error of a call that has answered nothing.
+/// The response to a call that fails before its first message.
 fn refused(error: ApiError) -> HttpResponse {
     let failure = Failure { code: error.code, detail: error.detail.clone() };
     let is_unsupported = error.code == Code::UnsupportedMediaType && error.message.contains("grpc-encoding");
     let status = error.into_status();
     let mut response: HttpResponse = status.clone().into_http();
     if is_unsupported {
-        // what gRPC has for it
+        // gRPC's status for an encoding that the server does not support
         let metadata = status.metadata().clone();
         response = Status::with_metadata(StatusCode::Unimplemented, status.message(), metadata).into_http();
         const ACCEPT: HeaderName = HeaderName::from_static("grpc-accept-encoding");
@@ -193,7 +193,7 @@ fn panicked_with(panic: &(dyn Any + Send)) -> ApiError {
 
 struct Service(Arc<App>);
 
-/// An error as a status; what only the log may know goes there.
+/// Maps an error to a status, and leaves its detail for the log.
 fn refuse<T>(request: &Request<T>) -> impl Fn(ApiError) -> Status + use<T> {
     let id =
         request.metadata().get(REQUEST_ID.as_str()).and_then(|id| id.to_str().ok()).unwrap_or_default().to_string();
@@ -238,14 +238,14 @@ impl GrpcInferenceService for Service {
         Ok(Response::new(describe::model(&self.0, &model)))
     }
 
-    /// Routed to [`inference::infer`].
+    /// Routed to [`inference::infer`] instead.
     async fn model_infer(&self, _: Request<pb::ModelInferRequest>) -> Answer<pb::ModelInferResponse> {
         Err(ApiError::internal("ModelInfer came to the generated service").into_status())
     }
 
     type ModelStreamInferStream = ReceiverStream<Result<pb::ModelStreamInferResponse, Status>>;
 
-    /// Routed to [`inference::stream`].
+    /// Routed to [`inference::stream`] instead.
     async fn model_stream_infer(
         &self,
         _: Request<Streaming<pb::ModelInferRequest>>,

@@ -1,5 +1,4 @@
-//! Checks on every request's head, on every port: one host, one way to give the body's length, at most one key, and a bounded
-//! size.
+//! Checks every request's head, on every port: one host, one body length, at most one key, and a bounded size.
 //!
 //! Ambiguous heads are refused: a proxy in front may have read them differently.
 
@@ -16,7 +15,7 @@ use super::status::{ApiError, Code};
 /// Most bytes of a request's path and query.
 const LINE_LIMIT: usize = 8 * 1024;
 
-/// The layer.
+/// The middleware.
 pub(super) async fn check(request: Request, next: Next) -> Response {
     let error = match fault(&request) {
         None => return next.run(request).await,
@@ -25,7 +24,7 @@ pub(super) async fn check(request: Request, next: Next) -> Response {
     if doors::is_grpc(&request) { error.into_status().into_http() } else { error.into_response() }
 }
 
-/// Why a request is refused.
+/// Why a request is refused; `None`: its head is fine.
 pub(super) fn fault<B>(request: &axum::http::Request<B>) -> Option<ApiError> {
     let headers = request.headers();
     too_large(headers).or_else(|| line_too_long(request)).or_else(|| ambiguous(request))
@@ -71,7 +70,8 @@ fn count(headers: &HeaderMap, name: &HeaderName) -> usize {
     headers.get_all(name).iter().count()
 }
 
-/// A host and perhaps a port, without a user. Of what the grammar allows in a name, only what names are made of.
+/// A host with an optional port, without user information. Accepts only the characters that host names use, not all
+/// that RFC 3986 allows.
 fn authority(text: &str) -> Option<Authority> {
     let authority: Authority = text.parse().ok()?;
     let host = authority.host();

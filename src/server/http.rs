@@ -1,4 +1,4 @@
-//! The HTTP port: every route and the layers around them, and the health of `/v2`.
+//! The HTTP port: its routes and middleware, and the health calls of `/v2`.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -23,8 +23,8 @@ use super::status::{ApiError, Code, ErrorBody};
 use super::{classify, compress, head, keys, oip, openapi, page};
 use crate::panics;
 
-/// Every route, and the layers from the outside in: accounting (id, metrics, log), panics, CORS, keys, request line,
-/// content coding, compression of answers. Bodies are read by handlers, through `bodies`.
+/// Every route and its middleware, from the outside in: access log (id, metrics), panics, CORS, keys, head, content
+/// coding, compression of responses. Handlers read bodies through `bodies`.
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .merge(classify::routes())
@@ -57,13 +57,13 @@ fn cors(origins: &[String]) -> CorsLayer {
     let origins = if origins.iter().any(|origin| origin == "*") {
         AllowOrigin::any()
     } else {
-        // the command line has checked them
+        // the command line has validated them
         AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
     };
     CorsLayer::new()
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
-        // `*` would leave out `authorization`
+        // browsers don't let `*` stand for `authorization`
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([
             access::REQUEST_ID,
@@ -89,21 +89,21 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
     ApiError::internal(format!("a handler panicked: {}", panics::message(panic.as_ref()))).into_response()
 }
 
-/// Has both of the fields that different clients read.
+/// The same value under both names that clients use.
 #[derive(Serialize, ToSchema)]
 struct HealthAnswer {
     live: bool,
     ready: bool,
 }
 
-/// The process answers.
+/// Whether the process can answer at all.
 #[utoipa::path(get, path = "/v2/health/live", tag = "Health",
     responses((status = 200, body = HealthAnswer), (status = "default", body = ErrorBody)))]
 async fn live(State(app): State<Arc<App>>) -> Json<HealthAnswer> {
     Json(HealthAnswer { live: true, ready: app.readiness.check().is_ok() })
 }
 
-/// Requests are welcome.
+/// Whether the server is ready for requests.
 #[utoipa::path(get, path = "/v2/health/ready", tag = "Health",
     responses((status = 200, body = HealthAnswer), (status = "default", body = ErrorBody)))]
 async fn ready(State(app): State<Arc<App>>) -> Result<Json<HealthAnswer>, ApiError> {

@@ -1,7 +1,7 @@
-//! API keys. Without a key file, every client may ask.
+//! API keys; without a key file, requests need none.
 //!
-//! Keys are kept as digests and compared in constant time. Health answers without a key, and so do pages that hold no
-//! data; metrics are on another port.
+//! Keys are kept as digests and compared in constant time. Health calls need no key, nor do pages, which hold no data;
+//! metrics are on another port.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,7 +20,7 @@ use crate::model::regular_file;
 /// Most bytes of a key file.
 const LARGEST: u64 = 16 << 20;
 
-/// What can be wrong with a key file.
+/// Why a key file can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
     /// The file can't be read.
@@ -28,10 +28,10 @@ pub enum KeysError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A line that is no key, or no key at all.
+    /// A line is not a valid key, or the file holds no key.
     #[error("`{path}` is no file of API keys: {reason}; write one key a line, at least 16 characters without spaces")]
     Bad {
         /// The file.
@@ -51,13 +51,13 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// Reads a file: one key a line; empty lines and lines that start with `#` are skipped.
+    /// Reads a file: one key per line; empty lines and lines that start with `#` are skipped.
     pub(super) fn open(path: PathBuf) -> Result<Self, KeysError> {
         let digests = RwLock::new(read(&path)?);
         Ok(Self { path, digests })
     }
 
-    /// Reads the file again; on failure the old keys stay.
+    /// Reads the file again and returns the number of keys; on failure the old keys stay.
     pub(super) fn reload(&self) -> Result<usize, KeysError> {
         let digests = read(&self.path)?;
         let count = digests.len();
@@ -70,12 +70,12 @@ impl Keys {
         let Some(key) = bearer else { return false };
         let digest = digest(key);
         let digests = self.digests.read().unwrap_or_else(PoisonError::into_inner).clone();
-        // every key is compared, so that the time does not depend on which one matches
+        // every key is compared, so that the time does not show which one matches
         digests.iter().fold(subtle::Choice::from(0), |found, known| found | known.ct_eq(&digest)).into()
     }
 }
 
-/// The key of `Bearer KEY`, the scheme in any case.
+/// The key of `Bearer KEY`; the scheme is case-insensitive.
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, key) = value.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
@@ -103,7 +103,7 @@ fn read(path: &Path) -> Result<Digests, KeysError> {
     if digests.is_empty() { Err(bad("it holds no key".into())) } else { Ok(digests.into()) }
 }
 
-/// The layer.
+/// The middleware.
 pub(super) async fn check(State(keys): State<Arc<Keys>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let open = doors::is_health(path) || doors::is_page(path);

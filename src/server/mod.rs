@@ -1,8 +1,9 @@
-//! The edge: the server's life from start to drain. Each protocol is a module of its own.
+//! The server, from start to drain. Each protocol is a module of its own.
 //!
-//! A server is bound first (addresses known, a taken port fails at once), then run: admin port up → models load and warm
-//! up → the HTTP and gRPC ports listen → ready → … → drain → end. Until it listens, connections are refused, so that even a probe
-//! that only connects tells the truth. Nothing here knows how a model was made or how an engine runs it.
+//! A server is first bound (addresses are known, a port in use fails at once), then run: admin port up → models load
+//! and warm up → the HTTP and gRPC ports listen → ready → … → drain → end. Until a port listens, connections are
+//! refused, so that a probe that only connects is right too. Nothing here knows how a model was made or how an engine
+//! runs it.
 
 mod accept;
 mod access;
@@ -57,13 +58,13 @@ use self::traces::Traces;
 use crate::infer::registry::{Registry, RegistryError};
 use crate::metrics::{Metrics, Port};
 
-/// How much longer than the request timeout a request may be in work: a run that began in time.
+/// Time beyond the request timeout for a run that began before the deadline.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Most that the head and the write timeout are on the admin port.
+/// Upper bound of the head and the write timeout on the admin port.
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a server listens, limits and stops.
+/// How a server listens, limits requests and stops.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Address of the HTTP port; port 0 picks a free one.
@@ -76,38 +77,38 @@ pub struct Options {
     pub request_timeout: Duration,
     /// Most bytes of a request body, decompressed.
     pub body_limit: usize,
-    /// Most bytes of all request bodies in memory; at least `body_limit` is given.
+    /// Most bytes of all request bodies in memory; at least `body_limit` is used.
     pub body_memory: usize,
-    /// Client connections open at once, on the HTTP and on the gRPC port; fewer where descriptors are few. When there are
-    /// more, the one ends that has done nothing for the longest.
+    /// Most open client connections of the HTTP port, and of the gRPC port; fewer where file descriptors are few. At
+    /// the limit, the connection that has been quiet the longest is evicted.
     pub connections: usize,
-    /// Longest a client may take from its connection to its first whole request head, and from an answer to the next; and
-    /// longest it may be waited for while it sends a body at less than 1 KiB a second.
+    /// Longest a client may take from its connection to its first complete request head, and from a response to the
+    /// next head; also longest a client is waited for while it sends a body at less than 1 KiB per second.
     pub head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it, beyond what it takes at 1 KiB a second; then its
-    /// connection ends.
+    /// Longest a response may wait without its client reading any of it, beyond the time that its bytes need at 1 KiB
+    /// per second; then its connection ends.
     pub write_timeout: Duration,
-    /// Certificates; none: plain TCP. The admin port is always plain.
+    /// Certificates; `None`: plain TCP. The admin port is always plain.
     pub tls: Option<TlsOptions>,
-    /// File of API keys, one a line; none: everybody may ask.
+    /// File of API keys, one per line; `None`: requests need no key.
     pub api_key_file: Option<PathBuf>,
-    /// Origins whose pages may ask (CORS); `*`: all; empty: none.
+    /// Origins whose pages may send requests (CORS); `*`: all; empty: none.
     pub cors_origins: Vec<String>,
-    /// OpenTelemetry collector that spans of requests are sent to (OTLP over gRPC), such as `http://localhost:4317`.
+    /// OpenTelemetry collector that receives the spans of requests (OTLP over gRPC), such as `http://localhost:4317`.
     pub otlp_endpoint: Option<String>,
-    /// Clients may load and unload models.
+    /// Whether clients may load and unload models.
     pub model_control: bool,
-    /// How often the repository is looked at for new, changed and gone models; none: only when asked.
+    /// How often the repository is checked for new, changed and removed models; `None`: only on request.
     pub watch: Option<Duration>,
-    /// How long requests are still taken after a stop was asked for, while readiness already says no.
+    /// How long requests are still served after a stop was requested, while readiness already fails.
     pub drain_hold: Duration,
     /// How long requests in flight may take to finish after that.
     pub drain_timeout: Duration,
-    /// An engine run longer than this is taken as hung: not ready.
+    /// An engine run longer than this counts as hung: the server is not ready.
     pub hang_limit: Duration,
-    /// Engines out of order for longer than this end the server with an error, so that it is restarted.
+    /// If engines fail for longer than this, the server ends with an error, so that it is restarted.
     pub fault_limit: Duration,
-    /// When the process started: for the time from start to ready.
+    /// When the process started; for the metric of the time to ready.
     pub started: Instant,
 }
 
@@ -141,7 +142,7 @@ impl Default for Options {
 /// A request to a running server, from a signal or a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
-    /// Stop: drain. The second time: stop at once.
+    /// Drain; the second time, stop at once.
     Stop,
     /// Read certificates, API keys and the model repository again.
     Reload,
@@ -150,38 +151,38 @@ pub enum Control {
 /// Why a server ended without [`Control::Stop`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// An address that can't be listened on.
+    /// The server can't listen on an address.
     #[error("can't listen on {address} for {port}: {source}; choose another with --{port}")]
     Bind {
-        /// The address asked for.
+        /// The requested address.
         address: SocketAddr,
         /// Which port: `http`, `grpc` or `admin`.
         port: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Certificates.
+    /// The certificates can't be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// API keys.
+    /// The API keys can't be used.
     #[error(transparent)]
     Keys(#[from] KeysError),
-    /// The models.
+    /// The models can't be served.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The engines were out of order for too long.
+    /// Engines have failed for too long.
     #[error("{0}; giving up so that the server is restarted")]
     Fault(String),
-    /// The collector of traces.
+    /// The trace exporter can't be started.
     #[error("{0}")]
     Traces(String),
-    /// The system refused a thread, or a thread died.
+    /// The system refused a thread, or a thread panicked.
     #[error("the server can't run: {0}")]
     Broken(String),
 }
 
-/// The async runtime for a server on all of this machine. Its threads only move bytes, the compute threads need the cores:
-/// half as many as those leave them more of their time (measured in `benches/serving.rs`).
+/// The async I/O runtime for a server that has the machine to itself. It has half as many threads as there are cores,
+/// which leaves the compute threads more of them (measured in `benches/serving.rs`).
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
@@ -192,7 +193,7 @@ pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// A server with its addresses, not yet running.
+/// A server that is bound, but does not run yet.
 #[derive(Debug)]
 pub struct Server {
     options: Options,
@@ -208,8 +209,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads certificates and keys and takes the addresses. The admin port listens from now on, the others once the models
-    /// are warm.
+    /// Reads certificates and keys and binds the addresses. The admin port listens from now on, the others once the
+    /// models are warm.
     pub fn bind(options: Options) -> Result<Self, ServeError> {
         let metrics = Arc::new(Metrics::new());
         let traces = options.otlp_endpoint.as_deref().map(Traces::start).transpose().map_err(ServeError::Traces)?;
@@ -244,9 +245,9 @@ impl Server {
         self.metrics.clone()
     }
 
-    /// The server's whole life. `load` opens and warms the models on a thread that may block. Ends after
-    /// [`Control::Stop`] with everything answered, or once the engines have failed for longer than the limit. Dropping the sender of `control`
-    /// asks for a stop as well.
+    /// Runs the server to its end. `load` opens and warms up the models, on a thread that may block. Returns after
+    /// [`Control::Stop`], when the drain is over, or with an error once engines have failed for longer than the limit.
+    /// Dropping the sender of `control` requests a stop as well.
     pub async fn run<L>(self, load: L, mut control: mpsc::Receiver<Control>) -> Result<(), ServeError>
     where
         L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
@@ -254,7 +255,7 @@ impl Server {
         let Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
-        // before models take descriptors of their own
+        // before the models open descriptors of their own
         let shares = descriptors::share(options.connections);
         let Options { head_timeout, write_timeout, .. } = options;
         let limits = |port, tls| accept::Limits {
@@ -344,7 +345,7 @@ impl Server {
             readiness.close();
             drop((stop_http, stop_grpc));
             let (http, grpc) = tokio::join!(http, grpc);
-            // a port whose task panicked has nothing left to finish; the other has
+            // a port whose task panicked has nothing left to drain
             let mut ports: Vec<accept::Open> = [http, grpc].into_iter().filter_map(Result::ok).collect();
             let finish = join_all(ports.iter_mut().map(accept::Open::finish));
             let finished = tokio::time::timeout(options.drain_timeout, finish).await.is_ok();
@@ -384,7 +385,7 @@ impl Server {
     }
 }
 
-/// Where a browser on this machine finds the page.
+/// The page's URL for a browser on this machine.
 fn page_of(address: SocketAddr, tls: bool) -> String {
     let (scheme, port) = (if tls { "https" } else { "http" }, address.port());
     match address.ip() {
@@ -393,7 +394,7 @@ fn page_of(address: SocketAddr, tls: bool) -> String {
     }
 }
 
-/// `[::]` takes IPv4 as well as IPv6. Where a machine has no IPv6 at all, it is every address that there is.
+/// Binds `[::]` for IPv6 and IPv4; on a machine without IPv6, `0.0.0.0`.
 fn on_every_family<T>(address: SocketAddr, bind: impl Fn(SocketAddr) -> std::io::Result<T>) -> std::io::Result<T> {
     match bind(address) {
         Err(error) if address.is_ipv6() && address.ip().is_unspecified() && lacks_family(&error) => {
@@ -409,10 +410,10 @@ fn lacks_family(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EAFNOSUPPORT) || error.kind() == std::io::ErrorKind::AddrNotAvailable
 }
 
-/// An address of our own, not yet listening.
+/// Binds an address without listening on it.
 fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // a port in use is told by the system only if nobody else asks to share it
+    // fails if the port is in use; the bind below may succeed nevertheless
     if address.port() != 0 {
         TcpListener::bind(address)?;
     }
@@ -422,7 +423,7 @@ fn reserve(address: SocketAddr) -> std::io::Result<(TcpSocket, SocketAddr)> {
     Ok((socket, address))
 }
 
-/// Ends with the name of a port once its task has ended: its requests are refused, and no other port shows it.
+/// Returns the name of a port once its task has ended: its requests are refused, and no probe of another port shows it.
 async fn dead<const N: usize>(ports: impl Fn() -> [(&'static str, bool); N]) -> &'static str {
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {
@@ -433,7 +434,7 @@ async fn dead<const N: usize>(ports: impl Fn() -> [(&'static str, bool); N]) -> 
     }
 }
 
-/// Ends with the reason once the engines have been out of order for longer than the limit.
+/// Returns the reason once engines have failed for longer than the limit.
 async fn watch(registry: &Registry, options: &Options) -> String {
     let mut since: Option<Instant> = None;
     let mut tick =

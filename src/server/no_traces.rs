@@ -1,4 +1,4 @@
-//! What stands in for `traces` in a build without the cargo feature `otel`: nothing can be started, so nothing is recorded.
+//! Replaces `traces` in a build without the cargo feature `otel`: nothing can be started, so nothing is recorded.
 
 use axum::http::HeaderMap;
 

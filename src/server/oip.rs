@@ -1,8 +1,8 @@
 //! The Open Inference Protocol over HTTP (`/v2`), with Triton's extensions: binary tensor data, classification,
 //! statistics, model configuration, schedule policy, model repository.
 //!
-//! Handlers only: `framing` has the wire format, `inference` the request path that gRPC shares, `describe` what is told
-//! about models. Health is in `http`.
+//! Handlers only: `framing` has the wire format, `inference` the request path shared with gRPC, `describe` the model
+//! metadata. Health is in `http`.
 
 pub mod datatype;
 pub(super) mod describe;
@@ -30,7 +30,8 @@ use super::deadline;
 use super::status::{ApiError, Code, ErrorBody};
 use crate::pb::open_inference as pb;
 
-/// Every route under `/v2` but health. What names a version is documented; the same without one means the highest.
+/// Every route under `/v2` except health. The OpenAPI description documents routes with a version; without one they
+/// mean the highest.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(server))
@@ -52,13 +53,13 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(unload))
 }
 
-/// The model of a path.
+/// The model in a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct ModelPath {
     /// Name in the repository.
     model: String,
-    /// Version in the repository.
+    /// Version in the repository; by default the highest.
     #[param(value_type = String, required = true)]
     version: Option<String>,
 }
@@ -72,13 +73,13 @@ impl<S: Send + Sync> FromRequestParts<S> for ModelPath {
     }
 }
 
-/// Names of the models that are served.
+/// Names of the served models.
 #[derive(Debug, Serialize, ToSchema)]
 struct Models {
     models: Vec<String>,
 }
 
-/// Whether a model can answer.
+/// Whether a model is ready.
 #[derive(Debug, Serialize, ToSchema)]
 struct ModelReady {
     name: String,
@@ -89,7 +90,7 @@ struct ModelReady {
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 struct IndexRequest {
-    /// Only those that are ready.
+    /// Whether to list ready models only.
     ready: Option<bool>,
 }
 
@@ -109,7 +110,7 @@ async fn models(State(app): State<Arc<App>>) -> Json<Models> {
     Json(Models { models })
 }
 
-/// A model's tensors and versions.
+/// A model's inputs, outputs and versions.
 #[utoipa::path(get, path = "/v2/models/{model}/versions/{version}", tag = "Open Inference Protocol",
     params(ModelPath), responses(
     (status = 200, body = pb::ModelMetadataResponse), (status = "default", body = ErrorBody)))]
@@ -118,7 +119,7 @@ async fn model(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<pb::
     Ok(Json(describe::model(&app, &model)))
 }
 
-/// Whether a model can answer.
+/// Whether a model is ready.
 #[utoipa::path(get, path = "/v2/models/{model}/versions/{version}/ready", tag = "Open Inference Protocol",
     params(ModelPath), responses((status = 200, body = ModelReady), (status = "default", body = ErrorBody)))]
 async fn model_ready(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<ModelReady>, ApiError> {
@@ -134,7 +135,7 @@ async fn config(State(app): State<Arc<App>>, path: ModelPath) -> Result<Json<pb:
     Ok(Json(describe::config(&model)))
 }
 
-/// A model's running totals.
+/// A model's inference statistics.
 #[utoipa::path(get, path = "/v2/models/{model}/versions/{version}/stats", tag = "Open Inference Protocol",
     params(ModelPath), responses(
     (status = 200, body = pb::ModelStatisticsResponse), (status = "default", body = ErrorBody)))]
@@ -145,7 +146,7 @@ async fn statistics(
     Ok(Json(describe::statistics(&app, &path.model, path.version.as_deref())?))
 }
 
-/// Running totals of every model.
+/// Inference statistics of every model.
 #[utoipa::path(get, path = "/v2/models/stats", tag = "Open Inference Protocol", responses(
     (status = 200, body = pb::ModelStatisticsResponse), (status = "default", body = ErrorBody)))]
 async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelStatisticsResponse>, ApiError> {
@@ -154,8 +155,8 @@ async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelSta
 
 /// Runs a model on a tensor, on pixels or on encoded images.
 ///
-/// With the header `inference-header-content-length: N` the first N bytes of the body are JSON and tensors follow as
-/// little-endian bytes; with 0 the body is one image's tensor (FP32), or an encoded image.
+/// With the header `inference-header-content-length: N` the first N bytes of the body are JSON, followed by the tensors
+/// as little-endian bytes; with 0 the body is one image's tensor (FP32) or an encoded image.
 #[utoipa::path(post, path = "/v2/models/{model}/versions/{version}/infer", tag = "Open Inference Protocol",
     params(ModelPath,
         ("inference-header-content-length" = Option<u64>, Header, description = "Bytes of the body that are JSON"),
@@ -172,7 +173,7 @@ async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -
     // checked before the body is read, so that a wrong name costs no upload
     let model = describe::find(&app, &path.model, path.version.as_deref())?;
     let length = framing::json_length(request.headers())?;
-    // nor does a refusal
+    // neither does a full queue
     model.has_room(deadline)?;
     let Held { bytes, mut charge } = whole(&app.bodies, request, deadline).await?;
     let limits = inference::limits(&model);
@@ -185,7 +186,7 @@ async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -
     app.bodies.threads.run(answered.size, deadline, move || framing::respond(answered)).await
 }
 
-/// What the repository serves.
+/// The models of the repository that are served.
 #[utoipa::path(post, path = "/v2/repository/index", tag = "Open Inference Protocol",
     request_body(content = Option<IndexRequest>, content_type = "application/json"), responses(
     (status = 200, body = Vec<pb::repository_index_response::ModelIndex>), (status = "default", body = ErrorBody)))]
@@ -207,7 +208,7 @@ async fn index(
     Ok(Json(describe::index(&app, asked.await?.flatten() == Some(true)).models))
 }
 
-/// What `read` makes of a body that may be left out, or be `null`.
+/// Reads an optional body with `read`; `None` if it is empty or `null`.
 async fn small<T: Send + 'static>(
     app: &App,
     request: Request,
@@ -223,7 +224,7 @@ async fn small<T: Send + 'static>(
     parsed.await
 }
 
-/// What a load or an unload is told; a load takes no parameters.
+/// Parameters of a load or an unload; a load has none.
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 struct ControlRequest {
@@ -231,11 +232,11 @@ struct ControlRequest {
     parameters: BTreeMap<String, serde_json::Value>,
 }
 
-/// The answer of a call that has nothing to tell.
+/// An empty object.
 #[derive(Debug, Serialize, ToSchema)]
 struct Done {}
 
-/// Loads or reloads a model's newest version from the repository. Only with `--model-control`.
+/// Loads or reloads a model's newest version from the repository. Needs `--model-control`.
 #[utoipa::path(post, path = "/v2/repository/models/{model}/load", tag = "Open Inference Protocol",
     params(("model" = String, Path, description = "Name in the repository")),
     request_body(content = Option<ControlRequest>, content_type = "application/json"),
@@ -246,7 +247,7 @@ async fn load(State(app): State<Arc<App>>, path: ModelPath, request: Request) ->
     Ok(Json(Done {}))
 }
 
-/// Unloads every version of a model. Only with `--model-control`.
+/// Unloads every version of a model. Needs `--model-control`.
 #[utoipa::path(post, path = "/v2/repository/models/{model}/unload", tag = "Open Inference Protocol",
     params(("model" = String, Path, description = "Name in the repository")),
     request_body(content = Option<ControlRequest>, content_type = "application/json"),
@@ -257,7 +258,7 @@ async fn unload(State(app): State<Arc<App>>, path: ModelPath, request: Request) 
     Ok(Json(Done {}))
 }
 
-/// Names of the parameters of a load or an unload; no body has none.
+/// Names of the parameters of a load or an unload; an empty body has none.
 async fn control_parameters(app: &App, request: Request) -> Result<Vec<String>, ApiError> {
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     let named = small(app, request, deadline, |body| {

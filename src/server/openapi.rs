@@ -1,4 +1,5 @@
-//! `/openapi.json` and `/docs`: what the HTTP port answers, generated from the handlers, readable without a network.
+//! `/openapi.json` and `/docs`: the description of the HTTP port, generated from its handlers, readable without a
+//! network.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 use super::app::App;
 use super::page;
 
-/// What no handler says.
+/// The parts of the description that belong to no handler.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -35,7 +36,7 @@ const VERSION: &str = "/versions/{version}";
 
 /// Completes the description and serves it.
 pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi, keys: bool) -> Router<Arc<App>> {
-    // the same without a version: the highest
+    // each route with a version exists without one too, and then means the highest
     let versioned: Vec<_> = api.paths.paths.iter().filter(|(path, _)| path.contains(VERSION)).collect();
     let shorter: Vec<_> = versioned.iter().map(|(path, item)| (path.replace(VERSION, ""), latest(item))).collect();
     api.paths.paths.extend(shorter);
@@ -44,7 +45,7 @@ pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi,
         api.components.get_or_insert_default().add_security_scheme("api_key", bearer);
         api.security = Some(vec![utoipa::openapi::SecurityRequirement::new("api_key", Vec::<String>::new())]);
     }
-    // one copy for all clients, however many read it slowly
+    // one copy for all clients, however many of them read it slowly
     let text = Bytes::from(api.to_json().unwrap_or_default());
     let document = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], text) });
     let docs: Router<Arc<App>> = SwaggerUi::new("/docs").config(Config::from("/openapi.json")).into();

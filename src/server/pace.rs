@@ -1,9 +1,9 @@
 //! Paces refusals: a client that retries at once after a 429 gets the next 429 with a delay.
 //!
-//! A refusal costs little, but a client that tries again at once gets thousands of them a second, which takes processor time
-//! from requests that could be answered. So a client (a connection) that was told to come later and comes within a second
-//! waits in a line that lets so many go a second; the first refusal is never held, so that a balancer hears of it at once. What is
-//! held is the answer alone: its request has been thrown away.
+//! A refusal costs little, but a client that retries at once receives thousands of them per second, which takes CPU
+//! time from requests that could be answered. So a client (a connection) that was refused and retries within a second
+//! waits in a queue that sends a fixed number per second. The first refusal is never held, so that a load balancer
+//! hears of it at once. Only the response is held: its request has been freed.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,22 +12,22 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::IntGauge;
 
-/// Refusals a second to clients that retry at once. Below that rate they cost little, and none is held.
+/// Refusals per second to clients that retry at once. Below that rate none is held.
 const RATE: u32 = 200;
-/// Longest that one is held.
+/// Longest that a refusal is held.
 const LONGEST: Duration = Duration::from_secs(2);
-/// A client that comes within that after a refusal comes straight back; `retry-after` is no shorter.
+/// A client that retries within this after a refusal retries at once; `retry-after` is never shorter.
 const STRAIGHT: Duration = Duration::from_secs(1);
-/// Of four connections that a port may have open, the most that a refusal is held for at once, should each hold one: the others
-/// are for clients that could be answered. More are answered at once.
+/// Refusals held at once, in quarters of the connections that a port may have open: the rest stay free for clients that
+/// could be answered. Refusals beyond that are sent at once.
 const HELD_OF_FOUR: usize = 3;
-/// Most that are held of one connection: the rest of its HTTP/2 streams stay free.
+/// Most refusals held per connection: the rest of its HTTP/2 streams stay free.
 const HELD_EACH: usize = 16;
 
 /// The refusals of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Visits {
-    /// When its last refusal went out, or will; none: its last request was not refused.
+    /// When its last refusal was or will be sent; `None`: its last request was not refused.
     refused: Arc<Mutex<Option<Instant>>>,
     room: Arc<Semaphore>,
 }
@@ -43,7 +43,7 @@ impl Visits {
         std::mem::replace(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner), refused)
     }
 
-    /// An image was admitted and answered.
+    /// Records that an image was admitted and answered.
     pub(super) fn welcome(&self) {
         self.set(None);
     }
@@ -78,13 +78,13 @@ impl Drop for Counted {
 }
 
 impl Pace {
-    /// For a server whose ports may have so many connections open, each.
+    /// For a server that allows `connections` open per port.
     pub(super) fn new(connections: usize, held: IntGauge) -> Self {
         let most = (connections / 4).saturating_mul(HELD_OF_FOUR).clamp(1, Semaphore::MAX_PERMITS);
         Self { next: Mutex::new(Instant::now()), room: Arc::new(Semaphore::new(most)), held }
     }
 
-    /// A request is refused that wants its answer by `deadline`; none: the refusal goes out at once.
+    /// Decides how long to hold the refusal of a request with this deadline; `None`: send it at once.
     pub(super) fn hold(&self, visits: &Visits, now: Instant, deadline: Instant) -> Option<Hold> {
         let straight_back = visits.set(Some(now)).is_some_and(|refused| now < refused + STRAIGHT);
         if !straight_back {
@@ -92,7 +92,7 @@ impl Pace {
         }
         let own = visits.room.clone().try_acquire_owned().ok()?;
         let room = [own, self.room.clone().try_acquire_owned().ok()?];
-        // half of the time left: sending the answer takes time as well
+        // at most half of the time left: sending the response takes time as well
         let latest = now + (deadline.saturating_duration_since(now) / 2).min(LONGEST);
         let until = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,7 +147,7 @@ mod tests {
         for ms in [0, 1000, 2000] {
             assert_eq!(held(&visits, ms, patient), None, "it stays away for a second");
         }
-        // the queue is long
+        // as if the queue were long
         *pace.next.lock().expect("no panic under it") = start + 2800 * MS;
         assert_eq!(held(&visits, 2003, patient), Some(start + 2800 * MS));
         assert_eq!(held(&visits, 2100, start + 2500 * MS), Some(start + 2300 * MS), "half of its time");

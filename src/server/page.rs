@@ -1,7 +1,7 @@
-//! The web page: a few files, compiled in, and the headers that keep it and `/docs` to this server.
+//! The web page: a few files, compiled in, and the headers that restrict it and `/docs` to this server.
 //!
-//! The page is a client of the routes like any other. Its addresses are relative, so that a proxy may put everything under a
-//! prefix.
+//! The page is a client of the routes like any other. Its URLs are relative, so that a proxy may serve everything under
+//! a prefix.
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, header};
@@ -10,16 +10,17 @@ use axum::routing::{MethodRouter, get};
 
 use super::accept::Accounted;
 
-/// Scripts, styles and calls only from and to this server; images also from the page's own memory (the thumbnails).
+/// Content security policy: scripts, styles and requests only from and to this server; images also from the page's
+/// memory (thumbnails).
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// The same for `/docs`, whose program writes styles into its elements and has its pictures in them.
+/// The same for `/docs`, whose script sets inline styles and uses `data:` images.
 const DOCS_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; \
                            img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
                            frame-ancestors 'none'";
 
-/// `/` and what it loads.
+/// `/` and the files that it loads.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/", file("text/html; charset=utf-8", include_str!("page/page.html")))
@@ -29,10 +30,10 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
         .layer(axum::middleware::map_response(async |response| guarded(response, POLICY)))
 }
 
-/// The headers that keep `/docs` to this server.
+/// Adds the headers that restrict `/docs` to this server.
 pub(super) async fn guard_docs(response: Response) -> Response {
     let mut response = guarded(response, DOCS_POLICY);
-    // its files are in the program
+    // its files are part of the executable, so they use no memory per response
     response.extensions_mut().insert(Accounted);
     response
 }

@@ -1,4 +1,4 @@
-//! Whether requests are welcome: a latch released once after warm-up, the engines' health, and the drain that ends it.
+//! Whether requests are welcome: a latch released once after warm-up, the engines' health, and the drain at the end.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,48 +12,48 @@ use crate::metrics::Metrics;
 /// The process's readiness, shared by every port.
 #[derive(Debug)]
 pub(super) struct Readiness {
-    /// Set once, when every model is warm and every port listens. Nothing unsets it.
+    /// Set once, when every model is warm and every port listens; never unset.
     warm: OnceLock<Arc<Registry>>,
     draining: AtomicBool,
-    /// Set once the hold is over.
+    /// True once the hold (`--drain-hold`) is over.
     closing: watch::Sender<bool>,
     hang_limit: Duration,
 }
 
 impl Readiness {
-    /// Starts as not ready. An engine run longer than `hang_limit` counts as hung.
+    /// Not ready at first. An engine run longer than `hang_limit` counts as hung.
     pub(super) fn new(hang_limit: Duration) -> Self {
         Self { warm: OnceLock::new(), draining: AtomicBool::new(false), closing: watch::Sender::new(false), hang_limit }
     }
 
-    /// Every model is warm and every port listens.
+    /// Releases the latch: every model is warm and every port listens.
     pub(super) fn release(&self, registry: Arc<Registry>) {
         let _ = self.warm.set(registry);
     }
 
-    /// The server is stopping. This is final.
+    /// Marks the server as stopping, for good.
     pub(super) fn drain(&self) {
         self.draining.store(true, Ordering::Release);
     }
 
-    /// True once the server is stopping.
+    /// Whether the server is stopping.
     pub(super) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// The hold is over: new requests are refused.
+    /// Ends the hold: new requests are refused.
     pub(super) fn close(&self) {
         self.closing.send_replace(true);
     }
 
-    /// True once the hold is over.
+    /// Whether the hold is over.
     pub(super) fn is_closing(&self) -> bool {
         *self.closing.borrow()
     }
 
-    /// Returns once the hold is over.
+    /// Resolves once the hold is over.
     pub(super) async fn closed(&self) {
-        // an error would mean that the sender, which is here, is gone
+        // fails only if the sender is dropped, and `self` owns it
         let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
     }
 
@@ -66,7 +66,7 @@ impl Readiness {
         registry.fault(self.hang_limit).map_or(Ok(()), Err)
     }
 
-    /// Whether this one model is ready, whatever the others do, or the reason why not.
+    /// Whether `model` is ready, whatever the state of the others, or the reason why not.
     pub(super) fn check_model(&self, model: &LiveModel) -> Result<(), String> {
         self.open()?;
         model.fault(self.hang_limit).map_or(Ok(()), Err)

@@ -1,6 +1,6 @@
-//! What is read again while the server runs: certificates, API keys, and the models of the repository.
+//! Reads certificates, API keys and the model repository again while the server runs.
 //!
-//! A file or a model that can't be used leaves the old one in force.
+//! If a file or a model can't be used, the old one stays in force.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -42,12 +42,13 @@ impl Reloader {
         })
     }
 
-    /// From now on models can be reloaded.
+    /// Allows models to be reloaded from now on.
     pub(super) fn serve(&self, registry: Arc<Registry>) {
         let _ = self.registry.set(registry);
     }
 
-    /// A request to stop, or its sender gone. A request to reload on the way is passed on to [`run`](Self::run).
+    /// Resolves when a stop is requested or the sender is dropped. Reload requests before that are passed on to
+    /// [`run`](Self::run).
     pub(super) async fn until_stop(&self, control: &mut mpsc::Receiver<Control>) {
         while let Some(Control::Reload) = control.recv().await {
             self.secrets_asked.notify_one();
@@ -55,7 +56,7 @@ impl Reloader {
         }
     }
 
-    /// A second request to stop; a dropped sender is none.
+    /// Resolves at a second request to stop; a dropped sender does not count.
     pub(super) async fn asked_again(&self, control: &mut mpsc::Receiver<Control>) {
         self.until_stop(control).await;
         if control.is_closed() && control.is_empty() {
@@ -63,8 +64,8 @@ impl Reloader {
         }
     }
 
-    /// Reloads on request and looks at the repository at intervals; never returns. Reloads run one at a time on a thread of their
-    /// own: any number of requests meanwhile make one more. A reload that hangs blocks nothing else.
+    /// Reloads on request and checks the repository at intervals; never returns. Reloads run one at a time on a thread
+    /// of their own: all requests that arrive meanwhile cause one more. A reload that hangs blocks nothing else.
     pub(super) async fn run(&self, every: Option<Duration>) {
         let secrets = async {
             loop {
@@ -126,7 +127,7 @@ fn secrets(tls: Option<&Tls>, keys: Option<&Keys>) {
     }
 }
 
-/// `said` is the last failure that was logged: by timer, the same one is not logged again.
+/// Reloads the models. `said` is the last logged failure: a periodic check does not log the same one again.
 fn models(registry: &Registry, metrics: &Metrics, look: Look, said: &Mutex<Option<String>>) {
     let failure = registry.reload(metrics, look).err().map(|error| error.to_string());
     let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);

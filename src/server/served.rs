@@ -1,4 +1,4 @@
-//! The facts of an answered request: for the log, the metrics, the traces and the header `server-timing`.
+//! What is recorded of an answered request: for the log, the metrics, the traces and the header `server-timing`.
 
 use std::time::Duration;
 
@@ -10,26 +10,27 @@ use crate::metrics::{Outcome, Protocol};
 
 pub(super) const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// What a handler reports to the access log beyond its response. Faults of single images are here too: their request is ok.
+/// What a handler reports to the access log with its response, including errors of single images in a request that
+/// succeeds.
 #[derive(Debug, Clone)]
 pub(super) struct Served {
     pub(super) model: String,
     pub(super) version: u64,
     pub(super) images: usize,
-    /// Per phase the slowest image.
+    /// The longest of all images, per phase.
     pub(super) timings: Timings,
-    /// For the log only.
+    /// Errors of single images; for the log only.
     pub(super) faults: Vec<String>,
 }
 
 impl Served {
-    /// `images` of a request reached `model`.
+    /// Of a request with `images` images for `model`.
     pub(super) fn new(model: &LiveModel, images: usize) -> Self {
         let (model, version) = (model.name.clone(), model.version);
         Self { model, version, images, timings: Timings::default(), faults: Vec::new() }
     }
 
-    /// An image of the request was answered in these times: since images are worked on side by side, the longest counts.
+    /// Adds the timings of one image. Images are processed in parallel, so the longest counts.
     pub(super) fn add_timings(&mut self, b: &Timings) {
         let a = &mut self.timings;
         a.decode = a.decode.max(b.decode);
@@ -39,7 +40,7 @@ impl Served {
         a.batch = a.batch.max(b.batch);
     }
 
-    /// Value of the header `server-timing`: milliseconds, as its specification wants them.
+    /// Value of the header `server-timing`, in milliseconds.
     pub(super) fn server_timing(&self) -> String {
         let Timings { decode, preprocess, queue, inference, .. } = self.timings;
         format!(
@@ -64,7 +65,7 @@ pub(super) struct Line<'a> {
     pub(super) duration_ms: f64,
 }
 
-/// Milliseconds, to the microsecond.
+/// Milliseconds, rounded to the microsecond.
 pub(super) fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }

@@ -1,6 +1,6 @@
 //! The only table from an error to what a client sees: code, HTTP status, gRPC status and metric outcome, side by side.
 //!
-//! The text of a fault of the server is fixed; the detail goes to the log, once, with the request's id.
+//! An internal error has a fixed text; its detail is logged once, with the request's id.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use crate::infer::error::InferError;
 use crate::printable::printable;
 
-/// The code that clients branch on is the outcome that the metrics count.
+/// Clients branch on the same code that the metrics count as outcome.
 pub use crate::metrics::Outcome as Code;
 
 impl Code {
@@ -34,7 +34,7 @@ impl Code {
             Self::Overloaded => (StatusCode::TOO_MANY_REQUESTS, 8),
             Self::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, 4),
             Self::ShuttingDown | Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, 14),
-            // the client is gone: never sent
+            // never sent, as the client has disconnected
             Self::Cancelled => (StatusCode::REQUEST_TIMEOUT, 1),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, 13),
         }
@@ -54,23 +54,23 @@ impl Code {
 /// An error on its way to a client.
 #[derive(Debug, Clone)]
 pub struct ApiError {
-    /// What kind.
+    /// The kind of error.
     pub code: Code,
-    /// What the client reads: what is wrong and what to do next.
+    /// Text for the client: what is wrong and what to do next.
     pub message: String,
-    /// When to try again.
+    /// When to retry.
     pub retry_after: Option<Duration>,
     /// For the log only.
     pub detail: Option<String>,
 }
 
-/// Most characters of anything that a client sent and an answer repeats.
+/// Most characters of a client's text that a response repeats.
 const ECHO: usize = 200;
 
 /// Most characters of an error's text.
 const MESSAGE: usize = 1000;
 
-/// A client's text as an answer repeats it: cut where it is long.
+/// A client's text as a response repeats it: truncated if it is long.
 pub(super) fn cut(text: &str) -> Cow<'_, str> {
     shortened(text, ECHO)
 }
@@ -83,7 +83,8 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
 }
 
 impl ApiError {
-    /// An error whose text the client may see: as it may repeat what a client sent, without control characters.
+    /// An error with a text for the client. Control characters are escaped, since the text may repeat what the client
+    /// sent.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         let mut message = message.into();
         if let Cow::Owned(escaped) = printable(&message) {
@@ -95,7 +96,7 @@ impl ApiError {
         Self { code, message, retry_after: None, detail: None }
     }
 
-    /// A fault of the server: `detail` is for the log, the client gets a fixed text.
+    /// An internal error: `detail` is for the log, the client gets a fixed text.
     pub fn internal(detail: impl Into<String>) -> Self {
         let message = "internal error; the server's log has the details under this x-request-id".into();
         Self { code: Code::Internal, message, retry_after: None, detail: Some(detail.into()) }
@@ -121,16 +122,16 @@ impl From<InferError> for ApiError {
 pub(super) struct ErrorBody<'a> {
     /// What is wrong and what to do next.
     error: &'a str,
-    /// What kind.
+    /// The error's code, for programs to branch on.
     code: &'static str,
 }
 
-/// Tells gRPC clients what HTTP clients read as `code`; a status number stands for several.
+/// Metadata key of the error's code, since one gRPC status stands for several.
 const ERROR_CODE: &str = "x-error-code";
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 impl ApiError {
-    /// The error as gRPC tells it.
+    /// The error as a gRPC status.
     pub(super) fn into_status(self) -> tonic::Status {
         let mut status = tonic::Status::new(tonic::Code::from_i32(self.code.grpc()), self.message);
         let metadata = status.metadata_mut();
@@ -143,29 +144,29 @@ impl ApiError {
     }
 }
 
-/// How a gRPC call ended that failed before it had anything to send; none: it did not, or it was no gRPC call.
+/// The code of a gRPC call that failed before its first message; `None` if it did not, or was no gRPC call.
 pub(super) fn grpc_outcome(headers: &HeaderMap) -> Option<Code> {
     let number: i32 = headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()?;
     let named = headers.get(ERROR_CODE).and_then(|name| Code::ALL.into_iter().find(|code| name == code.name()));
     match (named, number) {
         (_, 0) => None,
         (Some(code), _) => Some(code),
-        // what the framework says itself
+        // a status that tonic made itself
         (None, 11) => Some(Code::BodyTooLarge),
         (None, 5 | 12) => Some(Code::NotFound),
         (None, _) => Some(Code::InvalidRequest),
     }
 }
 
-/// Whole seconds, rounded up: `retry-after` knows no fractions.
+/// Whole seconds, rounded up: `retry-after` has no fractions.
 fn seconds(after: Duration) -> u64 {
     after.as_secs_f64().ceil().max(1.0) as u64
 }
 
-/// What middleware reads off a failed response: the code for the metrics, the detail for the log.
+/// What middleware reads from a failed response: the code for the metrics, the detail for the log.
 #[derive(Debug, Clone)]
 pub struct Failure {
-    /// What kind.
+    /// The kind of error.
     pub code: Code,
     /// For the log only.
     pub detail: Option<String>,
@@ -187,7 +188,7 @@ impl IntoResponse for ApiError {
 mod tests {
     use super::*;
 
-    /// The contract's table, by hand.
+    /// The contract's table, written out by hand.
     #[test]
     fn codes_map_as_the_contract_says() {
         let table = Code::ALL.map(|c| (c.name(), c.http().as_u16(), c.grpc()));
@@ -216,7 +217,7 @@ mod tests {
         );
     }
 
-    /// Clients print it on terminals and write it into their logs.
+    /// Clients print messages on terminals and write them into logs.
     #[test]
     fn a_message_has_no_control_characters() {
         let name = "\x1b]0;evil\x07\r\n\u{202e}".to_string();

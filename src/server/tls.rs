@@ -13,36 +13,36 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::model::regular_file;
 
-/// Most bytes of a file of certificates or of a key.
+/// Most bytes of a certificate or key file.
 const LARGEST: u64 = 16 << 20;
 
-/// Where the certificates are. All files are PEM.
+/// The certificate files, all in PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsOptions {
-    /// The server's certificate, and those between it and its authority.
+    /// The server's certificate, followed by intermediate certificates.
     pub cert: PathBuf,
-    /// The private key of the first of them.
+    /// The certificate's private key.
     pub key: PathBuf,
-    /// Authorities of client certificates. When set, a client without such a certificate is refused.
+    /// Authorities of client certificates. If set, clients without a certificate from one of them are refused.
     pub client_ca: Option<PathBuf>,
 }
 
-/// Why TLS can't be spoken.
+/// Why TLS can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file that can't be read, or is not what it should be.
+    /// A file can't be read or is not what it should be.
     #[error("can't use `{path}` as {what}: {reason}")]
     File {
         /// The file.
         path: PathBuf,
-        /// What it was to be.
+        /// What it should be.
         what: &'static str,
         /// What is wrong.
         reason: String,
     },
 }
 
-/// The present configuration.
+/// The current configuration.
 #[derive(Debug)]
 pub(super) struct Tls {
     options: TlsOptions,
@@ -56,20 +56,20 @@ impl Tls {
         Ok(Self { options, config })
     }
 
-    /// Reads the files again, for connections from now on; on failure the old ones stay.
+    /// Reads the files again, for new connections; on failure the old ones stay.
     pub(super) fn reload(&self) -> Result<(), TlsError> {
         let config = configure(&self.options)?;
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
         Ok(())
     }
 
-    /// For one handshake.
+    /// The acceptor for a handshake.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.config.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
 }
 
-/// Whether PEM is a key behind a password, in either of the two forms.
+/// Whether a PEM key is encrypted, in either of the two formats.
 fn is_encrypted(pem: &[u8]) -> bool {
     let text = String::from_utf8_lossy(pem);
     text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED")

@@ -1,8 +1,8 @@
-//! One OpenTelemetry span a request, sent to a collector (OTLP over gRPC). Built with the cargo feature `otel`.
+//! One OpenTelemetry span per request, sent to a collector (OTLP over gRPC). Built with the cargo feature `otel`.
 //!
-//! A span is made when its request has ended, from what the access log knows: nothing is measured twice, and nothing is
-//! done while an image is on its way. Names follow OpenTelemetry's semantic conventions for HTTP servers. Knows nothing of
-//! handlers or models.
+//! A span is created when its request has ended, from the data of the access log: nothing is measured twice, and
+//! nothing is done while an image is in work. Names follow OpenTelemetry's semantic conventions for HTTP servers. Knows
+//! nothing of handlers or models.
 
 use std::time::SystemTime;
 
@@ -18,13 +18,13 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use super::served::{Line, Served, millis};
 use crate::metrics::{Outcome, Protocol};
 
-/// The exporter to the collector. Spans wait in a bounded queue; what does not fit is dropped.
+/// The exporter. Spans wait in a bounded queue; those that don't fit are dropped.
 #[derive(Debug)]
 pub(super) struct Traces {
     provider: SdkTracerProvider,
 }
 
-/// A request in progress: when it came and the trace that it belongs to (W3C Trace Context).
+/// A request in progress: its start and the trace that it belongs to (W3C Trace Context).
 #[derive(Debug)]
 pub(super) struct Arrived {
     at: SystemTime,
@@ -32,8 +32,8 @@ pub(super) struct Arrived {
 }
 
 impl Traces {
-    /// Sends to `endpoint`, such as `http://localhost:4317`. Needs a runtime; the error says what is wrong with the address. A
-    /// collector that can't be reached shows later, in the log.
+    /// Exports to `endpoint`, such as `http://localhost:4317`. Needs a runtime; the error says what is wrong with the
+    /// endpoint. A collector that can't be reached is logged later.
     pub(super) fn start(endpoint: &str) -> Result<Self, String> {
         let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).build();
         let exporter = exporter.map_err(|e| format!("can't send traces to `{endpoint}`: {e}"))?;
@@ -42,19 +42,19 @@ impl Traces {
         let provider = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             .with_resource(resource)
-            // a trace that its caller does not sample is not sent
+            // a trace that its caller does not sample is not exported
             .with_sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn)))
             .build();
         Ok(Self { provider })
     }
 
-    /// A request with these headers has come.
+    /// Records the start of a request with these headers.
     pub(super) fn arrived(&self, headers: &HeaderMap) -> Arrived {
         let caller = TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(headers));
         Arrived { at: SystemTime::now(), caller }
     }
 
-    /// Hands over the span of a request that has ended. Health calls have none.
+    /// Exports the span of a request that has ended. Health calls have none.
     pub(super) fn record(&self, arrived: Arrived, name: &str, line: &Line<'_>, status: u16, served: Option<&Served>) {
         if line.protocol == Protocol::Health {
             return;
@@ -89,7 +89,7 @@ impl Traces {
         span.end();
     }
 
-    /// Sends what waits. Blocks for seconds at most: not for async threads.
+    /// Exports the waiting spans. Blocks for seconds at most: not for async threads.
     pub(super) fn end(&self) {
         if let Err(error) = self.provider.shutdown() {
             tracing::warn!(%error, "the last traces were not sent: {error}");

@@ -1,8 +1,8 @@
-//! What happens on one connection: requests whose answers are not wholly written yet, answers that wait for their client,
-//! and since when nothing useful happened.
+//! What happens on one connection: open requests, responses that wait for their client, and how long the connection has
+//! been quiet.
 //!
-//! Bodies and their bytes carry a mark until they are written or dropped, so that the count is exact for HTTP/2 too, where a
-//! body may have ended long before the client takes its bytes.
+//! Response bodies and their chunks keep their request open until they are written or dropped, so that the count is
+//! exact for HTTP/2 too, where a body may end long before the client reads it.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -21,54 +21,54 @@ use tokio::time::Instant;
 use super::{LEAST_RATE, held};
 pub(super) use crate::metrics::Ending;
 
-/// Shared by a connection's bytes, its requests and the task that watches over it.
+/// The state of a connection, shared by its byte stream, its requests and the task that watches it.
 #[derive(Debug)]
 pub(super) struct Activity {
-    /// When it was accepted.
+    /// When the connection was accepted.
     since: Instant,
-    /// Requests that came.
+    /// Requests received.
     came: AtomicU64,
-    /// Requests whose answers are not wholly written.
+    /// Requests whose responses are not fully written.
     open: AtomicUsize,
-    /// Of these, those whose handlers wait for more of their bodies.
+    /// Open requests whose handlers wait for more of the body.
     starving: AtomicUsize,
-    /// Milliseconds from the start to when something useful happened last: a request came, or a part of one, or a part of
-    /// an answer was made or taken.
+    /// Milliseconds from `since` to the last progress: a request or part of one arrived, or part of a response was made
+    /// or written.
     useful: AtomicU64,
-    /// Milliseconds from the start to when the last request was answered and written.
+    /// Milliseconds from `since` to when the last request was answered and written.
     idle: AtomicU64,
-    /// How many requests had come when everything was written last.
+    /// `came` when everything was last written.
     settled: AtomicU64,
-    /// Bytes went out and were not flushed.
+    /// Bytes were written and not flushed.
     unflushed: AtomicBool,
     /// Reads and writes that moved bytes.
     moves: AtomicU64,
-    /// HTTP/2: only requests count as activity, since its clients ping.
+    /// HTTP/2: only requests count as activity, since clients send PING frames.
     multiplexed: AtomicBool,
     /// The client may still be sending a body that will not be read.
     unread: AtomicBool,
-    /// Pieces of HTTP/2 answers that wait for room at their client.
+    /// Chunks of HTTP/2 responses that wait for flow-control window.
     waiting: Mutex<HashMap<u64, Waiting>>,
-    /// Names pieces.
+    /// The id of the next chunk.
     pieces: AtomicU64,
-    /// What is kept for it.
+    /// Memory kept for the connection.
     held: held::Connection,
-    /// The connection is evicted: another one needs the room.
+    /// Signals that the connection is evicted to free its permit.
     evicted: Notify,
-    /// It keeps more than any other on a port that keeps too much: it ends at once.
+    /// Signals that the connection ends at once: it keeps the most memory on a port that is over its limit.
     cut: Notify,
     is_cut: AtomicBool,
-    /// It is about to end anyway.
+    /// The connection was evicted or cut, and is about to end.
     leaving: AtomicBool,
-    /// Why it ends before its client wants to, if it does.
+    /// Why the server ends the connection, if it does.
     ending: OnceLock<Ending>,
 }
 
-/// A piece of an answer that its client has not taken yet.
+/// A chunk of a response that its client has not fully read.
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
     since: Instant,
-    /// When any of it was taken last.
+    /// When the client last read some of it.
     progress: Instant,
     taken: u64,
 }
@@ -79,14 +79,14 @@ impl Waiting {
     }
 }
 
-/// Until when a client must take more of its answer that has waited since `since`.
+/// By when a client must read more of a response that has been pending since `since`.
 pub(super) fn due(since: Instant, progress: Instant, taken: u64, limit: Duration) -> Instant {
     let at_least_rate = since + limit + Duration::from_millis(taken * 1000 / LEAST_RATE);
     at_least_rate.min(progress + limit)
 }
 
 impl Activity {
-    /// For a connection that was accepted just now on a port.
+    /// The state of a connection just accepted on `port`.
     pub(super) fn new(port: Arc<held::Port>) -> Self {
         Self {
             since: Instant::now(),
@@ -115,7 +115,7 @@ impl Activity {
         self.since.elapsed().as_millis() as u64
     }
 
-    /// Counts a request; it is open until the mark and its copies are gone.
+    /// Counts a request, which is open until the mark and its copies are dropped.
     pub(super) fn request<B>(self: &Arc<Self>, request: &Request<B>) -> Mark {
         self.came.fetch_add(1, Ordering::AcqRel);
         self.open.fetch_add(1, Ordering::AcqRel);
@@ -124,24 +124,24 @@ impl Activity {
         Mark(Arc::new(Stream { activity: self.clone(), multiplexed }))
     }
 
-    /// A part of a request or of an answer moved on.
+    /// Records that part of a request or response made progress.
     pub(super) fn useful(&self) {
         self.useful.store(self.now(), Ordering::Relaxed);
     }
 
-    /// A handler waits for its client to send more, as long as what is returned lives.
+    /// Records that a handler waits for the client, until the guard is dropped.
     pub(super) fn starves(self: &Arc<Self>) -> Starving {
         self.starving.fetch_add(1, Ordering::AcqRel);
         Starving { _held: self.holds(held::REQUEST), activity: self.clone() }
     }
 
-    /// `bytes` are kept for it, as long as what is returned lives.
+    /// Counts `bytes` as kept for the connection, until the guard is dropped.
     fn holds(self: &Arc<Self>, bytes: usize) -> Holding {
         self.held.add(bytes);
         Holding { activity: self.clone(), bytes }
     }
 
-    /// Bytes that are kept for it; none: it is cut already.
+    /// Bytes kept for the connection; `None` if it was cut already.
     pub(super) fn held(&self) -> Option<usize> {
         (!self.is_cut.load(Ordering::Acquire)).then(|| self.held.bytes())
     }
@@ -153,17 +153,18 @@ impl Activity {
         self.cut.notify_one();
     }
 
-    /// Resolves once the connection is to end at once.
+    /// Resolves once the connection is cut.
     pub(super) async fn is_cut(&self) {
         self.cut.notified().await;
     }
 
-    /// Bytes came in or went out.
+    /// Records that bytes were received or sent.
     pub(super) fn moved(&self) {
         self.moves.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Bytes are about to go out. Over HTTP/1, bytes that no request asked for say that a head can't be read.
+    /// Records that bytes are about to be written. Over HTTP/1, bytes that answer no request are hyper's refusal of an
+    /// unreadable head.
     pub(super) fn writing(&self) {
         let unasked = !self.unflushed.swap(true, Ordering::AcqRel)
             && self.open.load(Ordering::Acquire) == 0
@@ -174,7 +175,7 @@ impl Activity {
         }
     }
 
-    /// All bytes handed over so far are out.
+    /// Records that everything written so far was flushed.
     pub(super) fn flushed(&self) {
         self.unflushed.store(false, Ordering::Release);
         let came = self.came.load(Ordering::Acquire);
@@ -184,43 +185,44 @@ impl Activity {
         }
     }
 
-    /// The connection turned out to be HTTP/2.
+    /// Records that the connection speaks HTTP/2.
     pub(super) fn is_multiplexed(&self) {
         self.multiplexed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the client can be told that the connection ends: over HTTP/2, or between two requests.
+    /// Whether the client can be told that the connection ends: over HTTP/2, or after a request.
     pub(super) fn can_be_told(&self) -> bool {
         self.multiplexed.load(Ordering::Relaxed) || self.came.load(Ordering::Acquire) > 0
     }
 
-    /// A body was not read to its end: the client may still be sending it.
+    /// Records that a body was not read to its end: the client may still be sending it.
     pub(super) fn left_unread(&self) {
         self.unread.store(true, Ordering::Release);
     }
 
-    /// Whether to read on for a moment after the last answer: closed before that, the client's system may drop it.
+    /// Whether to keep reading briefly after the last response: closing earlier could reset the connection before the
+    /// client reads it.
     pub(super) fn lingers(&self) -> bool {
         self.unread.load(Ordering::Acquire) && !self.multiplexed.load(Ordering::Relaxed)
     }
 
-    /// Sets why the connection ends, unless that is known already.
+    /// Sets why the connection ends, unless that is set already.
     pub(super) fn end_for(&self, ending: Ending) {
         let _ = self.ending.set(ending);
     }
 
-    /// Why the server ended it, if it did.
+    /// Why the server ended the connection, if it did.
     pub(super) fn ending(&self) -> Option<Ending> {
         self.ending.get().copied()
     }
 
-    /// How long nothing useful has happened; none: it is about to end.
+    /// How long nothing has made progress; `None` if the connection is about to end.
     pub(super) fn quiet_for(&self) -> Option<Duration> {
         let quiet = self.now().saturating_sub(self.useful.load(Ordering::Relaxed));
         (!self.leaving.load(Ordering::Relaxed)).then(|| Duration::from_millis(quiet))
     }
 
-    /// Whether a request is being answered and has all that it waits for from its client.
+    /// Whether some request is in work, and waits neither for its client to send nor to read.
     pub(super) fn works(&self) -> bool {
         let waiting = self.starving.load(Ordering::Acquire) + usize::from(!self.waiting().is_empty());
         self.open.load(Ordering::Acquire) > waiting && !self.unflushed.load(Ordering::Acquire)
@@ -237,15 +239,16 @@ impl Activity {
         self.evicted.notified().await;
     }
 
-    /// Which limit a connection without an open request has passed.
+    /// Which limit a connection without an open request has exceeded.
     pub(super) fn out_of_time(&self) -> Ending {
         if self.came.load(Ordering::Acquire) > 0 { Ending::Idle } else { Ending::HeadTimeout }
     }
 
-    /// Resolves once no request was open for `limit`, or the first has not come for that long.
+    /// Resolves once no request was open for `limit`, or the first did not arrive in that time.
     pub(super) async fn overstays(&self, limit: Duration) -> Ending {
         loop {
-            // over HTTP/2, an answer that waits for its client is open, and what else is written says nothing
+            // over HTTP/2, a response that waits for its client counts as open; other unflushed bytes may be control
+            // frames
             let writing = self.unflushed.load(Ordering::Acquire) && !self.multiplexed.load(Ordering::Relaxed);
             let open = writing || self.open.load(Ordering::Acquire) > 0;
             let idle_since = self.since + Duration::from_millis(self.idle.load(Ordering::Acquire));
@@ -257,12 +260,12 @@ impl Activity {
         }
     }
 
-    /// Whether it speaks HTTP/2.
+    /// Whether the connection speaks HTTP/2.
     pub(super) fn speaks_http2(&self) -> bool {
         self.multiplexed.load(Ordering::Relaxed)
     }
 
-    /// Resolves once nothing was under way for `grace` on end.
+    /// Resolves once the connection was idle for all of `grace`.
     pub(super) async fn idle(&self, grace: Duration) {
         let life = || {
             let moves = if self.multiplexed.load(Ordering::Relaxed) { 0 } else { self.moves.load(Ordering::Relaxed) };
@@ -279,8 +282,8 @@ impl Activity {
         }
     }
 
-    /// Resolves once a piece of an HTTP/2 answer has waited for `limit` without any of it being taken, or is taken at less
-    /// than the least rate.
+    /// Resolves once a chunk of an HTTP/2 response has waited for `limit` without progress, or is read at less than the
+    /// least rate.
     pub(super) async fn stuck(&self, limit: Duration) {
         loop {
             let oldest = self.waiting().values().map(|piece| piece.due(limit)).min();
@@ -311,7 +314,7 @@ impl Drop for Stream {
     }
 }
 
-/// A handler that waits for its client.
+/// Guard: a handler waits for its client.
 #[derive(Debug)]
 pub(super) struct Starving {
     activity: Arc<Activity>,
@@ -324,7 +327,7 @@ impl Drop for Starving {
     }
 }
 
-/// Bytes that are kept for a connection.
+/// Guard: bytes kept for a connection.
 #[derive(Debug)]
 struct Holding {
     activity: Arc<Activity>,
@@ -337,27 +340,27 @@ impl Drop for Holding {
     }
 }
 
-/// Of an answer: its bytes are charged or shared, so that the connection does not keep them.
+/// Marks a response whose bytes are charged to the budget or shared, so that they don't count for the connection.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::server) struct Accounted;
 
-/// A request that is open as long as this lives.
+/// Keeps a request open until it is dropped.
 #[derive(Debug, Clone)]
 pub(super) struct Mark(Arc<Stream>);
 
 impl Mark {
-    /// Ties an answer to its request.
+    /// The response, which keeps its request open until it is written or dropped.
     pub(super) fn answer(self, response: Response<Body>) -> Response<Answer> {
         let Self(stream) = &self;
         let accounted = response.extensions().get::<Accounted>().is_some();
-        // one without an end in sight waits for what the server or the client has to say
+        // a stream may be idle for as long as the client sends nothing
         let is_stream = response.body().size_hint().exact().is_none();
         let held = (stream.multiplexed && is_stream).then(|| stream.activity.holds(held::ANSWER));
         response.map(|body| Answer { body, mark: self, accounted, _held: held })
     }
 }
 
-/// An answer's body.
+/// The body of a response.
 #[derive(Debug)]
 pub(super) struct Answer {
     body: Body,
@@ -385,12 +388,12 @@ impl HttpBody for Answer {
     }
 }
 
-/// Bytes of an answer on their way out.
+/// A chunk of a response on its way out.
 #[derive(Debug)]
 pub(super) struct Piece {
     bytes: Bytes,
     mark: Mark,
-    /// Its name among those that wait; none for HTTP/1, where the connection's own bytes tell.
+    /// The chunk's id among those that wait; `None` for HTTP/1, where the connection's byte stream is timed instead.
     name: Option<u64>,
     _held: Option<Holding>,
 }

@@ -1,8 +1,8 @@
-//! Bodies of requests: how fast they come, and what becomes of a body that was not read to its end.
+//! Request bodies: the time limits on receiving them, and draining what a handler left unread.
 //!
-//! A client that is still sending when its answer comes may never see it: HTTP/1 clients write first and meet a closed
-//! connection, and curl, Node and httpx trip over the end of an HTTP/2 stream that they still write to. So what a handler
-//! leaves unread is read and discarded, within bounds, before the answer goes out.
+//! A client that is still sending when its response arrives may never see it: HTTP/1 clients write first and meet a
+//! closed connection, and curl, Node and httpx fail on an HTTP/2 stream that ends while they write to it. So what a
+//! handler leaves unread is read and discarded, within bounds, before the response is sent.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,22 +21,22 @@ use super::{LEAST_RATE, Limits};
 const DISCARDED: usize = 64 << 20;
 /// Longest time spent on discarding.
 const DISCARDING: Duration = Duration::from_secs(10);
-/// Longest pause without a byte meanwhile: the client may be waiting for its answer.
+/// Longest pause between two frames while discarding: the client may be waiting for its response.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Longest a stream may be without a message under way.
+/// Longest time between two messages of a stream.
 const SILENT_STREAM: Duration = Duration::from_secs(300);
 
-/// What a handler left unread of a request's body.
+/// The part of a request's body that its handler left unread.
 #[derive(Debug)]
 pub(super) struct Unread {
     left: Slot,
     activity: Arc<Activity>,
 }
 
-/// Holds a body that was dropped before its end.
+/// Receives a body that is dropped before its end.
 type Slot = Arc<Mutex<Option<Incoming>>>;
 
-/// The request with its body timed, and a handle on what the handler leaves unread.
+/// The request with its body timed, and a handle on what the handler leaves unread; `None` if there is no body.
 pub(super) fn watch(
     request: Request<Incoming>,
     activity: &Arc<Activity>,
@@ -47,7 +47,7 @@ pub(super) fn watch(
     }
     let left = Slot::default();
     let streams = (limits.is_stream)(&request);
-    // asked for the first time, such a body would be sent only to be discarded
+    // with `Expect: 100-continue`, polling the body would have the client send it only to be discarded
     let unasked = request.headers().contains_key(header::EXPECT);
     let clock = Clock {
         patience: limits.head_timeout,
@@ -70,10 +70,10 @@ pub(super) fn watch(
 }
 
 impl Unread {
-    /// Reads the body to its end, within the bounds, so that the client gets its answer.
+    /// Reads and discards the rest of the body, within the bounds, so that the client reads its response.
     pub(super) async fn discard(self) {
         let Some(mut body) = self.left.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
-        // its answer waits for the client
+        // the request is answered only after its client has sent the rest
         let _starving = self.activity.starves();
         let deadline = Instant::now() + DISCARDING;
         let mut left = DISCARDED;
@@ -93,30 +93,30 @@ impl Unread {
     }
 }
 
-/// A body that the handler reads, with the time limits of a client that sends too slowly.
+/// A request body that fails once its client sends too slowly.
 #[derive(Debug)]
 struct TimedBody {
-    /// `None` once it was handed to `left`.
+    /// `None` once it was moved to `left`.
     body: Option<Incoming>,
-    /// Where the body goes when the handler drops it; `None` once nothing is left to discard.
+    /// Where the body goes when it is dropped before its end; `None`: there is nothing to discard.
     left: Option<Slot>,
-    /// The client waits to be told that it may send.
+    /// The client sent `Expect: 100-continue`, and the body was not polled yet.
     unasked: bool,
     activity: Arc<Activity>,
-    /// Set while the handler waits for bytes.
+    /// `Some` while the handler waits for bytes.
     starving: Option<Starving>,
     clock: Clock,
 }
 
-/// Time spent waiting for the client, against the bytes that it sent.
+/// Compares the time spent waiting for the client with the bytes that it sent.
 #[derive(Debug)]
 struct Clock {
     patience: Duration,
-    /// Of the messages in a gRPC stream; `None` for a body that is one message.
+    /// Message boundaries of a gRPC stream; `None` for a body that is one message.
     framing: Option<Framing>,
     spent: Duration,
     bytes: u64,
-    /// When the handler began to wait.
+    /// Since when the handler waits.
     waiting: Option<Instant>,
     alarm: Option<Pin<Box<Sleep>>>,
 }
@@ -146,7 +146,7 @@ impl Clock {
     }
 }
 
-/// gRPC's messages: a flag, four bytes of length, and as many bytes.
+/// Follows gRPC's length-prefixed messages: a flag, a length of four bytes, the message.
 #[derive(Debug, Default)]
 struct Framing {
     head: [u8; 5],
@@ -155,12 +155,12 @@ struct Framing {
 }
 
 impl Framing {
-    /// No message is under way.
+    /// Whether the last message is complete and no other has begun.
     fn between(&self) -> bool {
         self.filled == 0 && self.left == 0
     }
 
-    /// Whether a message ended in these bytes.
+    /// Follows `bytes`; whether a message ended in them.
     fn follow(&mut self, mut bytes: &[u8]) -> bool {
         let mut ended = false;
         while !bytes.is_empty() {
@@ -202,7 +202,7 @@ impl HttpBody for TimedBody {
             }
             std::task::ready!(timed.clock.wait(cx));
             timed.activity.end_for(Ending::SlowBody);
-            // not worth waiting for
+            // the client is too slow to wait for the rest
             timed.left = None;
             return Poll::Ready(Some(Err(axum::Error::new(TooSlow))));
         };

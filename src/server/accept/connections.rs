@@ -1,4 +1,4 @@
-//! The open connections of one port, and which of them has to go when the port is full.
+//! The open connections of one port, and which of them to evict when the port is full.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +19,7 @@ struct Numbered {
 }
 
 impl Connections {
-    /// Registers a connection, for as long as what is returned lives.
+    /// Registers a connection until the guard is dropped.
     pub(super) fn join(self: &Arc<Self>, activity: Arc<Activity>) -> Registered {
         let mut open = self.open();
         let number = open.next;
@@ -28,8 +28,9 @@ impl Connections {
         Registered { connections: self.clone(), number }
     }
 
-    /// Asks the connection to end that has done nothing useful for the longest, and for `least` at least. A connection
-    /// with a request in work counts only once it was silent for `longest_work`: nothing here computes for longer.
+    /// Evicts the connection that has been quiet the longest, and for `least` at least; false if there is none. A
+    /// connection with a request in work is evicted only once it was quiet for `longest_work`, the longest that any
+    /// request computes.
     pub(super) fn evict(&self, least: Duration, longest_work: Duration) -> bool {
         let open = self.open();
         let quiet = open.by_number.values().filter_map(|activity| {
@@ -40,7 +41,7 @@ impl Connections {
         longest.inspect(|(_, _, activity)| activity.evict()).is_some()
     }
 
-    /// Cuts the connections for which most is kept, until all of them together keep no more than `limit` bytes.
+    /// Cuts the connections that keep the most memory, until all others together keep at most `limit` bytes.
     pub(super) fn cut_heaviest(&self, limit: usize) {
         let open = self.open();
         let mut held: Vec<_> =
@@ -59,7 +60,7 @@ impl Connections {
     }
 }
 
-/// Keeps a connection registered; dropping it removes the connection.
+/// Guard: keeps a connection registered.
 #[derive(Debug)]
 pub(super) struct Registered {
     connections: Arc<Connections>,
@@ -88,7 +89,7 @@ mod tests {
         let cut = || activities.iter().map(|activity| activity.held().is_none()).collect::<Vec<_>>();
         connections.cut_heaviest(port.limit());
         assert_eq!(cut(), [false, false, true], "1310 of 16 KiB are more than 16 MiB");
-        // what is on its way out counts no more
+        // connections cut already no longer count
         connections.cut_heaviest(port.limit());
         assert_eq!(cut(), [false, false, true]);
         let _again = starving(500, &activities[1]);

@@ -1,49 +1,49 @@
-//! HTTP/2 frames that carry no request: how many a client may send for its requests and their bytes.
+//! Limits HTTP/2 frames that carry no request and no body (PING, SETTINGS, empty DATA …).
 //!
-//! Frames such as PING and SETTINGS cost their sender nothing, and the library answers every one of them. A client needs
-//! some of them for each request and each part of a body or an answer; far more than that is a flood.
+//! They cost their sender nothing, and h2 answers each of them. A client needs some for each request and each part of a
+//! body or response; far more than that is a flood.
 
 use std::time::Instant;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Bytes of bodies and answers that allow one such frame.
+/// Bytes of bodies and responses that allow one such frame.
 const BYTES: u64 = 256;
-/// Frames that a new connection is allowed, and the most that it can save up.
+/// Frames that a new connection may send at once; also the most that a connection can save up.
 const SAVED: u64 = 10_000;
-/// Frames a second that are allowed whatever happens.
+/// Frames allowed per second without any request.
 const A_SECOND: u64 = 1000;
-/// Frames that a request allows.
+/// Frames allowed per request.
 const A_REQUEST: u64 = 20;
-/// Least frames that a part of a body allows.
+/// Least frames allowed per DATA frame that is not empty.
 const A_PART: u64 = 4;
 
-/// Follows the bytes that a client sends.
+/// Follows the bytes that a client sends, and keeps its allowance of frames.
 #[derive(Debug)]
 pub(super) struct Frames {
-    /// Bytes of the preface that came; none: this is no HTTP/2.
+    /// Bytes of the HTTP/2 preface received so far; `None`: the connection is not HTTP/2.
     preface: Option<usize>,
     head: [u8; 9],
     filled: usize,
-    /// Bytes of the payload that are still to come.
+    /// Bytes of the current frame's payload still to come.
     payload: usize,
-    /// The allowance left, in bytes.
+    /// The allowance left, in bytes (`BYTES` per frame).
     credit: u64,
     since: Instant,
 }
 
 impl Frames {
-    /// For a new connection.
+    /// The allowance of a new connection.
     pub(super) fn new(since: Instant) -> Self {
         Self { preface: Some(0), head: [0; 9], filled: 0, payload: 0, credit: SAVED * BYTES, since }
     }
 
-    /// Bytes went to the client.
+    /// Adds to the allowance for bytes sent to the client.
     pub(super) fn sent(&mut self, bytes: usize) {
         self.earn(bytes as u64);
     }
 
-    /// Bytes came from the client; whether there are too many frames in them.
+    /// Follows bytes from the client; whether they hold more frames than allowed.
     pub(super) fn flood(&mut self, mut bytes: &[u8], now: Instant) -> bool {
         let Some(preface) = self.preface else { return false };
         if preface < PREFACE.len() {
@@ -84,7 +84,7 @@ impl Frames {
         self.credit = self.credit.saturating_add(bytes).min(SAVED * BYTES);
     }
 
-    /// Charges the frame whose head has come to the allowance; false: there is too little left.
+    /// Charges the frame whose header is complete; whether the allowance covered it.
     fn pay(&mut self) -> bool {
         const DATA: u8 = 0;
         const HEADERS: u8 = 1;
@@ -114,7 +114,7 @@ mod tests {
         bytes
     }
 
-    /// However the bytes are cut, and only in HTTP/2.
+    /// Floods are found however the bytes are split, and only in HTTP/2.
     #[test]
     fn only_floods_are_floods() {
         for size in [1, 7, 9, 17, 4096] {
@@ -128,7 +128,7 @@ mod tests {
             assert!(!follow(&begun(ping.repeat(SAVED as usize))), "{size}");
             assert!(follow(&begun(ping.repeat(SAVED as usize + 1))), "{size}");
             assert!(follow(&begun(frame(0, 0).repeat(SAVED as usize + 1))), "{size}: empty parts");
-            // twenty for each request, and for each part of a body what it weighs
+            // 20 frames for each request, and for each part of a body as many as its size allows
             let request = [frame(1, 30), ping.repeat(20)].concat();
             assert!(!follow(&begun(request.repeat(2000))), "{size}");
             let part = [frame(0, 16_000), frame(8, 4).repeat(60)].concat();

@@ -1,23 +1,24 @@
-//! What the clients of one port make the server keep while it waits for them: requests whose bodies don't come, answers that
-//! are not taken, streams that say nothing. Each is small; a client may open them by the thousand.
+//! Counts the memory that one port keeps while it waits for its clients: requests whose bodies don't arrive, responses
+//! that are not read, idle streams. Each is small, but a client may open thousands.
 //!
-//! Bytes of bodies and of large answers are charged elsewhere, to one budget for all.
+//! Request bodies and large responses are charged to the one budget for all ports instead (`bodies::budget`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-/// Reckoned for a request that waits for its client to send more: its head is gone, its tasks and buffers are there.
+/// Estimated bytes of a request that waits for its client to send more: its head is freed, its tasks and buffers are
+/// not.
 pub(super) const REQUEST: usize = 16 * 1024;
-/// Reckoned for an answer that is not wholly taken, beside its bytes.
+/// Estimated bytes of a response that is not fully read, apart from its body.
 pub(super) const ANSWER: usize = 8 * 1024;
-/// Bytes that a port may keep for each connection that it may have open. One of them may use what others don't.
+/// Bytes that a port may keep per connection of its limit, on average: one connection may use what others leave.
 const EACH: usize = 24 * 1024;
-/// Least bytes of a port.
+/// Least limit of a port, in bytes.
 const LEAST: usize = 16 << 20;
 
-/// The bytes of a port.
+/// The bytes kept for all connections of a port.
 #[derive(Debug)]
 pub(super) struct Port {
     bytes: AtomicUsize,
@@ -26,17 +27,17 @@ pub(super) struct Port {
 }
 
 impl Port {
-    /// For so many connections.
+    /// A port that may have `connections` open.
     pub(super) fn new(connections: usize) -> Self {
         Self { bytes: AtomicUsize::new(0), limit: connections.saturating_mul(EACH).max(LEAST), above: Notify::new() }
     }
 
-    /// Most bytes of all connections.
+    /// Most bytes kept for all connections together.
     pub(super) fn limit(&self) -> usize {
         self.limit
     }
 
-    /// Resolves once more is kept than the limit.
+    /// Resolves once more than the limit is kept.
     pub(super) async fn above(&self) {
         while self.bytes.load(Ordering::Acquire) <= self.limit {
             self.above.notified().await;
@@ -44,7 +45,7 @@ impl Port {
     }
 }
 
-/// The bytes of a connection.
+/// The bytes kept for one connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     bytes: AtomicUsize,
@@ -52,17 +53,17 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Nothing yet.
+    /// A connection of `port` for which nothing is kept yet.
     pub(super) fn new(port: Arc<Port>) -> Self {
         Self { bytes: AtomicUsize::new(0), port }
     }
 
-    /// What is kept for it.
+    /// Bytes kept for this connection.
     pub(super) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Keeps `bytes` more.
+    /// Adds `bytes` to the connection and its port.
     pub(super) fn add(&self, bytes: usize) {
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
         if self.port.bytes.fetch_add(bytes, Ordering::AcqRel) + bytes > self.port.limit {
@@ -70,7 +71,7 @@ impl Connection {
         }
     }
 
-    /// Keeps `bytes` less: as many as were added.
+    /// Subtracts `bytes` that were added before.
     pub(super) fn sub(&self, bytes: usize) {
         self.bytes.fetch_sub(bytes, Ordering::AcqRel);
         self.port.bytes.fetch_sub(bytes, Ordering::AcqRel);

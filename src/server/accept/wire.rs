@@ -1,5 +1,5 @@
-//! The bytes of one connection: a client that does not take its answer, one that floods, and how the last answer reaches
-//! a client that is still sending. TLS, if any, is below.
+//! Reads and writes the bytes of one connection (above TLS, if any): the write timeout, frame floods, and lingering on
+//! close so that the last response reaches a client that is still sending.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,12 +15,12 @@ use tokio_rustls::server::TlsStream;
 use super::activity::{self, Activity, Ending};
 use super::frames::Frames;
 
-/// How long what a client still sends is read and thrown away after its last answer.
+/// How long bytes from the client are read and discarded after its last response.
 const LINGER: Duration = Duration::from_secs(1);
-/// Most bytes of that.
+/// Most bytes discarded then.
 const LINGER_BYTES: usize = 64 << 20;
 
-/// What is below a connection's bytes.
+/// The transport below: TCP or TLS.
 pub(super) trait Socket: AsyncRead + AsyncWrite + Unpin {
     fn socket(&self) -> &TcpStream;
 }
@@ -37,23 +37,23 @@ impl Socket for TlsStream<TcpStream> {
     }
 }
 
-/// A connection's bytes on their way.
+/// A connection's byte stream.
 pub(super) struct Wire<S: Socket> {
     stream: S,
     activity: Arc<Activity>,
     limit: Duration,
     frames: Frames,
-    /// While bytes are under way that the client has not taken.
+    /// `Some` while bytes are written that the client has not read.
     taking: Option<Taking>,
     /// Whether anything was written yet.
     begun: bool,
-    /// The client has sent its last byte.
+    /// The client has closed its sending side.
     ended: bool,
-    /// After the last answer: until when, and how much, is thrown away.
+    /// After the last response: how long, and how many bytes more, are discarded.
     linger: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
-/// What a client takes, since everything was taken last.
+/// How fast the client reads, since everything written was last flushed.
 struct Taking {
     since: Instant,
     progress: Instant,
@@ -62,13 +62,13 @@ struct Taking {
 }
 
 impl<S: Socket> Wire<S> {
-    /// A client that takes nothing for `limit`, or less than the least rate, is cut off.
+    /// Cuts off a client that reads nothing for `limit`, or less than [`LEAST_RATE`](super::LEAST_RATE) after that.
     pub(super) fn new(stream: S, activity: Arc<Activity>, limit: Duration) -> Self {
         let frames = Frames::new(std::time::Instant::now());
         Self { stream, activity, limit, frames, taking: None, begun: false, ended: false, linger: None }
     }
 
-    /// Looks at the first bytes that go out; over HTTP/2 they are no status line.
+    /// Looks at the first bytes written: they are a status line in HTTP/1 and a frame in HTTP/2.
     fn begin(&mut self, head: &[u8]) {
         if !self.begun && !head.is_empty() {
             self.begun = true;
@@ -79,7 +79,7 @@ impl<S: Socket> Wire<S> {
         self.activity.writing();
     }
 
-    /// Watches over an attempt to write.
+    /// Records a write's progress.
     fn wrote(&mut self, cx: &mut Context<'_>, attempt: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(written @ 1..)) = attempt {
             self.activity.moved();
@@ -97,7 +97,7 @@ impl<S: Socket> Wire<S> {
         self.taking.get_or_insert_with(|| Taking { since: now, progress: now, taken: 0, alarm: None })
     }
 
-    /// Ends an attempt that has waited for too long.
+    /// Fails a write or flush that has been pending for too long.
     fn timed<T>(&mut self, cx: &mut Context<'_>, attempt: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if attempt.is_ready() {
             return attempt;
@@ -119,7 +119,7 @@ impl<S: Socket> Wire<S> {
 impl<S: Socket> Drop for Wire<S> {
     fn drop(&mut self) {
         if self.activity.ending() == Some(Ending::WriteTimeout) {
-            // what the system holds for the client is not waited for any longer either
+            // reset the connection, so that the kernel drops the data that the client has not read
             let _ = self.stream.socket().set_zero_linger();
         }
     }

@@ -1,4 +1,4 @@
-//! Base64 as people send it: with line breaks, without padding, in the alphabet of URLs, or as a `data:` URL.
+//! Base64 as clients send it: with line breaks, without padding, in the URL-safe alphabet, or as a `data:` URL.
 
 use std::io::Read;
 
@@ -6,19 +6,19 @@ use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
-/// Padding may be left out.
+/// The standard alphabet, padding optional.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Most bytes that `text` bytes of base64 can stand for.
+/// Most bytes that base64 text of `text` bytes decodes to.
 pub(in crate::server) fn most(text: usize) -> usize {
     text.div_ceil(4) * 3
 }
 
-/// What a JSON string stands for, or what is wrong with it: `text` is what is between its quotes, escapes and all. Nothing but
-/// the result is kept.
+/// Decodes the content of a JSON string (between its quotes, escapes included), or says what is wrong with it.
+/// Allocates only the result.
 pub(in crate::server) fn decode(text: &str) -> Result<Vec<u8>, String> {
     let text = after_data_url(text)?;
     if let Ok(bytes) = BASE64.decode(text) {
@@ -32,7 +32,7 @@ pub(in crate::server) fn decode(text: &str) -> Result<Vec<u8>, String> {
     }
 }
 
-/// The base64 of a `data:` URL; any other text as it is.
+/// The base64 part of a `data:` URL; any other text unchanged.
 fn after_data_url(text: &str) -> Result<&str, String> {
     let text = text.trim_ascii_start();
     if !text.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:")) {
@@ -52,14 +52,14 @@ struct Plain<'a> {
 }
 
 impl Plain<'_> {
-    /// The next character, if there is one.
+    /// The next character; `None` at the end.
     fn next(&mut self) -> Option<u8> {
         let (&byte, rest) = self.text.split_first()?;
         self.text = rest;
         if byte != b'\\' {
             return Some(byte);
         }
-        // what is no base64, for an escape that is cut short; JSON's parser lets none through
+        // for a truncated escape, a character outside base64 (JSON's parser lets none through)
         let Some((&escape, rest)) = self.text.split_first() else { return Some(b'?') };
         self.text = rest;
         Some(match escape {
@@ -69,7 +69,7 @@ impl Plain<'_> {
                 self.text = rest;
                 let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.len() == 4);
                 let character = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
-                // what is not ASCII is no base64 either way
+                // not ASCII, so not base64 either
                 character.and_then(|c| u8::try_from(c).ok()).unwrap_or(b'?')
             }
             // `\/`, `\"`, `\\`

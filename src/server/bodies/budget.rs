@@ -1,8 +1,8 @@
-//! How many bytes of requests may be in memory at once, over all requests of both ports.
+//! The memory budget for request bodies, over all requests of both ports.
 //!
-//! The limit on one body can't bound their sum: every connection may send one. Bytes are charged as they arrive, are inflated
-//! or become other bytes, so that slow senders reserve nothing, and given back when the request, or the message of a stream,
-//! is answered. Knows nothing of what the bytes mean.
+//! The limit on one body can't bound their sum, as every connection may send one. Bytes are charged as they arrive, are
+//! decompressed or converted, so that slow senders reserve nothing, and released when the request, or the message of a
+//! stream, is answered. Knows nothing of what the bytes mean.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use super::super::accept::Accounted;
 use super::super::status::{ApiError, Code};
 use crate::metrics::Metrics;
 
-/// The budget: bytes that are left.
+/// The budget, and how much of it is left.
 #[derive(Debug, Clone)]
 pub(in crate::server) struct BodyBudget {
     left: Arc<AtomicUsize>,
@@ -28,18 +28,18 @@ pub(in crate::server) struct BodyBudget {
 }
 
 impl BodyBudget {
-    /// `bytes` for all bodies together.
+    /// A budget of `bytes` for all bodies together.
     pub(in crate::server) fn new(bytes: usize, metrics: &Arc<Metrics>) -> Self {
         Self { left: Arc::new(AtomicUsize::new(bytes)), whole: bytes, metrics: metrics.clone() }
     }
 
-    /// A charge of no bytes yet.
+    /// A charge of 0 bytes.
     pub(in crate::server) fn charge(&self) -> Charge {
         Charge { budget: self.clone(), bytes: 0 }
     }
 }
 
-/// Bytes charged to the budget; dropping it gives them back.
+/// Bytes charged to the budget; released on drop.
 #[derive(Debug)]
 pub(in crate::server) struct Charge {
     budget: BodyBudget,
@@ -47,7 +47,7 @@ pub(in crate::server) struct Charge {
 }
 
 impl Charge {
-    /// Charges `more` bytes, or says that there is no room for them now.
+    /// Charges `more` bytes, or returns the error that the budget is used up.
     pub(in crate::server) fn grow(&mut self, more: usize) -> Result<(), ApiError> {
         let less = |left: usize| left.checked_sub(more);
         self.budget.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).map_err(|_| no_room())?;
@@ -56,12 +56,12 @@ impl Charge {
         Ok(())
     }
 
-    /// A charge of no bytes to the same budget.
+    /// A charge of 0 bytes to the same budget.
     pub(in crate::server) fn none(&self) -> Self {
         self.budget.charge()
     }
 
-    /// Gives `less` of its bytes back.
+    /// Releases `less` of the charged bytes.
     pub(in crate::server) fn shrink(&mut self, less: usize) {
         let less = less.min(self.bytes);
         self.bytes -= less;
@@ -69,7 +69,8 @@ impl Charge {
         self.budget.metrics.body_bytes.sub(less as i64);
     }
 
-    /// An answer of about `bytes` bytes that has yet to be made. One that would never have room is refused for good.
+    /// Charges a response of about `bytes` bytes before it is made. A response larger than the whole budget is an
+    /// invalid request, not an overload.
     pub(in crate::server) fn answer(&mut self, bytes: usize) -> Result<(), ApiError> {
         if bytes > self.budget.whole {
             let whole = self.budget.whole;
@@ -81,7 +82,7 @@ impl Charge {
         self.grow(bytes)
     }
 
-    /// Whether `bytes` more would find room now.
+    /// Whether `bytes` more could be charged now.
     pub(in crate::server) fn has_room(&self, bytes: usize) -> Result<(), ApiError> {
         if bytes <= self.budget.left.load(Ordering::Acquire) { Ok(()) } else { Err(no_room()) }
     }
@@ -102,14 +103,14 @@ fn no_room() -> ApiError {
     error
 }
 
-/// An answer that is charged until it is written. The response is marked [`Accounted`] where anything is charged.
+/// A response body that stays charged until it is written.
 pub(in crate::server) struct ChargedBody {
     body: Body,
     _charge: Charge,
 }
 
 impl ChargedBody {
-    /// A response of `body`, charged.
+    /// A response with `body`, which holds `charge`. Marked [`Accounted`] if anything is charged.
     pub(in crate::server) fn respond(body: Body, charge: Charge) -> Response {
         let is_charged = charge.bytes > 0;
         let mut response = Response::new(Body::new(Self { body, _charge: charge }));

@@ -1,26 +1,26 @@
-//! How a body or a message is compressed, by what its headers say.
+//! Compression of a body or a message, as its headers declare it.
 
 use axum::http::HeaderMap;
 use axum::http::header::{self, HeaderName};
 
 use super::super::status::{ApiError, Code, cut};
 
-/// gRPC's own name for it.
+/// gRPC's header for the compression of messages.
 pub(in crate::server) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 
 /// A content coding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::server) enum Coding {
-    /// Plain.
+    /// Not compressed.
     Identity,
-    /// One or more members of gzip.
+    /// gzip, one or more members.
     Gzip,
-    /// A stream of zlib.
+    /// A zlib stream.
     Deflate,
 }
 
 impl Coding {
-    /// By name, in any case.
+    /// The coding of a name, which is case-insensitive.
     fn named(name: &str) -> Option<Self> {
         let is = |other: &&str| name.eq_ignore_ascii_case(other);
         let known =
@@ -28,12 +28,12 @@ impl Coding {
         known.into_iter().find(|(other, _)| is(other)).map(|(_, coding)| coding)
     }
 
-    /// A body's, by `content-encoding`. One coding at most: each further one could multiply a decompression bomb.
+    /// A body's coding, by `content-encoding`. At most one: each further coding could multiply a decompression bomb.
     pub(in crate::server) fn of_body(headers: &HeaderMap) -> Result<Self, ApiError> {
         Self::of(headers, &header::CONTENT_ENCODING)
     }
 
-    /// A stream's, by `grpc-encoding`: that of the messages that are flagged as compressed.
+    /// The coding of a call's compressed messages, by `grpc-encoding`.
     pub(in crate::server) fn of_messages(headers: &HeaderMap) -> Result<Self, ApiError> {
         Self::of(headers, &GRPC_ENCODING)
     }

@@ -1,7 +1,7 @@
-//! `multipart/form-data` (RFC 7578) that is wholly in memory: its parts are slices of it.
+//! Parses `multipart/form-data` (RFC 7578) in memory: its parts are slices of the body.
 //!
-//! Written here because the libraries for it copy every part out of a stream, and limit neither the number of parts nor the
-//! length of their headers.
+//! Written here because the existing libraries copy every part out of a stream, and limit neither the number of parts
+//! nor the length of their headers.
 
 use bytes::Bytes;
 use memchr::memmem;
@@ -14,15 +14,15 @@ const HEAD: usize = 8 * 1024;
 const HEADERS: usize = 16;
 /// Most bytes of a boundary; RFC 2046 allows 70.
 const BOUNDARY: usize = 256;
-/// Parts beside the files, at most.
+/// Most parts that are not files.
 const FIELDS: usize = 16;
 
-/// One part.
+/// A part of a form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Part {
-    /// Its name, cut if it is long.
+    /// Name of the field, truncated if it is long.
     pub(super) name: String,
-    /// It has a file name.
+    /// Whether the part has a file name.
     pub(super) is_file: bool,
     pub(super) bytes: Bytes,
 }
@@ -31,7 +31,7 @@ fn invalid(why: impl std::fmt::Display) -> ApiError {
     ApiError::new(Code::InvalidRequest, format!("the form can't be read: {why}"))
 }
 
-/// The boundary of a content type.
+/// The boundary parameter of a content type.
 pub(super) fn boundary(content_type: &str) -> Result<String, ApiError> {
     let found = parameters(content_type).find(|(name, _)| name.eq_ignore_ascii_case("boundary"));
     let boundary = found.map(|(_, value)| value).filter(|value| !value.is_empty());
@@ -42,11 +42,11 @@ pub(super) fn boundary(content_type: &str) -> Result<String, ApiError> {
     }
 }
 
-/// The parts of a body, of which at most `files` are files.
+/// The parts of a body, at most `files` of them files.
 pub(super) fn parts(body: &Bytes, boundary: &str, files: usize) -> Result<Vec<Part>, ApiError> {
     let delimiter = format!("\r\n--{boundary}");
     let finder = memmem::Finder::new(&delimiter);
-    // the first one may begin the body
+    // the first delimiter may start the body, without a line break before it
     let mut at = if body.starts_with(&delimiter.as_bytes()[2..]) {
         delimiter.len() - 2
     } else {
@@ -67,14 +67,14 @@ pub(super) fn parts(body: &Bytes, boundary: &str, files: usize) -> Result<Vec<Pa
         if found[0] > FIELDS {
             return Err(invalid(format!("more than {FIELDS} of its fields are no files")));
         }
-        // a part without a body ends with its head
+        // a part with an empty body ends with its head
         parts.push(Part { name, is_file, bytes: body.slice(at.min(end)..end) });
         at = end + delimiter.len();
     }
     Ok(parts)
 }
 
-/// Where the part begins whose delimiter ends here; none after the last one.
+/// Offset of the next part after a delimiter; `None` after the last delimiter.
 fn after_delimiter(rest: &[u8]) -> Result<Option<usize>, ApiError> {
     if rest.starts_with(b"--") {
         return Ok(None);
@@ -85,15 +85,15 @@ fn after_delimiter(rest: &[u8]) -> Result<Option<usize>, ApiError> {
     }
 }
 
-/// Length of the white space and the line's end that follow a delimiter, if they do.
+/// Length of the white space and line break that must follow a delimiter; `None` if they are missing.
 fn padding(rest: &[u8]) -> Option<usize> {
     let white = rest.iter().take(HEAD).take_while(|b| matches!(b, b' ' | b'\t')).count();
     rest[white..].starts_with(b"\r\n").then_some(white + 2)
 }
 
-/// The next delimiter from `at` on; what only begins like one belongs to the part.
+/// Offset of the next delimiter from `at` on. A part may contain text that only begins like a delimiter.
 fn at_delimiter(body: &[u8], at: usize, finder: &memmem::Finder<'_>) -> Result<usize, ApiError> {
-    // the line's end before the delimiter may be the one that ended the head
+    // the line break that ends the head may also begin the delimiter
     let mut from = at.saturating_sub(2);
     loop {
         let found = finder.find(&body[from..]).ok_or_else(|| invalid("its last part has no end"))? + from;
@@ -105,7 +105,7 @@ fn at_delimiter(body: &[u8], at: usize, finder: &memmem::Finder<'_>) -> Result<u
     }
 }
 
-/// Name, whether it is a file, and length of the head of the part that begins here.
+/// The head of a part: the field's name, whether it is a file, and the head's length.
 fn head(part: &[u8]) -> Result<(String, bool, usize), ApiError> {
     let most = &part[..part.len().min(HEAD)];
     let mut headers = [httparse::EMPTY_HEADER; HEADERS];
@@ -133,7 +133,7 @@ fn head(part: &[u8]) -> Result<(String, bool, usize), ApiError> {
     Ok((name, is_file, length))
 }
 
-/// The parameters after the first `;`, values without their quotes.
+/// The parameters after the first `;`, with values unquoted.
 fn parameters(value: &str) -> impl Iterator<Item = (&str, String)> {
     let mut rest = value.split_once(';').map_or("", |(_, rest)| rest);
     std::iter::from_fn(move || {
@@ -151,7 +151,7 @@ fn parameters(value: &str) -> impl Iterator<Item = (&str, String)> {
                     }
                     '\\' if !escaped => escaped = true,
                     c => {
-                        // browsers send file names with backslashes as they are
+                        // browsers do not escape backslashes in file names
                         if escaped && c != '"' && c != '\\' {
                             text.push('\\');
                         }

@@ -1,4 +1,5 @@
-//! gzip and deflate, piece by piece: the bytes that come out are counted as they do, so that a bomb ends at the limit.
+//! Decompresses gzip and deflate in pieces. The output is counted as it grows, so that a decompression bomb stops at
+//! the limit.
 
 use std::io::{self, Write};
 
@@ -9,13 +10,13 @@ use super::super::status::{ApiError, Code};
 use super::budget::Charge;
 use super::too_large;
 
-/// Members of one gzip body, at most: each costs a fresh decoder, even if it is empty.
+/// Most members of a gzip body: each costs a new decoder, even if it is empty.
 const MEMBERS: usize = 4096;
 
-/// Bytes that come out of the decoder at a time.
+/// Bytes that the decoder writes at a time.
 const PIECE: usize = 16 * 1024;
 
-/// What has come out so far.
+/// The output so far.
 #[derive(Debug)]
 pub(in crate::server) struct Inflated {
     pub(super) bytes: Vec<u8>,
@@ -44,26 +45,26 @@ impl Write for Inflated {
     }
 }
 
-/// A stream that is being inflated.
+/// A decompression in progress.
 pub(in crate::server) enum Inflater {
     Gzip { member: GzDecoder<Inflated>, members: usize, begun: bool },
     Zlib { stream: Decompress, out: Inflated, begun: bool, ended: bool },
 }
 
 impl Inflater {
-    /// Of gzip: at most `limit` bytes, charged to `charge`.
+    /// For gzip; the output is at most `limit` bytes and is charged to `charge`.
     pub(in crate::server) fn gzip(limit: usize, charge: Charge) -> Self {
         let out = Inflated { bytes: Vec::new(), charge, limit, refused: None };
         Self::Gzip { member: GzDecoder::new(out), members: 1, begun: false }
     }
 
-    /// Of zlib, which HTTP and gRPC call deflate: at most `limit` bytes, charged to `charge`.
+    /// For zlib, which HTTP and gRPC call deflate; the output is at most `limit` bytes and is charged to `charge`.
     pub(super) fn zlib(limit: usize, charge: Charge) -> Self {
         let out = Inflated { bytes: Vec::new(), charge, limit, refused: None };
         Self::Zlib { stream: Decompress::new(true), out, begun: false, ended: false }
     }
 
-    /// Takes the next compressed bytes.
+    /// Decompresses the next bytes.
     pub(in crate::server) fn push(&mut self, mut piece: &[u8]) -> Result<(), ApiError> {
         match self {
             Self::Gzip { member, members, begun } => {
@@ -71,7 +72,7 @@ impl Inflater {
                     *begun = true;
                     match member.write(piece) {
                         Ok(0) => {
-                            // this one is complete, and more follows it
+                            // this member is complete, and another follows
                             member.try_finish().map_err(|error| broken(member.get_mut(), &error))?;
                             *members += 1;
                             if *members > MEMBERS {
@@ -101,7 +102,7 @@ impl Inflater {
                     let (before_in, before_out) = (stream.total_in(), stream.total_out());
                     let status = stream.decompress(piece, &mut buffer, FlushDecompress::None);
                     let status = status.map_err(|e| broken(out, &io::Error::new(io::ErrorKind::InvalidData, e)))?;
-                    // both are bounded by the slices' lengths
+                    // can't truncate: both are at most the slices' lengths
                     let (taken, made) =
                         ((stream.total_in() - before_in) as usize, (stream.total_out() - before_out) as usize);
                     piece = &piece[taken..];
@@ -115,7 +116,7 @@ impl Inflater {
         }
     }
 
-    /// Everything, if it was whole.
+    /// The output and its charge, or an error if the input was incomplete.
     pub(in crate::server) fn finish(self) -> Result<(Vec<u8>, Charge), ApiError> {
         let out = match self {
             Self::Gzip { mut member, begun, .. } => {
@@ -137,7 +138,7 @@ impl Inflater {
     }
 }
 
-/// Why it went no further: a limit, or the bytes themselves.
+/// The error of a failed decompression: the limit's, or one of the bytes.
 fn broken(out: &mut Inflated, error: &io::Error) -> ApiError {
     let by_its_bytes = || {
         let text = format!("the body can't be read: it is not what its encoding says, or is cut short ({error})");

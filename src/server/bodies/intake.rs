@@ -1,4 +1,4 @@
-//! A body, or a message, on its way in: bytes are limited, charged and inflated as they come.
+//! Receives a body or a message: its bytes are limited, charged and decompressed as they arrive.
 
 use std::time::Instant;
 
@@ -14,29 +14,29 @@ use super::inflate::Inflater;
 use super::threads::too_late;
 use super::{Bodies, too_large};
 
-/// Compressed bytes that are gathered before they are inflated.
+/// Compressed bytes that are gathered before they are decompressed.
 const GATHER: usize = 256 * 1024;
 
-/// A whole body, and what it is charged with as long as it is held.
+/// A complete body, and the charge for it while it is held.
 #[derive(Debug)]
 pub(in crate::server) struct Held {
     pub(in crate::server) bytes: Bytes,
     pub(in crate::server) charge: Charge,
 }
 
-/// Bytes on their way in.
+/// A body that is being received.
 pub(in crate::server) struct Intake<'a> {
     bodies: &'a Bodies,
     deadline: Instant,
-    /// What has come: plain bytes, or compressed ones that are not inflated yet.
+    /// Bytes received: plain, or compressed and not decompressed yet.
     gathered: Vec<u8>,
     charge: Charge,
-    /// None: plain, or with the bytes that are being inflated.
+    /// `None` if the body is not compressed, or while a thread decompresses.
     inflater: Option<Inflater>,
 }
 
 impl<'a> Intake<'a> {
-    /// Nothing yet.
+    /// Nothing received yet.
     pub(in crate::server) fn new(bodies: &'a Bodies, coding: Coding, deadline: Instant) -> Self {
         let charge = || bodies.budget.charge();
         let inflater = match coding {
@@ -47,7 +47,7 @@ impl<'a> Intake<'a> {
         Self { bodies, deadline, gathered: Vec::new(), charge: charge(), inflater }
     }
 
-    /// Takes the next bytes.
+    /// Adds the next bytes.
     pub(in crate::server) async fn push(&mut self, bytes: &[u8]) -> Result<(), ApiError> {
         if bytes.len() > self.bodies.limit.saturating_sub(self.gathered.len()) {
             return Err(too_large());
@@ -61,13 +61,13 @@ impl<'a> Intake<'a> {
         let Some(mut inflater) = self.inflater.take() else { return Ok(()) };
         let gathered = std::mem::take(&mut self.gathered);
         let work = move || inflater.push(&gathered).map(|()| inflater);
-        // a few compressed bytes may become many
+        // always on a thread: a few compressed bytes may become many
         self.inflater = Some(self.bodies.threads.run(usize::MAX, self.deadline, work).await?);
         self.charge.shrink(usize::MAX);
         Ok(())
     }
 
-    /// Everything.
+    /// The complete body, decompressed.
     pub(in crate::server) async fn finish(mut self) -> Result<Held, ApiError> {
         if !self.gathered.is_empty() {
             self.inflate().await?;
@@ -82,12 +82,12 @@ impl<'a> Intake<'a> {
     }
 }
 
-/// A request's whole body, inflated, until `deadline` at the latest.
+/// Receives a request's body, decompressed, by `deadline`.
 pub(in crate::server) async fn whole(bodies: &Bodies, request: Request, deadline: Instant) -> Result<Held, ApiError> {
     let coding = Coding::of_body(request.headers())?;
     let mut body = request.into_body();
     let mut intake = Intake::new(bodies, coding, deadline);
-    // what can't fit is refused before it is sent
+    // refuse a body that is known to be too large before it is sent
     let least = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
     if least > bodies.limit {
         return Err(too_large());

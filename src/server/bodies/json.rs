@@ -1,8 +1,8 @@
-//! JSON from clients, read level by level: how many members and elements there are is checked before any of them is kept, and
-//! what is short by its nature (names, shapes, parameters) is refused when it is long.
+//! Parses JSON from clients level by level: the number of members and elements is checked before any is kept, and
+//! values that are short by nature (names, shapes, parameters) are refused if they are long.
 //!
-//! A level's values stay text ([`RawValue`]) until it is known what they must be: errors of the library that would repeat a
-//! value of megabytes can't come up.
+//! The values of a level stay text ([`RawValue`]) until their type is known, so that no error of serde_json repeats a
+//! value of megabytes.
 
 use std::fmt;
 
@@ -13,28 +13,29 @@ use serde_json::{Error, Value};
 
 use super::super::status::cut;
 
-/// Most bytes of a value that is short by its nature.
+/// Most bytes of a value that is short by nature.
 const SHORT: usize = 4096;
 
-/// Most members of an object that a protocol has a name for.
+/// Most members of an object.
 pub(in crate::server) const MEMBERS: usize = 64;
 
-/// A member of an object: its name, cut if it is long, and its value as it stands in the text.
+/// A member of an object: its name, truncated if it is long, and its value as text.
 pub(in crate::server) type Member<'a> = (String, &'a RawValue);
 
-/// Arrays and objects in each other, at most, in a whole body.
+/// Most levels of nested arrays and objects in a body.
 const DEPTH: usize = 64;
 
-/// The members of the object that a whole body is, [`MEMBERS`] at most, nothing in it nested deeper than [`DEPTH`].
+/// The members, at most [`MEMBERS`], of a body that is an object and nested no deeper than [`DEPTH`].
 pub(in crate::server) fn document(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
-    // whoever skips a value remembers each level that is open
+    // the parser keeps state for each open level, even of values that it skips
     if is_deeper_than(json, DEPTH) {
         return Err(Error::custom(format!("nested deeper than {DEPTH} levels")));
     }
     object(json)
 }
 
-/// Whether more than `most` arrays and objects are open somewhere. Of text that is no JSON either answer will do.
+/// Whether more than `most` arrays and objects are open at some point. For text that is not JSON, the result does not
+/// matter.
 fn is_deeper_than(mut json: &[u8], most: usize) -> bool {
     let mut depth = 0_usize;
     while let Some((&byte, rest)) = json.split_first() {
@@ -43,7 +44,7 @@ fn is_deeper_than(mut json: &[u8], most: usize) -> bool {
             b'[' | b'{' => depth += 1,
             b']' | b'}' => depth = depth.saturating_sub(1),
             b'"' => {
-                // a string without an end is an error that the parser tells
+                // an unterminated string is left for the parser to report
                 while let Some(at) = memchr::memchr2(b'"', b'\\', json) {
                     let escape = json[at] == b'\\';
                     json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
@@ -61,7 +62,7 @@ fn is_deeper_than(mut json: &[u8], most: usize) -> bool {
     false
 }
 
-/// The members of the object that `json` is, [`MEMBERS`] at most.
+/// The members of an object, at most [`MEMBERS`].
 pub(in crate::server) fn object(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
     begins_with(json, b'{', "an object is due")?;
     let mut json = serde_json::Deserializer::from_slice(json);
@@ -70,13 +71,13 @@ pub(in crate::server) fn object(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
     Ok(members)
 }
 
-/// The elements of the array that `json` is; of more than `most` only how many there are.
+/// The elements of an array; of more than `most`, only their number (as `Err`).
 pub(in crate::server) fn array(json: &RawValue, most: usize) -> Result<Result<Vec<&RawValue>, usize>, Error> {
     begins_with(json.get().as_bytes(), b'[', "an array is due")?;
     Array { most }.deserialize(&mut serde_json::Deserializer::from_str(json.get()))
 }
 
-/// A value that is short by its nature. `null` is no value.
+/// A value that is short by nature; `None` for `null`.
 pub(in crate::server) fn short<'a, T: Deserialize<'a>>(name: &str, json: &'a RawValue) -> Result<Option<T>, Error> {
     let text = json.get();
     if text.len() > SHORT {
@@ -86,7 +87,7 @@ pub(in crate::server) fn short<'a, T: Deserialize<'a>>(name: &str, json: &'a Raw
     serde_json::from_str(text).map_err(wrong)
 }
 
-/// A text, cut if it is long. `null` is no text.
+/// A string, truncated if it is long; `None` for `null`.
 pub(in crate::server) fn text(name: &str, json: &RawValue) -> Result<Option<String>, Error> {
     match json.get() {
         "null" => Ok(None),
@@ -95,12 +96,12 @@ pub(in crate::server) fn text(name: &str, json: &RawValue) -> Result<Option<Stri
     }
 }
 
-/// What is between the quotes of a string, escapes and all; none if it is no string.
+/// The content of a string, between its quotes and with its escapes; `None` if it is not a string.
 pub(in crate::server) fn quoted(json: &RawValue) -> Option<&str> {
     json.get().strip_prefix('"')?.strip_suffix('"')
 }
 
-/// Named single values, [`MEMBERS`] at most.
+/// Named scalars, at most [`MEMBERS`].
 pub(in crate::server) fn scalars(
     name: &str,
     json: &RawValue,
@@ -128,7 +129,7 @@ fn begins_with(json: &[u8], first: u8, due: &str) -> Result<(), Error> {
     }
 }
 
-/// A text of any length, of which the beginning is kept.
+/// A string of any length, of which only the beginning is kept.
 struct Cut(String);
 
 impl<'de> Deserialize<'de> for Cut {

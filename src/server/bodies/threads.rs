@@ -1,5 +1,6 @@
-//! Threads beside those that move bytes: whatever a client can make long (inflating, parsing, writing large answers) runs
-//! there, as many at once as there are cores. The rest waits, and what has waited past its deadline is not begun.
+//! Parsing threads: whatever a client can make long (decompressing, parsing, writing large responses) runs here and not
+//! on the async I/O threads, on as many threads as there are cores. Other work waits, and is dropped once its deadline
+//! has passed.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,24 +9,24 @@ use tokio::sync::Semaphore;
 
 use super::super::status::{ApiError, Code};
 
-/// Work on fewer bytes than this takes microseconds, and is done where it comes up.
+/// Work on fewer bytes than this takes microseconds, and runs in place.
 pub(in crate::server) const INLINE: usize = 16 * 1024;
 
-/// The threads.
+/// The permits for parsing threads.
 #[derive(Debug, Clone)]
 pub(in crate::server) struct ParseThreads {
     free: Arc<Semaphore>,
 }
 
 impl ParseThreads {
-    /// As many as there are cores.
+    /// As many permits as there are cores.
     pub(in crate::server) fn new() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self { free: Arc::new(Semaphore::new(cores)) }
     }
 
-    /// Runs `work`, which has to do with some `bytes` bytes: here if that is little, else on a thread of its own once one is
-    /// free, unless `deadline` has passed by then.
+    /// Runs `work`, which handles about `bytes` bytes: in place if these are few, else on a blocking thread once a
+    /// permit is free. Fails once `deadline` has passed.
     pub(in crate::server) async fn run<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -36,7 +37,7 @@ impl ParseThreads {
             return work();
         }
         let free = tokio::time::timeout_at(deadline.into(), self.free.clone().acquire_owned()).await;
-        // never closed: acquiring can't fail
+        // the semaphore is never closed: acquiring can't fail
         let permit = free.map_err(|_| too_late())?.ok();
         let done = tokio::task::spawn_blocking(move || {
             let _until_it_ends = permit;
@@ -50,7 +51,7 @@ impl ParseThreads {
     }
 }
 
-/// What a request is told whose deadline passed on the way in.
+/// The error if the deadline passed before the request was read.
 pub(in crate::server) fn too_late() -> ApiError {
     ApiError::new(Code::DeadlineExceeded, "the deadline passed before the request had been read")
 }

@@ -1,6 +1,6 @@
-//! From a request's head and body to encoded images: raw bytes, a form with files, or JSON with base64.
+//! Extracts the encoded images from a request: a single image, a form with files, or JSON with base64.
 //!
-//! Owns the three body shapes of `/v1/classify`. Knows nothing of models.
+//! Owns the three body formats of `/v1/classify`. Knows nothing of models.
 
 use std::time::Instant;
 
@@ -18,14 +18,14 @@ use super::{Bodies, base64, form, json};
 use crate::infer::error::InferError;
 use crate::pixels::ImageError;
 
-/// Encoded images, as the client sent them.
+/// The encoded images of a request.
 #[derive(Debug)]
 pub(in crate::server) struct Upload {
-    /// In the request's order; an image that did not survive its transfer encoding is an error at its place.
+    /// In the request's order; an error for an image whose base64 is invalid.
     pub(in crate::server) images: Vec<Result<Bytes, ImageError>>,
-    /// Predictions per image, where the body asks for a number.
+    /// Predictions per image, if the body gives a number.
     pub(in crate::server) top_k: Option<usize>,
-    /// The memory of all of it.
+    /// The charge for the images' memory.
     pub(in crate::server) charge: Charge,
 }
 
@@ -52,7 +52,7 @@ pub(in crate::server) struct Form {
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 pub(in crate::server) struct JsonImage {
-    /// Base64 of the file; line breaks, a missing end, the alphabet of URLs and `data:` URLs are taken as well.
+    /// Base64 of the file. Line breaks, missing padding, the URL-safe alphabet and `data:` URLs are accepted.
     b64: String,
 }
 
@@ -62,7 +62,7 @@ enum Shape {
     Json,
 }
 
-/// Reads the body by its content type, until `deadline` at the latest; at most `images` of them.
+/// Reads the body by its content type, by `deadline`; at most `images` images.
 pub(in crate::server) async fn read(
     bodies: &Bodies,
     request: Request,
@@ -75,7 +75,7 @@ pub(in crate::server) async fn read(
     let shape = match kind.as_str() {
         "multipart/form-data" => Shape::Form(form::boundary(said)?),
         "application/json" => Shape::Json,
-        // the third is what `curl --data-binary` says when it is not told otherwise
+        // `curl --data-binary` sends the third by default
         "" | "application/octet-stream" | "application/x-www-form-urlencoded" => Shape::Single,
         image if image.starts_with("image/") => Shape::Single,
         other => {
@@ -155,12 +155,12 @@ pub(in crate::server) fn read_json(body: &Bytes, most: usize, mut charge: Charge
             }),
         );
     }
-    // the text is dropped, the images stay
+    // the text is dropped, the decoded images stay
     charge.shrink(body.len());
     some_images(Upload { images, top_k, charge })
 }
 
-/// What is between the quotes of `{"b64": "…"}`.
+/// The content of the string in `{"b64": "…"}`.
 fn base64_of(image: &RawValue) -> Result<&str, serde_json::Error> {
     let mut text = None;
     for (name, value) in json::object(image.get().as_bytes())? {

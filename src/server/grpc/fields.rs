@@ -1,17 +1,18 @@
-//! Protobuf's wire format: the fields of a message one after the other, counted, and nothing kept of them.
+//! Protobuf's wire format: iterates over the fields of a message, counts them and keeps none.
 
 use super::super::status::{ApiError, Code};
 
-/// Fields of a message, and of its parts, at most: some dozens are due, and values that are not packed have their own count.
+/// Most fields of a message and of each message in it. Some dozens are usual; unpacked repeated values have a limit of
+/// their own.
 pub(super) const FIELDS: usize = 4096;
-/// Groups in groups (a form that protobuf has given up), at most.
+/// Most nested groups (a deprecated encoding).
 const DEPTH: usize = 16;
 
 /// Why a message is refused.
 #[derive(Debug)]
 pub(super) struct Unread {
     pub(super) error: ApiError,
-    /// It is no message at all: whoever sent it can't go on.
+    /// The message can't be decoded, which ends a stream.
     pub(super) malformed: bool,
 }
 
@@ -26,7 +27,7 @@ pub(super) fn malformed(why: impl std::fmt::Display) -> Unread {
     Unread { error: ApiError::new(Code::InvalidRequest, text), malformed: true }
 }
 
-/// A field's value as it stands on the wire.
+/// A field's value as encoded.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Field<'a> {
     Varint(u64),
@@ -55,7 +56,7 @@ impl<'a> Field<'a> {
     }
 }
 
-/// The fields of a message, from front to back.
+/// An iterator over the fields of a message.
 struct Fields<'a> {
     rest: &'a [u8],
 }
@@ -68,7 +69,7 @@ impl<'a> Fields<'a> {
             self.rest = rest;
             number |= u64::from(byte & 0x7f) << (7 * shift);
             if byte < 0x80 {
-                // the tenth byte has one bit to give
+                // the tenth byte of a varint may hold one bit only
                 return if shift < 9 || byte < 2 { Ok(number) } else { Err(malformed("a number is too long")) };
             }
         }
@@ -88,7 +89,7 @@ impl<'a> Fields<'a> {
         Ok(*array)
     }
 
-    /// The next field that is not of a group; none at the end.
+    /// The next field, skipping groups; `None` at the end.
     fn next(&mut self) -> Result<Option<(u32, Field<'a>)>, Unread> {
         let mut open = Vec::new();
         while !self.rest.is_empty() {
@@ -122,7 +123,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Every field of a message, [`FIELDS`] at most.
+/// Visits every field of a message, at most [`FIELDS`].
 pub(super) fn fields<'a>(
     message: &'a [u8],
     mut each: impl FnMut(u32, Field<'a>) -> Result<(), Unread>,
@@ -138,7 +139,7 @@ pub(super) fn fields<'a>(
     Ok(())
 }
 
-/// A repeated number, packed or not.
+/// Visits the values of a repeated integer field, packed or not.
 pub(super) fn numbers(field: Field<'_>, each: &mut dyn FnMut(u64) -> Result<(), Unread>) -> Result<(), Unread> {
     match field {
         Field::Varint(number) => each(number),
@@ -153,7 +154,7 @@ pub(super) fn numbers(field: Field<'_>, each: &mut dyn FnMut(u64) -> Result<(), 
     }
 }
 
-/// Every field with this number of the messages `contents`: values that are not packed are fields of their own.
+/// Visits every field with this number in the messages `contents`; unpacked values are one field each.
 pub(super) fn every<'a>(
     contents: &[&'a [u8]],
     number: u32,

@@ -1,6 +1,7 @@
-//! A call's messages as they come in: gRPC's framing, each message limited, charged and inflated on its own.
+//! Reads the messages of a call: gRPC's length-prefixed framing, with each message limited, charged and decompressed by
+//! itself.
 //!
-//! What a message takes is given back when whoever has it drops it, so that a long stream holds no more than a short one.
+//! A message's charge is released when its owner drops it, so that a long stream uses no more memory than a short one.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use super::super::bodies::threads::too_late;
 use super::super::bodies::too_large;
 use super::super::status::{ApiError, Code};
 
-/// Bytes before each message: whether it is compressed, and its length.
+/// Bytes before each message: the compressed flag and the length.
 pub(super) const HEAD: usize = 5;
 
 /// The messages of one call.
@@ -28,19 +29,19 @@ pub(super) struct Messages {
     timeout: Duration,
     coding: Coding,
     body: Body,
-    /// What has come and belongs to no message yet: a frame of HTTP/2 at most.
+    /// Bytes received that belong to no message yet: at most one HTTP/2 DATA frame.
     rest: Bytes,
 }
 
 impl Messages {
-    /// Those of `request`, each of at most `bodies.limit` bytes.
+    /// The messages of `request`, each of at most `bodies.limit` bytes.
     pub(super) fn new(bodies: Bodies, timeout: Duration, request: Request) -> Result<Self, ApiError> {
         let coding = Coding::of_messages(request.headers())?;
         Ok(Self { bodies, timeout, coding, body: request.into_body(), rest: Bytes::new() })
     }
 
-    /// A request for the generated services: of the head what they read, copied, since a part of it would keep all of it
-    /// until the call ends; its messages are plain.
+    /// The request for the generated services, with its messages replaced by `with` (uncompressed). The headers that
+    /// they need are copied: a slice would keep the whole head in memory until the call ends.
     pub(super) fn replace(
         bodies: Bodies,
         timeout: Duration,
@@ -61,8 +62,8 @@ impl Messages {
         short.body(with(messages)).map_err(unreadable)
     }
 
-    /// Waits for the first byte of a message, until `until` at the latest; `false` when there is none to come. Nothing is
-    /// lost if this is dropped while it waits.
+    /// Waits for the first byte of the next message, until `until` at the latest; `false` at the end of the call.
+    /// Cancel safe.
     pub(super) async fn arrives(&mut self, until: Option<Instant>) -> Result<bool, ApiError> {
         while self.rest.is_empty() {
             let frame = self.body.frame();
@@ -81,7 +82,7 @@ impl Messages {
         Ok(true)
     }
 
-    /// The message that begins now, whole and inflated, until `until` at the latest.
+    /// Reads the next message, decompressed, by `until` and within the timeout.
     pub(super) async fn read(&mut self, until: Option<Instant>) -> Result<Held, ApiError> {
         let latest = Instant::now() + self.timeout;
         let until = until.map_or(latest, |until| until.min(latest));
@@ -122,7 +123,7 @@ impl Messages {
         intake.finish().await
     }
 
-    /// Waits for at least one byte more of a message.
+    /// Waits for at least one more byte of the current message.
     async fn more(&mut self, until: Instant) -> Result<(), ApiError> {
         if self.arrives(Some(until)).await? {
             return Ok(());
@@ -130,7 +131,7 @@ impl Messages {
         Err(ApiError::new(Code::InvalidRequest, "the call ends within a message"))
     }
 
-    /// The one message of a call, until `until` at the latest.
+    /// The only message of a unary call, by `until`.
     pub(super) async fn only(&mut self, until: Instant) -> Result<Held, ApiError> {
         let due = |found| ApiError::new(Code::InvalidRequest, format!("the call holds {found}; one is due"));
         if !self.arrives(Some(until)).await? {
@@ -141,19 +142,19 @@ impl Messages {
     }
 }
 
-/// A message with its head, plain.
+/// A message with its length prefix, uncompressed.
 pub(super) fn framed(message: &impl prost::Message) -> Bytes {
     let length = message.encoded_len();
     let mut frame = Vec::with_capacity(HEAD + length);
     frame.push(0);
-    // answers are bounded far below 4 GiB: they are charged before they are made
+    // responses are far smaller than 4 GiB: they are charged before they are made
     frame.extend((length as u32).to_be_bytes());
-    // a vector grows: there is always room
+    // encoding into a vector can't run out of room
     let _ = message.encode(&mut frame);
     frame.into()
 }
 
-/// The same of bytes.
+/// An encoded message with its length prefix, uncompressed.
 pub(super) fn reframed(message: &[u8]) -> Bytes {
     let mut frame = Vec::with_capacity(HEAD + message.len());
     frame.push(0);

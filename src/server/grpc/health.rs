@@ -1,5 +1,5 @@
-//! `grpc.health.v1.Health`: what readiness says, for the whole server (``) and the inference service;
-//! by a model's name, what is known of that model.
+//! `grpc.health.v1.Health`: the server's readiness for the empty name and for the inference service; a model's
+//! readiness for the model's name.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use super::super::app::App;
 use super::panicked_with;
 
-/// How often a watched status is looked at.
+/// How often a watched status is checked.
 const WATCH: Duration = Duration::from_millis(250);
 
 const INFERENCE: &str = "inference.GRPCInferenceService";
@@ -29,7 +29,7 @@ pub(super) fn service(app: Arc<App>) -> HealthServer<Service> {
 pub(super) struct Service(Arc<App>);
 
 impl Service {
-    /// None if there is no such service, and no model of that name.
+    /// `None` if no service or model has that name.
     fn status(&self, service: &str) -> Option<ServingStatus> {
         let Self(app) = self;
         let checked = match service {
@@ -39,7 +39,7 @@ impl Service {
         Some(if checked.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing })
     }
 
-    /// Tells of every change until the server drains or the client is gone.
+    /// Sends every change of the status until the server drains or the client disconnects.
     async fn tell(&self, service: &str, sender: &mpsc::Sender<Result<HealthCheckResponse, Status>>) {
         let mut last = None;
         loop {
@@ -77,7 +77,7 @@ impl Health for Service {
         tokio::spawn(async move {
             let told = AssertUnwindSafe(watched.tell(&service, &sender)).catch_unwind().await;
             if let Err(panic) = told {
-                // a stream that just ended would say that all is well
+                // without an error, the client would see the stream end with OK
                 let error = panicked_with(&*panic);
                 tracing::error!(detail = error.detail, "a stream of health met an internal error");
                 let _ = sender.send(Err(error.into_status())).await;

@@ -1,5 +1,5 @@
-//! The two calls that run a model, one message or a stream of them. Both read the wire themselves (`frames`, `wire`), so that
-//! a message is limited, charged and read off the I/O threads before anything is made of it.
+//! `ModelInfer` and `ModelStreamInfer`. Both decode messages themselves (`frames`, `wire`), so that a message is
+//! limited, charged and decoded off the I/O threads before anything is allocated for it.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -38,14 +38,14 @@ use crate::pb::open_inference as pb;
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
-/// Messages that came before the hold ended are still answered for so long.
+/// How long after the hold, messages that arrived before its end are still answered.
 const LAST_MESSAGES: Duration = Duration::from_secs(1);
 
-/// One inference.
+/// A unary inference.
 pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Response {
     let answered = async {
         let until = deadline::grpc(request.headers(), app.request_timeout)?;
-        // refuse before the upload where possible: of several models only the message names the one that is meant
+        // refuse before the upload where possible: with several models, only the message names the model
         if let [model] = app.registry.all().as_slice() {
             model.has_room(until)?;
         }
@@ -68,25 +68,25 @@ pub(super) async fn infer(State(app): State<Arc<App>>, request: Request) -> Resp
     response
 }
 
-/// One message from its bytes to its answer.
+/// Answers one message.
 async fn serve(app: &App, message: Held, until: Instant, streamed: bool) -> Result<Reply, Unread> {
     let arrived = Instant::now();
     let Held { bytes, mut charge } = message;
     let wire::Envelope { model, version, inputs } = wire::envelope(&bytes)?;
     let model = describe::find(app, &model, Some(&version))?;
     let limits = inference::limits(&model);
-    // raw contents are slices, however long; values in the descriptions are read one by one
+    // raw contents are slices of the message; values in the inputs' descriptions are decoded one by one
     let read = app.bodies.threads.run(inputs, until, move || {
         let read = wire::read(&bytes, &limits, &mut |more| charge.grow(more));
         Ok(read.map(|read| (read, charge)))
     });
-    // the message is charged until it is answered
+    // the message stays charged until it is answered
     let ((inference, typed), _charge) = read.await??;
     let answered = inference::run(&app.bodies, model, inference, arrived, until).await?;
     Ok(app.bodies.threads.run(answered.size, until, move || Ok(reply(answered, typed, streamed))).await?)
 }
 
-/// A stream of inferences: answers in the messages' order, one for each.
+/// A stream of inferences: one response per message, in order.
 pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Response {
     if app.readiness.is_closing() {
         return refused(InferError::ShuttingDown.into());
@@ -101,7 +101,7 @@ pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Res
         Ok(opened) => opened,
         Err(error) => return refused(error),
     };
-    // one answer waits at most: a client that does not read is not computed for
+    // capacity 1: nothing is computed for a client that does not read its responses
     let (answers, frames) = mpsc::channel(1);
     let stream = Stream { app, id, until, visits, messages, answers, count: 0 };
     tokio::spawn(stream.run());
@@ -110,14 +110,14 @@ pub(super) async fn stream(State(app): State<Arc<App>>, request: Request) -> Res
     response
 }
 
-/// A stream under way.
+/// An open stream.
 struct Stream {
     app: Arc<App>,
-    /// The call's.
+    /// The request id of the call.
     id: String,
     /// The client's deadline for the whole stream.
     until: Option<Instant>,
-    /// What its connection was told.
+    /// The refusals of its connection.
     visits: Visits,
     messages: Messages,
     answers: mpsc::Sender<Result<Frame<Bytes>, Infallible>>,
@@ -127,9 +127,9 @@ struct Stream {
 
 /// How a stream ends.
 enum End {
-    /// With this status; none: OK.
+    /// With this status; `None`: OK.
     Status(Option<ApiError>),
-    /// The client is gone, or takes no answers.
+    /// Without a status: the client has disconnected, or does not read its responses.
     Left,
 }
 
@@ -147,7 +147,7 @@ impl Stream {
                     if let Some(detail) = &error.detail {
                         tracing::error!(request_id = id, detail, "stream {id} met an internal error");
                     }
-                    // sanitised text: it is always a header's value
+                    // can't fail: the text is sanitised, so that it is a valid header value
                     let _ = error.into_status().add_header(&mut trailers);
                 }
                 send(&app, &answers, Frame::trailers(trailers)).await;
@@ -179,7 +179,7 @@ impl Stream {
             let arrived = tokio::select! {
                 biased;
                 () = self.answers.closed() => return End::Left,
-                // before the stop: what has come is answered
+                // messages that arrived before shutdown are answered
                 arrived = self.messages.arrives(self.until) => arrived,
                 () = readiness.closed() => return End::Status(Some(InferError::ShuttingDown.into())),
             };
@@ -195,10 +195,10 @@ impl Stream {
         }
     }
 
-    /// The message that begins now; what ends the stream, if it does.
+    /// Answers the next message; `Some` if that ends the stream.
     async fn answer_one(&mut self) -> Option<End> {
         let app = self.app.clone();
-        // counted when it is dropped, as cancelled, if the client leaves
+        // counted as cancelled if it is dropped because the client disconnected
         let guard = app.metrics.request(Protocol::GrpcStream);
         let until = self.until;
         let answered = async {
@@ -251,11 +251,12 @@ impl Stream {
             }
         };
         self.wait_in_line(outcome).await;
-        // an answer is charged until the one before it is taken
+        // the response stays charged until the channel accepts it
         if send(&app, &self.answers, Frame::data(frame)).await { None } else { Some(End::Left) }
     }
 
-    /// Holds the answer of a message that was refused, where its client was refused just before: it would send the next at once.
+    /// Holds the response to a refused message if the client was refused just before, since it would send the next
+    /// message at once.
     async fn wait_in_line(&mut self, outcome: Code) {
         match outcome {
             Code::Ok => self.visits.welcome(),
@@ -275,7 +276,7 @@ impl Stream {
     }
 }
 
-/// Whether it is on its way: `false` once the client is gone, or has taken nothing for as long as an answer may wait.
+/// Sends a frame; `false` if the client has disconnected or has not read within the write timeout.
 async fn send(app: &App, answers: &mpsc::Sender<Result<Frame<Bytes>, Infallible>>, frame: Frame<Bytes>) -> bool {
     tokio::time::timeout(app.write_timeout, answers.send(Ok(frame))).await.is_ok_and(|sent| sent.is_ok())
 }

@@ -1,4 +1,4 @@
-//! An inference's answer as a message, framed.
+//! Encodes the response to an inference as a framed message.
 
 use bytes::Bytes;
 
@@ -9,15 +9,16 @@ use super::frames::framed;
 use crate::pb::open_inference as pb;
 use pb::model_infer_response::InferOutputTensor;
 
-/// An answer, and what the access log wants to know of it.
+/// A response, and what the access log records of it.
 pub(super) struct Reply {
-    /// The message with its head.
+    /// The message with its length prefix.
     pub(super) frame: Bytes,
     pub(super) served: Served,
     pub(super) charge: Charge,
 }
 
-/// The answer as a message; tensors in typed fields if the request's were. In a stream it is part of another one.
+/// Encodes a response; tensors are in typed fields if the request's were. In a stream it is wrapped in
+/// `ModelStreamInferResponse`.
 pub(super) fn reply(answered: Answered, typed: bool, streamed: bool) -> Reply {
     let Answered { model, id, outputs, served, charge, .. } = answered;
     let mut message = pb::ModelInferResponse {

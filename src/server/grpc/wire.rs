@@ -1,8 +1,8 @@
-//! `ModelInferRequest` read off the wire: tensors stay slices of the message, and everything else is counted before it is
-//! kept. The generated type holds an empty entry, two bytes on the wire, in a hundred bytes of memory.
+//! Decodes `ModelInferRequest`: tensors stay slices of the message, and everything else is counted before it is kept.
+//! The generated type would turn an empty entry, two bytes on the wire, into a hundred bytes of memory.
 //!
-//! Reads whatever the generated type reads: later scalars win, repeated fields may be packed or not, unknown fields are
-//! skipped.
+//! Accepts whatever the generated type accepts: the last scalar wins, repeated fields may be packed or not, unknown
+//! fields are skipped.
 
 use bytes::Bytes;
 use serde_json::Value;
@@ -15,25 +15,25 @@ use super::super::status::{ApiError, Code, cut};
 use super::fields::{Field, Unread, every, fields, malformed, numbers};
 use crate::infer::error::InferError;
 
-/// Parameters of a request or a tensor, at most.
+/// Most parameters of a request or a tensor.
 const PARAMETERS: usize = 64;
-/// Most bytes of a parameter's name, and of a text that is its value.
+/// Most bytes of a parameter's name or string value.
 const TEXT: usize = 4096;
 
 fn invalid(text: impl Into<String>) -> Unread {
     ApiError::new(Code::InvalidRequest, text).into()
 }
 
-/// What has to be known of a message before the rest of it can be limited.
+/// The fields of a message that are needed before the rest of it can be limited.
 #[derive(Debug, Default)]
 pub(super) struct Envelope {
     pub(super) model: String,
     pub(super) version: String,
-    /// Bytes of all descriptions of inputs: long when their values are in them.
+    /// Bytes of all descriptions of inputs: large if they hold the values.
     pub(super) inputs: usize,
 }
 
-/// Reads names and lengths: microseconds, whatever the message.
+/// Decodes names and lengths only: takes microseconds for any message.
 pub(super) fn envelope(message: &[u8]) -> Result<Envelope, Unread> {
     let (mut model, mut version, mut inputs) = ("", "", 0);
     fields(message, |number, field| {
@@ -48,7 +48,7 @@ pub(super) fn envelope(message: &[u8]) -> Result<Envelope, Unread> {
     Ok(Envelope { model: cut(model).into_owned(), version: cut(version).into_owned(), inputs })
 }
 
-/// What is asked for, and whether its tensors came in typed fields: then that is how the client reads them, too.
+/// Decodes a request. The flag is true if its tensors came in typed fields: then the response's do as well.
 pub(super) fn read(message: &Bytes, limits: &Limits, room: Room<'_>) -> Result<(Inference, bool), Unread> {
     let mut id = "";
     let (mut named, mut inputs, mut outputs, mut raw) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -91,7 +91,7 @@ pub(super) fn read(message: &Bytes, limits: &Limits, room: Room<'_>) -> Result<(
     Ok((inference.with_parameters(&parameters(&named)?)?, typed))
 }
 
-/// Keeps one more of few things.
+/// Keeps `one` more element of at most `most`.
 fn few<'a>(kept: &mut Vec<&'a [u8]>, one: &'a [u8], most: usize, what: &str) -> Result<(), Unread> {
     if kept.len() == most {
         return Err(invalid(format!("more than {most} {what} in one place; no model here has a use for them")));
@@ -100,7 +100,7 @@ fn few<'a>(kept: &mut Vec<&'a [u8]>, one: &'a [u8], most: usize, what: &str) -> 
     Ok(())
 }
 
-/// Entries of a map from names to values; a later one of the same name wins.
+/// Decodes a map of parameters; the last value of a name wins.
 fn parameters(entries: &[&[u8]]) -> Result<Parameters, Unread> {
     let mut parameters = Parameters::new();
     for entry in entries {
@@ -120,7 +120,7 @@ fn parameters(entries: &[&[u8]]) -> Result<Parameters, Unread> {
             )));
         }
         match value {
-            // it says that it has none
+            // a parameter without a value
             Value::Null => drop(parameters.remove(name)),
             value => drop(parameters.insert(name.into(), value)),
         }
@@ -154,13 +154,13 @@ fn parameter(message: &[u8]) -> Result<Value, Unread> {
     Ok(value)
 }
 
-/// A tensor as it stands in the message.
+/// A tensor as encoded in the message.
 struct Input<'a> {
     name: &'a str,
     datatype: &'a str,
     shape: Vec<i64>,
     parameters: Vec<&'a [u8]>,
-    /// Its typed contents; several messages mean one after the other.
+    /// Typed contents; several messages are concatenated.
     contents: Vec<&'a [u8]>,
 }
 
@@ -214,7 +214,7 @@ impl<'a> Input<'a> {
                         "input `{shown}`: {datatype} has no typed field; send raw_input_contents"
                     )));
                 }
-                // refused with a better text once the model is known
+                // refused with a better error text once the model is known
                 other => Contents::Raw(other, Bytes::new()),
             },
         };
@@ -222,7 +222,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// FP32 values in little-endian bytes, which is how they travel: a slice of the message where they came packed.
+/// FP32 values as little-endian bytes, as they are encoded: a slice of the message if they are packed.
 fn floats(contents: &[&[u8]], message: &Bytes, limits: &Limits, room: Room<'_>) -> Result<Bytes, Unread> {
     let (mut runs, mut one, mut length): (usize, &[u8], usize) = (0, &[], 0);
     every(contents, 6, |field| {
@@ -233,7 +233,7 @@ fn floats(contents: &[&[u8]], message: &Bytes, limits: &Limits, room: Room<'_>) 
         };
         (runs, one, length) = (runs + 1, run, length + run.len());
         if matches!(field, Field::Fixed32(_)) {
-            // no slice of the message
+            // not a slice of the message: the values are copied below
             runs += 1;
         }
         Ok(())
@@ -255,7 +255,7 @@ fn floats(contents: &[&[u8]], message: &Bytes, limits: &Limits, room: Room<'_>) 
     Ok(bytes.into())
 }
 
-/// Byte strings, as many as there may be images.
+/// Elements of BYTES, at most one per image.
 fn elements(contents: &[&[u8]], message: &Bytes, limits: &Limits) -> Result<Vec<Bytes>, Unread> {
     let (mut elements, mut images, limit) = (Vec::new(), 0, limits.images);
     every(contents, 8, |field| {
@@ -272,7 +272,7 @@ fn elements(contents: &[&[u8]], message: &Bytes, limits: &Limits) -> Result<Vec<
     Ok(elements)
 }
 
-/// Whole numbers that are bytes.
+/// Integers of 32 bits that must fit into bytes.
 fn narrow(contents: &[&[u8]], shown: &str, limits: &Limits, room: Room<'_>) -> Result<Bytes, Unread> {
     let mut count = 0;
     every(contents, 4, |field| {
@@ -286,7 +286,7 @@ fn narrow(contents: &[&[u8]], shown: &str, limits: &Limits, room: Room<'_>) -> R
     let mut bytes = Vec::with_capacity(count);
     every(contents, 4, |field| {
         numbers(field, &mut |number| {
-            // the field is of 32 bits
+            // the field is 32 bits wide
             let byte = u8::try_from(number as u32);
             bytes.push(byte.map_err(|_| invalid(format!("input `{shown}` has values above 255")))?);
             Ok(())
@@ -295,7 +295,7 @@ fn narrow(contents: &[&[u8]], shown: &str, limits: &Limits, room: Room<'_>) -> R
     Ok(bytes.into())
 }
 
-/// Whether `count` values can be images that are taken, before they are copied.
+/// Checks that `count` values are no more than the model's images may have, before they are copied.
 fn few_values(count: usize, limits: &Limits) -> Result<(), Unread> {
     let most = limits.images.saturating_mul(limits.values);
     if count <= most {
@@ -321,7 +321,7 @@ mod tests {
         super::read(&Bytes::copy_from_slice(message), &LIMITS, &mut |_| Ok(()))
     }
 
-    /// A field with a length.
+    /// A length-delimited field.
     fn ld(number: u8, bytes: &[u8]) -> Vec<u8> {
         let mut field = vec![number << 3 | 2];
         prost::encoding::encode_varint(bytes.len() as u64, &mut field);
@@ -410,7 +410,7 @@ mod tests {
         assert!(read(&[0x63, 0x08, 1, 0x64]).is_ok());
     }
 
-    /// Field by field what the generated type makes of the same bytes.
+    /// Compares each field with what the generated type decodes.
     #[test]
     fn later_scalars_win_and_maps_too() {
         let entry = |name: &[u8], value: &[u8]| ld(4, &[ld(1, name), ld(2, value)].concat());
@@ -446,7 +446,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// What the generated type can read is never malformed.
+        /// What the generated type can decode is never malformed.
         #[test]
         fn what_the_generated_type_reads_is_read(flips in proptest::collection::vec((0_usize..200, 0_u8..), 0..4), cut in 0_usize..400) {
             let contents = pb::InferTensorContents {

@@ -17,7 +17,7 @@ pub enum Datatype {
     Bf16,
     Fp32,
     Fp64,
-    /// Byte strings, each of its own length.
+    /// Byte strings of any length.
     Bytes,
 }
 
@@ -40,7 +40,7 @@ impl Datatype {
         Self::Bytes,
     ];
 
-    /// As requests and answers spell it.
+    /// The name used in requests and responses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Bool => "BOOL",
@@ -60,7 +60,7 @@ impl Datatype {
         }
     }
 
-    /// The datatype of that name.
+    /// The datatype with this name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|datatype| datatype.name() == name)
     }

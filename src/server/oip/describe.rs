@@ -1,5 +1,5 @@
-//! What the protocol tells about the server and its models: metadata, configuration, statistics, index. The same for HTTP
-//! and gRPC: the messages of `proto/open_inference.proto`.
+//! Metadata, configuration, statistics and index of the server and its models, as the messages of
+//! `proto/open_inference.proto`; the same for HTTP and gRPC.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::metrics::statistics::Total;
 use crate::model::{INPUT, OUTPUT};
 use crate::pb::open_inference as pb;
 
-/// The extensions that are spoken, by the names that clients look for.
+/// Supported extensions, by the names that clients look for.
 const EXTENSIONS: [&str; 6] = [
     "binary_tensor_data",
     "classification",
@@ -30,7 +30,7 @@ pub(in crate::server) fn server() -> pb::ServerMetadataResponse {
     }
 }
 
-/// The model that a request names; version `None` or empty: the highest.
+/// The model that a request names; without a version (or with an empty one) the highest.
 pub(in crate::server) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let version = match version.unwrap_or_default() {
         "" => None,
@@ -42,7 +42,7 @@ pub(in crate::server) fn find(app: &App, name: &str, version: Option<&str>) -> R
     Ok(app.registry.find((!name.is_empty()).then_some(name), version)?)
 }
 
-/// Tensors, versions and what else is known of a model.
+/// A model's metadata: inputs, outputs, versions and properties.
 pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadataResponse {
     use pb::model_metadata_response::TensorMetadata;
     let versions = app.registry.all().into_iter().filter(|m| m.name == model.name).map(|m| m.version.to_string());
@@ -115,7 +115,7 @@ pub(in crate::server) fn config(model: &LiveModel) -> pb::ModelConfig {
     }
 }
 
-/// Running totals of the named model and version, or of all.
+/// Statistics of the named model and version, or of all.
 pub(in crate::server) fn statistics(
     app: &App,
     name: &str,
@@ -135,7 +135,7 @@ pub(in crate::server) fn statistics(
 fn totals(model: &LiveModel) -> pb::ModelStatistics {
     let s = model.statistics();
     let duration = |total: Total| Some(pb::StatisticDuration { count: total.count, ns: total.ns });
-    // logits come with the run: there is no copy to time
+    // logits are part of the run: there is no copy to time
     let no_time = |count| Some(pb::StatisticDuration { count, ns: 0 });
     let batches = s.batches.iter().map(|(&size, batch)| pb::InferBatchStatistics {
         batch_size: size as u64,
@@ -163,7 +163,7 @@ fn totals(model: &LiveModel) -> pb::ModelStatistics {
     }
 }
 
-/// What is served, and which of it can answer; only that, if `ready`.
+/// The served models and whether each is ready; with `ready`, only those that are.
 pub(in crate::server) fn index(app: &App, ready: bool) -> pb::RepositoryIndexResponse {
     use pb::repository_index_response::ModelIndex;
     let entry = |model: Arc<LiveModel>| {
@@ -177,7 +177,7 @@ pub(in crate::server) fn index(app: &App, ready: bool) -> pb::RepositoryIndexRes
     pb::RepositoryIndexResponse { models: models.collect() }
 }
 
-/// Whether this model can answer now, or why it can't; other models don't count.
+/// The model if it is ready, or why it is not; other models don't count.
 pub(in crate::server) fn ready(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let model = find(app, name, version)?;
     let code = if app.readiness.is_draining() { Code::ShuttingDown } else { Code::NotReady };

@@ -1,6 +1,6 @@
-//! An inference as it travels over HTTP: JSON, with tensors in it or as bytes after it.
+//! An inference over HTTP: JSON, with tensors in it or as bytes after it.
 //!
-//! Owns the framing of the binary-tensor extension in both directions. Knows no model.
+//! Owns the framing of the binary tensor data extension in both directions. Knows no model.
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -22,31 +22,31 @@ use crate::infer::error::InferError;
 use crate::infer::top_k::check_finite;
 use crate::model::INPUT;
 
-/// How many bytes of a body are JSON; the tensors' bytes follow. 0: the body is one input and no JSON.
+/// Bytes of JSON at the start of the body; the tensors' bytes follow. 0: the body is one input without JSON.
 pub(in crate::server) const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
-/// Arrays in arrays, at most: a tensor of images needs four.
+/// Most levels of nested arrays: a tensor of images needs four.
 const MAX_DEPTH: usize = 16;
 
-/// Inputs of a request, and outputs, at most. There is one of each, and the refusal of a second one is the model's.
+/// Most inputs, and most outputs, of a request. Models have one of each, and refuse a second one themselves.
 pub(in crate::server) const MAX_TENSORS: usize = 8;
 
-/// Dimensions of a tensor, at most.
+/// Most dimensions of a tensor.
 pub(in crate::server) const MAX_DIMENSIONS: usize = 16;
 
-/// A request for an inference.
+/// An inference request.
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 pub(in crate::server) struct InferRequest {
-    /// Echoed in the answer; cut if it is longer than 200 characters.
+    /// Repeated in the response; truncated to 200 characters.
     id: Option<String>,
-    /// `timeout` in microseconds, `priority` (lower numbers first), `binary_data_output`. Single values only.
+    /// `timeout` in microseconds, `priority` (lower numbers first), `binary_data_output`. Scalars only.
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     parameters: Option<Parameters>,
     /// One tensor, `input`.
     #[schema(min_items = 1, max_items = 1)]
     inputs: Vec<InferInput>,
-    /// Outputs wanted; left out: all of them.
+    /// Requested outputs; by default all.
     outputs: Option<Vec<InferRequestedOutput>>,
 }
 
@@ -56,29 +56,30 @@ pub(in crate::server) struct InferRequest {
 pub(in crate::server) struct InferInput {
     /// `input`.
     name: String,
-    /// The number of images first.
+    /// Dimensions; the first is the number of images.
     shape: Vec<i64>,
     /// `FP32`, `FP16`, `UINT8` or `BYTES`.
     datatype: String,
     /// `binary_data_size`: bytes of this tensor after the JSON.
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     parameters: Option<Parameters>,
-    /// Elements in row-major order, flat or nested; those of BYTES in base64. Left out when they follow as bytes.
+    /// Elements in row-major order, flat or nested; those of BYTES in base64. Omitted if they follow as bytes.
     data: Option<Vec<serde_json::Value>>,
 }
 
-/// An output that is wanted.
+/// A requested output.
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 pub(in crate::server) struct InferRequestedOutput {
     /// `logits`.
     name: String,
-    /// `classification`: the number of classes wanted, as `VALUE:INDEX:LABEL`. `binary_data`: as bytes after the JSON.
+    /// `classification`: number of classes to return, as `VALUE:INDEX:LABEL`. `binary_data`: whether to return bytes
+    /// after the JSON.
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     parameters: Option<Parameters>,
 }
 
-/// An inference's answer.
+/// An inference response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::server) struct InferResponse<'a> {
     model_name: &'a str,
@@ -88,7 +89,7 @@ pub(in crate::server) struct InferResponse<'a> {
     outputs: Vec<InferOutput<'a>>,
 }
 
-/// A tensor of an answer.
+/// A tensor of a response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::server) struct InferOutput<'a> {
     name: &'a str,
@@ -97,13 +98,13 @@ pub(in crate::server) struct InferOutput<'a> {
     shape: [usize; 2],
     #[serde(skip_serializing_if = "Option::is_none")]
     parameters: Option<BinarySize>,
-    /// Left out when the elements follow as bytes.
+    /// Omitted if the elements follow as bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<serde_json::Value>>)]
     data: Option<JsonData<'a>>,
 }
 
-/// How many bytes of this tensor follow the JSON.
+/// Bytes of this tensor after the JSON.
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::server) struct BinarySize {
     binary_data_size: usize,
@@ -116,18 +117,18 @@ enum JsonData<'a> {
     Texts(&'a [String]),
 }
 
-/// Length of a body's JSON, from the header of that name.
+/// Bytes of JSON in the body, from the header [`HEADER_LENGTH`].
 pub(in crate::server) fn json_length(headers: &HeaderMap) -> Result<Option<usize>, ApiError> {
     let Some(value) = headers.get(HEADER_LENGTH) else { return Ok(None) };
     let length = value.to_str().ok().and_then(|text| text.trim().parse().ok());
     length.map(Some).ok_or_else(|| invalid("header `inference-header-content-length` is not a whole number"))
 }
 
-/// Asked for room before bytes become other bytes.
+/// Asks for memory before bytes are converted into others.
 pub type Room<'a> = &'a mut dyn FnMut(usize) -> Result<(), ApiError>;
 
-/// A request's body. `json_length`: how many of its bytes are JSON, where the request says so. Nothing is kept that `limits`
-/// or `room` refuse.
+/// Parses a request's body, of which the first `json_length` bytes are JSON (`None`: all). Keeps nothing beyond
+/// `limits`, or that `room` refuses.
 pub fn parse(json_length: Option<usize>, body: &Bytes, limits: &Limits, room: Room<'_>) -> Result<Inference, ApiError> {
     if json_length == Some(0) {
         let bare = InputTensor { name: INPUT.into(), shape: vec![1], contents: Contents::Bare(body.clone()) };
@@ -213,7 +214,7 @@ impl<'a> Input<'a> {
         Ok(Self { name, shape, datatype, parameters, data })
     }
 
-    /// Takes its bytes off the front of `binary` if it says that they are there.
+    /// The tensor, with its bytes split off the front of `binary` if it says so.
     fn tensor(self, binary: &mut Bytes, limits: &Limits, room: Room<'_>) -> Result<InputTensor, ApiError> {
         let Self { name, shape, datatype, parameters, data } = self;
         let shown = name.escape_debug().to_string();
@@ -237,7 +238,7 @@ impl<'a> Input<'a> {
                 let most = most.ok_or_else(|| invalid(format!("input `{shown}` can't have shape {shape:?}")))?;
                 let per_image = if known == Datatype::Bytes { 1 } else { limits.values };
                 if most > limits.images.saturating_mul(per_image) {
-                    // no model takes that shape, and says so: nothing of it need be read
+                    // no model accepts that shape, so the elements need not be parsed
                     Contents::Raw(known, Bytes::new())
                 } else {
                     room(most_bytes(known, data, most))?;
@@ -251,9 +252,9 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Bytes that the elements of `data` may need at most, of which there may be `most`.
+/// Most bytes that the elements of `data` may need, if they are at most `most`.
 fn most_bytes(datatype: Datatype, data: &RawValue, most: usize) -> usize {
-    // an element is a digit and a comma at least
+    // an element is at least a digit and a comma
     let elements = most.min(data.get().len() / 2 + 1);
     match datatype {
         Datatype::Fp32 => 4 * elements,
@@ -263,7 +264,7 @@ fn most_bytes(datatype: Datatype, data: &RawValue, most: usize) -> usize {
     }
 }
 
-/// Elements in JSON, `most` of them at most.
+/// Elements in JSON, at most `most`.
 fn elements(datatype: Datatype, data: &RawValue, most: usize) -> Result<Contents, serde_json::Error> {
     match datatype {
         Datatype::Fp32 => {
@@ -282,12 +283,12 @@ fn elements(datatype: Datatype, data: &RawValue, most: usize) -> Result<Contents
             Ok(Contents::Elements(elements))
         }
         Datatype::Fp16 | Datatype::Bf16 => Err(serde_json::Error::custom("it has no JSON form; send it as bytes")),
-        // refused with a better text once the model is known
+        // refused with a better error text once the model is known
         other => Ok(Contents::Raw(other, Bytes::new())),
     }
 }
 
-/// Byte strings in base64, `most` of them at most, in arrays of `depth` and more.
+/// Byte strings in base64, at most `most`, in nested arrays; `depth` counts the levels.
 fn texts(data: &RawValue, depth: usize, most: usize, out: &mut Vec<Bytes>) -> Result<(), serde_json::Error> {
     let too_many = || serde_json::Error::custom(format!("more than the {most} elements of the shape"));
     match json::quoted(data) {
@@ -332,13 +333,13 @@ impl Element for u8 {
     }
 }
 
-/// How many elements may still come, of how many.
+/// How many more elements are allowed, and how many in all.
 struct Left {
     most: usize,
     left: usize,
 }
 
-/// An array of elements or of arrays, or (inside one) an element: what there is goes to `keep`.
+/// An array of elements or of arrays, or (inside one) an element; every element goes to `keep`.
 struct List<'a, T> {
     keep: &'a mut dyn FnMut(T),
     left: &'a mut Left,
@@ -346,7 +347,7 @@ struct List<'a, T> {
 }
 
 impl<T: Element> List<'_, T> {
-    /// Room for an element, before it is made.
+    /// Counts an element before it is kept.
     fn room<E: serde::de::Error>(&mut self) -> Result<(), E> {
         if self.depth == 0 {
             return Err(E::custom("an array is due"));
@@ -400,14 +401,14 @@ impl<'de, T: Element> Visitor<'de> for List<'_, T> {
     }
 }
 
-/// The answer: JSON, and after it the outputs that are wanted as bytes.
+/// The response: JSON, followed by the outputs requested as bytes.
 pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiError> {
     let Answered { model, id, outputs, served, charge, .. } = answered;
     let mut binary = Vec::new();
     let mut shown = Vec::with_capacity(outputs.len());
     for output in &outputs {
         if let (OutputData::Logits(values), false) = (&output.data, output.binary) {
-            // JSON cannot express them
+            // JSON can't express infinities and NaN
             check_finite(values).map_err(|e| InferError::BadTensor(e.to_string()))?;
         }
         let bytes = output.binary.then(|| output.data.to_bytes());

@@ -1,6 +1,6 @@
-//! One inference, whichever protocol brought it: what was asked, checked against the model, run, and what comes back.
+//! One inference of either protocol: the request, its check against the model, the run, and the response.
 //!
-//! Owns what tensors a model takes and gives. Knows neither JSON nor protobuf.
+//! Owns which tensors a model accepts and returns. Knows neither JSON nor protobuf.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ use crate::infer::top_k::{Prediction, top_k};
 use crate::model::{INPUT, OUTPUT};
 use crate::pixels::RawTensor;
 
-/// Named values beside a request or a tensor.
+/// Parameters of a request or a tensor.
 pub type Parameters = BTreeMap<String, Value>;
 
-/// What a client asks for. Parsed, not yet checked against a model.
+/// An inference request: parsed, but not checked against a model.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Inference {
-    /// Echoed.
+    /// Repeated in the response.
     pub id: Option<String>,
     /// Longest that the client waits.
     pub timeout: Option<Duration>,
@@ -36,60 +36,60 @@ pub struct Inference {
     pub priority: u32,
     /// Input tensors.
     pub inputs: Vec<InputTensor>,
-    /// Outputs wanted; empty: all of them.
+    /// Requested outputs; empty: all.
     pub outputs: Vec<Wanted>,
-    /// Outputs as bytes where they don't say otherwise.
+    /// Whether outputs are returned as bytes unless they say otherwise.
     pub binary_output: bool,
 }
 
 /// A tensor from a client.
 #[derive(Debug, Clone, PartialEq)]
 pub struct InputTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its shape, the number of images first.
+    /// Dimensions; the first is the number of images.
     pub shape: Vec<i64>,
-    /// Its elements, row-major.
+    /// Elements in row-major order.
     pub contents: Contents,
 }
 
 /// A tensor's elements.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Contents {
-    /// FP32 values in little-endian bytes, which came as numbers.
+    /// FP32 values as little-endian bytes, from numbers in JSON or typed fields.
     Fp32(Bytes),
-    /// Elements in little-endian bytes; those of BYTES each with its length (4 bytes) before it.
+    /// Elements as little-endian bytes; each of BYTES is preceded by its length (4 bytes).
     Raw(Datatype, Bytes),
     /// Elements of BYTES.
     Elements(Vec<Bytes>),
-    /// A body without any description: a single image's tensor, or an encoded image.
+    /// A body without JSON: a single image's tensor, or an encoded image.
     Bare(Bytes),
 }
 
-/// An output that a client wants.
+/// A requested output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// Its name.
+    /// Name of the output.
     pub name: String,
-    /// As the most probable classes, this many, instead of numbers.
+    /// Return this many most probable classes instead of numbers.
     pub classes: Option<usize>,
-    /// As bytes; none: as the request says.
+    /// Whether to return bytes; `None`: as the request says.
     pub binary: Option<bool>,
 }
 
-/// What a client gets.
+/// An inference response.
 #[derive(Debug)]
 pub(in crate::server) struct Answered {
     pub(in crate::server) model: Arc<LiveModel>,
     pub(in crate::server) id: Option<String>,
     pub(in crate::server) outputs: Vec<OutputTensor>,
     pub(in crate::server) served: Served,
-    /// Bytes that it takes at most, about, in any form; more than a little is charged.
+    /// Estimate of the response's most bytes, in any form; charged if it is more than a little.
     pub(in crate::server) size: usize,
     pub(in crate::server) charge: Charge,
 }
 
-/// A tensor for a client.
+/// A tensor of a response.
 #[derive(Debug)]
 pub(in crate::server) struct OutputTensor {
     pub(in crate::server) name: &'static str,
@@ -113,14 +113,14 @@ impl OutputData {
         }
     }
 
-    /// Little-endian; BYTES elements each with its length before it.
+    /// Little-endian bytes; each element of BYTES is preceded by its length.
     pub(in crate::server) fn to_bytes(&self) -> Bytes {
         match self {
             Self::Logits(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Self::Classes(classes) => {
                 let mut bytes = Vec::new();
                 for class in classes {
-                    // labels are far shorter than 4 GiB: a manifest is
+                    // labels are far shorter than 4 GiB, as a manifest is
                     bytes.extend((class.len() as u32).to_le_bytes());
                     bytes.extend(class.as_bytes());
                 }
@@ -134,14 +134,14 @@ pub(super) fn invalid(text: impl Into<String>) -> ApiError {
     ApiError::new(Code::InvalidRequest, text)
 }
 
-/// A number of a parameter that must be whole and not negative.
+/// A parameter that must be a non-negative integer.
 pub(in crate::server) fn whole(parameters: &Parameters, name: &str) -> Result<Option<u64>, ApiError> {
     let Some(value) = parameters.get(name) else { return Ok(None) };
     let number = match value {
         Value::Number(n) => {
             n.as_u64().or_else(|| n.as_f64().filter(|f| f.fract() == 0.0 && (0.0..9e15).contains(f)).map(|f| f as u64))
         }
-        // clients that only know strings send digits
+        // clients that only support strings send digits
         Value::String(text) => text.parse().ok(),
         _ => None,
     };
@@ -150,7 +150,7 @@ pub(in crate::server) fn whole(parameters: &Parameters, name: &str) -> Result<Op
         .ok_or_else(|| invalid(format!("parameter `{name}` is not a whole number: {}", cut(&value.to_string()))))
 }
 
-/// A switch among parameters.
+/// A parameter that must be a boolean.
 pub(in crate::server) fn flag(parameters: &Parameters, name: &str) -> Result<Option<bool>, ApiError> {
     match parameters.get(name) {
         None => Ok(None),
@@ -161,7 +161,7 @@ pub(in crate::server) fn flag(parameters: &Parameters, name: &str) -> Result<Opt
     }
 }
 
-/// What parameters mean for every tensor: that its data lies in shared memory is refused.
+/// Refuses tensors in shared memory.
 pub(in crate::server) fn refuse_shared_memory(parameters: &Parameters, tensor: &str) -> Result<(), ApiError> {
     if parameters.contains_key("shared_memory_region") {
         Err(invalid(format!(
@@ -174,7 +174,7 @@ pub(in crate::server) fn refuse_shared_memory(parameters: &Parameters, tensor: &
 }
 
 impl Inference {
-    /// Reads the request's parameters.
+    /// Applies the request's parameters.
     pub(in crate::server) fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, ApiError> {
         self.timeout = whole(parameters, "timeout")?.filter(|&us| us > 0).map(Duration::from_micros);
         let priority = whole(parameters, "priority")?.unwrap_or(0);
@@ -199,7 +199,7 @@ pub(in crate::server) fn limits(model: &LiveModel) -> Limits {
     Limits { images: model.scheduler().queue_limit(), values: preprocessing.tensor_len() }
 }
 
-/// Runs an inference on `model`; `deadline` counts unless the request wants its answer sooner than that, from `arrived`.
+/// Runs an inference on `model`, by `deadline` or by the request's own timeout from `arrived` if that is earlier.
 pub(in crate::server) async fn run(
     bodies: &Bodies,
     model: Arc<LiveModel>,
@@ -237,7 +237,7 @@ pub(in crate::server) async fn run(
     Ok(Answered { outputs: outputs.await?, model, id, served, size, charge })
 }
 
-/// A row of an answer: an image's logits, and its most probable classes where those are wanted.
+/// The result for one image: its logits, and its most probable classes if they are requested.
 type Row = (Vec<f32>, Vec<Prediction>);
 
 fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) -> OutputTensor {
@@ -263,7 +263,7 @@ fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) 
     OutputTensor { name: OUTPUT, shape: [rows.len(), width], data, binary }
 }
 
-/// Bytes of an answer, at most, about: as text a number takes up to 16 bytes, a class its label and some 60 more.
+/// Estimate of a response's most bytes: as text, a number has up to 16 bytes, and a class its label and some 60 more.
 fn size(model: &LiveModel, wanted: &[Wanted], images: usize) -> usize {
     let classes = model.manifest.classes as usize;
     let label = || model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
@@ -274,7 +274,7 @@ fn size(model: &LiveModel, wanted: &[Wanted], images: usize) -> usize {
     images * wanted.iter().map(row).sum::<usize>()
 }
 
-/// An image's error, with its index where the request has several images.
+/// An image's error, with its index if the request has several images.
 fn numbered(error: InferError, index: usize, images: usize) -> ApiError {
     let mut error = ApiError::from(error);
     if images > 1 && error.code != Code::Internal {
@@ -294,7 +294,7 @@ fn check_outputs(outputs: Vec<Wanted>) -> Result<Vec<Wanted>, ApiError> {
     }
 }
 
-/// A tensor as images.
+/// Splits the input tensor into images.
 fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>, ApiError> {
     let (Some(InputTensor { name, shape, contents }), true) = (inputs.pop(), inputs.is_empty()) else {
         return Err(invalid(format!("exactly one input is taken, `{INPUT}`")));
@@ -335,7 +335,7 @@ fn images(model: &LiveModel, mut inputs: Vec<InputTensor>) -> Result<Vec<Input>,
     }
 }
 
-/// Images of a shape that must be `[N, …each]`.
+/// Number of images of a tensor whose shape must be `[N, …each]`.
 fn shaped(shape: &[i64], each: &[usize], limit: usize, datatype: &str) -> Result<usize, ApiError> {
     let fits = shape.len() == each.len() + 1 && shape[1..].iter().zip(each).all(|(&a, &b)| usize::try_from(a) == Ok(b));
     let count = shape.first().and_then(|&n| usize::try_from(n).ok()).filter(|&n| fits && n > 0);
@@ -358,7 +358,7 @@ fn sized(found: usize, due: usize, what: &str) -> Result<(), ApiError> {
     }
 }
 
-/// `count` images of `len` bytes each, without copying.
+/// Splits bytes into `count` images of `len` bytes each, without copying.
 fn split(bytes: Bytes, count: usize, len: usize) -> Result<impl Iterator<Item = Bytes>, ApiError> {
     sized(bytes.len(), count.saturating_mul(len), "bytes")?;
     Ok((0..count).map(move |i| bytes.slice(i * len..(i + 1) * len)))
@@ -372,7 +372,7 @@ fn encoded(elements: Vec<Bytes>, shape: &[i64], limit: usize) -> Result<Vec<Inpu
     Ok(elements.into_iter().map(Input::Encoded).collect())
 }
 
-/// Byte strings, each with its length (4 bytes, little-endian) before it.
+/// Elements of BYTES, each preceded by its length (4 bytes, little-endian).
 fn elements(whole: &Bytes, limit: usize) -> Result<Vec<Bytes>, ApiError> {
     let (mut found, mut at) = (Vec::new(), 0);
     while at < whole.len() {
