@@ -60,7 +60,7 @@ fn the_start_is_told() {
     assert!(port > 1 && std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "{line}");
     let signal = |name: &str| Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
     assert!(signal("-HUP").success());
-    until("SIGHUP: reading certificates, API keys and the model repository again");
+    until("SIGHUP: looking at certificates, API keys and models again");
     assert!(signal("-TERM").success());
     until("stopped");
     assert!(child.wait().unwrap().success());

@@ -16,7 +16,7 @@ use indicatif::ProgressBar;
 
 use self::answers::{Format, Out, Printer};
 use self::search::{Found, Search};
-use self::workers::{Choice, Workers, bar, engine, is_stdin};
+use self::workers::{ModelArgs, Workers, bar, engine, is_stdin};
 use super::images::ImageArgs;
 use super::printable::{self, say};
 use crate::infer::top_k::top_k;
@@ -37,21 +37,11 @@ pub struct ClassifyArgs {
     /// @eaDir
     #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
     hidden: bool,
-    /// Model repository
-    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
-    repository: PathBuf,
-    /// Name of the model [default: the repository's only one]
-    #[arg(long, env = "NFOLD_MODEL", value_name = "NAME")]
-    model: Option<String>,
-    /// Version of the model [default: the highest]
-    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
-    model_version: Option<u64>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Classes to name for each image
     #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
-    /// Worker threads [default: one per core]
-    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
     #[command(flatten)]
     limits: ImageArgs,
     /// Of the images, in order, take every Nth from the Ith on (I/N, counted from 0): shares for N processes
@@ -99,13 +89,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     if let Some(Shard { index, count }) = args.shard {
         images = images.into_iter().skip(index).step_by(count).collect();
     }
-    let choice = Choice {
-        repository: &args.repository,
-        model: args.model.as_deref(),
-        version: args.model_version,
-        threads: args.threads,
-    };
-    let (model, workers) = Workers::open(choice, images.len())?;
+    let (model, workers) = Workers::open(&args.model, images.len())?;
     let many = images.len() > MANY;
     let format = match &args.output {
         _ if args.format.is_some() || args.json => args.format.unwrap_or(Format::Jsonl),

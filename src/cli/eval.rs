@@ -15,7 +15,7 @@ use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
 use self::dataset::{Other, Sample};
-use super::classify::workers::{Choice, Workers, bar, engine};
+use super::classify::workers::{ModelArgs, Workers, bar, engine};
 use super::images::ImageArgs;
 use super::printable::{self, printable, say};
 use crate::eval::{Comparison, Evaluation, Judged, Share, TOP};
@@ -35,15 +35,8 @@ pub struct EvalArgs {
     /// position, or by synset
     #[arg(value_name = "DATA")]
     data: PathBuf,
-    /// Model repository
-    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
-    repository: PathBuf,
-    /// Name of the model [default: the repository's only one]
-    #[arg(long, env = "NFOLD_MODEL", value_name = "NAME")]
-    model: Option<String>,
-    /// Version of the model [default: the highest]
-    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
-    model_version: Option<u64>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Compare image by image with another run: JSON lines of `nfold classify`, or of --predictions
     #[arg(long, env = "NFOLD_AGAINST", value_name = "FILE")]
     against: Option<PathBuf>,
@@ -59,9 +52,6 @@ pub struct EvalArgs {
     /// Also take names that begin with a dot, and folders that systems keep beside photographs, such as @eaDir
     #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
     hidden: bool,
-    /// Worker threads [default: one per core]
-    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
     #[command(flatten)]
     limits: ImageArgs,
     /// Exit 0 although some images could not be evaluated; they are named and not counted
@@ -93,13 +83,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         samples = dataset::limited(samples, usize::try_from(limit).unwrap_or(usize::MAX));
     }
     let other = args.against.as_deref().map(Other::read).transpose()?;
-    let choice = Choice {
-        repository: &args.repository,
-        model: args.model.as_deref(),
-        version: args.model_version,
-        threads: args.threads,
-    };
-    let (model, workers) = Workers::open(choice, samples.len())?;
+    let (model, workers) = Workers::open(&args.model, samples.len())?;
     let labels = &model.manifest.labels;
     let classes = dataset::resolve(&samples, labels, model.manifest.classes as usize)?;
     let images: Vec<_> = samples.iter().map(|sample| sample.found.clone()).collect();

@@ -117,7 +117,7 @@ mod unix {
 
     fn reload() {
         let Some(server) = server() else { return };
-        tracing::info!("SIGHUP: reading certificates, API keys and the model repository again");
+        tracing::info!("SIGHUP: looking at certificates, API keys and models again");
         // a pending one is enough
         let _ = server.try_send(Control::Reload);
     }

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{self, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
 use anyhow::bail;
+use clap::Args;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::search::Found;
@@ -22,17 +23,21 @@ use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 /// Why an image has no answer: a stable reason and a message.
 pub type Refusal = (&'static str, String);
 
-/// Which model, and how many threads: one per core where not said.
-#[derive(Debug, Clone, Copy)]
-pub struct Choice<'a> {
-    /// Model repository.
-    pub repository: &'a Path,
-    /// Name of the model; the repository's only one where not said.
-    pub model: Option<&'a str>,
-    /// Version of the model; the highest where not said.
-    pub version: Option<u64>,
-    /// Worker threads.
-    pub threads: Option<u16>,
+/// Flags that name the model, and the number of threads that run it.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Model repository
+    #[arg(long, env = "NFOLD_REPOSITORY", default_value = "repository", value_name = "DIR")]
+    repository: PathBuf,
+    /// Name of the model [default: the repository's only one]
+    #[arg(long, env = "NFOLD_MODEL", value_name = "NAME")]
+    model: Option<String>,
+    /// Version of the model [default: the highest]
+    #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
+    model_version: Option<u64>,
+    /// Worker threads [default: one per core]
+    #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
 }
 
 /// Workers that are ready to run a model.
@@ -40,8 +45,8 @@ pub struct Workers(Vec<OrtBackend>);
 
 impl Workers {
     /// Opens the model for so many images.
-    pub fn open(choice: Choice<'_>, images: usize) -> anyhow::Result<(ModelDir, Self)> {
-        let model = ModelDir::open(choice.repository, choice.model, choice.version)?;
+    pub fn open(chosen: &ModelArgs, images: usize) -> anyhow::Result<(ModelDir, Self)> {
+        let model = ModelDir::open(&chosen.repository, chosen.model.as_deref(), chosen.model_version)?;
         let channels = model.manifest.preprocessing.channels();
         if Colors::of_channels(channels).is_none() {
             bail!(
@@ -52,7 +57,7 @@ impl Workers {
         let (model, onnx) = model.with_onnx()?;
         let graph = Fitted::for_this_cpu(onnx);
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let threads = choice.threads.map_or(cores, usize::from);
+        let threads = chosen.threads.map_or(cores, usize::from);
         let workers = threads.clamp(1, images.max(1));
         // one image may have all the cores; several are faster with a core each
         let intra_threads = if workers == 1 { threads } else { 1 };
