@@ -1,7 +1,7 @@
 //! Every metric of the process, declared once: name, help, unit, labels and buckets.
 //!
-//! Owns the Prometheus registry. Knows neither requests nor models: other rooms hand it numbers. Durations are seconds,
-//! sizes bytes. To add a metric, add a field to [`Metrics`]: its doc comment is the help text.
+//! Owns the Prometheus registry. Knows neither requests nor models: other modules pass numbers. Durations are in
+//! seconds, sizes in bytes. To add a metric, add a field to [`Metrics`]: its doc comment is the help text.
 
 mod declared;
 mod labels;
@@ -22,7 +22,7 @@ pub use self::labels::{Ending, Outcome, Phase, Port, Protocol, RunResult};
 pub use self::of_model::{ModelInfo, ModelMetrics};
 use crate::logging;
 
-/// Content type of [`Metrics::encode`]'s text.
+/// Content type of the text of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
 /// 0.25 ms × 1.5ⁿ up to about 9.5 s.
@@ -39,47 +39,47 @@ const LATENCY: [f64; 27] = {
 const BATCH_SIZES: [f64; 12] = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0];
 
 metrics! {
-    /// The process's metrics. One per server; tests make as many as they like.
+    /// The process's metrics. One per server; tests create as many as they like.
     pub struct Metrics {
-        /// Requests by protocol and outcome; the outcomes add up to every request.
+        /// Requests by protocol and outcome; the outcomes add up to all requests.
         pub requests_total: IntCounterVec["protocol", "outcome"],
         /// Images by model, version and outcome, from admission on.
         pub images_total: IntCounterVec["model", "version", "outcome"],
-        /// Seconds from the request's head read to its answer made.
+        /// Seconds from the end of the request's head until the response is made.
         pub request_duration_seconds: HistogramVec["protocol"] in &LATENCY,
         /// Seconds an image spent in each phase; inference is one observation per engine run.
         pub phase_duration_seconds: HistogramVec["model", "version", "phase"] in &LATENCY,
         /// Images per engine run.
         pub batch_size: HistogramVec["model", "version"] in &BATCH_SIZES,
-        /// Empty images that batches were padded with, to reach a size of --batch-buckets.
+        /// Zero images that batches were padded with, to reach a size of --batch-buckets.
         pub padding_images_total: IntCounterVec["model", "version"],
         /// Images admitted and not yet answered.
         pub queue_depth: IntGaugeVec["model", "version"],
-        /// Images that may be admitted and unanswered at once; more are refused.
+        /// Most images that may be admitted and not yet answered; more are refused.
         pub queue_limit: IntGaugeVec["model", "version"],
-        /// Age in seconds of the longest-waiting image that no engine has taken yet; 0 when none waits.
+        /// Age in seconds of the longest-waiting image that no engine has started; 0 if none waits.
         pub queue_oldest_age_seconds: GaugeVec["model", "version"],
-        /// Requests being answered.
+        /// Requests in flight.
         pub inflight_requests: IntGauge,
-        /// Bytes of the bodies of requests being answered.
+        /// Bytes of the bodies of requests in flight.
         pub body_bytes: IntGauge,
-        /// Refusals held for a moment, of clients that came straight back.
+        /// Refusals (429) held for a moment, because their clients retried at once.
         pub held_refusals: IntGauge,
         /// Bytes claimed for images being decoded.
         pub decode_memory_bytes: IntGauge,
         /// Client connections open on the HTTP and gRPC ports.
         pub connections: IntGauge,
-        /// Connections that the server ended before their clients wanted to, by port and reason.
+        /// Connections that the server ended before their clients did, by port and reason.
         pub ended_connections_total: IntCounterVec["port", "reason"],
         /// Engine runs by provider and result, warm-up included.
         pub engine_runs_total: IntCounterVec["model", "version", "provider", "result"],
         /// Engine workers that hold a working session.
         pub engine_workers: IntGaugeVec["model", "version"],
-        /// Always 1; its labels say which model is served.
+        /// Always 1; the labels say which model is served.
         pub model_info: IntGaugeVec["model", "version", "architecture", "precision", "provider", "sha256", "source_sha256"],
         /// Models loaded or replaced while the server runs, by result; after an error the old one stays.
         pub model_reloads_total: IntCounterVec["model", "result"],
-        /// Versions of models in the repository that are asked for and could not be loaded.
+        /// Requested model versions of the repository that could not be loaded.
         pub models_skipped: IntGauge,
         /// Largest difference of any logit between an image alone and the same image in a batch, measured at warm-up.
         pub invariance_max_abs_diff: GaugeVec["model", "version"],
@@ -89,11 +89,11 @@ metrics! {
         pub decode_rejects_total: IntCounterVec["reason"],
         /// 1 when requests are welcome, 0 before warm-up, while draining and when no engine works.
         pub ready: IntGauge,
-        /// Seconds from the process's start to its first readiness.
+        /// Seconds from the process's start until it was first ready.
         pub start_to_ready_seconds: Gauge,
-        /// Log lines that nobody read in time, or that could not be written.
+        /// Log lines dropped because they were not read in time or could not be written.
         pub dropped_log_lines_total: IntCounter,
-        /// Always 1; its label is the version of the program.
+        /// Always 1; the label is the version of the program.
         pub build_info: IntGaugeVec["version"],
     }
 }
@@ -125,23 +125,23 @@ impl Metrics {
         metrics
     }
 
-    /// A request through `protocol` begins; the guard ends it.
+    /// Counts a request through `protocol`, until the guard ends it.
     pub fn request(&self, protocol: Protocol) -> RequestGuard<'_> {
         self.inflight_requests.inc();
         RequestGuard { metrics: self, protocol, started: std::time::Instant::now(), outcome: Outcome::Cancelled }
     }
 
-    /// A connection to `port` ended before its client wanted to.
+    /// Records that the server ended a connection to `port`.
     pub fn ended(&self, port: Port, ending: Ending) {
         self.ended_connections_total.with_label_values(&[port.name(), ending.name()]).inc();
     }
 
-    /// A model was loaded or replaced while the server runs, or could not be.
+    /// Records that a model was loaded or replaced while the server runs, or could not be.
     pub fn reloaded(&self, model: &str, ok: bool) {
         self.model_reloads_total.with_label_values(&[model, if ok { "ok" } else { "error" }]).inc();
     }
 
-    /// Where the parts of a model run: operators by provider.
+    /// Records which providers run a model: number of operators by provider.
     pub fn placed(&self, model: &str, version: u64, operators: &std::collections::BTreeMap<String, usize>) {
         for (provider, &count) in operators {
             let labels = [model, &version.to_string(), provider.as_str()];
@@ -149,7 +149,7 @@ impl Metrics {
         }
     }
 
-    /// Everything in Prometheus' text format.
+    /// All metrics in Prometheus' text format.
     pub fn encode(&self) -> String {
         let dropped = &self.dropped_log_lines_total;
         dropped.inc_by(logging::dropped_lines().saturating_sub(dropped.get()));
@@ -161,7 +161,7 @@ impl Metrics {
     }
 }
 
-/// One request in flight. Dropped without an outcome, it counts as cancelled: its caller went away.
+/// One request in flight. Dropped without an outcome, it counts as cancelled by its client.
 #[derive(Debug)]
 pub struct RequestGuard<'a> {
     metrics: &'a Metrics,
@@ -198,7 +198,7 @@ mod tests {
         assert!(text.contains("# HELP nfold_inflight_requests Requests being answered.\n"), "{text}");
         for Declaration { name, help, labels, .. } in Metrics::DECLARATIONS {
             assert!(help.ends_with('.') && help.trim() == *help, "{name}: {help}");
-            // a metric with labels is shown once it has a value
+            // a metric with labels is listed once it has a value
             assert!(!labels.is_empty() || text.contains(&format!("# HELP nfold_{name} {help}\n")), "{name}");
         }
     }

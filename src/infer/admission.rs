@@ -1,19 +1,19 @@
-//! Whether one more image may wait: by how long that would take, and for how long the queue has been standing.
+//! Admission: whether one more image may wait, by how long it would wait, and by how long the queue has been standing.
 //!
-//! Pure decisions: every one takes the moment as an argument. A queue is there to absorb bursts. One that never empties
-//! absorbs nothing and only makes every answer late, so the longer the wait has been above a target, the less may wait, down
-//! to the target itself; a burst that comes to a calm queue has all of it. The idea is CoDel's (RFC 8289, a *standing*
-//! queue), applied where images come in: what is admitted is not thrown away.
+//! Pure decisions: each takes the current time as an argument. A queue exists to absorb bursts. One that never empties
+//! absorbs nothing and only delays every answer. So the longer the wait has been above a target, the fewer images may
+//! wait, down to the target itself; a burst that meets an empty queue may use all of it. The idea is CoDel's (RFC 8289,
+//! a *standing* queue), applied at admission: an admitted image is not dropped for it.
 
 use std::time::{Duration, Instant};
 
 use super::error::InferError;
 use super::job::SchedulerOptions;
 
-/// How long images may wait.
+/// Longest waits.
 #[derive(Debug, Clone, Copy)]
 struct Bounds {
-    /// In a standing queue.
+    /// In a standing queue: the target.
     standing: Duration,
     /// In a burst.
     burst: Duration,
@@ -25,23 +25,23 @@ impl From<&SchedulerOptions> for Bounds {
     }
 }
 
-/// From the moment that the wait passes the target to the one from which it is held to it.
+/// How long the allowed wait takes to fall from the burst's to the target, once the wait is above the target.
 const FADE: Duration = Duration::from_millis(500);
-/// The full wait for bursts is back once nothing was refused for this long.
+/// The full wait for bursts is allowed again once nothing was refused for this long.
 const REST: Duration = Duration::from_millis(800);
 
-/// Decides whether images may wait, by whether the queue stands.
+/// Decides by whether the queue is standing.
 #[derive(Debug, Default)]
 pub(super) struct Standing {
-    /// Since when the wait has been above the target, or images had to be refused again and again.
+    /// Since when the wait is above the target, or images are refused repeatedly.
     since: Option<Instant>,
     /// When an image was last refused.
     refused: Option<Instant>,
 }
 
 impl Standing {
-    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered. `drain_time` says how
-    /// long a number of images takes. If not, nothing changes but that the refusal is remembered.
+    /// Whether one more image may wait behind the `used` ones that are admitted and not yet answered. `drain_time` is
+    /// how long a number of images takes. A refusal is recorded.
     pub(super) fn admits(
         &mut self,
         used: usize,
@@ -50,7 +50,7 @@ impl Standing {
         drain_time: impl Fn(usize) -> Duration,
         options: &SchedulerOptions,
     ) -> Result<(), InferError> {
-        // not the queue's fault: an empty one couldn't meet it either
+        // the queue is not the reason: an empty one could not meet the deadline either
         if deadline <= now {
             return Err(InferError::DeadlineExceeded);
         }
@@ -60,17 +60,17 @@ impl Standing {
         if !few && wait > self.limit(now, options.into()) {
             return Err(self.refuse(wait, now));
         }
-        // with few before it, there is nothing to lose by trying
+        // with few images before it, nothing is lost by trying
         let ended = if few { wait } else { drain_time(used + 1) };
         if now.checked_add(ended).is_some_and(|ended| ended <= deadline) { Ok(()) } else { Err(overloaded(wait)) }
     }
 
-    /// The images that are admitted take `wait` from now.
+    /// Records that the admitted images take `wait` from now.
     pub(super) fn holds(&mut self, wait: Duration, now: Instant, options: &SchedulerOptions) {
         self.look(wait, now, options.into());
     }
 
-    /// The wait at this moment.
+    /// Updates the state with the current wait.
     fn look(&mut self, wait: Duration, now: Instant, bounds: Bounds) {
         if wait > bounds.standing {
             self.since.get_or_insert(now);
@@ -79,7 +79,7 @@ impl Standing {
         }
     }
 
-    /// The refusal of an image because of those before it. It is remembered.
+    /// Records and returns the refusal of an image because of the queue.
     pub(super) fn refuse(&mut self, wait: Duration, now: Instant) -> InferError {
         self.refused = Some(now);
         overloaded(wait)
@@ -118,7 +118,7 @@ mod tests {
         for ms in [500, 501, 90_000] {
             assert_eq!(standing.limit(at(ms), BOUNDS), 100 * MS);
         }
-        // nothing was refused: as soon as it is short it is calm
+        // nothing was refused: the queue is no longer standing once the wait is short
         standing.look(100 * MS, at(600), BOUNDS);
         assert_eq!(standing.limit(at(600), BOUNDS), 1000 * MS);
     }
@@ -144,7 +144,7 @@ mod tests {
     fn an_image_is_admitted_if_its_wait_and_deadline_allow() {
         let (mut standing, start) = (Standing::default(), Instant::now());
         let options = SchedulerOptions { workers: 2, max_queue_wait: 1000 * MS, ..SchedulerOptions::default() };
-        // two engines, 10 ms an image: 5 ms for each that waits
+        // two engines, 10 ms per image: 5 ms for each that waits
         let drain_time = |images: usize| images as u32 * 5 * MS;
         let mut admits = |used, deadline, ms| {
             standing.admits(used, start + deadline * MS, start + ms * MS, drain_time, &options).is_ok()

@@ -1,5 +1,4 @@
-//! Every way an answer can fail: one variant per cause. What a protocol makes of it
-//! (status codes, headers) is the edge's business.
+//! Why an image or a request gets no answer: one variant per cause. Status codes and headers are the server's business.
 
 use std::time::Duration;
 
@@ -9,13 +8,13 @@ use crate::pixels::ImageError;
 /// Why an image, or a whole request, got no logits.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum InferError {
-    /// The bytes are no image that can be taken: [`ImageError`] says why.
+    /// The bytes can't be decoded as an image; see [`ImageError`].
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A client's own tensor, for which the network computes NaN or infinity.
+    /// A client's tensor for which the network computes NaN or infinity.
     #[error("{0}; send finite, normalised values")]
     BadTensor(String),
-    /// An encoded image for a network that sees something else.
+    /// An encoded image for a network whose input has neither 1 nor 3 channels.
     #[error(
         "the model takes {channels} channels, and an image has 1 or 3 (grey, RGB): send a tensor to /v2, FP32, FP16 or UINT8"
     )]
@@ -23,7 +22,7 @@ pub enum InferError {
         /// Channels of the network's input.
         channels: usize,
     },
-    /// One request holds more images than may ever be admitted at once.
+    /// A request holds more images than may ever be admitted at once.
     #[error("{images} images in one request, at most {limit} are taken; send fewer at a time")]
     TooManyImages {
         /// Images of the request.
@@ -31,16 +30,16 @@ pub enum InferError {
         /// The queue's limit.
         limit: usize,
     },
-    /// The queue is full, or so long that the deadline can't be met.
+    /// The queue is full, or too long for the deadline.
     #[error("the server is busy, try again in {} s", retry_after.as_secs_f64().ceil())]
     Overloaded {
-        /// How long the present queue takes to drain, by the measured speed.
+        /// How long the current queue takes to drain, by the measured speed.
         retry_after: Duration,
     },
-    /// The deadline passed before the answer was there. Nothing was computed for it, unless it passed during the run.
+    /// The deadline passed before the answer. Nothing was computed, unless it passed during the run.
     #[error("the deadline passed before the answer was ready")]
     DeadlineExceeded,
-    /// The server is stopping and takes no new work.
+    /// The server is stopping and admits nothing.
     #[error("the server is shutting down")]
     ShuttingDown,
     /// The model has no working engine at the moment.
@@ -49,29 +48,29 @@ pub enum InferError {
     /// No such model, or no such version of it.
     #[error("model `{model}` is not served (there is: {available})")]
     ModelNotFound {
-        /// What was asked for, `NAME` or `NAME version N`.
+        /// The requested model: `NAME` or `NAME version N`.
         model: String,
-        /// What is served, comma-separated.
+        /// The served models, comma-separated.
         available: String,
     },
     /// Several models are served and the request names none.
     #[error("several models are served, name one of: {available}")]
     ModelNotNamed {
-        /// What is served, comma-separated.
+        /// The served models, comma-separated.
         available: String,
     },
-    /// A fault of the server. The text is for the log, never for the caller.
+    /// An internal error. The text is for the log, never for the client.
     #[error("internal error: {0}")]
     Internal(String),
 }
 
 impl InferError {
-    /// Whether it is about one image, rather than about the request that it came with.
+    /// Whether the error is one image's rather than the whole request's.
     pub fn is_of_an_image(&self) -> bool {
         matches!(self, Self::Image(_) | Self::BadTensor(_) | Self::Internal(_))
     }
 
-    /// Its outcome in the metrics.
+    /// The outcome that the metrics count.
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,

@@ -1,27 +1,28 @@
-//! How long images take: what they cost lately, and how much longer they take than that.
+//! Estimates how long images take: their recent cost, and the factor by which they really take longer.
 //!
-//! Pure arithmetic: the moment and the number of engines are arguments.
+//! Pure arithmetic: the current time and the number of engines are arguments.
 
 use std::time::{Duration, Instant};
 
 use super::job::SchedulerOptions;
 
-/// Images after which a measurement counts for a third.
+/// A measurement's weight falls to a third after this many images.
 const MEMORY: f64 = 32.0;
-/// The warm-up's measurement has the weight of this many images.
+/// Weight of the warm-up's measurement, in images.
 const PRIOR: f64 = 8.0;
-/// Bounds of [`Speed::factor`]: one odd measurement must neither stop the admission nor open it to everything.
+/// Bounds of [`Speed::factor`]: one odd measurement must neither stop admission nor admit everything.
 const FACTOR: (f64, f64) = (0.5, 4.0);
 
-/// How much longer images take than their parts cost: what other threads, other processes and the cores' clock do to them.
-/// Measured from one departure to the next while the engines have enough to do, so that an idle moment, or the run of an
-/// engine that has all cores of an idle machine, says nothing.
+/// By which factor images take longer than decoding and running cost, because of other threads, other processes and the
+/// clock rate of the cores. Measured between departures while the engines have enough to do, so that neither an idle
+/// moment nor a run with all cores of an idle machine counts.
 #[derive(Debug)]
 struct Speed {
-    /// The time that passed, in images at the estimated cost, and the images that left in it; older ones count less.
+    /// Time between departures, in units of the estimated cost of an image, and images that left in it; older ones
+    /// weigh less.
     passed: f64,
     left: f64,
-    /// When images left last; none: the engines have been idle since.
+    /// When images last left; `None`: the engines have been idle since.
     since: Option<Instant>,
 }
 
@@ -30,7 +31,8 @@ impl Speed {
         Self { passed: PRIOR, left: PRIOR, since: None }
     }
 
-    /// `images` images have left, which were expected to keep all threads busy for `expected`; `busy`: enough others wait.
+    /// Records that `images` images have left, expected to keep all threads busy for `expected`; `busy`: enough others
+    /// wait.
     fn leave(&mut self, images: usize, expected: Duration, now: Instant, busy: bool) {
         if let Some(since) = self.since
             && !expected.is_zero()
@@ -45,30 +47,30 @@ impl Speed {
         self.since = busy.then_some(now);
     }
 
-    /// Whether the engines have been busy since images left last.
+    /// Whether the engines have been busy since images last left.
     fn is_busy(&self) -> bool {
         self.since.is_some()
     }
 
-    /// An engine has nothing to do.
+    /// Records that an engine has nothing to do.
     fn idle(&mut self) {
         self.since = None;
     }
 
-    /// Factor on expected times.
+    /// The factor on expected times.
     fn factor(&self) -> f64 {
         (self.passed / self.left).clamp(FACTOR.0, FACTOR.1)
     }
 }
 
-/// What images cost, as measured.
+/// The measured cost of images.
 #[derive(Debug)]
 pub(super) struct Estimate {
     /// Engine time per image under load: a moving average.
     pub(super) run_cost: Duration,
     /// Decode plus resize time per image: a moving average.
     pub(super) prepare_cost: Duration,
-    /// How much longer images really take.
+    /// By which factor images really take longer.
     speed: Speed,
 }
 
@@ -77,26 +79,27 @@ impl Estimate {
         Self { run_cost: Duration::ZERO, prepare_cost: Duration::ZERO, speed: Speed::new() }
     }
 
-    /// The costs that a worker's warm-up measured; the largest of all workers' count.
+    /// Sets the costs that a worker's warm-up measured; the largest of all workers' count.
     pub(super) fn warmed(&mut self, run_cost: Duration, prepare_cost: Duration) {
         self.run_cost = self.run_cost.max(run_cost);
         self.prepare_cost = self.prepare_cost.max(prepare_cost);
     }
 
-    /// An image was decoded and resized in `took`.
+    /// Records that an image was decoded and resized in `took`.
     pub(super) fn prepared(&mut self, took: Duration) {
         self.prepare_cost = smooth(self.prepare_cost, took);
     }
 
-    /// An engine run of `images` images took `cost` for each. A run without a backlog has few images: a full one costs no more
-    /// for each, and takes no less time in all. So the known cost is moved only as far as these two bounds.
+    /// Records an engine run of `images` images that took `cost` for each. A run without a backlog has few images: a
+    /// full batch costs no more per image, and takes no less time in all. So such a run moves the estimate only as far
+    /// as these two bounds.
     pub(super) fn ran(&mut self, images: usize, cost: Duration, options: &SchedulerOptions) {
         let least = cost * images as u32 / options.max_batch.max(images) as u32;
         let cost = if self.speed.is_busy() { cost } else { self.run_cost.clamp(least, cost) };
         self.run_cost = smooth(self.run_cost, cost);
     }
 
-    /// `images` images left the threads, answered or not; `busy`: the engines have enough others to do.
+    /// Records that `images` images left the threads, answered or not; `busy`: the engines have enough others to do.
     pub(super) fn leave(
         &mut self,
         images: usize,
@@ -109,17 +112,17 @@ impl Estimate {
         self.speed.leave(images, expected, now, busy);
     }
 
-    /// An engine has nothing to do.
+    /// Records that an engine has nothing to do.
     pub(super) fn idle(&mut self) {
         self.speed.idle();
     }
 
-    /// How long before its deadline an image that is still encoded is given up, with `behind` others after it.
+    /// How long before its deadline an encoded image expires, with `behind` others after it.
     pub(super) fn decode_lead(&self, behind: usize, options: &SchedulerOptions) -> Duration {
         lead(behind, self.run_cost + self.prepare_cost, options)
     }
 
-    /// How long before its deadline a decoded image is given up, with `behind` others after it.
+    /// How long before its deadline a decoded image expires, with `behind` others after it.
     pub(super) fn run_lead(&self, behind: usize, options: &SchedulerOptions) -> Duration {
         lead(behind, self.run_cost, options)
     }
@@ -130,7 +133,7 @@ impl Estimate {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// The same by the costs of decoding and running alone.
+    /// The same, from the costs alone.
     fn expected(&self, images: usize, engines: usize, options: &SchedulerOptions) -> Duration {
         let engines = engines.max(1) as f64;
         let (run, prepare) = (self.run_cost.as_secs_f64(), self.prepare_cost.as_secs_f64());
@@ -142,8 +145,8 @@ impl Estimate {
     }
 }
 
-/// How long before its deadline an image is given up: under a backlog, work that would finish too late only makes the others
-/// late; without one, there is nothing to lose by trying.
+/// How long before its deadline an image expires. Under a backlog, work that would finish too late only delays the
+/// others; without one, nothing is lost by trying.
 fn lead(behind: usize, cost: Duration, options: &SchedulerOptions) -> Duration {
     if behind >= options.workers { cost } else { Duration::ZERO }
 }
@@ -159,7 +162,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// An engine takes 10 ms an image.
+    /// An engine takes 10 ms per image.
     fn warm(max_batch: usize) -> (Estimate, SchedulerOptions) {
         let mut estimate = Estimate::new();
         estimate.warmed(10 * MS, Duration::ZERO);
@@ -177,7 +180,7 @@ mod tests {
             speed.leave(2, 20 * MS, at(30 * i), true);
         }
         assert!((speed.factor() - 1.5).abs() < 0.01, "{}", speed.factor());
-        // an hour without load, whether the engines said so or the last to leave left nobody behind
+        // an hour without load, whether the engines reported idle or the last image left nobody behind
         speed.idle();
         speed.leave(1, 10 * MS, at(3_600_000), false);
         speed.leave(1, 10 * MS, at(7_200_000), true);
@@ -213,7 +216,7 @@ mod tests {
         assert_eq!(smooth(10 * MS, 20 * MS), 11 * MS);
     }
 
-    /// Single images on an idle machine say little of batches, but not nothing.
+    /// Single images on an idle machine say little about batches, but not nothing.
     #[test]
     fn runs_without_a_backlog_move_the_cost_only_as_far_as_they_show() {
         let (mut estimate, options) = warm(4);
@@ -225,7 +228,7 @@ mod tests {
         assert!((18..=20).contains(&after(1, 80)), "it takes no less than 80");
         assert!((19..=20).contains(&after(2, 40)));
         assert!((3..=4).contains(&after(1, 3)), "nor more than 3 an image");
-        // under a backlog a run is what it is
+        // under a backlog, a run's cost is taken as it is
         estimate.leave(1, 2, true, Instant::now(), &options);
         (0..100).for_each(|_| estimate.ran(1, 30 * MS, &options));
         assert!((29..=30).contains(&estimate.run_cost.as_millis()));

@@ -1,4 +1,4 @@
-//! What a scheduler is started with: a model, how to open its engines, and how its images are queued and spread.
+//! What a scheduler is started with: a model, how to open its engines, and how its images are queued and distributed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,44 +8,44 @@ use crate::engine::{Backend, EngineError};
 use crate::metrics::ModelMetrics;
 use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
 
-/// Opens a fresh engine for a compute thread: at the start, and again after a panic in the old one.
+/// Opens an engine for a compute thread: at the start, and again after the old one panicked.
 pub type OpenBackend = Box<dyn Fn() -> Result<Box<dyn Backend>, EngineError> + Send + Sync>;
 
-/// How the images of one model are queued, batched and spread over threads.
+/// How the images of one model are queued, batched and distributed over threads.
 #[derive(Debug, Clone)]
 pub struct SchedulerOptions {
     /// Threads that own an engine each.
     pub workers: usize,
     /// Further threads that only decode and resize; with 0 the workers do that too. On a CPU the workers use every core
-    /// already; a GPU's workers mostly wait, and need others to feed them.
+    /// already; a GPU's workers mostly wait, and need other threads to feed them.
     pub decoders: usize,
-    /// Most images in one engine run.
+    /// Most images per engine run.
     pub max_batch: usize,
-    /// How long an image may wait for others while an engine is free. Zero: not at all; batches then form from what
-    /// waits when a worker becomes free.
+    /// How long an image may wait for others while an engine is free. Zero: not at all; a batch is then formed of the
+    /// images that wait when a worker becomes free.
     pub max_queue_delay: Duration,
     /// Most images admitted and not yet answered.
     pub queue_limit: usize,
-    /// An image that would wait longer, by the measured speed, is refused at once: under overload a queue
-    /// that is full of late answers serves nobody. Two images per worker are always taken.
+    /// An image that would wait longer, by the measured speed, is refused at once: under overload, a queue full of late
+    /// images serves nobody. Two images per worker are always admitted.
     pub max_queue_wait: Duration,
     /// Replaces `max_queue_wait` in a standing queue: one whose wait has been above this for half a second.
     pub standing_wait: Duration,
-    /// What an encoded image may cost at most, and how it is decoded.
+    /// The decoder, with its limits on encoded images.
     pub decoder: Decoder,
-    /// Memory for images that are being decoded, shared with every other scheduler of the process.
+    /// Memory for images that are being decoded, shared by all schedulers of the process.
     pub decode_memory: Arc<DecodeMemory>,
-    /// Sizes that batches are padded to, ascending; empty: every size as it comes. For engines whose arithmetic depends on
-    /// the batch, or that are built for some shapes only. The largest limits `max_batch`.
+    /// Sizes that batches are padded to, ascending; empty: no padding. For engines whose arithmetic depends on the
+    /// batch size, or that are built for some shapes only. The largest limits `max_batch`.
     pub buckets: Vec<usize>,
-    /// What a difference between an image alone and in a batch does.
+    /// What to do if an image's logits differ between alone and in a batch.
     pub invariance: Invariance,
-    /// Warm the workers one after the other: a model that is being served keeps the other cores.
+    /// Warms up the workers one after the other, which leaves the other cores to models that are served already.
     pub one_by_one: bool,
 }
 
 impl Default for SchedulerOptions {
-    /// One worker, and otherwise what `nfold serve` begins with on a CPU.
+    /// One worker; otherwise the defaults of `nfold serve` on a CPU.
     fn default() -> Self {
         Self {
             workers: 1,
@@ -65,12 +65,12 @@ impl Default for SchedulerOptions {
 }
 
 impl SchedulerOptions {
-    /// Images in the engine run that `images` need, padding included.
+    /// Batch size of an engine run with `images` images, padding included.
     pub(super) fn padded(&self, images: usize) -> usize {
         self.buckets.iter().copied().find(|&bucket| bucket >= images).unwrap_or(images)
     }
 
-    /// Every number of images that an engine run can have, padding included; ascending.
+    /// Every batch size that an engine run can have, padding included; ascending.
     pub(super) fn sizes(&self) -> Vec<usize> {
         match self.buckets.as_slice() {
             [] => (1..=self.max_batch).collect(),
@@ -79,26 +79,27 @@ impl SchedulerOptions {
     }
 }
 
-/// What the self-test at the start does: the same images alone and in every batch size that can occur.
+/// What the self-test at the start does. It compares the logits of the same images alone and in every possible batch
+/// size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Invariance {
-    /// Any difference in any bit stops the start.
+    /// Any difference in any bit fails the start.
     Require,
-    /// The largest difference is logged and published.
+    /// The largest difference is logged and exported as a metric.
     #[default]
     Report,
     /// Not tested.
     Off,
 }
 
-/// What a model must answer before it is served: one image's tensor and its logits, as they were when it was folded.
+/// The golden answer, which a model must reproduce before it is served: one image's tensor and its logits at folding.
 #[derive(Debug, Clone)]
 pub struct Golden {
     /// `[channels, height, width]`.
     pub input: Vec<f32>,
     /// `[classes]`.
     pub logits: Vec<f32>,
-    /// Largest difference of a logit that is taken.
+    /// Largest allowed difference of a logit.
     pub tolerance: f64,
 }
 
@@ -106,17 +107,17 @@ pub struct Golden {
 pub struct Job {
     /// Name for threads and log lines.
     pub what: String,
-    /// From image to tensor.
+    /// Makes a tensor of an image.
     pub preprocessor: Preprocessor,
-    /// Turn images upright by their EXIF orientation.
+    /// Whether images are turned upright by their EXIF orientation.
     pub exif_orientation: bool,
     /// Logits per image.
     pub classes: usize,
     /// Opens an engine.
     pub open: OpenBackend,
-    /// Opens an engine that has every core, for an image that comes to an idle machine.
+    /// Opens an engine that uses every core, for an image that arrives on an idle machine.
     pub open_wide: Option<OpenBackend>,
-    /// What it must answer.
+    /// The golden answer.
     pub golden: Option<Golden>,
     /// The model's metrics.
     pub metrics: ModelMetrics,
@@ -124,13 +125,13 @@ pub struct Job {
     pub system: Arc<dyn System>,
 }
 
-/// Why a model could not be started.
+/// Why a model can't be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// No engine.
+    /// An engine can't be opened.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// A real run failed before the model was ready.
+    /// A run failed during warm-up.
     #[error("warm-up with a batch of {batch} failed: {reason}")]
     WarmUp {
         /// Images in the run.
@@ -138,14 +139,14 @@ pub enum StartError {
         /// What went wrong.
         reason: String,
     },
-    /// Not the model that was folded, or not the arithmetic.
+    /// The logits are not the golden answer's: another model, or other arithmetic.
     #[error(
         "its logits differ by {difference:.3e} from those at folding (tolerance {tolerance:.3e}); fold the checkpoint again, or see what is different about this machine with `nfold inspect`"
     )]
     Golden {
         /// Largest difference of a logit.
         difference: f64,
-        /// What is taken.
+        /// Largest allowed difference.
         tolerance: f64,
     },
     /// [`Invariance::Require`] is not met.
@@ -156,10 +157,10 @@ pub enum StartError {
         /// Largest difference of a logit.
         difference: f64,
     },
-    /// A fault of this program, or of the runtime.
+    /// A bug in this program or in the runtime.
     #[error("opening its engine panicked: {0}")]
     Panic(String),
-    /// The system gave no thread, or the thread died.
+    /// The system refused a thread, or the thread died.
     #[error("can't start a compute thread: {0}")]
     Thread(String),
 }

@@ -1,7 +1,7 @@
-//! A compute thread's engine: opened, warmed, run, and opened again after a panic in it.
+//! A compute thread's engine: opened, warmed up, run, and reopened after a panic.
 //!
-//! What an engine goes through before it may answer: the model's golden answer, an encoded image, real runs of every
-//! shape that can occur, and the same images alone and in a batch. Knows nothing of queues and callers.
+//! Before it may answer, an engine computes the model's golden answer, an encoded image, runs of every possible shape,
+//! and the same images alone and in a batch. Knows nothing of queues and callers.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -14,21 +14,21 @@ use crate::metrics::{Phase, RunResult};
 use crate::panics::message;
 use crate::pixels::Decoder;
 
-/// Shortest and longest pause between two tries to reopen an engine.
+/// Shortest and longest pause between two attempts to reopen an engine.
 const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
-/// A worker's engine, or when to try again for one.
+/// A worker's engine, or when to try to reopen it.
 pub(super) struct Lane {
     /// The worker's number.
     pub(super) number: usize,
     engine: Option<Box<dyn Backend>>,
-    /// When to try again, and the pause after that try.
+    /// When to try again, and the pause after that attempt.
     reopen: Option<(Instant, Duration)>,
 }
 
 impl Lane {
-    /// Opens an engine and warms it; a panic on the way is reported like any other failure. The first worker of a model
-    /// also does what is done once for all of them: the golden answer, every batch size, and the engine that has all cores.
+    /// Opens and warms up an engine; a panic meanwhile is reported like any other failure. The first worker of a model
+    /// also does what is done once per model: the golden answer, every batch size, and the engine with all cores.
     pub(super) fn open(shared: &Shared, number: usize) -> Result<(Self, Warm), StartError> {
         let opened = catch_unwind(AssertUnwindSafe(|| {
             let mut lane = Self { number, engine: Some((shared.job.open)()?), reopen: None };
@@ -43,12 +43,12 @@ impl Lane {
         self.engine.is_some()
     }
 
-    /// When to try again for one.
+    /// When to try to reopen the engine.
     pub(super) fn reopen_at(&self) -> Option<Instant> {
         self.reopen.map(|(at, _)| at)
     }
 
-    /// Tries again.
+    /// Tries to reopen the engine.
     pub(super) fn reopen(&mut self, shared: &Shared) {
         let pause = self.reopen.map_or(REOPEN_PAUSE.0, |(_, pause)| pause);
         let reason = match catch_unwind(AssertUnwindSafe(|| (shared.job.open)())) {
@@ -71,7 +71,7 @@ impl Lane {
         );
     }
 
-    /// One engine run, padded to a bucket; the error says what to log.
+    /// One engine run, padded to a bucket; the error is for the log.
     pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
         let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
         let (count, result) = measured(shared, self.number, Cores::Own, engine.as_mut(), batch);
@@ -81,7 +81,7 @@ impl Lane {
         result
     }
 
-    /// One run on the engine that has every core, if there is one and it is free. `None` on any failure there: the lane's own
+    /// One run on the engine with all cores, if there is one and it is free. `None` on any failure: the lane's own
     /// engine can still answer.
     pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch) -> Option<Logits> {
         let mut wide = shared.wide.try_lock().ok()?;
@@ -109,7 +109,7 @@ impl Lane {
         }
     }
 
-    /// The thread ends: drops the engine.
+    /// Drops the engine as the thread ends.
     pub(super) fn close(mut self, shared: &Shared) {
         if self.engine.is_some() {
             shared.engines(-1);
@@ -125,16 +125,16 @@ impl Lane {
     }
 }
 
-/// Which share of the cores an engine has.
+/// How many of the cores an engine uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cores {
     /// The worker's share.
     Own,
-    /// All of an idle machine.
+    /// All, on an idle machine.
     All,
 }
 
-/// One run of any engine, padded to a bucket, measured and counted; the error says what to log.
+/// One run of an engine, padded to a bucket, measured and counted; the error is for the log.
 fn measured(
     shared: &Shared,
     worker: usize,
@@ -226,7 +226,7 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     for count in (2..=largest).filter(|&n| test || n == largest || shared.options.buckets.contains(&n)) {
         let (logits, cost) = run(shared, &images[..count * len], |batch| lane.attempt(shared, batch))?;
         if 2 * count > largest {
-            // what large batches cost, by more than one of them where there are more
+            // the cost in large batches, averaged over all of them
             (took, ran) = (took + cost * count as u32, ran + count as u32);
             warm.run_cost = took / ran;
         }
@@ -257,11 +257,11 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     Ok(warm)
 }
 
-/// An encoded image as a client would send it, with twice the sides that the network sees, decoded, resized and normalised:
-/// a setting that spoils every image is found before the first client finds it.
+/// Decodes, resizes and normalises an encoded image of twice the network's input size, so that a setting that breaks
+/// every image is found before the first client finds it.
 fn photograph(shared: &Shared) -> Result<Vec<f32>, String> {
     let job = &shared.job;
-    // limits of its own: those for clients may be smaller than this image
+    // without the clients' limits, which may be smaller than this image
     let side = |pixels: usize| (2 * pixels).clamp(16, 2048).next_multiple_of(4) as u32;
     let file = bitmap(side(job.preprocessor.width()), side(job.preprocessor.height()));
     let image = Decoder::default().decode(&file, job.exif_orientation, |w, h| job.preprocessor.resized(w, h));
@@ -276,7 +276,7 @@ fn photograph(shared: &Shared) -> Result<Vec<f32>, String> {
     }
 }
 
-/// A BMP file of gradients, `width` a multiple of 4.
+/// A BMP file of gradients; `width` is a multiple of 4.
 fn bitmap(width: u32, height: u32) -> Vec<u8> {
     const HEADER: u32 = 14 + 40;
     let pixels = (0..height).flat_map(|y| (0..width).flat_map(move |x| [5 * x, 7 * y, 3 * (x + y)].map(|v| v as u8)));
@@ -300,7 +300,7 @@ fn images(shared: &Shared, count: usize) -> Vec<f32> {
     (0..count * shared.job.preprocessor.tensor_len()).map(xorshift).collect()
 }
 
-/// Logits of the images in `data`, all finite, and the time for each.
+/// Logits of the images in `data`, all finite, and the time per image.
 fn run<L>(shared: &Shared, data: &[f32], attempt: L) -> Result<(Vec<f32>, Duration), StartError>
 where
     L: FnOnce(&mut Batch) -> Result<Logits, String>,
@@ -317,7 +317,7 @@ where
     Ok((logits.data, shared.now().saturating_duration_since(started) / images.max(1) as u32))
 }
 
-/// Largest difference between the first of `alone` and `together`.
+/// Largest absolute difference between the first values of `alone` and `together`.
 fn difference(alone: &[f32], together: &[f32]) -> f64 {
     alone.iter().zip(together).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max)
 }

@@ -1,4 +1,4 @@
-//! Images that wait, in the order in which they are taken.
+//! Waiting images, in the order in which they are dequeued.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use super::pending::Pending;
 use super::request::{Class, Input};
 use crate::pixels::{Claim, Share};
 
-/// An image waiting to be decoded.
+/// An image that waits to be decoded.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) input: Input,
@@ -15,7 +15,7 @@ pub(super) struct Entry {
     pub(super) memory: Memory,
 }
 
-/// Whether an image has the memory that it is decoded in.
+/// Whether an image has its share of the decode memory.
 #[derive(Debug)]
 pub(super) enum Memory {
     /// Its header was not read yet.
@@ -24,14 +24,14 @@ pub(super) enum Memory {
     Held(Share),
 }
 
-/// An image for which there was no memory to decode it in.
+/// An image that waits for decode memory.
 #[derive(Debug)]
 pub(super) struct Parked {
     pub(super) entry: Entry,
     pub(super) claim: Claim,
 }
 
-/// An image waiting for an engine.
+/// A decoded image that waits for an engine.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) tensor: Vec<f32>,
@@ -40,7 +40,7 @@ pub(super) struct Prepared {
     pub(super) pending: Pending,
 }
 
-/// Something that waits in a [`Line`].
+/// An element of a [`Line`].
 pub(super) trait Queued {
     fn pending(&self) -> &Pending;
     fn into_pending(self) -> Pending;
@@ -69,16 +69,16 @@ impl Queued for Prepared {
 /// How many images of other classes may pass a waiting image of this class; then the class is due.
 pub(super) const PATIENCE: [u32; Class::ALL.len()] = [0, 3, 14];
 
-/// How many images of a class may pass the one that came first; then that one is due.
+/// How many images of a class may pass its oldest one; then that one is due.
 const PATIENCE_IN_CLASS: u32 = 3;
 
-/// Images of one class in the order in which they are taken: by priority, then by arrival, but one in 4 is the one that came first.
+/// Images of one class, dequeued by priority, then by arrival; but one in 4 is the oldest.
 #[derive(Debug)]
 struct Row<T> {
     images: BTreeMap<(u32, u64), T>,
-    /// Their priorities, by their order of arrival.
+    /// Their priorities by order of arrival.
     arrivals: BTreeMap<u64, u32>,
-    /// Images that were taken since the one that came first was the next.
+    /// Images dequeued since the oldest was last next.
     passed: u32,
 }
 
@@ -98,7 +98,7 @@ impl<T: Queued> Row<T> {
         self.images.insert(rank, item);
     }
 
-    /// The rank of the image whose turn it is, and of the one that came first.
+    /// The rank of the image to dequeue next, and of the oldest.
     fn next(&self) -> Option<[(u32, u64); 2]> {
         let (&first, _) = self.images.first_key_value()?;
         let (&sequence, &priority) = self.arrivals.first_key_value()?;
@@ -113,7 +113,7 @@ impl<T: Queued> Row<T> {
         self.images.remove(&rank)
     }
 
-    /// Takes out those that are `gone`, in linear time.
+    /// Removes those that are `gone`, in linear time.
     fn evict(&mut self, gone: impl Fn(&T) -> bool) -> impl Iterator<Item = T> {
         let (out, kept) = std::mem::take(&mut self.images).into_iter().partition(|(_, item)| gone(item));
         self.images = kept;
@@ -123,13 +123,13 @@ impl<T: Queued> Row<T> {
     }
 }
 
-/// Waiting images in the order in which they are taken: in each class as its row says; of the classes the first
-/// that has any, unless a later one is due. So one image in 4 is of the default class and one in 16 of the last, whatever the
-/// other classes bring, as long as they have any.
+/// Waiting images of all classes. Within a class its [`Row`] decides; of the classes, the first that has images is
+/// next, unless a later one is due. So one image in 4 is of the default class and one in 16 of the last, as long as
+/// these have any, whatever arrives in the other classes.
 #[derive(Debug)]
 pub(super) struct Line<T> {
     classes: [Row<T>; Class::ALL.len()],
-    /// Images of other classes that were taken while this one had any waiting.
+    /// Images of other classes dequeued while this class had any waiting.
     passed: [u32; Class::ALL.len()],
 }
 
@@ -155,15 +155,15 @@ impl<T: Queued> Line<T> {
         self.classes.iter().flat_map(|row| row.images.values()).map(Queued::pending)
     }
 
-    /// The class whose turn it is.
+    /// The class to dequeue from.
     fn class(&self) -> Option<usize> {
         let has = |&class: &usize| !self.classes[class].is_empty();
         let due = (1..self.classes.len()).find(|class| has(class) && self.passed[*class] >= PATIENCE[*class]);
         due.or_else(|| (0..self.classes.len()).find(has))
     }
 
-    /// The next image that expires no sooner than `lead` (given how many are behind it) from now. The others are given up, and
-    /// count for no class.
+    /// Dequeues the next image whose deadline is at least `lead` (a function of how many are behind it) from now.
+    /// Expired images on the way go to `given_up` and don't count for their class.
     pub(super) fn pop(
         &mut self,
         now: Instant,
@@ -185,7 +185,7 @@ impl<T: Queued> Line<T> {
         }
     }
 
-    /// Gives up all expired images. Takes linear time.
+    /// Evicts all expired images, in linear time.
     pub(super) fn evict(&mut self, now: Instant, given_up: &mut Vec<Pending>) {
         let expired = |item: &T| item.pending().is_expired(now, Duration::ZERO);
         for row in &mut self.classes {
@@ -220,7 +220,7 @@ mod tests {
             Self { line: Line::new(), now: Instant::now(), replies: Vec::new() }
         }
 
-        /// The image's number is the second part of its rank, from 1 on.
+        /// The image's number is the second part of its rank, counted from 1.
         fn push(&mut self, priority: u32) {
             let (reply, receiver) = oneshot::channel();
             self.replies.push(receiver);
@@ -265,7 +265,7 @@ mod tests {
             let mut waited = [0_usize; Class::ALL.len()];
             let mut passed = [0_usize; Class::ALL.len()];
             for _ in 0..200 {
-                // there is always one more of the flood
+                // the flood never ends
                 stage.push(flood);
                 let waiting = Class::ALL.map(|class| !stage.line.classes[class as usize].is_empty());
                 let ranks = |class: Class| stage.line.classes[class as usize].images.keys().copied().collect::<Vec<_>>();

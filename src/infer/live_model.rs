@@ -1,6 +1,7 @@
-//! One version of one model, opened, warmed and ready to answer.
+//! One version of a model: open, warm and ready to answer.
 //!
-//! Owns the way from encoded images to labelled predictions. Knows neither where models come from nor which protocol asks.
+//! Owns the path from encoded images to labelled predictions. Knows neither where models come from nor which protocol
+//! asks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,51 +23,51 @@ use crate::pixels::Preprocessor;
 /// Why a model can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// Its folder or its manifest.
+    /// The folder or its manifest is not valid.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The manifest's golden answer belongs to another input than this program makes.
+    /// The manifest's golden answer is for another input than this program computes.
     #[error("the golden input of model `{0}` can't be made by this version of nfold; fold the checkpoint again")]
     Golden(String),
-    /// An input above the limit of pixels.
+    /// The model's input is above the limit of pixels.
     #[error(
         "model `{name}` version {version} takes images of {height}x{width}, more than the {most} pixels of --max-input-pixels; fold it for a smaller size (nfold fold --size), or raise that limit, and the memory for it"
     )]
     Input {
         /// The model.
         name: String,
-        /// Its version.
+        /// The model's version.
         version: u64,
-        /// Height of its input, in pixels.
+        /// Height of the model's input, in pixels.
         height: u32,
-        /// Width of its input, in pixels.
+        /// Width of the model's input, in pixels.
         width: u32,
         /// The limit, in pixels.
         most: u64,
     },
-    /// A graph that nfold did not write.
+    /// The graph was not written by nfold.
     #[error("the graph of model `{name}` version {version} is refused: {reason}")]
     Graph {
         /// The model.
         name: String,
-        /// Its version.
+        /// The model's version.
         version: u64,
-        /// What it holds.
+        /// What the graph holds.
         reason: String,
     },
-    /// A model that does not start.
+    /// The model does not start.
     #[error("model `{name}` version {version} does not start: {source}")]
     Start {
         /// The model.
         name: String,
-        /// Its version.
+        /// The model's version.
         version: u64,
         /// Why.
         source: StartError,
     },
 }
 
-/// What an image is, and where the time went.
+/// An image's predictions, and where the time went.
 #[derive(Debug, Clone)]
 pub struct Classified {
     /// Most probable first.
@@ -75,29 +76,29 @@ pub struct Classified {
     pub timings: Timings,
 }
 
-/// One version of one model with its queue and threads, warm.
+/// One version of a model with its queue and threads, warm.
 #[derive(Debug)]
 pub struct LiveModel {
     /// Name in the repository.
     pub name: String,
     /// Version in the repository.
     pub version: u64,
-    /// What the model says about itself.
+    /// The model's manifest.
     pub manifest: Manifest,
     scheduler: Scheduler,
     metrics: ModelMetrics,
     info: ModelInfo,
 }
 
-/// What a model's compute threads run.
+/// How a model's engines are opened.
 pub struct Engines {
     /// Opens a worker's engine.
     pub open: OpenBackend,
-    /// Opens the one that has every core.
+    /// Opens the engine that uses every core.
     pub open_wide: Option<OpenBackend>,
     /// Name of the hardware, for metrics.
     pub provider: &'static str,
-    /// They multiply in less than single precision even for a single-precision graph (TensorFloat-32).
+    /// Whether the engines multiply in less than single precision even for a single-precision graph (TensorFloat-32).
     pub reduced: bool,
 }
 
@@ -112,7 +113,7 @@ impl LiveModel {
         Self::start_on(Arc::new(Os), dir, engines, options, metrics)
     }
 
-    /// As [`start`](Self::start), with another clock and other threads.
+    /// Like [`start`](Self::start), with another clock and other threads.
     pub fn start_on(
         system: Arc<dyn System>,
         dir: &ModelDir,
@@ -164,10 +165,9 @@ impl LiveModel {
         Ok(Self { name, version, manifest, scheduler, metrics: model_metrics, info })
     }
 
-    /// The logits of one request's images, in order, each made into what is asked for by `finish`. The one way to an
-    /// answer, whichever protocol asks. All are admitted or none. What is wrong with one image stays with that image, and so
-    /// does what cuts a request short (deadline, shutdown) once any image has its answer; where none has, that is the outer
-    /// error.
+    /// Computes the logits of one request's images and maps each with `finish`, in order; every protocol comes through
+    /// here. All images are admitted or none. Errors of one image stay with that image, and so does what ends a request
+    /// early (deadline, shutdown) once any image is answered; if none is, that is the outer error.
     pub async fn infer<T>(
         &self,
         inputs: Vec<Input>,
@@ -180,8 +180,7 @@ impl LiveModel {
             images: 0,
             times: Answered::default(),
         };
-        // a client's own numbers may overflow the network (load generators send random bits), and it gets what comes of
-        // them; an image can't
+        // a client's own numbers may overflow the network (load generators send random bits); a decoded image can't
         let by_hand = !inputs.iter().all(|input| matches!(input, Input::Encoded(_)));
         let tickets = self.scheduler.submit(inputs, terms)?;
         let mut answers = Vec::with_capacity(tickets.len());
@@ -214,13 +213,12 @@ impl LiveModel {
         }
     }
 
-    /// The refusal, if no image would be admitted at the moment: asked before a request's body is read. That there is room
-    /// promises nothing.
+    /// The error if no image would be admitted now; checked before a request's body is read. Success reserves nothing.
     pub fn has_room(&self, deadline: Instant) -> Result<(), InferError> {
         self.scheduler.has_room(deadline).inspect_err(|_| self.metrics.statistics.failed(Duration::ZERO))
     }
 
-    /// Classifies the encoded images of one request, in order, as [`infer`](Self::infer) does.
+    /// Classifies the encoded images of one request, in order; errors as in [`infer`](Self::infer).
     pub async fn classify(
         &self,
         images: Vec<Bytes>,
@@ -238,7 +236,7 @@ impl LiveModel {
         self.scheduler.options()
     }
 
-    /// What this model has done so far.
+    /// The model's running totals.
     pub fn statistics(&self) -> Snapshot {
         self.metrics.statistics.snapshot()
     }
@@ -248,7 +246,7 @@ impl LiveModel {
         self.scheduler.health()
     }
 
-    /// Why the model is not ready, if so: no working engine, or one that hangs or keeps failing.
+    /// Why the model is not ready; `None` if it is. Either no engine works, or one hangs or keeps failing.
     pub fn fault(&self, hang_limit: Duration) -> Option<String> {
         const STORM: u32 = 5;
         let Health { engines, failures, longest_run } = self.health();
@@ -275,13 +273,13 @@ impl LiveModel {
         self.info.set();
     }
 
-    /// The queue, for callers that bring tensors or want logits.
+    /// The queue, for callers that send tensors or need logits.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
     }
 }
 
-/// One request in the statistics, counted when it is dropped: as failed if no image was answered.
+/// Counts one request in the statistics on drop: as failed if no image was answered.
 struct Counted<'a> {
     statistics: &'a Statistics,
     started: Instant,

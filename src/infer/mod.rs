@@ -1,11 +1,12 @@
 //! Serving: encoded image → predictions. Knows no protocol (no axum, tonic, http) and no checkpoint.
 //!
-//! The way of an image, a [`request`]: `scheduler` (a slot, or a refusal before any work) → `worker` (a compute thread: `pixels`
-//! makes a tensor of untrusted bytes) → a [`Batch`](crate::engine::Batch) → `lane` (the thread's own `engine`, warm) → `top_k`.
-//! `shared` has the lock and the sleeping threads. Below it are pure decisions: `queue` (what a thread does next), `line` (in
-//! which order images are taken), `admission` (whether one more may wait), `estimate` (how long that takes), `pending` (an
-//! admitted image: slot and reply). The clock and all waiting are [`system`]'s. A [`live_model`] starts a scheduler with a
-//! [`job`]; [`registry`] holds all of them, and `source` is where they come from.
+//! The path of an image, a [`request`]: `scheduler` (a slot, or a refusal before any work) → `worker` (a compute
+//! thread, where `pixels` turns untrusted bytes into a tensor) → a [`Batch`](crate::engine::Batch) → `lane` (the
+//! thread's own `engine`, warm) → `top_k`. `shared` has the lock and the sleeping threads. Below it are pure decisions:
+//! `queue` (what a thread does next), `line` (in which order images are dequeued), `admission` (whether one more may
+//! wait), `estimate` (how long that takes), `pending` (an admitted image: slot and reply). The clock and all waiting
+//! are in [`system`]. A [`live_model`] starts a scheduler with a [`job`]; [`registry`] holds all models, and `source`
+//! is where they come from.
 
 mod admission;
 pub mod error;

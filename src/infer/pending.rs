@@ -1,6 +1,6 @@
-//! One admitted image: its slot, which bounds how many there are, and its reply.
+//! One admitted image: its slot and its reply.
 //!
-//! A slot is owned by its image: dropping the image, wherever that happens, answers it and frees the slot.
+//! An image owns its slot: dropping the image, wherever that happens, answers it and frees the slot.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,13 +12,13 @@ use super::error::InferError;
 use super::request::{Class, Output};
 use crate::metrics::{ModelMetrics, Outcome};
 
-/// A counter of the images that are admitted and not yet answered, at most `limit`.
+/// Counts the images that are admitted and not yet answered, at most `limit`.
 #[derive(Debug)]
 pub(super) struct Slots {
     pub(super) limit: usize,
     pub(super) metrics: ModelMetrics,
     used: AtomicUsize,
-    /// Of these, slots of images of other classes than the default one.
+    /// Of these, slots of images of the first and the last class.
     used_by_others: AtomicUsize,
 }
 
@@ -27,7 +27,7 @@ impl Slots {
         Self { limit, metrics, used: AtomicUsize::new(0), used_by_others: AtomicUsize::new(0) }
     }
 
-    /// Most slots that images of this class have at once. A quarter is for those that name no priority.
+    /// Most slots that images of this class may have at once. A quarter is reserved for the default class.
     pub(super) fn limit_of(&self, class: Class) -> usize {
         match class {
             Class::Default => self.limit,
@@ -35,7 +35,7 @@ impl Slots {
         }
     }
 
-    /// Takes `count` slots or none.
+    /// Acquires `count` slots or none.
     pub(super) fn take(self: &Arc<Self>, count: usize, class: Class) -> Option<Vec<Slot>> {
         let add = |counter: &AtomicUsize, limit: usize| {
             let sum = |used: usize| used.checked_add(count).filter(|&sum| sum <= limit);
@@ -89,7 +89,7 @@ pub(super) struct Pending {
     pub(super) reply: Option<oneshot::Sender<Result<Output, InferError>>>,
     pub(super) slot: Option<Slot>,
     pub(super) class: Class,
-    /// Where it stands in its class: priority first, then the order of arrival.
+    /// Rank in its class: priority, then order of arrival.
     pub(super) rank: (u32, u64),
     /// When it was admitted.
     pub(super) arrived: Instant,
@@ -97,8 +97,9 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Answers and counts the image. It is counted before its slot is free, so that an empty queue has counted all, and
-    /// both before the caller can see the answer, so that a caller who sends its next image at once finds room.
+    /// Answers and counts the image. It is counted before its slot is freed, so that an empty queue has counted every
+    /// image; both happen before the caller sees the answer, so that a caller who sends its next image at once finds a
+    /// slot.
     pub(super) fn answer(mut self, result: Result<Output, InferError>, now: Instant) {
         self.end(result, now >= self.deadline);
     }
@@ -113,11 +114,11 @@ impl Pending {
         };
         slot.slots.metrics.images(ended, 1);
         drop(slot);
-        // an error means that the caller has gone since
+        // fails if the caller has dropped its ticket meanwhile
         let _ = reply.send(result);
     }
 
-    /// True when nobody waits for the answer, or nobody would when it came (`lead` from now).
+    /// Whether nobody waits for the answer, or nobody would when it came (`lead` from now).
     pub(super) fn is_expired(&self, now: Instant, lead: Duration) -> bool {
         self.deadline <= now + lead || self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
     }

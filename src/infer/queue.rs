@@ -1,8 +1,8 @@
 //! The queue of one model: what a free thread does next.
 //!
-//! Pure decisions: every one takes the moment as an argument. No locks, no threads, no engines (`shared` has them). Images wait
-//! in two [`Line`]s, encoded and decoded; `estimate` says how long they take, `admission` whether one more may wait. Images that
-//! are given up gather in `given_up`, to be answered when the lock is released.
+//! Pure decisions: each takes the current time as an argument. No locks, no threads, no engines (`shared` has them).
+//! Images wait in two [`Line`]s, encoded and decoded; `estimate` says how long they take, `admission` whether one more
+//! may wait. Expired images are collected in `given_up`, to be answered when the lock is released.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use super::job::SchedulerOptions;
 use super::line::{Entry, Line, Memory, Parked, Prepared};
 use super::pending::Pending;
 
-/// How often idle threads try to claim memory for a parked image: threads of any model release it.
+/// How often idle threads try to claim memory for a parked image: threads of any model may release it.
 const MEMORY_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,24 +26,24 @@ pub(super) enum Phase {
 /// What the asking thread can do.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Able {
-    /// The worker's number; none for a decoder.
+    /// The worker's number; `None` for a decoder.
     pub(super) worker: Option<usize>,
-    /// Decodes.
+    /// Whether it decodes.
     pub(super) prepares: bool,
-    /// Has an engine.
+    /// Whether it has an engine.
     pub(super) runs: bool,
-    /// When a worker without an engine tries to open one again.
+    /// When a worker without an engine tries to reopen it.
     pub(super) reopen_at: Option<Instant>,
 }
 
 /// What a thread does next.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// Decode this.
+    /// Decode this image.
     Prepare(Entry),
-    /// Run these together; `alone`: nothing else is under way or waits, so that one may have every core.
+    /// Run these images as a batch; `alone`: nothing else runs or waits, so that the run may use every core.
     Run { images: Vec<Prepared>, alone: bool },
-    /// Open an engine again.
+    /// Reopen the engine.
     Reopen,
     /// End.
     Stop,
@@ -53,14 +53,14 @@ pub(super) enum Task {
 #[derive(Debug)]
 pub(super) enum Step {
     Do(Task),
-    /// Nothing until something changes, or until that moment.
+    /// Sleep until something changes, or until that moment.
     Sleep(Option<Instant>),
 }
 
-/// What a free engine is given.
+/// What a free engine runs.
 enum Chosen {
     Batch(Vec<Prepared>),
-    /// Nothing before that moment: the oldest image may wait for others until then.
+    /// Nothing before that moment: until then the oldest image may wait for others.
     At(Instant),
     Nothing,
 }
@@ -72,11 +72,11 @@ pub(super) struct Demand {
     pub(super) batches: usize,
     /// If none now, when the next one could start.
     pub(super) batch_at: Option<Instant>,
-    /// When to look whether parked images have memory.
+    /// When to check whether parked images can have memory.
     pub(super) memory_at: Option<Instant>,
     /// Images that could be decoded.
     pub(super) images: usize,
-    /// All threads are to end.
+    /// Whether all threads are to end.
     pub(super) over: bool,
 }
 
@@ -84,9 +84,9 @@ pub(super) struct Demand {
 pub(super) struct Queue {
     pub(super) phase: Phase,
     pub(super) raw: Line<Entry>,
-    /// Images that wait for memory to be decoded in; large ones get it in the order in which they asked.
+    /// Images that wait for decode memory; large ones get it in the order in which they asked.
     pub(super) parked: Vec<Parked>,
-    /// Images that a thread is decoding right now.
+    /// Images that threads are decoding now.
     pub(super) decoding: usize,
     pub(super) ready: Line<Prepared>,
     /// Images that expired or can't be computed. They are answered once the lock is released.
@@ -99,7 +99,7 @@ pub(super) struct Queue {
     pub(super) estimate: Estimate,
     /// Whether the queue is more than a burst.
     standing: Standing,
-    /// When expired images were last looked for.
+    /// When expired images were last evicted.
     evicted: Instant,
 }
 
@@ -122,7 +122,7 @@ impl Queue {
         }
     }
 
-    /// Whether new images are taken.
+    /// Fails unless new images are admitted.
     pub(super) fn accepts(&self) -> Result<(), InferError> {
         match (self.phase, self.engines) {
             (Phase::Closing | Phase::Aborted, _) => Err(InferError::ShuttingDown),
@@ -131,7 +131,7 @@ impl Queue {
         }
     }
 
-    /// When the longest-waiting image came.
+    /// When the longest-waiting image arrived.
     pub(super) fn oldest(&self) -> Option<Instant> {
         let parked = self.parked.iter().map(|parked| &parked.entry.pending);
         self.raw.iter().chain(parked).chain(self.ready.iter()).map(|pending| pending.arrived).min()
@@ -141,7 +141,7 @@ impl Queue {
         self.raw.is_empty() && self.parked.is_empty() && self.ready.is_empty() && self.decoding == 0
     }
 
-    /// What a thread does next. It sleeps only when it can do nothing of what waits: after an image was given up on the way, the
+    /// What a thread does next. It sleeps only if it can do nothing of what waits: if an image expired on the way, the
     /// queue has changed, and everything is checked again.
     pub(super) fn next(&mut self, able: Able, now: Instant, options: &SchedulerOptions) -> Step {
         loop {
@@ -216,15 +216,15 @@ impl Queue {
         self.standing.refuse(wait, now)
     }
 
-    /// `used` images are admitted and not yet answered.
+    /// Records that `used` images are admitted and not yet answered.
     pub(super) fn holds(&mut self, used: usize, now: Instant, options: &SchedulerOptions) {
         let wait = self.drain_time(used, options);
         self.standing.holds(wait, now, options);
     }
 
-    /// `images` images leave the threads, answered or not.
+    /// Records that `images` images leave the threads, answered or not.
     pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
-        // an engine that may wait for more images is busy only if it has that
+        // an engine that may wait for more images is busy only if a full batch waits
         let each = if options.max_queue_delay.is_zero() { 1 } else { options.max_batch };
         let waiting = self.raw.len() + self.ready.len() + self.decoding;
         self.estimate.leave(images, self.engines, waiting >= each * self.engines.max(1), now, options);
@@ -245,8 +245,8 @@ impl Queue {
         Demand { batches, batch_at, memory_at, images, over }
     }
 
-    /// How many more images may be decoded before engines have run some: decoders stop when enough images are ready, as a
-    /// decoded image is far larger than an encoded one. Workers that decode have no such limit.
+    /// How many more images may be decoded before engines run some. Decoders stop when enough images are ready, as a
+    /// decoded image is far larger than an encoded one; workers that decode have no such limit.
     fn room_ahead(&self, options: &SchedulerOptions) -> usize {
         match options.decoders {
             0 => usize::MAX,
@@ -269,7 +269,7 @@ impl Queue {
         None
     }
 
-    /// The next live image to decode.
+    /// The next image to decode that has not expired.
     fn take_raw(&mut self, now: Instant, options: &SchedulerOptions) -> Option<Entry> {
         self.raw.pop(now, |behind| self.estimate.decode_lead(behind, options), &mut self.given_up)
     }
@@ -296,8 +296,8 @@ impl Queue {
         Due::Now { share: share.max(1) }
     }
 
-    /// What a free engine runs now: its fair share of what waits, so that a burst on an idle machine spreads over all
-    /// engines and batches grow only with the queue.
+    /// What a free engine runs now: an equal share of what waits, so that a burst on an idle machine spreads over all
+    /// engines, and batches grow only with the queue.
     fn take_batch(&mut self, now: Instant, options: &SchedulerOptions) -> Chosen {
         if !options.max_queue_delay.is_zero() {
             // a batch does not wait for expired images
@@ -323,12 +323,12 @@ impl Queue {
         if batch.is_empty() { Chosen::Nothing } else { Chosen::Batch(batch) }
     }
 
-    /// Whether expired images are to be looked for: at once if there is no room without, ten times a second otherwise.
+    /// Whether to look for expired images: at once if the queue is full, ten times a second otherwise.
     pub(super) fn evicts(&self, now: Instant, full: bool) -> bool {
         full || now.saturating_duration_since(self.evicted) >= Duration::from_millis(100)
     }
 
-    /// Gives up expired images, so that they keep neither slots nor memory from others.
+    /// Evicts expired images, so that they keep neither slots nor memory from others.
     pub(super) fn evict(&mut self, now: Instant) {
         self.evicted = now;
         self.raw.evict(now, &mut self.given_up);
@@ -337,22 +337,22 @@ impl Queue {
         self.ready.evict(now, &mut self.given_up);
     }
 
-    /// Gives up everything that waits.
+    /// Evicts everything that waits.
     pub(super) fn give_up_all(&mut self) {
         self.given_up.extend(self.raw.drain());
         self.given_up.extend(self.parked.drain(..).map(|parked| parked.entry.pending));
         self.given_up.extend(self.ready.drain());
     }
 
-    /// The error of images that were given up.
+    /// The error of evicted images.
     pub(super) fn reason(&self) -> InferError {
         if self.phase == Phase::Aborted { InferError::ShuttingDown } else { InferError::DeadlineExceeded }
     }
 }
 
-/// When what is ready is run.
+/// When ready images are run.
 enum Due {
-    /// Threads that could run it decode first.
+    /// Once threads that could run them have decoded.
     AfterDecoding,
     At(Instant),
     /// In batches of this size.
@@ -385,7 +385,7 @@ mod tests {
     }
 
     impl Stage {
-        /// Two warm engines that take 10 ms an image.
+        /// Two warm engines that take 10 ms per image.
         fn new(max_batch: usize, max_queue_delay: Duration) -> Self {
             let options = SchedulerOptions {
                 workers: 2,
@@ -404,7 +404,7 @@ mod tests {
             let mut queue = Queue::new(2, Instant::now());
             (queue.engines, queue.estimate.run_cost) = (2, 10 * MS);
             let slots = Arc::new(Slots::new(options.queue_limit, Metrics::new().model("m", 1, "fake")));
-            // long ago enough for every deadline of a test to be still to come by the clock
+            // late enough that every deadline of a test is still ahead
             Self { queue, slots, options, start: Instant::now() + Duration::from_secs(3600), replies: Vec::new() }
         }
 
@@ -437,7 +437,7 @@ mod tests {
             self.queue.raw.push(Entry { input: Input::Tensor(vec![]), pending, memory: Memory::Unasked });
         }
 
-        /// Answers what was given up.
+        /// Answers the evicted images.
         fn answer(&mut self, ms: u32) {
             let (now, reason) = (self.at(ms), self.queue.reason());
             self.queue.given_up.drain(..).for_each(|pending| pending.answer(Err(reason.clone()), now));
@@ -450,7 +450,7 @@ mod tests {
             self.answer(ms);
         }
 
-        /// Images that a free engine takes at that moment; the moment it is to come back instead.
+        /// Images that a free engine runs at that moment, or else when it should ask again.
         fn take(&mut self, ms: u32) -> Result<usize, Option<Instant>> {
             let taken = self.queue.take_batch(self.at(ms), &self.options);
             self.answer(ms);
@@ -542,7 +542,7 @@ mod tests {
         let mut stage = Stage::new(1, Duration::ZERO);
         stage.decoded(0, 10_000);
         assert_eq!(runs(&mut stage), Some((1, true)));
-        // now that worker is busy, for all that others know
+        // now the queue counts that worker as busy
         stage.decoded(0, 10_000);
         stage.queue.running = vec![None, Some(stage.start)];
         assert_eq!(runs(&mut stage), Some((1, false)), "another engine runs");
@@ -559,7 +559,7 @@ mod tests {
         (0..3).for_each(|_| stage.encoded(0, 10_000, 100));
         let images = |stage: &Stage| stage.queue.demand(stage.start, &stage.options).images;
         assert_eq!(images(&stage), 3);
-        // with decoders, no more than the engines want next
+        // with decoders, no more than the engines need next
         stage.options.decoders = 2;
         assert_eq!(images(&stage), 3, "of four: two for each engine");
         stage.queue.decoding = 2;
@@ -569,7 +569,7 @@ mod tests {
         stage.queue.decoding = 0;
     }
 
-    /// Taken out one by one from the middle of a vector, these would take minutes.
+    /// Removed one by one from the middle of a vector, these would take minutes.
     #[test]
     fn a_million_images_expire_in_no_time() {
         let mut stage = Stage::new(1, Duration::ZERO);

@@ -1,10 +1,10 @@
-//! All live models: loaded, replaced while they serve, taken out of service, drained.
+//! All live models: loaded, replaced while they serve, unloaded, drained.
 //!
-//! **Who decides what is served.** At the start, on SIGHUP and with `--watch`, the repository: what it holds (of the models
-//! asked for) is served, what has gone from it is not. In between, requests that load or unload a model by name: that model stays
-//! as they left it, whatever the repository holds, until its folder changes (a version comes, goes, or has other files) or the
-//! server starts again. A model that was loaded by name is from then on one of those that are asked for, until it is
-//! unloaded.
+//! **What decides which models are served.** At the start, on SIGHUP and with `--watch`: the repository. The requested
+//! models that it holds are served, those removed from it are not. In between: requests that load or unload a model by
+//! name. That model stays loaded or unloaded, whatever the repository holds, until its folder changes (a version is
+//! added, removed, or has other files) or the server restarts. A model loaded by name counts as requested from then on,
+//! until it is unloaded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,48 +23,48 @@ use crate::panics::message;
 /// Why the models can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// One of them.
+    /// A model can't be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The repository.
+    /// The repository can't be read.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A fault of this program, or of the runtime.
+    /// A bug in this program or in the runtime.
     #[error("loading model `{name}` panicked: {reason}")]
     Panic {
         /// The model.
         name: String,
-        /// What was said.
+        /// The panic's message.
         reason: String,
     },
     /// There is no repository to load from.
     #[error("this server's models don't come from a repository; none can be loaded")]
     NoRepository,
-    /// Nothing to serve.
+    /// The repository holds no model.
     #[error(
         "repository `{repository}` holds no model{left_out}; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {repository}`"
     )]
     Empty {
         /// The repository.
         repository: PathBuf,
-        /// ` (left out: …)`, or nothing.
+        /// ` (left out: …)`, or empty.
         left_out: String,
     },
-    /// The model for requests that name none is not there.
+    /// The default model is not served.
     #[error("the default model `{name}` is not among the models ({available}); name one of them with --default-model")]
     NoDefault {
-        /// The name asked for.
+        /// Name of the default model.
         name: String,
-        /// Names that are there.
+        /// Names of the served models.
         available: String,
     },
-    /// What models are made of can't be had, or is none.
+    /// The source can't provide or fold a checkpoint.
     #[error(transparent)]
     Source(Box<dyn std::error::Error + Send + Sync>),
-    /// Models were to be left out that don't start, and nothing is left.
+    /// Broken models are skipped, and no other is left.
     #[error("none of {0} models can be served; the log says why of each")]
     AllBroken(usize),
-    /// A client unloaded it by name while it was being loaded.
+    /// A client unloaded the model by name while it was being loaded.
     #[error("model `{0}` was unloaded meanwhile")]
     Unloaded(String),
     /// The server is stopping.
@@ -74,19 +74,19 @@ pub enum RegistryError {
 
 type Models = BTreeMap<String, BTreeMap<u64, Arc<LiveModel>>>;
 
-/// The versions of a model, each with what changes when its files do.
+/// The versions of a model, each with a fingerprint of its files.
 type Versions = BTreeMap<u64, String>;
 
 /// The models that are served now.
 #[derive(Debug)]
 pub struct Registry {
     models: RwLock<Models>,
-    /// Where models come from that are loaded later, beside those that serve; none: nowhere.
+    /// The source of models that are loaded later; `None`: no model can be.
     source: Option<Box<dyn Source>>,
-    /// Models that are asked for, each with one version or all of them; empty: everything there is.
+    /// Requested models, each with one version or all of them; empty: all models.
     asked_for: Vec<(String, Option<u64>)>,
     repository: PathBuf,
-    /// The model that answers requests that name none.
+    /// The model for requests that name none.
     default_model: Option<String>,
     system: Arc<dyn System>,
     /// Held while a model loads: one at a time.
@@ -94,16 +94,16 @@ pub struct Registry {
     notes: Mutex<Notes>,
 }
 
-/// What a registry remembers from one look at the repository to the next.
+/// What a registry remembers between two reloads.
 #[derive(Debug, Default)]
 struct Notes {
-    /// What has been logged and is still so.
+    /// Warnings that were logged and still apply.
     said: BTreeSet<String>,
     /// Versions that could not be loaded.
     failed: BTreeMap<(String, u64), Failed>,
-    /// Models that a client loaded or unloaded by name, as their folders were then.
+    /// Models that a client loaded or unloaded by name, with their versions at that time.
     controlled: BTreeMap<String, Versions>,
-    /// Models that a client loaded by name and that the options don't ask for.
+    /// Models that a client loaded by name and that the options don't request.
     loaded: BTreeSet<String>,
     /// The server is stopping: nothing is added.
     over: bool,
@@ -113,16 +113,16 @@ struct Notes {
 #[derive(Debug)]
 struct Failed {
     fingerprint: String,
-    /// When it is tried again although nothing has changed, and the pause after that.
+    /// When it is tried again even if nothing has changed, and the pause after that.
     next: Instant,
     pause: Duration,
     reason: String,
 }
 
-/// Shortest and longest pause between two tries to load a version that has not changed.
+/// Shortest and longest pause between two attempts to load a version that has not changed.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
 
-/// Who wants a version.
+/// Who requests a version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum By {
     Repository,
@@ -149,12 +149,12 @@ impl Registry {
         }
     }
 
-    /// No models yet; [`reload`](Self::reload) brings them.
+    /// A registry without models; [`reload`](Self::reload) loads them.
     pub fn of(source: Box<dyn Source>, system: Arc<dyn System>) -> Self {
         Self::new(Some(source), Vec::new(), system)
     }
 
-    /// Opens what the options ask for, or everything. Blocks until all of it is warm. A model that does not start fails all,
+    /// Opens the requested models, or all. Blocks until they are warm. A model that does not start fails everything,
     /// unless broken models are to be skipped.
     pub fn open(options: &RegistryOptions, metrics: &Metrics) -> Result<Self, RegistryError> {
         let mut later = options.clone();
@@ -162,8 +162,8 @@ impl Registry {
         Self::open_from(options, Box::new(later), options, metrics)
     }
 
-    /// As [`open`](Self::open), with models from elsewhere than the repository: `first` opens them at the start, `later` beside
-    /// those that serve.
+    /// Like [`open`](Self::open), with other sources than the repository: `first` opens models at the start, `later`
+    /// while others serve.
     pub fn open_from(
         first: &dyn Source,
         later: Box<dyn Source>,
@@ -197,19 +197,19 @@ impl Registry {
         if skipped as usize == wanted.len() { Err(RegistryError::AllBroken(wanted.len())) } else { Ok(registry) }
     }
 
-    /// Adds a warm model, in place of one of the same name and version. Requests that have found the old one still get its
-    /// answer; it ends with the last of them.
+    /// Adds a warm model; it replaces one of the same name and version. Requests that have found the old one are still
+    /// answered by it; it ends with the last of them.
     pub fn add(&self, model: LiveModel) {
         drop(self.insert(model));
     }
 
-    /// Returns the model that was replaced. Dropping it may wait for its threads: not under a lock.
+    /// Returns the model that was replaced. Dropping it may wait for its threads: don't hold a lock.
     fn insert(&self, model: LiveModel) -> Option<Arc<LiveModel>> {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         models.entry(model.name.clone()).or_default().insert(model.version, Arc::new(model))
     }
 
-    /// Opens the named model's newest version and adds it, unless it is served as it is there. Blocks until it is warm.
+    /// Opens the named model's newest version and adds it, unless that very version is served. Blocks until it is warm.
     pub fn load(&self, name: &str, metrics: &Metrics) -> Result<(), RegistryError> {
         let _turn = self.turns.wait();
         let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
@@ -238,7 +238,7 @@ impl Registry {
         loaded
     }
 
-    /// Takes every version of the named model out of service. Requests that have found it still get their answer.
+    /// Stops serving every version of the named model. Requests that have found it are still answered.
     pub fn unload(&self, name: &str) -> Result<(), InferError> {
         self.find(Some(name), None)?;
         let versions = match self.source.as_deref() {
@@ -255,9 +255,10 @@ impl Registry {
         Ok(())
     }
 
-    /// Brings what is served in line with the repository: new and changed versions are opened beside the old ones, warmed
-    /// and tested, and only then replace them; what has gone from the repository goes, unless nothing that is there instead
-    /// can serve. Whatever fails leaves the old model serving. Blocks until all of it is warm.
+    /// Brings the served models in line with the repository. New and changed versions are opened beside the old ones,
+    /// warmed up and tested, and only then replace them. What was removed from the repository is unloaded, unless
+    /// nothing that replaces it can serve. Whatever fails leaves the old model serving. Blocks until all models are
+    /// warm.
     pub fn reload(&self, metrics: &Metrics, look: Look) -> Result<(), RegistryError> {
         let _turn = self.turns.wait();
         let source = self.source.as_deref().ok_or(RegistryError::NoRepository)?;
@@ -297,7 +298,7 @@ impl Registry {
         let gone = |wanted: &[(String, u64)]| -> Vec<Arc<LiveModel>> {
             let stays = |model: &Arc<LiveModel>| {
                 let others: Vec<u64> = wanted.iter().filter(|(n, _)| *n == model.name).map(|(_, v)| *v).collect();
-                // of what is there of it, nothing may be able to serve
+                // the versions that are left may all be unable to serve
                 let replaced = others.iter().any(|&version| self.find(Some(&model.name), Some(version)).is_ok());
                 kept.contains(&model.name) || others.contains(&model.version) || (!others.is_empty() && !replaced)
             };
@@ -306,7 +307,7 @@ impl Registry {
         if gone(&wanted).is_empty() {
             return Ok(());
         }
-        // a version that is being replaced is away for a moment
+        // a version that is being replaced is missing for a moment
         self.system.sleep(Duration::from_secs(1));
         wanted.extend(self.wanted(&source.list()?, &kept)?);
         for model in gone(&wanted) {
@@ -321,7 +322,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Opens a version and adds it. A panic on the way is its failure alone.
+    /// Opens a version and adds it. A panic fails only this version.
     fn load_version(
         &self,
         source: &dyn Source,
@@ -336,7 +337,7 @@ impl Registry {
         let opened = catch_unwind(AssertUnwindSafe(|| source.open(&source.read(name, version)?, metrics)));
         let model =
             opened.map_err(|panic| RegistryError::Panic { name: name.into(), reason: message(panic.as_ref()) })??;
-        // under the same lock as `close`, which would not see a model that comes after it, and as `unload`
+        // under the same lock as `close` and `unload`, which would not see a model that is added after them
         let notes = self.notes();
         if notes.over {
             return Err(RegistryError::ShuttingDown);
@@ -350,7 +351,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Whether this very version is served, and well.
+    /// Whether this very version is served, and without a fault.
     fn serves(&self, source: &dyn Source, name: &str, version: u64) -> bool {
         let Ok(model) = self.find(Some(name), Some(version)) else { return false };
         source.read(name, version).is_ok_and(|dir: ModelDir| dir.manifest == model.manifest)
@@ -362,7 +363,7 @@ impl Registry {
         failed.next <= self.system.now() || failed.fingerprint != source.fingerprint(name, version)
     }
 
-    /// Remembers why a version could not be loaded; whether that is news.
+    /// Records why a version could not be loaded; whether that has changed.
     fn note_failure(&self, source: &dyn Source, name: &str, version: u64, error: &RegistryError) -> bool {
         let (fingerprint, reason) = (source.fingerprint(name, version), error.to_string());
         let mut notes = self.notes();
@@ -375,7 +376,7 @@ impl Registry {
         news
     }
 
-    /// Names and versions that are asked for, without those in `kept`.
+    /// Names and versions that are requested, without those in `kept`.
     fn wanted(&self, listing: &Listing, kept: &BTreeSet<String>) -> Result<Vec<(String, u64)>, RegistryError> {
         let loaded = self.notes().loaded.clone();
         let mut wanted = BTreeSet::new();
@@ -424,7 +425,7 @@ impl Registry {
         notes.controlled.keys().cloned().collect()
     }
 
-    /// Says of each folder that is no model why not: once, and again if it was something else meanwhile.
+    /// Logs why folders are no models, once per folder and reason.
     fn say_what_is_left_out(&self, listing: &Listing) {
         let left_out: BTreeSet<String> = listing.left_out.iter().map(ToString::to_string).collect();
         let said = std::mem::replace(&mut self.notes().said, left_out);
@@ -433,7 +434,8 @@ impl Registry {
         }
     }
 
-    /// The model a request means: the named one, else the default one, else the only one; the given version, or the highest.
+    /// The model for a request: the named one, else the default one, else the only one; the given version, or the
+    /// highest.
     pub fn find(&self, name: Option<&str>, version: Option<u64>) -> Result<Arc<LiveModel>, InferError> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         let available = || models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -460,7 +462,7 @@ impl Registry {
         models.values().flat_map(BTreeMap::values).cloned().collect()
     }
 
-    /// Why the server is not ready, if so: a model without a working engine, or with one that hangs or keeps failing.
+    /// Why the server is not ready; `None` if it is. A model has no working engine, or one that hangs or keeps failing.
     pub fn fault(&self, hang_limit: Duration) -> Option<String> {
         self.all().iter().find_map(|model| model.fault(hang_limit))
     }
@@ -469,12 +471,12 @@ impl Registry {
     pub fn observe(&self, metrics: &Metrics) {
         let models = self.all();
         models.iter().for_each(|model| model.observe());
-        // all models share it
+        // all models share the same memory
         let claimed = models.iter().map(|model| model.decode_memory()).max().unwrap_or(0);
         metrics.decode_memory_bytes.set(i64::try_from(claimed).unwrap_or(i64::MAX));
     }
 
-    /// Refuses new images and new models; what is queued is still answered.
+    /// Refuses new images and new models; queued images are still answered.
     pub fn close(&self) {
         self.notes().over = true;
         self.all().iter().for_each(|model| model.scheduler().close());

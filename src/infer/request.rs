@@ -13,29 +13,29 @@ use crate::pixels::RawTensor;
 pub struct Terms {
     /// The deadline.
     pub deadline: Instant,
-    /// 1 goes first; 0 is [`DEFAULT_PRIORITY`]. Within one priority: first come, first served. See [`Class`] for how much it
-    /// weighs.
+    /// 1 is served first; 0 is [`DEFAULT_PRIORITY`]. Equal priorities are served in order of arrival. [`Class`] says
+    /// how much a priority weighs.
     pub priority: u32,
 }
 
 /// The priority of a request that names none.
 pub const DEFAULT_PRIORITY: u32 = 100;
 
-/// A range of priorities, and its share of the engines. A client chooses its priority itself, so that none may shut the others out: of four
-/// images that engines take, one is of the default class, and of sixteen one of the last, as long as any wait; and images
-/// of the first and the last class together have at most three quarters of the queue.
+/// A range of priorities, and its share of the engines. Clients choose their priorities, so none may starve the others:
+/// of four images dequeued, one is of the default class, and of sixteen one of the last, as long as any wait; and the
+/// first and the last class together have at most three quarters of the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Priorities before the default one: 1 to 99.
+    /// Priorities 1 to 99.
     First,
-    /// 100, which is also what a request has that names no priority.
+    /// Priority 100, also of requests that name none.
     Default,
-    /// Priorities after that.
+    /// Priorities above 100.
     Last,
 }
 
 impl Class {
-    /// Every class, in the order in which they go.
+    /// Every class, in the order in which they are served.
     pub const ALL: [Self; 3] = [Self::First, Self::Default, Self::Last];
 
     /// The class of a priority.
@@ -54,7 +54,7 @@ impl From<Instant> for Terms {
     }
 }
 
-/// One image, as the caller brings it.
+/// One image, as the caller sends it.
 #[derive(Debug, Clone)]
 pub enum Input {
     /// A JPEG, PNG … file.
@@ -100,7 +100,7 @@ pub struct Output {
     pub timings: Timings,
 }
 
-/// The caller's end of one admitted image. Dropping it cancels the image if no engine has taken it yet.
+/// The caller's end of one admitted image. Dropping it cancels the image, unless an engine runs it already.
 #[derive(Debug)]
 pub struct Ticket {
     pub(super) reply: oneshot::Receiver<Result<Output, InferError>>,
@@ -108,7 +108,7 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// The image's logits; at the deadline at the latest, [`InferError::DeadlineExceeded`].
+    /// The image's logits; [`InferError::DeadlineExceeded`] once the deadline has passed.
     pub async fn answer(self) -> Result<Output, InferError> {
         match tokio::time::timeout_at(self.deadline.into(), self.reply).await {
             Ok(Ok(result)) => result,

@@ -1,8 +1,8 @@
 //! Admission, queue, batching and deadlines of one model: the handle on its threads.
 //!
-//! An image is admitted with a slot or refused at once: admission and queue (see `queue`) can't disagree. Compute threads
-//! (see `worker`) ask what both share (see `shared`) for their next task. It knows no protocol, no labels and no engine's
-//! inner life.
+//! An image is admitted with a slot or refused at once: admission and queue (see `queue`) can't disagree. Compute
+//! threads (see `worker`) ask what both share (see `shared`) for their next task. Knows no protocol, no labels and
+//! nothing of how an engine works.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -24,12 +24,12 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Starts the threads; returns once every worker has opened its engine and warmed it with real runs.
+    /// Starts the threads; returns once every worker has opened its engine and warmed it up.
     pub fn start(job: Job, options: SchedulerOptions) -> Result<Self, StartError> {
         let shared = Arc::new(Shared::new(job, options));
         let (workers, decoders) = (shared.options.workers, shared.options.decoders);
         let one_by_one = shared.options.one_by_one;
-        // dropped on failure, and that stops the other threads
+        // dropped on failure, which stops the other threads
         let scheduler = Self { shared: shared.clone(), threads: Mutex::default() };
         let roles = (0..workers).map(Role::Worker).chain((0..decoders).map(|_| Role::Decoder));
         for (i, role) in roles.enumerate() {
@@ -57,7 +57,7 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Admits all images of a request or none. Nothing has been computed when this refuses.
+    /// Admits all images of a request or none. A refusal comes before any work.
     pub fn submit(&self, inputs: Vec<Input>, terms: impl Into<Terms>) -> Result<Vec<Ticket>, InferError> {
         let images = inputs.len();
         let admitted = self.shared.admit(inputs, terms.into());
@@ -67,8 +67,8 @@ impl Scheduler {
         admitted
     }
 
-    /// The refusal, if there is no room for any image at the moment: asked, and counted as one image, before a request's bytes
-    /// are read. That there is room now promises nothing.
+    /// The error if no image would be admitted now; checked before a request's bytes are read. A refusal counts as one
+    /// image. Success reserves nothing.
     pub fn has_room(&self, deadline: Instant) -> Result<(), InferError> {
         match self.shared.refuses(deadline) {
             None => Ok(()),
@@ -99,12 +99,12 @@ impl Scheduler {
         self.shared.observe();
     }
 
-    /// Refuses new images; what is queued is still answered, then the threads end.
+    /// Refuses new images; queued ones are still answered, then the threads end.
     pub fn close(&self) {
         self.shared.end(Phase::Closing);
     }
 
-    /// Answers everything queued with [`InferError::ShuttingDown`] and lets the threads end.
+    /// Answers everything queued with [`InferError::ShuttingDown`]; then the threads end.
     pub fn abort(&self) {
         self.shared.end(Phase::Aborted);
     }
@@ -114,7 +114,7 @@ impl Scheduler {
         let left = self.shared.join(deadline);
         let mut threads = self.threads();
         for i in (0..threads.len()).rev() {
-            // a hung engine's thread can't be joined; where none is left, each join returns at once
+            // a hung engine's thread can't be joined; if none is left, each join returns at once
             if left == 0 || threads[i].is_finished() {
                 let _ = threads.swap_remove(i).join();
             }

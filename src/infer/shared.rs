@@ -1,12 +1,12 @@
 //! What a model's threads and callers share: the queue behind its lock, the sleeping threads, and the wake-ups.
 //!
-//! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before its timer ends.
-//! Whoever changes the queue asks [`Queue::demand`], before releasing the lock, what there is to do now, and wakes as many
-//! sleepers that can do it, less those that were woken and have not looked yet. Changes are: images come, are decoded,
-//! expire, are taken; engines open and fail; the phase. A thread that takes a task asks too, so that the work it leaves
-//! finds the next sleeper, and so does one that goes to sleep after it gave up images. Nothing relies on a busy thread to
-//! look again, except for what it hands over (`Done`): it decides under the same lock. A wake-up can't get lost between
-//! lock and sleep, see [`System::park`].
+//! **The invariant.** A thread sleeps only if the [`Queue`], asked under the lock, has nothing for it before its timer
+//! ends. Whoever changes the queue asks [`Queue::demand`], before releasing the lock, what there is to do now, and
+//! wakes as many sleepers that can do it, less those that were woken and have not looked yet. Changes are: images
+//! arrive, are decoded, expire, are dequeued; engines open and fail; the phase. A thread that dequeues a task asks too,
+//! so that the remaining work wakes the next sleeper, and so does one that goes to sleep after it evicted images.
+//! Nothing relies on a busy thread to look again, except for what it hands over (`Done`): it decides under the same
+//! lock. No wake-up can be lost between lock and sleep, see [`System::park`].
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,16 +36,16 @@ pub struct Health {
     pub engines: usize,
     /// Images in a row that no engine could run; 0 after any success.
     pub failures: u32,
-    /// Age of the longest engine run under way.
+    /// Age of the longest engine run in progress.
     pub longest_run: Option<Duration>,
 }
 
-/// What warming up an engine showed.
+/// Measurements of an engine's warm-up.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Warm {
     /// Engine time per image in large batches.
     pub(super) run_cost: Duration,
-    /// Time to decode and resize an image; zero: not tried.
+    /// Time to decode and resize an image; zero: not measured.
     pub(super) prepare_cost: Duration,
     /// Largest difference of a logit between an image alone and in any batch, or on all cores.
     pub(super) max_abs_diff: f64,
@@ -54,17 +54,18 @@ pub(super) struct Warm {
 /// The result that a thread hands over when it asks for its next task.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// Nothing.
+    /// None.
     Nothing,
-    /// An image to be run, or none if it is answered already; and what decoding and resizing took, unless there was none.
+    /// A decoded image, or `None` if it is answered already; and the time of decoding and resizing (zero if there was
+    /// nothing to decode).
     Prepared(Option<Prepared>, Duration),
-    /// An image for which there is no memory to decode it in.
+    /// An image that waits for decode memory.
     Parked(Parked),
 }
 
 pub(super) struct Shared {
     state: Mutex<State>,
-    /// The engine that has every core; the thread that runs it holds the lock, the others don't wait for it.
+    /// The engine that uses every core. The thread that runs it holds the lock; the others don't wait for it.
     pub(super) wide: Mutex<Option<Box<dyn Backend>>>,
     slots: Arc<Slots>,
     pub(super) options: SchedulerOptions,
@@ -75,7 +76,7 @@ pub(super) struct Shared {
 struct State {
     queue: Queue,
     sleepers: Vec<Sleeper>,
-    /// Of workers, once each: warm, or why not.
+    /// One per worker: warm, or why not.
     reports: VecDeque<Result<Warm, StartError>>,
     /// Threads that have not ended.
     alive: usize,
@@ -92,14 +93,14 @@ struct Sleeper {
     able: Able,
     until: Option<Instant>,
     waker: Waker,
-    /// It has been woken and will look for work.
+    /// Whether it was woken and will look for work.
     woken: bool,
 }
 
 /// A compute thread's handle on the shared state.
 #[derive(Debug)]
 pub(super) struct Caller {
-    /// Its number among the model's threads.
+    /// The thread's number among the model's threads.
     pub(super) thread: usize,
     pub(super) waker: Waker,
 }
@@ -133,11 +134,11 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.job.system.step();
-        // no code that can panic runs under the lock; should some ever do, the server goes on with the queue as it is
+        // no code that can panic runs under the lock; should some ever do so, the queue stays in use as it is
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Releases the lock as the invariant demands: sleepers that have work now are woken, and what was given up is answered.
+    /// Releases the lock as the invariant demands: wakes sleepers that have work now, and answers evicted images.
     fn release(&self, mut state: MutexGuard<'_, State>, now: Instant) {
         let demand = state.queue.demand(now, &self.options);
         let woken = state.wake(demand);
@@ -189,7 +190,7 @@ impl Shared {
         if state.queue.evicts(now, self.slots.is_full(images, class)) {
             state.queue.evict(now);
             if !state.queue.given_up.is_empty() {
-                // answering frees their slots; answers are sent without the lock
+                // answering frees slots; answers are sent without the lock
                 self.release(state, now);
                 state = self.lock();
                 state.queue.accepts()?;
@@ -213,7 +214,7 @@ impl Shared {
         Ok(tickets)
     }
 
-    /// Whether an image that came now would be refused because of those before it: asked before its bytes are read.
+    /// Why an image that arrived now would be refused because of the queue; checked before its bytes are read.
     pub(super) fn refuses(&self, deadline: Instant) -> Option<InferError> {
         let now = self.now();
         let mut state = self.lock();
@@ -233,7 +234,7 @@ impl Shared {
         state.queue.admits(used, deadline, now, &self.options).err()
     }
 
-    /// A thread hands over what it has done and blocks until there is something else for it to do.
+    /// Hands over what a thread has done, and blocks until there is something else for it to do.
     pub(super) fn next(&self, caller: &Caller, able: Able, done: Done) -> Task {
         let mut state = self.lock();
         if let Some(worker) = able.worker {
@@ -243,7 +244,7 @@ impl Shared {
             Done::Nothing => {}
             Done::Prepared(prepared, took) => {
                 state.queue.decoding -= 1;
-                // one that is none costs nothing: it tells neither what images cost nor how fast they leave
+                // a failed image says nothing about costs and speed
                 if let Some(prepared) = prepared {
                     if took > Duration::ZERO {
                         state.queue.estimate.prepared(took);
@@ -281,14 +282,14 @@ impl Shared {
         }
     }
 
-    /// A worker's engine run begins.
+    /// Records that a worker's engine run begins.
     pub(super) fn runs(&self, worker: usize, now: Instant) {
         self.lock().queue.running[worker] = Some(now);
     }
 
-    /// An engine run of `images` images ended, well (`ok`) or badly, and took `cost` for each image, if that is typical. Called
-    /// before the images are answered, so that the same caller's next image finds the machine idle. Wakes no thread: the worker
-    /// comes back for its next task.
+    /// Records that an engine run of `images` images ended, successfully or not (`ok`), and took `cost` for each image,
+    /// if that is typical. Called before the images are answered, so that the same caller's next image finds the
+    /// machine idle. Wakes no thread: the worker returns for its next task.
     pub(super) fn ran(&self, worker: usize, images: usize, ok: bool, cost: Option<Duration>) {
         let now = self.now();
         let mut state = self.lock();
@@ -307,7 +308,7 @@ impl Shared {
         }
     }
 
-    /// A worker won (+1) or lost (-1) its engine.
+    /// Records that a worker opened (+1) or lost (-1) its engine.
     pub(super) fn engines(&self, change: isize) {
         let mut state = self.lock();
         state.queue.engines = state.queue.engines.saturating_add_signed(change);
@@ -317,7 +318,7 @@ impl Shared {
         self.metrics().engine_workers.set(engines as i64);
     }
 
-    /// Refuses new images; aborted: gives up all that wait as well.
+    /// Refuses new images; with [`Phase::Aborted`] also evicts all that wait.
     pub(super) fn end(&self, phase: Phase) {
         let mut state = self.lock();
         state.queue.phase = state.queue.phase.max(phase);
@@ -348,20 +349,20 @@ impl Shared {
         self.metrics().engine_workers.set(engines as i64);
     }
 
-    /// A thread is about to be started.
+    /// Records that a thread is about to be started.
     pub(super) fn begins(&self) {
         self.lock().alive += 1;
     }
 
-    /// A thread has ended, or could not be started.
+    /// Records that a thread has ended, or could not be started.
     pub(super) fn ended(&self) {
         let mut state = self.lock();
         state.alive = state.alive.saturating_sub(1);
         tell(state);
     }
 
-    /// A thread died of a panic outside of what is guarded. Others do what it was woken for; with the last worker, all that
-    /// waits is given up, and nothing more is taken.
+    /// Records that a thread died of an unguarded panic. Others are woken for its work; with the last worker, all
+    /// waiting images are evicted, and nothing more is admitted.
     pub(super) fn died(&self, thread: usize, is_worker: bool) {
         let mut state = self.lock();
         state.sleepers.retain(|sleeper| sleeper.thread != thread);
@@ -374,14 +375,14 @@ impl Shared {
         self.release(state, now);
     }
 
-    /// A worker is warm, or says why not.
+    /// Records that a worker is warm, or why not.
     pub(super) fn report(&self, warm: Result<Warm, StartError>) {
         let mut state = self.lock();
         state.reports.push_back(warm);
         tell(state);
     }
 
-    /// Waits for a worker's report; fails if it is not warm, or not to be served by what it showed.
+    /// Waits for a worker's report; fails if it is not warm, or measured something that must not be served.
     pub(super) fn warmed(&self) -> Result<(), StartError> {
         let report = self.wait_for(None, |state| state.reports.pop_front());
         let warm = report.unwrap_or_else(|| Err(StartError::Thread("it never reported".into())))?;
@@ -403,7 +404,7 @@ impl Shared {
         self.lock().alive
     }
 
-    /// Waits until `found` returns something, asked again after each [`tell`]; none after `until`.
+    /// Waits until `found` returns something, asked again after each [`tell`]; `None` after `until`.
     fn wait_for<T>(&self, until: Option<Instant>, mut found: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
         loop {
             let mut state = self.lock();
@@ -418,7 +419,7 @@ impl Shared {
     }
 }
 
-/// Wakes those that wait for a thread's report.
+/// Wakes the threads that wait for a report.
 fn tell(mut state: MutexGuard<'_, State>) {
     let waiting = std::mem::take(&mut state.waiting);
     drop(state);
@@ -432,7 +433,7 @@ fn give_up(images: Vec<Pending>, reason: &InferError, now: Instant) {
 }
 
 impl State {
-    /// Marks sleepers for what there is to do, the last to fall asleep first, and returns how to wake them.
+    /// Marks sleepers for what there is to do, the last to fall asleep first, and returns their wakers.
     fn wake(&mut self, demand: Demand) -> Vec<Waker> {
         let Demand { mut batches, batch_at, memory_at, mut images, over } = demand;
         let mut serves = |able: &Able| {
@@ -444,7 +445,7 @@ impl State {
             })
         };
         for sleeper in self.sleepers.iter().filter(|sleeper| sleeper.woken) {
-            // on its way to some of it
+            // on its way to do some of it
             serves(&sleeper.able);
         }
         let mut wakers = Vec::new();

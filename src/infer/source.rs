@@ -1,4 +1,4 @@
-//! Where models come from: the repository, and how what it holds is opened on ONNX Runtime.
+//! Sources of models: the repository, and how its models are opened on ONNX Runtime.
 
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
@@ -17,39 +17,41 @@ use crate::model::{self, Listing, ModelDir, ModelError};
 pub struct RegistryOptions {
     /// The model repository.
     pub repository: PathBuf,
-    /// Models to serve, each with one version or all of them; empty: everything the repository holds.
+    /// Models to serve, each with one version or all of them; empty: all of the repository.
     pub models: Vec<(String, Option<u64>)>,
     /// How engines are opened.
     pub engine: EngineOptions,
-    /// Graphs as the runtime has rewritten them at an earlier start; none: it does so at every start.
+    /// Cache of the graphs that the runtime has optimised; `None`: it does so at every start.
     pub graph_cache: Option<GraphCache>,
-    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them, where that
-    /// pays.
+    /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them,
+    /// where that is faster.
     pub pad_channels: bool,
-    /// Threads of one further engine, which runs an image that comes to an idle machine; below 2: there is none.
+    /// Threads of one further engine, which runs an image that arrives on an idle machine; below 2: no such engine.
     pub elastic_threads: usize,
     /// How images are queued and batched.
     pub scheduler: SchedulerOptions,
-    /// Most pixels of a model's input: a batch of them is made at the start, and their feature maps are many times as large.
+    /// Most pixels of a model's input: a batch of inputs is allocated at the start, and the feature maps are many times
+    /// as large.
     pub max_input_pixels: u64,
-    /// Serve the rest when models don't start.
+    /// Serve the other models when some don't start.
     pub skip_broken: bool,
-    /// The model that answers requests that name none; none: the only one there is.
+    /// The model for requests that name none; `None`: the only model.
     pub default_model: Option<String>,
 }
 
-/// Why models are looked at.
+/// Why the repository is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
-    /// On request: what could not be loaded is tried again.
+    /// On request: versions that could not be loaded are tried again.
     Asked,
-    /// By timer: what could not be loaded is tried again when it has changed, else after growing pauses.
+    /// Periodically: versions that could not be loaded are tried again when they have changed, else after growing
+    /// pauses.
     Again,
 }
 
-/// Where models come from; tests have their own implementation.
+/// A source of models; tests have their own implementation.
 pub trait Source: Send + Sync + std::fmt::Debug {
-    /// Called before [`list`](Self::list) at every look but the first. Blocks for as long as it takes to fetch and fold.
+    /// Called before every [`list`](Self::list) but the first. Blocks for as long as it takes to fetch and fold.
     fn prepare(&self, _look: Look) {}
 
     /// The repository's contents.
@@ -58,10 +60,10 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// A version's manifest.
     fn read(&self, name: &str, version: u64) -> Result<ModelDir, ModelError>;
 
-    /// Changes whenever a version's files do.
+    /// A text that changes whenever a version's files do.
     fn fingerprint(&self, name: &str, version: u64) -> String;
 
-    /// Opens and warms a version. Blocks for seconds.
+    /// Opens and warms up a version. Blocks for seconds.
     fn open(&self, dir: &ModelDir, metrics: &Metrics) -> Result<LiveModel, LoadError>;
 }
 
@@ -78,10 +80,10 @@ impl Source for RegistryOptions {
         model::fingerprint(&self.repository, name, version)
     }
 
-    /// The graph's digest is checked, every worker opens its session and warms it.
+    /// Checks the graph's digest; every worker opens a session and warms it up.
     fn open(&self, dir: &ModelDir, metrics: &Metrics) -> Result<LiveModel, LoadError> {
         let options = self;
-        // it may have been replaced since its manifest was read
+        // the graph may have been replaced since its manifest was read
         let (dir, onnx) = dir.clone().with_onnx()?;
         let dir = &dir;
         let p = &dir.manifest.preprocessing;
@@ -105,14 +107,14 @@ impl Source for RegistryOptions {
             version: dir.version,
             reason,
         })?;
-        // clients may read the text: it names no path of this machine
+        // clients may see the text: it has no paths of this machine
         let what = format!("{}/{}/{}", dir.name, dir.version, model::MODEL_FILE);
         let engine = engine_of(dir, options);
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
             let batch = Batch::zeros_of(options.scheduler.padded(1), p.shape());
             match engine::placement(&onnx, &what, &engine, &batch) {
-                // nothing is wrong with the model: serve it, and say what was not seen
+                // the model is correct: serve it, and log what was not verified
                 Err(error @ EngineError::NoProfile { .. }) => tracing::warn!(model = what, "{what}: {error}"),
                 Err(error) => return Err(refused(dir)(error)),
                 Ok(placement) => {
@@ -127,10 +129,10 @@ impl Source for RegistryOptions {
         let mut identity = dir.manifest.onnx_sha256.clone();
         let pads = options.pad_channels && engine.provider == Provider::Cpu;
         if let Some(block) = engine::channel_block().filter(|_| pads) {
-            // by what made it so: another release may lay graphs out in another way
+            // names the release, as another one may lay graphs out in another way
             identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
         }
-        // once for all engines, and not at all where the cache has it
+        // once for all engines, and not at all if the graph is cached
         let graph =
             Arc::new(LazyLock::new(move || if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) }));
         let opener = |engine: EngineOptions| -> OpenBackend {
@@ -150,7 +152,7 @@ impl Source for RegistryOptions {
         };
         let engines = Engines {
             open: opener(engine.clone()),
-            // it alone spins: several pools that do so disturb each other
+            // only this engine's threads spin: several spinning pools slow each other down
             open_wide: (options.elastic_threads > engine.intra_threads).then(|| {
                 opener(EngineOptions { intra_threads: options.elastic_threads, spinning: true, ..engine.clone() })
             }),
@@ -161,7 +163,7 @@ impl Source for RegistryOptions {
     }
 }
 
-/// A model's engine: what TensorRT keeps is kept by the graph's digest, and built for the batches that can occur.
+/// Engine options of a model: TensorRT caches by the graph's digest, and builds for the possible batch sizes.
 fn engine_of(dir: &ModelDir, options: &RegistryOptions) -> EngineOptions {
     let mut engine = options.engine.clone();
     let (p, scheduler) = (&dir.manifest.preprocessing, &options.scheduler);

@@ -1,10 +1,10 @@
 //! The interface between scheduling and the operating system: the time, threads, and waiting.
 //!
-//! Scheduling reads no clock and blocks on nothing but what is here, so that a simulation can stand in for the system,
-//! decide who runs next and let time pass as it likes. A thread that waits for something says so under the lock of that
-//! something (its [`Waker`] goes there), lets the lock go, and parks; who makes it true takes the waker out under the same
-//! lock and wakes it. A wake-up between the two is kept, as by [`std::thread::park`], and one without a reason is allowed:
-//! every wait is a loop.
+//! Scheduling reads no clock and blocks only through this interface, so that a simulation can replace the system,
+//! decide which thread runs next and let time pass as it likes. A thread that waits for a condition leaves its
+//! [`Waker`] under the lock that guards it, releases the lock, and parks; whoever makes the condition true removes the
+//! waker under the same lock and wakes it. A wake-up between the two is kept, as by [`std::thread::park`], and spurious
+//! ones are allowed: every wait is a loop.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,30 +14,30 @@ use std::time::{Duration, Instant};
 
 /// Time, threads and waiting.
 pub trait System: Send + Sync + std::fmt::Debug {
-    /// The present moment.
+    /// The current time.
     fn now(&self) -> Instant;
 
-    /// Starts a thread; its handle, where there is one to join.
+    /// Starts a thread; returns its handle if there is one to join.
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> std::io::Result<Option<JoinHandle<()>>>;
 
     /// Wakes the calling thread from [`park`](Self::park).
     fn current(&self) -> Waker;
 
-    /// Blocks the calling thread until it is woken, until that moment, or for no reason at all.
+    /// Blocks the calling thread until it is woken or until that moment; may return early.
     fn park(&self, until: Option<Instant>);
 
     /// Blocks the calling thread for that long.
     fn sleep(&self, duration: Duration);
 
-    /// Said before a lock is taken, and where a thread takes its time: others may be first.
+    /// Called before a lock is acquired, and during long work: other threads may run first.
     fn step(&self) {}
 }
 
-/// The operating system itself.
+/// The real operating system.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Os;
 
-/// A thread to be woken.
+/// A parked thread.
 struct Parked(Thread);
 
 impl Wake for Parked {
@@ -71,7 +71,7 @@ impl System for Os {
     }
 }
 
-/// A lock that is held for seconds, across whatever blocks: one thread after the other, in the order of their coming.
+/// A fair lock that may be held for seconds and across blocking calls: threads get it in order of arrival.
 #[derive(Debug)]
 pub struct Turns {
     system: Arc<dyn System>,
@@ -80,23 +80,23 @@ pub struct Turns {
 
 #[derive(Debug, Default)]
 struct Turn {
-    /// The number that the next to come is given, and the one whose turn it is.
+    /// The number for the next thread that waits, and the number whose turn it is.
     next: u64,
     now: u64,
     waiting: VecDeque<Waker>,
 }
 
-/// The turn; over when this is dropped, by a panic as well.
+/// Guard of [`Turns`]; released on drop, also by a panic.
 #[derive(Debug)]
 pub struct MyTurn<'a>(&'a Turns);
 
 impl Turns {
-    /// A lock that is free.
+    /// An unlocked lock.
     pub fn new(system: Arc<dyn System>) -> Self {
         Self { system, state: Mutex::default() }
     }
 
-    /// Blocks until all who came before are done.
+    /// Blocks until all threads that came before are done.
     pub fn wait(&self) -> MyTurn<'_> {
         let mut state = self.lock();
         let mine = state.next;
@@ -118,7 +118,7 @@ impl Turns {
 
 impl Drop for MyTurn<'_> {
     fn drop(&mut self) {
-        // no step: a thread that unwinds comes through here
+        // without `step`: a thread that unwinds also runs this
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.now += 1;
         let waiting = std::mem::take(&mut state.waiting);

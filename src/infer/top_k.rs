@@ -5,30 +5,30 @@ use serde::Serialize;
 /// One class and its probability.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prediction {
-    /// Position in the logits.
+    /// Index of the class in the logits.
     pub index: usize,
-    /// The class's name; its index in digits where the model has no labels.
+    /// Label of the class; the index in digits if the model has no labels.
     pub label: String,
-    /// Softmax probability in 0..=1; the sigmoid where the network has a single logit.
+    /// Softmax probability, 0 to 1; the sigmoid for a single logit.
     pub score: f64,
 }
 
-/// The network answered with NaN or infinity: a fault of the model or its input, never a class.
+/// The network returned NaN or infinity: a fault of the model or its input, never a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("logit {index} is not finite; the model or its input is broken")]
 pub struct NotFinite {
-    /// Position of the first such logit.
+    /// Index of the first such logit.
     pub index: usize,
 }
 
-/// Refuses logits that are no numbers.
+/// Refuses logits that are not finite.
 pub fn check_finite(logits: &[f32]) -> Result<(), NotFinite> {
     logits.iter().position(|l| !l.is_finite()).map_or(Ok(()), |index| Err(NotFinite { index }))
 }
 
 /// The `k` most probable classes, most probable first, ties by index. `k` is clamped to the number of classes.
-/// Probabilities are computed in double precision from `logits` (`[classes]`). A single logit is the one of a binary
-/// classifier: its probability is the sigmoid, as a softmax of one is always 1.
+/// Probabilities are computed in double precision from `logits` (`[classes]`). A single logit is a binary classifier's:
+/// its probability is the sigmoid, as a softmax of one value is always 1.
 pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Prediction>, NotFinite> {
     check_finite(logits)?;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -36,7 +36,7 @@ pub fn top_k(logits: &[f32], k: usize, labels: &[String]) -> Result<Vec<Predicti
     let total: f64 = logits.iter().map(|&l| exp(l)).sum();
     let before = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     let mut order: Vec<usize> = (0..logits.len()).collect();
-    // all but the first k stay in any order: sorting a thousand classes takes longer than their softmax
+    // only the first k are sorted: sorting a thousand classes takes longer than their softmax
     if (1..order.len()).contains(&k) {
         order.select_nth_unstable_by(k - 1, before);
     }

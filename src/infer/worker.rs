@@ -1,7 +1,7 @@
 //! The compute threads: decode, resize, run, answer.
 //!
-//! A worker owns its engine (running takes `&mut`) and survives a panic in it: the engine is reopened, the batch retried
-//! one by one. A decoder has no engine. What to do next is the queue's decision.
+//! A worker owns its engine (running takes `&mut`) and survives a panic in it: the engine is reopened, and the batch is
+//! retried one image at a time. A decoder has no engine. The queue decides what to do next.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
@@ -20,13 +20,13 @@ use crate::pixels::{Claim, ImageError};
 /// The role of a compute thread.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Role {
-    /// Owns engine number `.0`.
+    /// Owns the engine with this number.
     Worker(usize),
-    /// Only prepares images.
+    /// Only decodes and resizes images.
     Decoder,
 }
 
-/// The whole life of a compute thread. A worker reports once: warm, or why not.
+/// Runs a compute thread to its end. A worker reports once: warm, or why not.
 pub(super) fn main(shared: &Shared, thread: usize, role: Role) {
     let lane = match role {
         Role::Decoder => Some(None),
@@ -72,7 +72,7 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
             (Task::Prepare(entry), _) => catch_unwind(AssertUnwindSafe(|| prepare(shared, entry)))
                 .unwrap_or(Done::Prepared(None, Duration::ZERO)),
             (Task::Run { images, alone }, Some(lane)) => {
-                // decoders and engines catch panics where they run; after any other panic the thread goes on
+                // decoders and engines catch panics themselves; after any other panic the thread goes on
                 if catch_unwind(AssertUnwindSafe(|| run(shared, lane, images, alone))).is_err() {
                     lane.lose(shared);
                 }
@@ -103,7 +103,7 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
         Input::Raw(raw) => return ready(raw.tensor(&shared.job.preprocessor), pending),
     };
     let job = &shared.job;
-    // decoding takes a while: the simulation lets other threads go on meanwhile
+    // decoding takes long: the simulation lets other threads run meanwhile
     shared.system().step();
     let result = catch_unwind(AssertUnwindSafe(|| {
         let image = shared.options.decoder.open(&bytes, job.exif_orientation)?;
@@ -148,10 +148,10 @@ fn prepare(shared: &Shared, entry: Entry) -> Done {
     Done::Prepared(None, took)
 }
 
-/// Why an image could not be made a tensor.
+/// Why an image could not be decoded into a tensor.
 enum Unprepared {
     Refused(ImageError),
-    /// There is no memory to decode it in at the moment.
+    /// There is no memory to decode it at the moment.
     Waits(Claim),
 }
 
@@ -169,7 +169,7 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
     let data = match images.as_mut_slice() {
         [only] => std::mem::take(&mut only.tensor),
         several => {
-            // by slices: value by value it would take longer than a GPU computes
+            // copied by slices: value by value it would take longer than a GPU computes
             let mut data = Vec::with_capacity(shared.options.padded(count) * shared.job.preprocessor.tensor_len());
             several.iter_mut().for_each(|image| data.append(&mut image.tensor));
             data
@@ -178,7 +178,7 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
     let mut batch = Batch { images: count, height, width, data };
     let wide = if alone { lane.attempt_wide(shared, &mut batch) } else { None };
     if wide.is_none() && alone && images.iter().all(|image| image.pending.is_expired(shared.now(), Duration::ZERO)) {
-        // that took too long to try again
+        // too late to try again
         for image in images {
             image.pending.answer(Err(InferError::DeadlineExceeded), shared.now());
         }
@@ -199,7 +199,7 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
             }
         }
         Err(reason) => {
-            // run one by one: a bad image must not fail the others of its batch
+            // one at a time: a bad image must not fail the others of its batch
             tracing::warn!(
                 model = shared.job.what,
                 images = count,

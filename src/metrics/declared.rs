@@ -1,12 +1,12 @@
-//! Declares a struct of metrics: a field is a metric, its doc comment the help text, its type the kind with the names of its
-//! labels.
+//! Declares a struct of metrics: a field is a metric, its doc comment the help text, its type the kind with the names
+//! of its labels.
 
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
-/// What is declared of a metric.
+/// The declaration of a metric.
 #[derive(Debug, Clone, Copy)]
 pub struct Declaration {
     /// Name without the program's prefix.
@@ -20,7 +20,7 @@ pub struct Declaration {
 }
 
 impl Declaration {
-    /// Makes the metric and registers it. Names and labels are constants that the tests declare once, so that neither can fail.
+    /// Creates and registers the metric. Can't fail: names and labels are constants, which the tests register once.
     pub(super) fn register<T: Kind>(&self, registry: &Registry) -> T {
         let metric = T::new(self).unwrap_or_else(|error| unreachable!("malformed metric: {error}"));
         register(registry, metric.clone());
@@ -32,14 +32,14 @@ impl Declaration {
     }
 }
 
-/// Registers a collector that no other has the name of.
+/// Registers a collector whose name is unique.
 pub(super) fn register(registry: &Registry, collector: impl Collector + 'static) {
     if let Err(error) = registry.register(Box::new(collector)) {
         unreachable!("metric declared twice: {error}");
     }
 }
 
-/// A kind of metric, made from its declaration.
+/// A kind of metric, created from its declaration.
 pub(super) trait Kind: Collector + Clone + 'static {
     fn new(declaration: &Declaration) -> prometheus::Result<Self>;
 }
@@ -101,7 +101,7 @@ macro_rules! metrics {
         }
 
         impl $metrics {
-            /// What is declared, in order.
+            /// All declarations, in order.
             pub const DECLARATIONS: &[Declaration] = &[$(declarations::$name),+];
 
             fn register() -> Self {

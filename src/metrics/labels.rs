@@ -1,4 +1,4 @@
-//! The closed sets that labels take their values from, each variant beside its value.
+//! The closed sets of label values: each variant with its value.
 
 macro_rules! closed_sets {
     ($($(#[doc = $doc:literal])+ pub enum $set:ident {
@@ -25,19 +25,19 @@ macro_rules! closed_sets {
 }
 
 closed_sets! {
-    /// How a request or an image ended. Closed: the outcomes of `requests_total` add up to every request.
+    /// How a request or an image ended. The outcomes of `requests_total` add up to all requests.
     pub enum Outcome {
         /// Answered.
         Ok = "ok",
-        /// The request itself can't be understood.
+        /// The request can't be understood.
         InvalidRequest = "invalid_request",
-        /// Bytes that are no image.
+        /// The bytes are no image.
         InvalidImage = "invalid_image",
-        /// An image past the pixel limits.
+        /// An image above the pixel limits.
         ImageTooLarge = "image_too_large",
-        /// A body past the byte limit.
+        /// A body above the byte limit.
         BodyTooLarge = "body_too_large",
-        /// A content type or image format that is not taken.
+        /// An unsupported content type or image format.
         UnsupportedMediaType = "unsupported_media_type",
         /// A model or version that is not served.
         ModelNotFound = "model_not_found",
@@ -45,11 +45,11 @@ closed_sets! {
         NotFound = "not_found",
         /// An API key is required, and none or an unknown one was sent.
         Unauthenticated = "unauthenticated",
-        /// A path that exists, with a method that it does not take.
+        /// An existing path with a method that it does not support.
         MethodNotAllowed = "method_not_allowed",
-        /// A request line past the limit.
+        /// A request line above the limit.
         UriTooLong = "uri_too_long",
-        /// A request's headers past the limit.
+        /// Headers above the limit.
         HeadTooLarge = "head_too_large",
         /// Refused because the queue was full.
         Overloaded = "overloaded",
@@ -59,9 +59,9 @@ closed_sets! {
         ShuttingDown = "shutting_down",
         /// Refused because the server is not ready.
         NotReady = "not_ready",
-        /// The caller went away before its answer was ready.
+        /// The client disconnected before the response was ready.
         Cancelled = "cancelled",
-        /// A fault of the server.
+        /// An internal error.
         Internal = "internal",
     }
 
@@ -73,15 +73,15 @@ closed_sets! {
         OipHttp = "oip_http",
         /// The gRPC port.
         Grpc = "grpc",
-        /// A message of a stream of the gRPC port; the stream itself counts as one of `grpc`.
+        /// A message of a gRPC stream; the stream itself counts as one request of `grpc`.
         GrpcStream = "grpc_stream",
-        /// Health calls of the HTTP and gRPC ports, apart so that probes don't colour latency.
+        /// Health calls of the HTTP and gRPC ports, separate so that probes don't distort latency.
         Health = "health",
         /// Any other path of the HTTP port.
         Other = "other",
     }
 
-    /// What happens to an image in the server, step by step.
+    /// The phases of an image in the server.
     pub enum Phase {
         /// Encoded bytes to RGB.
         Decode = "decode",
@@ -97,7 +97,7 @@ closed_sets! {
 
     /// How an engine run ended.
     pub enum RunResult {
-        /// Logits came back.
+        /// It returned logits.
         Ok = "ok",
         /// The engine reported an error.
         Error = "error",
@@ -115,27 +115,27 @@ closed_sets! {
         Admin = "admin",
     }
 
-    /// Why the server ended a connection, or one of its requests, before the client wanted to.
+    /// Why the server ended a connection, or one of its requests, before the client did.
     pub enum Ending {
-        /// The first whole head of a request did not come in time, the TLS handshake included.
+        /// The first complete head of a request did not arrive in time; the TLS handshake counts too.
         HeadTimeout = "head_timeout",
         /// No request was open for too long.
         Idle = "idle",
-        /// The client did not take its answer, or too slowly.
+        /// The client did not read its response, or read it too slowly.
         WriteTimeout = "write_timeout",
         /// The client sent a body too slowly; over HTTP/2 its other requests go on.
         SlowBody = "slow_body",
-        /// The port was full, and this connection was the one that had done nothing for the longest.
+        /// The port was full, and this connection had been quiet the longest.
         Full = "full",
-        /// More was kept for it than for any other connection, and for all together more than the port allows.
+        /// The port kept more memory than allowed, and most of it for this connection.
         Memory = "memory",
         /// A TLS handshake failed.
         Handshake = "handshake",
-        /// A head that is no HTTP.
+        /// A head that can't be parsed as HTTP.
         Unreadable = "unreadable",
         /// The client broke HTTP/2's rules, or flooded the server with frames.
         Protocol = "protocol",
-        /// The system had no descriptor for it.
+        /// The system had no file descriptor for it.
         Refused = "refused",
     }
 }

@@ -1,4 +1,4 @@
-//! The metrics of one version of one model, its labels resolved once.
+//! The metrics of one version of a model, with its labels resolved once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use super::labels::{Outcome, Phase, RunResult};
 use super::statistics::Statistics;
 
 impl Metrics {
-    /// The line that says which model is served; its labels as [`model_info`](Self::model_info) has them.
+    /// The `model_info` series of a served model, with the labels of [`model_info`](Self::model_info).
     pub fn model_info(&self, labels: [String; 7]) -> ModelInfo {
         let info = ModelInfo { metric: self.model_info.clone(), labels };
         info.set();
         info
     }
 
-    /// The metrics of one version of one model, its labels resolved once.
+    /// The metrics of one version of a model, with its labels resolved once.
     pub fn model(&self, name: &str, version: u64, provider: &str) -> ModelMetrics {
         let version = version.to_string();
         let model = [name, version.as_str()];
@@ -40,7 +40,7 @@ impl Metrics {
     }
 }
 
-/// A model's `model_info` line, removed on drop.
+/// A model's `model_info` series, removed on drop.
 #[derive(Debug)]
 pub struct ModelInfo {
     metric: IntGaugeVec,
@@ -48,7 +48,7 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
-    /// Shows the line again, should another instance with the same labels have removed it.
+    /// Shows the series again, in case another instance with the same labels has removed it.
     pub fn set(&self) {
         self.metric.with_label_values(&self.labels()).set(1);
     }
@@ -64,7 +64,7 @@ impl Drop for ModelInfo {
     }
 }
 
-/// The metrics of one version of one model.
+/// The metrics of one version of a model.
 #[derive(Debug, Clone)]
 pub struct ModelMetrics {
     images: [IntCounter; Outcome::ALL.len()],
@@ -73,11 +73,11 @@ pub struct ModelMetrics {
     decode_rejects: IntCounterVec,
     /// Images per engine run.
     pub batch_size: Histogram,
-    /// Empty images in engine runs.
+    /// Zero images in engine runs.
     pub padding: IntCounter,
     /// Images admitted and not yet answered.
     pub queue_depth: IntGauge,
-    /// Images that may be admitted and unanswered at once.
+    /// Most images that may be admitted and not yet answered.
     pub queue_limit: IntGauge,
     /// Age of the longest-waiting image.
     pub queue_oldest_age_seconds: Gauge,
@@ -90,22 +90,22 @@ pub struct ModelMetrics {
 }
 
 impl ModelMetrics {
-    /// `count` images ended this way.
+    /// Records that `count` images ended this way.
     pub fn images(&self, outcome: Outcome, count: usize) {
         self.images[outcome as usize].inc_by(count as u64);
     }
 
-    /// An image, or an engine run, spent this long in a phase.
+    /// Records that an image, or an engine run, spent this long in a phase.
     pub fn phase(&self, phase: Phase, duration: Duration) {
         self.phases[phase as usize].observe(duration.as_secs_f64());
     }
 
-    /// An engine run ended this way.
+    /// Records that an engine run ended this way.
     pub fn run(&self, result: RunResult) {
         self.runs[result as usize].inc();
     }
 
-    /// An image was refused before preprocessing; `reason` is one of a closed set of `pixels`.
+    /// Records that an image was refused before preprocessing; `reason` is one of a closed set of `pixels`.
     pub fn decode_reject(&self, reason: &'static str) {
         self.decode_rejects.with_label_values(&[reason]).inc();
     }

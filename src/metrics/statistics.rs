@@ -1,19 +1,19 @@
-//! Running totals of one model, in the shape that the Open Inference Protocol's statistics extension asks for.
+//! Running totals of one model, as the Open Inference Protocol's statistics extension defines them.
 //!
-//! Owns counters only. Request totals are updated where a request gets its answers, run totals where an engine has run;
-//! warm-up counts in neither. Durations are nanoseconds.
+//! Owns counters only. Request totals are updated when a request is answered, run totals when an engine has run;
+//! warm-up counts in neither. Durations are in nanoseconds.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How often, and how long in total.
+/// A count and a total duration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Total {
-    /// Times.
+    /// Number of events.
     pub count: u64,
-    /// Nanoseconds in all.
+    /// Total nanoseconds.
     pub ns: u64,
 }
 
@@ -38,7 +38,7 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Where the time of an answered request went; of several images, each phase of the slowest.
+/// Where the time of an answered request went; for several images, the longest of each phase.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Answered {
     /// From admission to the answer.
@@ -49,7 +49,7 @@ pub struct Answered {
     pub input: Duration,
     /// The engine run.
     pub infer: Duration,
-    /// Logits to what was asked for.
+    /// Logits to outputs.
     pub output: Duration,
 }
 
@@ -82,7 +82,7 @@ pub struct Batches {
 pub struct Snapshot {
     /// Answered requests, from admission on.
     pub success: Total,
-    /// Requests of which no image was answered.
+    /// Requests without any answered image.
     pub fail: Total,
     /// Waiting, of answered requests.
     pub queue: Total,
@@ -90,20 +90,20 @@ pub struct Snapshot {
     pub input: Total,
     /// Engine time, of answered requests.
     pub infer: Total,
-    /// Logits to answers, of answered requests.
+    /// Logits to outputs, of answered requests.
     pub output: Total,
     /// Images answered.
     pub images: u64,
-    /// Engine runs that brought logits.
+    /// Engine runs that returned logits.
     pub runs: u64,
-    /// When the last request was answered: milliseconds since 1970; 0 before the first.
+    /// When the last request was answered, in milliseconds since 1970; 0 before the first.
     pub last_ms: u64,
     /// By batch size.
     pub batches: BTreeMap<usize, Batches>,
 }
 
 impl Statistics {
-    /// A request got answers for `images` images.
+    /// Records that a request got answers for `images` images.
     pub fn answered(&self, images: usize, times: &Answered) {
         let Answered { whole, queue, input, infer, output } = *times;
         self.success.add(whole);
@@ -116,12 +116,12 @@ impl Statistics {
         self.last.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// A request got no answer.
+    /// Records that a request got no answer.
     pub fn failed(&self, whole: Duration) {
         self.fail.add(whole);
     }
 
-    /// An engine run of `images` images brought logits; preparing them had taken `input` in all.
+    /// Records that an engine run of `images` images returned logits; preparing them had taken `input` in all.
     pub fn ran(&self, images: usize, input: Duration, infer: Duration) {
         self.runs.fetch_add(1, Ordering::Relaxed);
         let mut batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
@@ -132,7 +132,7 @@ impl Statistics {
         }
     }
 
-    /// Everything now. Totals that are being updated may be one request apart.
+    /// The current totals. Those that are being updated may be one request apart.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             success: self.success.total(),
