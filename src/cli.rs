@@ -1,5 +1,5 @@
-//! The command line: what the user typed → typed options → one call into the rooms below. Errors are printed here,
-//! once, as one line; machine output goes to stdout, everything else to stderr.
+//! The command line: arguments → typed options → one call into the modules below. Errors are printed here, once, as one
+//! line; machine-readable output goes to stdout, everything else to stderr.
 
 mod addresses;
 mod bench;
@@ -51,21 +51,21 @@ enum Command {
     /// Classify image files with a folded model, without a server
     #[command(after_help = examples::CLASSIFY)]
     Classify(classify::ClassifyArgs),
-    /// Measure how right a folded model is on images whose classes are known
+    /// Measure the accuracy of a folded model on images whose classes are known
     #[command(after_help = examples::EVAL)]
     Eval(eval::EvalArgs),
     /// Serve a model repository, or checkpoints, over HTTP and gRPC
     #[command(after_help = examples::SERVE)]
     Serve(Box<serve::ServeArgs>),
-    /// Exit 0 when a server is ready: for containers without a shell
+    /// Exit 0 when a server is ready; for containers without a shell
     #[command(after_help = examples::HEALTHCHECK)]
     Healthcheck(healthcheck::HealthcheckArgs),
-    /// Say what a folded model or a checkpoint is
+    /// Describe a folded model or a checkpoint
     #[command(after_help = examples::INSPECT)]
     Inspect(inspect::InspectArgs),
     /// Measure latency against BN-folded networks
     Bench(bench::BenchArgs),
-    /// Write a freshly initialised checkpoint in timm's layout
+    /// Write a newly initialised checkpoint in timm's layout
     #[command(after_help = examples::init())]
     Init(init::InitArgs),
     /// γ of an activation: closed form, quadrature, simulation and timm's constant
@@ -85,8 +85,8 @@ enum Command {
     Docs,
 }
 
-/// Parses the command line, runs the command and turns its outcome into an exit code: 0 done, 1 failed, 2 wrong usage,
-/// 128 plus its number where a signal ended it.
+/// Parses the command line, runs the command and maps its result to an exit code: 0 success, 1 failure, 2 wrong usage,
+/// 128 plus the signal's number if a signal ended it.
 pub fn main() -> ExitCode {
     let signals = Signals::catch();
     let cli = match parse() {
@@ -99,12 +99,12 @@ pub fn main() -> ExitCode {
         Err(e) => Err(anyhow!("can't listen for signals: {e}")),
         Ok(()) => match catch_unwind(AssertUnwindSafe(|| run(cli.command))) {
             Ok(outcome) => outcome,
-            // threads may still be inside ONNX Runtime, so that the process can't end in the usual way
+            // threads may still be inside ONNX Runtime, whose exit handlers would free memory that they use
             Err(_) if serving => signals::end(1),
             Err(panic) => resume_unwind(panic),
         },
     };
-    // what is printed last may be refused too, by a full disk for one
+    // the last write may fail too, for example on a full disk
     let outcome = outcome.and_then(|code| Ok(io::stdout().flush().map(|()| code)?));
     let code = match outcome {
         Ok(code) => code,
@@ -118,13 +118,13 @@ pub fn main() -> ExitCode {
         }
     };
     if serving {
-        // threads of the server may still be inside the engine
+        // threads of the server may still run inside an engine
         signals::end(if code == ExitCode::SUCCESS { 0 } else { 1 });
     }
     code
 }
 
-/// What the user typed, with what the environment sets; help, the version or what is wrong with it is printed.
+/// The arguments, with values from the environment. On help, version or an error, prints it and returns the exit code.
 fn parse() -> Result<Cli, ExitCode> {
     for (name, meant) in environment::misspelt(&Cli::command()) {
         say(format_args!("warning: no flag reads the variable {name}; {meant} is meant?"));
@@ -141,8 +141,8 @@ fn parse() -> Result<Cli, ExitCode> {
     })
 }
 
-/// Prints clap's message. It repeats what was typed, and in colour: where that holds control characters, the words are parsed
-/// again as [`printable()`] ones, which fail in the same way.
+/// Prints clap's message, which repeats the arguments. If these hold control characters, the arguments are parsed again
+/// as [`printable()`] text, which fails in the same way.
 fn tell(error: &clap::Error, program: &clap::Command) {
     let words: Vec<OsString> = std::env::args_os().collect();
     let shown: Vec<OsString> = words.iter().map(|word| printable::os(word).into()).collect();
@@ -153,7 +153,7 @@ fn tell(error: &clap::Error, program: &clap::Command) {
         return;
     }
     let again = program.clone().try_get_matches_from(shown).and_then(|matches| Cli::from_arg_matches(&matches)).err();
-    // without clap's own colours; what a variable brought may still be in it
+    // without clap's colours; a variable's value may still hold control characters
     let text = again.filter(|again| again.kind() == error.kind()).as_ref().unwrap_or(error).render().to_string();
     for line in text.lines() {
         say(format_args!("{line}"));

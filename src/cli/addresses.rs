@@ -1,13 +1,13 @@
-//! Addresses as people type them: `0.0.0.0:8000`, `localhost:9000`, `:9000`.
+//! Parses addresses as users type them: `0.0.0.0:8000`, `localhost:9000`, `:9000`.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 
-/// An address to listen on; without a host: on every interface.
+/// An address to listen on; without a host, on every interface.
 pub fn listen(text: &str) -> Result<SocketAddr, String> {
     resolve(text, IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
-/// An address to connect to; without a host, or with the wildcard that is listened on: this machine.
+/// An address to connect to; without a host, or with a wildcard address, this machine.
 pub fn connect(text: &str) -> Result<SocketAddr, String> {
     let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let mut address = resolve(text, here)?;
@@ -26,7 +26,7 @@ fn resolve(text: &str, here: IpAddr) -> Result<SocketAddr, String> {
         return Ok(address);
     }
     let found: Vec<_> = text.to_socket_addrs().map_err(|e| format!("{e}; {wanted}"))?.collect();
-    // `localhost` may be both; clients that know only one of the two know this one
+    // `localhost` may be both; programs that support only one family support IPv4
     let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
     first.copied().ok_or_else(|| format!("the name has no address; {wanted}"))
 }

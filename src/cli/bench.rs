@@ -1,4 +1,4 @@
-//! `nfold bench`: what to measure, from what the user typed.
+//! `nfold bench`: arguments, and what they measure.
 
 mod contenders;
 mod load;
@@ -38,8 +38,8 @@ enum BenchCommand {
     Load(load::LoadArgs),
 }
 
-/// What is timed by default: Normalizer-Free networks, BN-folded ResNets, and the two families that come
-/// closest to the front, each at its evaluation size.
+/// Networks that are timed by default: Normalizer-Free networks, BN-folded ResNets, and the two families closest to the
+/// Pareto front, each at its evaluation size.
 const DEFAULT: [&str; 11] = [
     "nf_regnet_b0",
     "nf_regnet_b1",
@@ -57,10 +57,10 @@ const DEFAULT: [&str; 11] = [
 /// Arguments of `nfold bench engine`.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
-    /// Architectures (initialised here, nothing is downloaded), models of the repository, checkpoint or version folders:
-    /// MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, unpadded, unfolded, fp16, broadcast.
-    /// Settings of its session: bound (tensors stay on the device; on GPUs always), graph (a CUDA graph), and for GPUs tf32 and
-    /// nhwc [default: eleven networks]
+    /// Architectures (initialised here, nothing is downloaded), models of the repository, checkpoint or version
+    /// folders: MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, unpadded, unfolded,
+    /// fp16, broadcast. Settings of its session: bound (tensors stay on the device; always on GPUs), graph (a CUDA
+    /// graph), and for GPUs tf32 and nhwc [default: eleven networks]
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
     /// Model repository that names are looked up in
@@ -72,34 +72,34 @@ pub struct EngineArgs {
     /// Hardware that runs the graphs
     #[arg(long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
     provider: ProviderArg,
-    /// Number of the GPU
+    /// Index of the GPU
     #[arg(long, env = "NFOLD_DEVICE", value_name = "N", default_value_t = 0)]
     device: u16,
-    /// Time the images' way to the GPU and the logits' way back as well
+    /// Also time copying images to the GPU and logits back
     #[arg(long, env = "NFOLD_TRANSFERS", value_parser = FalseyValueParser::new())]
     transfers: bool,
-    /// Images in a run, several separated by commas
+    /// Images per run; several values separated by commas
     #[arg(long, env = "NFOLD_BATCH", value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: Vec<u16>,
-    /// Threads inside one operator, several separated by commas
+    /// Threads inside one operator; several values separated by commas
     #[arg(long, env = "NFOLD_THREADS", value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Vec<u16>,
-    /// Rounds; in each every model has one turn, in a fresh order
+    /// Rounds; in each, every model has one turn, in random order
     #[arg(long, env = "NFOLD_ROUNDS", value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rounds: u32,
-    /// How long a turn lasts at least; at least one run
+    /// Shortest duration of a turn, which has at least one run
     #[arg(long, env = "NFOLD_TURN", value_name = "TIME", default_value = "200ms", value_parser = duration)]
     turn: Duration,
-    /// How long each model is warmed up at least
+    /// Shortest warm-up of each model
     #[arg(long, env = "NFOLD_WARMUP", value_name = "TIME", default_value = "500ms", value_parser = duration)]
     warmup: Duration,
-    /// Runs that each model is warmed up with at least
+    /// Fewest warm-up runs of each model
     #[arg(long, env = "NFOLD_WARMUP_RUNS", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     warmup_runs: u32,
-    /// Model that speeds are taken against, as the table names it [default: resnet50, or the first]
+    /// Model that speeds are relative to, as the table names it [default: resnet50, or the first]
     #[arg(long, env = "NFOLD_REFERENCE", value_name = "MODEL@SIZE[:VARIANT]")]
     reference: Option<String>,
-    /// Let threads of a pool spin between operators, as a session with the machine to itself would
+    /// Let the threads of a pool spin between operators, as a session that has the machine to itself would
     #[arg(long, env = "NFOLD_SPINNING", value_parser = FalseyValueParser::new())]
     spinning: bool,
     /// Seed of weights, images, orders and bootstrap
@@ -180,7 +180,7 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// For each batch size and number of threads: which network is the fastest, and by how much, as far as the rounds can tell.
+/// For each batch size and number of threads: the fastest network, and its lead, as far as the rounds can tell.
 fn verdicts(report: &Report) -> Vec<String> {
     let mut sentences = Vec::new();
     for &threads in &report.plan.threads {
@@ -216,7 +216,7 @@ fn verdicts(report: &Report) -> Vec<String> {
     sentences
 }
 
-/// The report as a terminal shows it.
+/// Prints the report as text.
 fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
     let wide = report.rows.iter().map(|r| r.label.len()).max().unwrap_or(0).max(5);
     for (i, &threads) in report.plan.threads.iter().enumerate() {
@@ -270,7 +270,7 @@ mod tests {
 
     use super::*;
 
-    /// Networks by name, medians of their rounds and share of peak.
+    /// A report of networks by name, with the medians of their rounds and their share of peak.
     fn report(rows: &[(&str, &[f64], f64)]) -> Report {
         let row = |(label, rounds, share): &(&str, &[f64], f64)| -> Value {
             let mut sorted = rounds.to_vec();

@@ -21,7 +21,7 @@ use super::images::ImageArgs;
 use super::printable::{self, say};
 use crate::infer::top_k::top_k;
 
-/// More images than this are answered as JSON lines, with a progress bar.
+/// For more images than this, the default format is JSON lines, with a progress bar.
 const MANY: usize = 20;
 
 /// Arguments of `nfold classify`.
@@ -33,27 +33,28 @@ pub struct ClassifyArgs {
     /// Search folders for images, in order of their names
     #[arg(long, short, env = "NFOLD_RECURSIVE", value_parser = FalseyValueParser::new())]
     recursive: bool,
-    /// With --recursive, also take names that begin with a dot, and folders that systems keep beside photographs, such as
+    /// With --recursive, also include names that begin with a dot, and system folders beside photographs, such as
     /// @eaDir
     #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
     hidden: bool,
     #[command(flatten)]
     model: ModelArgs,
-    /// Classes to name for each image
+    /// Classes to print per image
     #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
     #[command(flatten)]
     limits: ImageArgs,
-    /// Of the images, in order, take every Nth from the Ith on (I/N, counted from 0): shares for N processes
+    /// Process every Nth image only, from the Ith on, counted from 0 (I/N); for N processes that share the images
     #[arg(long, env = "NFOLD_SHARD", value_name = "I/N", value_parser = shard)]
     shard: Option<Shard>,
-    /// How answers look [default: what --output ends in, else a table for up to 20 images and JSON lines for more]
+    /// Output format [default: by the name of --output, else a table for up to 20 images and JSON lines for more]
     #[arg(long, value_enum, env = "NFOLD_FORMAT")]
     format: Option<Format>,
-    /// Write the answers to this file, as JSON lines or what its name ends in (.csv, .txt); it appears when it is complete
+    /// Write the predictions to this file, as JSON lines or as its extension says (.csv, .txt); the file appears once
+    /// it is complete
     #[arg(long, env = "NFOLD_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Exit 0 although some images could not be classified; the answers say which
+    /// Exit 0 even if some images could not be classified; the output names them
     #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
     skip_broken: bool,
     /// Short for --format jsonl
@@ -61,7 +62,7 @@ pub struct ClassifyArgs {
     json: bool,
 }
 
-/// Which share of the images is this process's.
+/// The share of the images that this process classifies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shard {
     index: usize,
@@ -79,7 +80,7 @@ fn shard(text: &str) -> Result<Shard, String> {
     }
 }
 
-/// Runs `nfold classify`. Exit code 1 when any image could not be classified.
+/// Runs `nfold classify`. Exit code 1 if any image could not be classified.
 pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     if args.json && args.format.is_some_and(|format| format != Format::Jsonl) {
         bail!("--json means --format jsonl and contradicts the --format given; give one of them");
@@ -103,7 +104,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     workers.each(&model, &images, (decoder, &memory), |i, logits| {
         progress.inc(1);
         let top = logits.and_then(|logits| top_k(&logits, args.top_k as usize, &model.manifest.labels).map_err(engine));
-        // the bar and the answers may share a terminal
+        // the bar and the predictions may share a terminal
         progress.suspend(|| printer.print(&images[i].path, top))
     })?;
     progress.finish_and_clear();
@@ -113,7 +114,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     Ok(if failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Files named, and files found in folders named.
+/// The named files, and the images of the named folders.
 fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
     let mut search = Search::new(args.hidden);
     for path in &args.images {
@@ -145,14 +146,14 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
     Ok(search.found)
 }
 
-/// The summary on stderr: one image needs none; a failure always has its line.
+/// Prints the summary on stderr. A single classified image needs none.
 fn summary(images: usize, printer: &Printer<'_>, format: Format, args: &ClassifyArgs, elapsed: Duration) {
     let (failed, seconds) = (printer.failed, elapsed.as_secs_f64());
     let speed = images as f64 / seconds.max(1e-3);
     match failed {
         0 if images == 1 => {}
         0 => say(format_args!("classified {images} images in {seconds:.1} s ({speed:.1} images/s)")),
-        // the table has its line already
+        // the table has a line for it already
         _ if images == 1 && format == Format::Table => {}
         _ if images == 1 => say(format_args!("error: {}", printer.last_error)),
         _ if args.skip_broken => say(format_args!(

@@ -1,4 +1,4 @@
-//! `nfold completions`: a shell's completion script, made from the command line itself.
+//! `nfold completions`: a shell's completion script, generated from the command line's definition.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ pub struct CompletionsArgs {
 
 /// Prints the script on stdout.
 pub fn run(args: &CompletionsArgs, mut program: Command) -> anyhow::Result<ExitCode> {
-    // whole in memory first: the generator panics where stdout is closed
+    // generated in memory first: the generator panics if stdout is closed
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut program, "nfold", &mut script);
     std::io::stdout().write_all(&script)?;

@@ -1,4 +1,4 @@
-//! `nfold docs`: the configuration reference (docs/configuration.md), made from the command line itself.
+//! `nfold docs`: the configuration reference (docs/configuration.md), generated from the command line's definition.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -34,7 +34,7 @@ fn reference(program: &Command) -> String {
     text
 }
 
-/// Every command without subcommands, as it is typed.
+/// Collects every command without subcommands, with its full name.
 fn collect<'a>(command: &'a Command, commands: &mut Vec<(&'a str, &'a Command)>) {
     for subcommand in command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
         if subcommand.has_subcommands() {
@@ -77,7 +77,7 @@ fn section(text: &mut String, path: &str, command: &Command) {
     }
 }
 
-/// A flag as a row of its table.
+/// Writes a flag as a row of its table.
 fn row(text: &mut String, flag: &Arg) {
     let (meaning, said) = help(flag);
     let values: Vec<_> = flag.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
@@ -98,7 +98,7 @@ fn row(text: &mut String, flag: &Arg) {
     let _ = writeln!(text, "| {} |", row.join(" | "));
 }
 
-/// An argument's help with its choices, and the default where it is described in words.
+/// An argument's help with its possible values, and its default if the help describes it in words.
 fn help(argument: &Arg) -> (String, Option<String>) {
     let long = argument.get_long_help().or_else(|| argument.get_help()).map(ToString::to_string).unwrap_or_default();
     let long = long.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -1,7 +1,7 @@
-//! Variables `NFOLD_…`: what an empty one means, and naming the one that a value came from.
+//! Environment variables `NFOLD_…`: empty and misspelt ones, and which one an error comes from.
 //!
-//! A variable that is there but empty counts as not set: compose files (`${X:-}`) and Helm charts (`value: ""`) make such.
-//! So does what Kubernetes sets for a Service called `nfold` (`NFOLD_PORT=tcp://…`).
+//! A variable that is set but empty counts as not set: compose files (`${X:-}`) and Helm charts (`value: ""`) produce
+//! such. So does what Kubernetes sets for a Service called `nfold` (`NFOLD_PORT=tcp://…`).
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use clap::{Arg, Command};
 
 use super::printable;
 
-/// The command with every variable ignored that counts as not set.
+/// The command, ignoring every variable that counts as not set.
 pub fn without_empty(command: Command) -> Command {
     command.mut_args(set_or_not).mut_subcommands(without_empty)
 }
@@ -28,8 +28,8 @@ fn is_unset(value: &OsStr) -> bool {
     value.is_empty() || ["tcp://", "udp://", "sctp://"].iter().any(|link| value.to_string_lossy().starts_with(link))
 }
 
-/// Variables that are set and that no flag of any command reads, with the name that they probably should have; what is like
-/// no name of ours is somebody else's.
+/// Variables that are set but that no command reads, with the name that was probably meant. Names unlike any of nfold's
+/// are ignored.
 pub fn misspelt(program: &Command) -> Vec<(String, String)> {
     let mut known = BTreeSet::new();
     let mut left = vec![program];
@@ -47,14 +47,14 @@ pub fn misspelt(program: &Command) -> Vec<(String, String)> {
     unknown.filter_map(meant).collect()
 }
 
-/// Whether any variable's value is no [`printable`](super::printable) text.
+/// Whether any variable's value is not [`printable`] text.
 pub fn has_control_characters() -> bool {
     std::env::vars_os().any(|(name, value)| {
         name.as_encoded_bytes().starts_with(b"NFOLD_") && OsStr::new(&printable::os(&value)) != value
     })
 }
 
-/// The line below clap's error that names the variables it comes from; none: everything was typed.
+/// A line that names the variables a clap error comes from; `None` if all values were typed.
 pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option<String> {
     let named: Vec<String> = match error.get(ContextKind::InvalidArg)? {
         ContextValue::String(argument) => vec![argument.clone()],

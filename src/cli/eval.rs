@@ -1,4 +1,4 @@
-//! `nfold eval`: how right a folded model is on images whose classes are known.
+//! `nfold eval`: the accuracy of a folded model on images whose classes are known.
 
 mod dataset;
 mod page;
@@ -23,7 +23,7 @@ use crate::files::{self, DraftFile};
 use crate::infer::top_k::{Prediction, top_k};
 use crate::model::ModelDir;
 
-/// Classes that the table lists before it points to --json.
+/// Classes that the table lists before it refers to --json.
 const CLASSES: usize = 40;
 /// Confusions that the table lists.
 const CONFUSIONS: usize = 10;
@@ -31,51 +31,51 @@ const CONFUSIONS: usize = 10;
 /// Arguments of `nfold eval`.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Folder with a folder of images for each class, or a table (CSV) of path,class. Classes are named by label, by
-    /// position, or by synset
+    /// Folder with a folder of images per class, or a CSV table of path,class. Classes are named by label, by index, or
+    /// by WordNet id (synset)
     #[arg(value_name = "DATA")]
     data: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
-    /// Compare image by image with another run: JSON lines of `nfold classify`, or of --predictions
+    /// Compare image by image with another run: JSON lines of `nfold classify` or of --predictions
     #[arg(long, env = "NFOLD_AGAINST", value_name = "FILE")]
     against: Option<PathBuf>,
-    /// Evaluate so many images, evenly spread over all
+    /// Evaluate this many images, spread evenly over all
     #[arg(long, env = "NFOLD_LIMIT", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
-    /// Write each image's class and answers to this file, as JSON lines; it appears when it is complete
+    /// Write each image's class and predictions to this file, as JSON lines; the file appears once it is complete
     #[arg(long, env = "NFOLD_PREDICTIONS", value_name = "FILE")]
     predictions: Option<PathBuf>,
-    /// Write a page with the figures and the worst errors' pictures into this folder
+    /// Write a page with the results and the pictures of the worst errors into this folder
     #[arg(long, env = "NFOLD_REPORT", value_name = "DIR")]
     report: Option<PathBuf>,
-    /// Also take names that begin with a dot, and folders that systems keep beside photographs, such as @eaDir
+    /// Also include names that begin with a dot, and system folders beside photographs, such as @eaDir
     #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
     hidden: bool,
     #[command(flatten)]
     limits: ImageArgs,
-    /// Exit 0 although some images could not be evaluated; they are named and not counted
+    /// Exit 0 even if some images could not be evaluated; they are named and not counted
     #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
     skip_broken: bool,
-    /// Print the figures as JSON
+    /// Print the results as JSON
     #[arg(long, env = "NFOLD_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 
-/// What came of a run.
+/// The result of a run.
 struct Run {
     model: ModelDir,
     samples: Vec<Sample>,
-    /// By the sample's number: its answer, most probable class first.
+    /// By the sample's index: its judgement and predictions, most probable class first.
     answered: Vec<(usize, Judged, Vec<Prediction>)>,
-    /// By the sample's number: why it has none.
+    /// By the sample's index: why it has no prediction.
     failed: Vec<(usize, String)>,
     evaluation: Evaluation,
     against: Option<(String, Comparison)>,
     seconds: f64,
 }
 
-/// Runs `nfold eval`. Exit code 1 when any image could not be evaluated.
+/// Runs `nfold eval`. Exit code 1 if any image could not be evaluated.
 pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let (decoder, memory) = args.limits.resolve();
     let mut samples = dataset::read(&args.data, args.hidden)?;
@@ -169,7 +169,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A class's name, or its position where it has none.
+/// A class's label; its index if it has none.
 fn label(labels: &[String], index: usize) -> String {
     labels.get(index).cloned().unwrap_or_else(|| index.to_string())
 }
@@ -197,7 +197,7 @@ impl Predictions {
     }
 }
 
-/// The figures for programs.
+/// The results as JSON.
 fn object(run: &Run) -> Value {
     let labels = &run.model.manifest.labels;
     let mut evaluation = json!(run.evaluation);
@@ -225,13 +225,13 @@ fn object(run: &Run) -> Value {
     })
 }
 
-/// A share in per cent with its interval.
+/// A share in per cent with its confidence interval.
 fn percent(share: &Share) -> String {
     let Share { count, of, value, low, high } = share;
     format!("{:.2} %  ({count} of {of}; 95 %: {:.2} to {:.2})", 100.0 * value, 100.0 * low, 100.0 * high)
 }
 
-/// The figures for people.
+/// The results as text.
 fn table(run: &Run) -> String {
     let Run { model, evaluation, .. } = run;
     let labels = &model.manifest.labels;

@@ -1,6 +1,6 @@
 //! Three examples for each command's `--help`. A test below parses them all.
 
-/// Below the list of commands.
+/// Shown below the list of commands.
 pub const PROGRAM: &str = "\
 Examples:
   nfold fold my-checkpoint
@@ -93,7 +93,7 @@ Examples:
   nfold man man1
   nfold man /usr/local/share/man/man1";
 
-/// `nfold init`: with the names that it takes.
+/// `nfold init`, with the names of all architectures.
 pub fn init() -> String {
     let mut text = String::from(
         "\

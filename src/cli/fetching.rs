@@ -1,4 +1,4 @@
-//! What a download looks like to a person: a bar on a terminal, a line where nobody watches.
+//! Shows a download: a bar on a terminal, a line elsewhere.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::printable::{printable, say};
 use crate::hub::Event;
 
-/// The file that is coming.
+/// The file that is being downloaded.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
@@ -23,12 +23,12 @@ impl Default for Progress {
 }
 
 impl Progress {
-    /// Shows what happens.
+    /// Shows an event.
     pub fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Begins { file, size, have } => {
                 (self.file, self.size, self.started) = (printable(file).into_owned(), size, Instant::now());
-                // hidden where stderr is no terminal
+                // hidden if stderr is no terminal
                 self.bar = ProgressBar::with_draw_target(Some(size), ProgressDrawTarget::stderr());
                 let style = "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}";
                 if let Ok(style) = ProgressStyle::with_template(style) {
@@ -52,7 +52,7 @@ impl Progress {
         }
     }
 
-    /// A line that no bar is drawn over.
+    /// Prints a line that the bar does not overwrite.
     fn line(&self, text: String) {
         self.bar.suspend(|| say(format_args!("{text}")));
     }

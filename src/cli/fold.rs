@@ -22,15 +22,15 @@ use crate::sources::{FoldCache, Origin, fold_verified};
 #[derive(Debug, Args)]
 pub struct FoldArgs {
     /// Checkpoint: a folder as the model hub lays it out (config.json and model.safetensors, shards or
-    /// pytorch_model.bin), a file of weights (.safetensors, .pth, .pth.tar, .bin, .ckpt), or a model on the hub, ORG/NAME or
-    /// ORG/NAME@REVISION
+    /// pytorch_model.bin), a file of weights (.safetensors, .pth, .pth.tar, .bin, .ckpt), or a model on the hub,
+    /// ORG/NAME or ORG/NAME@REVISION
     checkpoint: PathBuf,
     #[command(flatten)]
     source: SourceArgs,
-    /// Model repository to write into; made when missing
+    /// Model repository to write into; created if missing
     #[arg(long, env = "NFOLD_REPOSITORY", default_value = REPOSITORY, value_name = "DIR")]
     repository: PathBuf,
-    /// Name of the model [default: the checkpoint's folder or file name, on the hub NAME]
+    /// Name of the model [default: name of the checkpoint's folder or file; NAME for the hub]
     #[arg(long, env = "NFOLD_NAME")]
     name: Option<String>,
     /// Version of the model
@@ -38,13 +38,13 @@ pub struct FoldArgs {
     model_version: u64,
     #[command(flatten)]
     folding: FoldingArgs,
-    /// Leave standardisation, normalisation, gains, α and β as graph operations, for comparison
+    /// Keep standardisation, normalisation, gains, α and β as operations of the graph, for comparison
     #[arg(long, env = "NFOLD_UNFOLDED", value_parser = FalseyValueParser::new())]
     unfolded: bool,
     /// Replace the version if it exists
     #[arg(long, env = "NFOLD_REPLACE", value_parser = FalseyValueParser::new())]
     replace: bool,
-    /// Print every setting's origin and every block's α and β as well
+    /// Also print every setting's origin and every block's α and β
     #[arg(long, short, env = "NFOLD_VERBOSE", value_parser = FalseyValueParser::new())]
     verbose: bool,
     /// Print the report as JSON on stdout
@@ -52,7 +52,7 @@ pub struct FoldArgs {
     json: bool,
 }
 
-/// The repository where nothing names one.
+/// The default repository.
 const REPOSITORY: &str = "repository";
 
 /// Runs `nfold fold`.
@@ -60,7 +60,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let mut progress = Progress::default();
     let origin = Origin::parse(&args.checkpoint)?;
-    // held until the checkpoint is read: it may be a temporary folder
+    // kept until the checkpoint is read: it may be a temporary folder
     let spare = if matches!(origin, Origin::Hub(_)) { Some(FoldCache::open(None)?) } else { None };
     let hub = || HubOptions::from_environment(spare.as_ref().map_or(Path::new("."), FoldCache::folder));
     let checkpoint = origin.open(&args.source.options(), hub, &mut |event| progress.show(event))?;
@@ -98,7 +98,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The command that a user types next: it has the flags that this one had.
+/// The next command for the user, with the same flags.
 fn next(args: &FoldArgs, written: &ModelDir) -> String {
     let mut command = String::from("nfold serve");
     if args.repository.as_os_str() != REPOSITORY && std::env::var_os("NFOLD_REPOSITORY").is_none() {
@@ -110,13 +110,13 @@ fn next(args: &FoldArgs, written: &ModelDir) -> String {
     command
 }
 
-/// A word as a shell takes it.
+/// A word quoted for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "_-./:@%+,".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
-/// Whether two manifests describe the same model; measurements of this machine aside.
+/// Whether two manifests describe the same model, apart from measurements on this machine.
 fn same(a: &Manifest, b: &Manifest) -> bool {
     let mut a = a.clone();
     a.fold.verification.clone_from(&b.fold.verification);

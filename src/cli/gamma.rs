@@ -1,4 +1,4 @@
-//! `nfold gamma`: what γ of an activation is, four ways.
+//! `nfold gamma`: γ of an activation, computed in four ways.
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use crate::nets::gamma::{self, GateSimulation, NON_LINEARITIES, NonLinearity};
 
-/// The gate that is simulated: channels, reduced channels and pixels of a middle block of nf_regnet_b1 at 256 pixels.
+/// The simulated gate: channels, reduced channels and pixels of a middle block of nf_regnet_b1 at 256 pixels.
 const GATE: (usize, usize, usize) = (232, 56, 256);
-/// Numbers that one simulated gate draws, about: so many networks fit into --samples.
+/// Random numbers per simulated gate, about; `--samples` divided by it is the number of gates.
 const NUMBERS_A_GATE: u64 = 2 * 232 * 56;
 
 /// Arguments of `nfold gamma`.
@@ -83,7 +83,7 @@ impl Gamma {
         }
     }
 
-    /// timm's constant against the exact value.
+    /// Difference of timm's constant from the exact value.
     fn timm_off(&self) -> Option<f64> {
         self.timm.map(|timm| timm / self.quadrature.gamma - 1.0)
     }
@@ -122,7 +122,7 @@ impl Gamma {
             s.gamma,
             s.standard_error,
             s.samples,
-            // the identity of a sample may have no error at all
+            // the sampling error of the identity may be 0
             (s.gamma - q.gamma) / s.standard_error.max(f64::MIN_POSITIVE),
         )
     }

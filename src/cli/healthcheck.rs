@@ -1,4 +1,4 @@
-//! `nfold healthcheck`: is the server here ready?
+//! `nfold healthcheck`: whether the local server is ready.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -11,21 +11,21 @@ use clap::Args;
 use super::addresses::connect;
 use super::serve::positive;
 
-/// Exit code 0 when the server is ready: for containers without a shell.
+/// Exits 0 when the server is ready; for containers without a shell.
 #[derive(Debug, Args)]
 pub struct HealthcheckArgs {
     /// Admin port of the server
     #[arg(long, value_name = "ADDR", env = "NFOLD_ADMIN", default_value = "127.0.0.1:8002")]
     admin: String,
-    /// How long to wait for the answer
+    /// How long to wait for the response
     #[arg(long, value_name = "TIME", env = "NFOLD_HEALTHCHECK_TIMEOUT", default_value = "2s", value_parser = positive)]
     timeout: Duration,
 }
 
-/// Asks `/readyz` once.
+/// Requests `/readyz` once.
 pub fn run(args: &HealthcheckArgs) -> anyhow::Result<ExitCode> {
     let HealthcheckArgs { admin, timeout } = args;
-    // NFOLD_ADMIN is usually the address to listen on
+    // NFOLD_ADMIN is usually the address that the server listens on
     let address = connect(admin).map_err(|e| anyhow!("`{admin}` is no address: {e}"))?;
     let ask = || {
         let mut stream = TcpStream::connect_timeout(&address, *timeout)?;

@@ -1,4 +1,4 @@
-//! What encoded images may cost and how they are decoded: the flags that `nfold serve` and `nfold classify` share.
+//! Limits on encoded images and how they are decoded: the flags that `nfold serve` and `nfold classify` share.
 
 use std::sync::Arc;
 
@@ -18,12 +18,12 @@ pub struct ImageArgs {
     /// Most pixels of an image
     #[arg(help_heading = "Limits", long, value_name = "PIXELS", env = "NFOLD_MAX_IMAGE_PIXELS", default_value_t = ImageLimits::default().max_pixels, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     max_image_pixels: u64,
-    /// Most bytes that all images being decoded may take together; an image that needs more than seven eighths of it is
-    /// refused, others wait for each other
+    /// Most bytes of memory for all images being decoded; an image that needs more than seven eighths of it is refused,
+    /// others wait for each other
     #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_DECODE_MEMORY", default_value_t = DecodeMemory::DEFAULT, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     decode_memory: u64,
-    /// How JPEGs are decoded: `exact` to Pillow's pixels, `fast` at 1/2, 1/4 or 1/8 where an image is that much larger than
-    /// it will be resized to, to the pixels of Pillow's `draft`
+    /// How JPEGs are decoded: `exact` to Pillow's pixels, or `fast` at 1/2, 1/4 or 1/8 if an image is that much larger
+    /// than its resized size, to the pixels of Pillow's `draft`
     #[arg(
         help_heading = "Limits",
         long,
@@ -35,7 +35,7 @@ pub struct ImageArgs {
     jpeg_scale: ScaleArg,
 }
 
-/// Whether large JPEGs are decoded in full.
+/// Whether large JPEGs are decoded at full size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ScaleArg {
     Exact,
@@ -43,7 +43,7 @@ enum ScaleArg {
 }
 
 impl ImageArgs {
-    /// How an image is decoded, and the memory for all of them.
+    /// The decoder, and the memory that all images share.
     pub fn resolve(&self) -> (Decoder, Arc<DecodeMemory>) {
         let memory = DecodeMemory::new(self.decode_memory);
         let limits = ImageLimits {

@@ -1,4 +1,4 @@
-//! `nfold init`: a fresh checkpoint.
+//! `nfold init`: a newly initialised checkpoint.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,7 +29,7 @@ pub struct InitArgs {
     model_args: Option<Map<String, Value>>,
 }
 
-/// A JSON object of arguments.
+/// Parses a JSON object.
 pub(super) fn parse_args(text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|e| format!("not a JSON object: {e}"))
 }

@@ -1,4 +1,4 @@
-//! `nfold inspect`: what a folded model or a checkpoint is.
+//! `nfold inspect`: describes a folded model or a checkpoint.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, SourceSetting}
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A model's name in the repository, a path that `fold` printed, or a checkpoint (folder or file of weights)
+    /// Name of a model in the repository, a path that `fold` printed, or a checkpoint (folder or file of weights)
     model: PathBuf,
     #[command(flatten)]
     source: SourceArgs,
@@ -35,7 +35,7 @@ pub struct InspectArgs {
     json: bool,
 }
 
-/// Runs `nfold inspect`. A checkpoint is read whole and folded in memory, so that what it says is checked.
+/// Runs `nfold inspect`. A checkpoint is read completely and folded in memory, so that its description is verified.
 pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let path = &args.model;
     let of_model = path.file_name().is_some_and(|name| name == MANIFEST_FILE || name == MODEL_FILE);
@@ -92,16 +92,16 @@ pub fn warn(m: &Manifest) {
     }
 }
 
-/// How much a person wants to read.
+/// How much detail to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
-    /// What it is, and in five lines at most where that comes from.
+    /// The model, with the origin of its settings in at most five lines.
     Brief,
-    /// Every setting's origin, every block's scalars.
+    /// Also every setting's origin and every block's scalars.
     Whole,
 }
 
-/// A manifest as text for people.
+/// A manifest as text.
 pub fn describe(m: &Manifest, detail: Detail) -> String {
     let (f, p) = (&m.fold, &m.preprocessing);
     let mut out = String::new();
@@ -171,12 +171,13 @@ pub fn describe(m: &Manifest, detail: Detail) -> String {
     out
 }
 
-/// Origins in five lines at most: settings of the same file and table together, the rest of many in the last line.
+/// The origins of settings in at most five lines: those of the same file and table share a line, and the last line sums
+/// up the rest.
 fn origins(settings: &[SourceSetting]) -> Vec<String> {
     const LINES: usize = 5;
     let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
     for SourceSetting { setting, origin } in settings {
-        // `pretrained_cfg.crop_pct in config.json` and `pretrained_cfg.mean in config.json` are one place
+        // `pretrained_cfg.crop_pct in config.json` and `pretrained_cfg.mean in config.json` have the same origin
         let place = match origin.split_once(" in ") {
             Some((field, file)) if field == setting => file.to_string(),
             Some((path, file)) => match path.rsplit_once('.').filter(|(_, field)| field == setting) {
@@ -198,7 +199,7 @@ fn origins(settings: &[SourceSetting]) -> Vec<String> {
     lines
 }
 
-/// The first and the last of many names.
+/// The first and the last of a list of labels.
 fn labels(labels: &[String]) -> String {
     const SHOWN: usize = 10;
     match labels.split_last() {

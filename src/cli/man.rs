@@ -1,4 +1,4 @@
-//! `nfold man`: manual pages, made from the command line itself.
+//! `nfold man`: manual pages, generated from the command line's definition.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct ManArgs {
     folder: PathBuf,
 }
 
-/// Writes `nfold.1` and a page a command, such as `nfold-serve.1`.
+/// Writes `nfold.1` and one page per command, such as `nfold-serve.1`.
 pub fn run(args: &ManArgs, program: Command) -> anyhow::Result<ExitCode> {
     let failed = |e| anyhow!("can't write manual pages to {}: {e}; choose another folder", args.folder.display());
     fs::create_dir_all(&args.folder).map_err(failed)?;
@@ -30,7 +30,7 @@ pub fn run(args: &ManArgs, program: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The page of a command and those of its subcommands; how many.
+/// Writes the pages of a command and of its subcommands; returns their number.
 fn write(command: &Command, folder: &Path) -> std::io::Result<usize> {
     let name = command.get_display_name().unwrap_or_else(|| command.get_name());
     let mut text = Vec::new();

@@ -1,4 +1,4 @@
-//! The output of commands as [`printable`] text.
+//! Prints [`printable`] text.
 
 use std::ffi::OsStr;
 use std::fmt::{Arguments, Write as _};
@@ -7,12 +7,12 @@ use std::path::Path;
 
 pub use crate::printable::printable;
 
-/// A path as [`printable`] text; bytes that are no UTF-8 become escapes such as `\xe9`.
+/// A path as [`printable`] text; bytes that are not UTF-8 become escapes such as `\xe9`.
 pub fn path(path: &Path) -> String {
     os(path.as_os_str())
 }
 
-/// A word as [`path`] shows it.
+/// An argument as [`path`] shows it.
 pub fn os(text: &OsStr) -> String {
     let mut out = String::new();
     for chunk in text.as_encoded_bytes().utf8_chunks() {
@@ -24,7 +24,7 @@ pub fn os(text: &OsStr) -> String {
     out
 }
 
-/// One line on stderr, [`printable`]. A failed write is ignored.
+/// Prints one line on stderr as [`printable`] text. A failed write is ignored.
 pub fn say(line: Arguments<'_>) {
     let line = line.to_string();
     let _ = writeln!(std::io::stderr(), "{}", printable(&line));

@@ -1,4 +1,4 @@
-//! `nfold serve`: arguments, their defaults, and the way into the server.
+//! `nfold serve`: arguments, their defaults, and the start of the server.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,44 +27,45 @@ use crate::sources::{Served, ServedOptions};
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Checkpoint to fold and serve, as NAME=SOURCE under a name of its own: a folder, a file of weights, or a model on the hub
-    /// (ORG/NAME[@REVISION]); repeat for several. Looked at again on SIGHUP [default: the models of the repository]
+    /// Checkpoint to fold and serve, optionally with a name as NAME=SOURCE: a folder, a file of weights, or a model on
+    /// the hub (ORG/NAME[@REVISION]); repeat for several. Checked again on SIGHUP [default: the models of the
+    /// repository]
     #[arg(value_name = "SOURCE", value_parser = source)]
     sources: Vec<(Option<String>, PathBuf)>,
-    /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}; a folder that is a checkpoint itself is folded and
-    /// served as SOURCE is. Not looked at where there is a SOURCE
+    /// Folder of folded models, NAME/VERSION/{model.onnx,manifest.json}; if it is a checkpoint itself, it is folded and
+    /// served like a SOURCE. Ignored if there is a SOURCE
     #[arg(help_heading = "Models", long, value_name = "DIR", env = "NFOLD_REPOSITORY", default_value = "repository")]
     repository: PathBuf,
-    /// Model to serve, all its versions or one; repeat for several [default: everything in the repository]
+    /// Model to serve, all versions or one; repeat for several [default: everything in the repository]
     #[arg(help_heading = "Models", long = "model", value_name = "NAME[:VERSION]", env = "NFOLD_MODEL", value_delimiter = ',', value_parser = model)]
     models: Vec<(String, Option<u64>)>,
-    /// Model that answers requests that name none [default: the only one, and the model of a single SOURCE]
+    /// Model for requests that name none [default: the only one, and the model of a single SOURCE]
     #[arg(help_heading = "Models", long, value_name = "NAME", env = "NFOLD_DEFAULT_MODEL", value_parser = name)]
     default_model: Option<String>,
-    /// Folder for what SOURCE is folded to, by digest and options [default: nfold in the user's cache folder, or a temporary folder where
-    /// that can't be written]
+    /// Cache folder for folded SOURCEs, by digest and options [default: nfold in the user's cache folder, or a
+    /// temporary folder if that can't be written]
     #[arg(help_heading = "Models", long, value_name = "DIR", env = "NFOLD_CACHE")]
     cache: Option<PathBuf>,
     #[command(flatten, next_help_heading = "Sources")]
     checkpoint: SourceArgs,
     #[command(flatten, next_help_heading = "Sources")]
     folding: FoldingArgs,
-    /// Serve the rest when a model does not start (nfold_models_skipped counts); without it, the start fails, so that no
-    /// rollout passes with a broken model
+    /// Serve the other models if one does not start (metric nfold_models_skipped); otherwise the start fails, so that
+    /// no rollout succeeds with a broken model
     #[arg(help_heading = "Models", long, env = "NFOLD_SKIP_BROKEN_MODELS", value_parser = clap::builder::FalseyValueParser::new())]
     skip_broken_models: bool,
-    /// Open, verify and warm up every model as a start does, fill --graph-cache, and end without listening: exit code 0 if all
-    /// of them would be served
+    /// Open, verify and warm up every model like a real start, fill --graph-cache, and exit without listening: exit
+    /// code 0 if all of them would be served
     #[arg(help_heading = "Models", long, env = "NFOLD_CHECK", value_parser = clap::builder::FalseyValueParser::new())]
     check: bool,
-    /// Most pixels of a model's input, height times width: at the start a batch of such images is run, and takes memory for their
-    /// feature maps; a model with a larger input does not start
+    /// Most pixels of a model's input, height times width: the warm-up runs a batch of such images, which needs memory
+    /// for their feature maps; a model with a larger input does not start
     #[arg(help_heading = "Models", long, value_name = "PIXELS", env = "NFOLD_MAX_INPUT_PIXELS", default_value_t = 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=4096 * 4096))]
     max_input_pixels: u64,
     /// Address of the HTTP port, such as 127.0.0.1:8000, localhost:8000 or :8000; port 0 picks a free one
     #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000", value_parser = addresses::listen)]
     http: SocketAddr,
-    /// Number of the HTTP port, in place of the one in --http
+    /// Port of the HTTP address, instead of the one in --http
     #[arg(help_heading = "Addresses", long, value_name = "N", env = "NFOLD_PORT")]
     port: Option<u16>,
     /// Address of the gRPC port
@@ -76,76 +77,78 @@ pub struct ServeArgs {
     /// Hardware that runs the graphs
     #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_PROVIDER", default_value = "cpu")]
     provider: ProviderArg,
-    /// Number of the GPU
+    /// Index of the GPU
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_DEVICE", default_value_t = 0)]
     device: u16,
-    /// Take a model of which a part runs elsewhere than on the provider asked for (nfold_provider_nodes counts)
+    /// Serve a model even if a part of it runs on another provider than requested (metric nfold_provider_nodes)
     #[arg(help_heading = "Engines", long, env = "NFOLD_ALLOW_FALLBACK", value_parser = clap::builder::FalseyValueParser::new())]
     allow_fallback: bool,
-    /// Let TensorRT compute in half precision; CUDA does with models folded so (nfold fold --precision fp16)
+    /// Let TensorRT compute in half precision; CUDA does so for models folded with --precision fp16
     #[arg(help_heading = "Engines", long, env = "NFOLD_TENSORRT_FP16", value_parser = clap::builder::FalseyValueParser::new())]
     tensorrt_fp16: bool,
-    /// Folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
+    /// Cache folder for the engines that TensorRT builds, by the model's digest [default: built at every start]
     #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_TENSORRT_CACHE")]
     tensorrt_cache: Option<PathBuf>,
-    /// Let CUDA compute single-precision models with the ten bits of half precision's mantissa (TensorFloat-32); the golden
-    /// answer is then asked with half precision's tolerance
+    /// Let CUDA compute single-precision models with the 10-bit mantissa of half precision (TensorFloat-32); the golden
+    /// answer is then compared with half precision's tolerance
     #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_TF32", value_parser = clap::builder::FalseyValueParser::new())]
     cuda_tf32: bool,
-    /// Lay feature maps out with channels last on CUDA
+    /// Lay out feature maps with channels last (NHWC) on CUDA
     #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_NHWC", value_parser = clap::builder::FalseyValueParser::new())]
     cuda_nhwc: bool,
     /// Record the kernels of each batch size as a CUDA graph and replay it
     #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_GRAPH", value_parser = clap::builder::FalseyValueParser::new())]
     cuda_graph: bool,
-    /// Most bytes of a GPU's memory for the feature maps of one engine; a model that needs more is refused at its load
-    /// [default: what is free]
+    /// Most bytes of GPU memory for the feature maps of one engine; a model that needs more is not loaded [default: the
+    /// free memory]
     #[arg(help_heading = "Engines", long, value_name = "BYTES", env = "NFOLD_DEVICE_MEMORY", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     device_memory: Option<u64>,
-    /// Threads with an engine each, per model; each with a copy of the weights (one for all with AVX-512 or --graph-cache) [default: the cores; 3 on a GPU: one computes while the others move images]
+    /// Threads with an engine each, per model; each has a copy of the weights (all share one with AVX-512 or
+    /// --graph-cache) [default: number of cores; 3 on a GPU: one computes while the others move images]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Threads inside one engine run
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_INTRA_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     intra_threads: u16,
-    /// Threads of one further engine that takes an image when nothing else is under way: an idle
-    /// machine answers with all its cores, a busy one with a core an image; 0 switches it off [default: the cores; 0 on a GPU]
+    /// Threads of one further engine that runs an image when nothing else is in work: an idle machine uses all its
+    /// cores for an image, a busy one a core per image; 0 disables it [default: number of cores; 0 on a GPU]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
-    /// Run graphs with the channels they were folded with; else, with AVX-512, they are padded to the 16 that its kernels
-    /// take at a time, and laid out for them
+    /// Run graphs with the channels they were folded with; otherwise, with AVX-512, channels are padded to multiples of
+    /// 16, the block size of its kernels, and laid out in blocks
     #[arg(help_heading = "Engines", long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
     no_channel_padding: bool,
-    /// Folder for graphs as ONNX Runtime rewrites them for this machine: later starts load those. Made if
-    /// missing; only the server should be able to write there [default: none]
+    /// Cache folder for graphs as ONNX Runtime optimises them for this machine: later starts load those. Created if
+    /// missing; only the server should be able to write to it [default: none]
     #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
     graph_cache: Option<PathBuf>,
-    /// Further threads that only decode images; with 0 the workers decode [default: 0; the cores on a GPU]
+    /// Further threads that only decode images; with 0 the workers decode [default: 0; number of cores on a GPU]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_DECODERS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     decoders: Option<u16>,
-    /// Most images in one engine run [default: 8; 32 on a GPU]
+    /// Most images per engine run [default: 8; 32 on a GPU]
     #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_MAX_BATCH_SIZE", value_parser = clap::value_parser!(u16).range(1..=1024))]
     max_batch_size: Option<u16>,
-    /// Sizes that batches are padded to, such as 1,4,8: each is a session of its own on a GPU, whose answers may depend on the
-    /// batch [default: none; powers of two up to --max-batch-size on a GPU]
+    /// Sizes that batches are padded to, such as 1,4,8: on a GPU, each has a session of its own, and logits may depend
+    /// on the batch size [default: none; powers of two up to --max-batch-size on a GPU]
     #[arg(help_heading = "Queue", long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch_buckets: Vec<u16>,
-    /// Whether an image's answer may depend on its batch, as a test of every batch size at the start finds: `require` refuses
-    /// to serve then, `report` logs and publishes the difference, `off` skips the test
+    /// Test at the start whether an image's logits depend on its batch, for every batch size: `require` refuses to
+    /// serve such a model, `report` logs and exports the difference, `off` skips the test
     #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
     invariance: InvarianceArg,
-    /// How long an image may wait for others to share its batch although an engine is free; batches form under load without it
+    /// How long an image may wait for others to share its batch although an engine is free; under load, batches form
+    /// without it
     #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_DELAY", default_value = "0ms", value_parser = duration)]
     max_queue_delay: Duration,
     /// Most images admitted and not yet answered, per model; more are refused with 429 and Retry-After
     #[arg(help_heading = "Queue", long, value_name = "N", env = "NFOLD_QUEUE_LIMIT", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     queue_limit: u32,
-    /// Longest that an image of a burst may have to wait for those before it, by the measured speed; beyond, it is refused as
-    /// above. Two images per worker are always taken
+    /// Longest estimated wait at which an image of a burst is admitted, by the measured speed; otherwise it is refused
+    /// as above. Two images per worker are always admitted
     #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_MAX_QUEUE_WAIT", default_value = "1s", value_parser = positive)]
     max_queue_wait: Duration,
-    /// The same once the queue is no burst but stands: within half a second of a longer wait, what may wait shrinks to
-    /// this. As long as --max-queue-wait: it never does
+    /// Longest estimated wait in a standing queue: once waits stay above it, the admitted wait shrinks from
+    /// --max-queue-wait to this within half a second; with the value of --max-queue-wait it never shrinks
     #[arg(help_heading = "Queue", long, value_name = "TIME", env = "NFOLD_STANDING_WAIT", default_value = "100ms", value_parser = positive)]
     standing_wait: Duration,
     /// Longest a request may take, body included; a client may ask for less (x-request-timeout-ms)
@@ -156,19 +159,20 @@ pub struct ServeArgs {
     /// Most bytes of a request body, decompressed
     #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_LIMIT", default_value_t = 64 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_limit: u64,
-    /// Most bytes that requests hold at once, on both ports: bodies, what is inflated of them, the images and numbers made of
-    /// base64 and text, and answers until they are written; more are refused with 429
+    /// Most bytes that requests hold at once, on both ports: bodies, decompressed and decoded data, and responses until
+    /// they are written; more are refused with 429
     #[arg(help_heading = "Limits", long, value_name = "BYTES", env = "NFOLD_BODY_MEMORY", default_value_t = 256 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     body_memory: u64,
-    /// Client connections open at once, on each port; for more, the one ends that has done nothing for the longest
+    /// Most open client connections, on each port; beyond that, the connection that has been quiet the longest is
+    /// closed
     #[arg(help_heading = "Limits", long, value_name = "N", env = "NFOLD_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     connections: u32,
-    /// Longest a client may take from its connection to its first whole request head; also ends idle connections, and bodies
-    /// that come at less than 1 KiB a second
+    /// Longest a client may take from its connection to its first complete request head; also ends idle connections,
+    /// and bodies that arrive at less than 1 KiB per second
     #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_HEAD_TIMEOUT", default_value = "30s", value_parser = positive)]
     head_timeout: Duration,
-    /// Longest an answer may wait without its client taking any of it, or less than 1 KiB a second; then its connection
-    /// ends
+    /// Longest a response may wait without its client reading any of it, or at less than 1 KiB per second; then its
+    /// connection ends
     #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_WRITE_TIMEOUT", default_value = "30s", value_parser = positive)]
     write_timeout: Duration,
     /// Certificate of the HTTP and gRPC ports, PEM; read again on SIGHUP
@@ -177,41 +181,43 @@ pub struct ServeArgs {
     /// Private key of the certificate, PEM
     #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
-    /// Authorities of client certificates, PEM; clients without one are refused
+    /// Authorities of client certificates, PEM; clients without a certificate from one of them are refused
     #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_TLS_CLIENT_CA", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
-    /// File of API keys, one a line; requests need `authorization: Bearer KEY`. Read again on SIGHUP
+    /// File of API keys, one per line; requests need `authorization: Bearer KEY`. Read again on SIGHUP
     #[arg(help_heading = "Security", long, value_name = "FILE", env = "NFOLD_API_KEY_FILE")]
     api_key_file: Option<PathBuf>,
     /// Origin whose pages may call this server (CORS), such as https://example.org, or `*`; repeat for several
     #[arg(help_heading = "Security", long = "cors-origin", value_name = "ORIGIN", env = "NFOLD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     cors_origins: Vec<String>,
-    /// OpenTelemetry collector (OTLP over gRPC) that a span of each request is sent to, such as http://localhost:4317; needs a
-    /// build with `--features otel`
+    /// OpenTelemetry collector (OTLP over gRPC) for a span per request, such as http://localhost:4317; needs a build
+    /// with `--features otel`
     #[arg(help_heading = "Logs", long, value_name = "URL", env = "NFOLD_OTLP_ENDPOINT")]
     otlp_endpoint: Option<String>,
     /// Let clients load and unload models of the repository
     #[arg(help_heading = "Models", long, env = "NFOLD_MODEL_CONTROL", value_parser = clap::builder::FalseyValueParser::new())]
     model_control: bool,
-    /// Look at the repository this often for new, changed and gone models; not at sources [default: only on SIGHUP]
+    /// How often to check the repository for new, changed and removed models; sources are not checked [default: only on
+    /// SIGHUP]
     #[arg(help_heading = "Models", long, value_name = "TIME", env = "NFOLD_WATCH", value_parser = positive)]
     watch: Option<Duration>,
-    /// After SIGTERM: how long requests are still taken while readiness says no (5s suits Kubernetes without a preStop)
+    /// After SIGTERM: how long requests are still served while readiness fails (5s suits Kubernetes without a preStop
+    /// hook)
     #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_DRAIN_HOLD", default_value = "0s", value_parser = duration)]
     drain_hold: Duration,
     /// After that: how long requests in flight may take to finish
     #[arg(help_heading = "Limits", long, value_name = "TIME", env = "NFOLD_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration)]
     drain_timeout: Duration,
-    /// An engine run longer than this is taken as hung, and the server as not ready
+    /// An engine run longer than this counts as hung, and the server as not ready
     #[arg(help_heading = "Engines", long, value_name = "TIME", env = "NFOLD_HANG_LIMIT", default_value = "30s", value_parser = positive)]
     hang_limit: Duration,
-    /// Engines out of order for longer than this end the server with exit code 1
+    /// If engines fail for longer than this, the server ends with exit code 1
     #[arg(help_heading = "Engines", long, value_name = "TIME", env = "NFOLD_FAULT_LIMIT", default_value = "60s", value_parser = positive)]
     fault_limit: Duration,
-    /// How log lines look; they go to stderr, and are dropped and counted where nobody reads them
+    /// Format of log lines; they go to stderr, and are dropped and counted if nobody reads them
     #[arg(help_heading = "Logs", long, value_enum, env = "NFOLD_LOG_FORMAT", default_value = "text")]
     log_format: LogFormatArg,
-    /// What is logged, as RUST_LOG takes it
+    /// Log filter, in the syntax of RUST_LOG
     #[arg(
         help_heading = "Logs",
         long,
@@ -254,7 +260,7 @@ enum LogFormatArg {
 }
 
 impl ServeArgs {
-    /// Typed options. Defaults depend on the provider and on the machine's cores.
+    /// Typed options. Defaults depend on the provider and on the number of cores.
     fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions, Option<ServedOptions>)> {
         let served = self.served();
         if let Some(port) = self.port {
@@ -345,7 +351,7 @@ impl ServeArgs {
         Ok((options, registry, served))
     }
 
-    /// The sources, where models come from such: those that were typed, or a repository that is a checkpoint itself.
+    /// The checkpoints to serve, if any: the sources on the command line, or a repository that is a checkpoint itself.
     fn served(&mut self) -> Option<ServedOptions> {
         let mut sources = std::mem::take(&mut self.sources);
         let repository = self.repository.display();
@@ -373,7 +379,7 @@ impl ServeArgs {
     }
 }
 
-/// Opens what is to be served; sources are fetched and folded first, so that no engine takes memory meanwhile.
+/// Opens the models; sources are fetched and folded first, while no engine uses memory.
 fn open(
     mut registry: RegistryOptions,
     served: Option<ServedOptions>,
@@ -392,8 +398,8 @@ fn open(
     Registry::open_from(&served, Box::new(served.later()), &registry, metrics)
 }
 
-/// Serves until SIGTERM or SIGINT; a second one stops at once. Threads that load models, or hang in an engine, may still run
-/// when it returns: the process is to be [ended](super::signals::end), not left.
+/// Serves until SIGTERM or SIGINT; a second one stops at once. Threads that load models, or hang in an engine, may
+/// still run when it returns: [end](super::signals::end) the process instead of returning from `main`.
 pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let format = match args.log_format {
         LogFormatArg::Text => LogFormat::Text,
@@ -420,12 +426,12 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         Signals::tell(sender);
         server.run(move |metrics| open(registry, served, metrics), control).await
     });
-    // a model that is still loading, or a hung engine, must not hold up the exit
+    // a model that is still loading, or a hung engine, must not delay the exit
     runtime.shutdown_background();
     Ok(served.map(|()| ExitCode::SUCCESS)?)
 }
 
-/// Starts every model and ends it again.
+/// Starts every model and stops it again.
 fn check_models(options: RegistryOptions, served: Option<ServedOptions>) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let registry = open(options, served, &Metrics::new())?;
@@ -436,7 +442,7 @@ fn check_models(options: RegistryOptions, served: Option<ServedOptions>) -> anyh
     Ok(ExitCode::SUCCESS)
 }
 
-/// `SOURCE` or `NAME=SOURCE`. What is here as it was typed is no name and source.
+/// Parses `SOURCE` or `NAME=SOURCE`. If a file of the whole name exists, that is the source.
 fn source(text: &str) -> Result<(Option<String>, PathBuf), String> {
     match text.split_once('=') {
         Some((name, source)) if !Path::new(text).exists() && crate::model::check_name(name).is_ok() => {
@@ -466,7 +472,7 @@ fn model(text: &str) -> Result<(String, Option<u64>), String> {
     Ok((name.into(), version))
 }
 
-/// `*`, or what browsers send in the header `origin`.
+/// Parses `*`, or an origin as browsers send it in the header `origin`.
 fn origin(text: &str) -> Result<String, String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let plain = |host: &str| !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
@@ -477,7 +483,7 @@ fn origin(text: &str) -> Result<String, String> {
     }
 }
 
-/// A whole number and one of `us`, `ms`, `s`, `m`, `h`.
+/// Parses an integer and one of the units `us`, `ms`, `s`, `m`, `h`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let number: u64 =

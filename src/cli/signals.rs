@@ -1,7 +1,7 @@
-//! What ends a command from outside: SIGTERM, SIGINT, SIGHUP and SIGQUIT, for every command alike, as process 1 of a
-//! container too, where no signal has an effect by itself.
+//! Signals: SIGTERM, SIGINT, SIGHUP and SIGQUIT end every command, also as process 1 of a container, where signals have
+//! no default action.
 //!
-//! Owns the handlers, from the program's first moment on, and the thread that acts on them: drafts are removed and the
+//! Owns the handlers, from the start of the program, and the thread that acts on them: drafts are removed and the
 //! process ends with 128 plus the signal's number. A server is told instead ([`Signals::tell`]), as it has requests to
 //! finish. SIGXFSZ (a file at its size limit) is only caught, so that the write that hit the limit fails with an error.
 
@@ -14,12 +14,12 @@ use tokio::sync::mpsc::Sender;
 use crate::server::Control;
 use crate::{files, logging};
 
-/// The channel to a server; none before it listens, and in all other commands.
+/// The channel to a server; `None` before it listens, and in all other commands.
 #[cfg(unix)]
 static SERVER: Mutex<Option<Sender<Control>>> = Mutex::new(None);
 
-/// Ends the process at once: drafts are removed and log lines written, but neither destructors nor exit handlers run. Other
-/// threads may still be inside ONNX Runtime, whose exit handlers would free memory that these use.
+/// Ends the process at once: drafts are removed and log lines written, but neither destructors nor exit handlers run.
+/// Other threads may still be inside ONNX Runtime, whose exit handlers would free memory that these use.
 pub fn end(code: i32) -> ! {
     files::abandon();
     logging::flush();
@@ -32,7 +32,7 @@ pub fn end(code: i32) -> ! {
 #[cfg(unix)]
 pub use unix::Signals;
 
-/// Where there are no Unix signals: Ctrl-C ends a command by itself, and stops a server.
+/// Without Unix signals: Ctrl-C ends a command by itself, and stops a server.
 #[cfg(not(unix))]
 #[derive(Debug)]
 pub struct Signals;
@@ -49,7 +49,7 @@ impl Signals {
         Ok(())
     }
 
-    /// From now on Ctrl-C goes to a server.
+    /// Sends Ctrl-C to a server from now on.
     pub fn tell(server: Sender<Control>) {
         tokio::spawn(async move {
             while tokio::signal::ctrl_c().await.is_ok() && server.send(Control::Stop).await.is_ok() {}
@@ -67,12 +67,12 @@ mod unix {
 
     use super::*;
 
-    /// Signals that are caught from now on and acted on once a command is known.
+    /// Caught signals, which are acted on once a command is known.
     #[derive(Debug)]
     pub struct Signals(Iterator);
 
     impl Signals {
-        /// Catches signals; those that come before [`act`](Self::act) wait for it.
+        /// Catches signals; those that arrive before [`act`](Self::act) wait for it.
         pub fn catch() -> io::Result<Self> {
             // the flag is not read: with a handler the write fails, without one the process would be killed
             signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
@@ -80,7 +80,7 @@ mod unix {
             Iterator::new([SIGTERM, SIGINT, SIGQUIT].into_iter().chain(hangup)).map(Self)
         }
 
-        /// Acts on signals from a thread of its own, as `nfold serve` (`serving`) or any other command does.
+        /// Acts on signals on a thread of its own, for `nfold serve` (`serving`) or any other command.
         pub fn act(mut self, serving: bool) -> io::Result<()> {
             if serving {
                 // SIGHUP reloads, even under `nohup`
@@ -98,7 +98,7 @@ mod unix {
             std::thread::Builder::new().name("nfold-signals".into()).spawn(act).map(drop)
         }
 
-        /// From now on signals go to a server.
+        /// Sends signals to a server from now on.
         pub fn tell(server: Sender<Control>) {
             *super::SERVER.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
         }
@@ -118,11 +118,11 @@ mod unix {
     fn reload() {
         let Some(server) = server() else { return };
         tracing::info!("SIGHUP: looking at certificates, API keys and models again");
-        // a pending one is enough
+        // a full channel has a pending request already
         let _ = server.try_send(Control::Reload);
     }
 
-    /// Whether the signal was ignored when this process started, as under `nohup`. Unknown counts as no.
+    /// Whether the signal was ignored when this process started, as under `nohup`; false if unknown.
     fn ignored(signal: i32) -> bool {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

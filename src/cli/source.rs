@@ -1,4 +1,4 @@
-//! Options that say about a checkpoint what its files don't, or say wrong: timm's own names.
+//! Options that override or complete a checkpoint's own settings, by timm's names.
 
 use std::path::PathBuf;
 
@@ -15,32 +15,32 @@ use crate::model::{CropMode, Gate, Interpolation, Precision};
 /// Options of every command that opens checkpoints.
 #[derive(Debug, Args)]
 pub struct SourceArgs {
-    /// Architecture by timm's name, such as nf_regnet_b1, for files that don't tell
+    /// Architecture by timm's name, such as nf_regnet_b1, for files that don't name it
     #[arg(long, env = "NFOLD_ARCH", value_name = "NAME")]
     arch: Option<String>,
-    /// timm's arguments of the network as a JSON object, over the checkpoint's own, such as '{"act_layer": "silu"}'
+    /// timm's model_args as a JSON object, which override the checkpoint's, such as '{"act_layer": "silu"}'
     #[arg(long, env = "NFOLD_MODEL_ARGS", value_name = "JSON", value_parser = super::init::parse_args)]
     model_args: Option<Map<String, Value>>,
-    /// Class names: a file with one a line or a JSON list, or `imagenet-1k`, `-12k`, `-21k`, `-22k`
-    /// [default: the checkpoint's]
+    /// Class names: a file with one per line or a JSON list, or `imagenet-1k`, `-12k`, `-21k`, `-22k` [default: the
+    /// checkpoint's]
     #[arg(long, env = "NFOLD_LABELS", value_name = "FILE|LIST")]
     labels: Option<PathBuf>,
-    /// Take the averaged weights that training kept beside the others
+    /// Use the averaged weights (EMA) that training saved beside the others
     #[arg(long, env = "NFOLD_USE_EMA", value_parser = FalseyValueParser::new())]
     use_ema: bool,
     /// Evaluation size in pixels, `H` or `HxW` [default: the checkpoint's]
     #[arg(long, env = "NFOLD_IMG_SIZE", value_name = "H|HxW", value_parser = parse_size)]
     img_size: Option<[u32; 2]>,
-    /// Mean that images are normalised with: R,G,B on the 0..1 scale, or one for all [default: the checkpoint's]
+    /// Mean that images are normalised with: R,G,B in 0..1, or one for all [default: the checkpoint's]
     #[arg(long, env = "NFOLD_MEAN", value_name = "R,G,B", value_delimiter = ',')]
     mean: Vec<f64>,
-    /// Standard deviation that images are normalised with, as --mean [default: the checkpoint's]
+    /// Standard deviation that images are normalised with, like --mean [default: the checkpoint's]
     #[arg(long, env = "NFOLD_STD", value_name = "R,G,B", value_delimiter = ',')]
     std: Vec<f64>,
     /// Share of the resized side that the crop keeps [default: the checkpoint's]
     #[arg(long, env = "NFOLD_CROP_PCT", value_name = "SHARE")]
     crop_pct: Option<f64>,
-    /// How images get the input's aspect ratio: center, squash or border [default: the checkpoint's]
+    /// How images are fitted to the input's aspect ratio: center, squash or border [default: the checkpoint's]
     #[arg(long, env = "NFOLD_CROP_MODE", value_name = "MODE", value_parser = parse_word::<CropMode>)]
     crop_mode: Option<CropMode>,
     /// Resampling filter: nearest, box, bilinear, bicubic or lanczos [default: the checkpoint's]
@@ -49,7 +49,7 @@ pub struct SourceArgs {
 }
 
 impl SourceArgs {
-    /// What the options say.
+    /// The typed options.
     pub fn options(&self) -> OpenOptions {
         let labels = self.labels.clone().map(|path| {
             match ImageNet::ALL.into_iter().find(|list| path.as_os_str() == list.name()) {
@@ -106,7 +106,7 @@ enum GateArg {
 }
 
 impl FoldingArgs {
-    /// What the options say.
+    /// The typed options.
     pub fn options(&self) -> FoldOptions {
         FoldOptions {
             size: self.size.unwrap_or_default(),
@@ -142,7 +142,7 @@ fn parse_size(text: &str) -> Result<[u32; 2], String> {
     }
 }
 
-/// A word of a configuration, as config.json spells it.
+/// Parses a word of a configuration, as config.json spells it.
 fn parse_word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(text.into()).map_err(|e| e.to_string())
 }

@@ -24,9 +24,9 @@ use crate::spp::resnet_v2::{ResNetV2, VARIANTS};
 use crate::spp::taps::{BlockFacts, Exposed};
 use crate::spp::{Profile, gaussian_image, render};
 
-/// Images run at once: statistics don't depend on it, memory does.
+/// Images per run: affects memory, but not the statistics.
 const BATCH: usize = 4;
-/// Side of the input of the paper's networks, unless said otherwise.
+/// Default side of the input of the paper's networks, in pixels.
 const DEFAULT_SIZE: usize = 224;
 /// Largest relative difference of any statistic from the unfolded graph's.
 const TOLERANCE: f64 = 1e-4;
@@ -38,14 +38,15 @@ pub struct SppArgs {
     /// Checkpoint folders, version folders, or names of models in the repository
     #[arg(value_name = "MODEL|CHECKPOINT")]
     networks: Vec<PathBuf>,
-    /// A network at initialisation, once or more: bn-relu-conv, relu-bn-conv, nf-he, nf-ws, plain-he (pre-activation
-    /// ResNets of the paper), or an architecture of timm; settings may follow, as in nf-he:act=identity,alpha=0.2
+    /// A network at initialisation; repeat for several: bn-relu-conv, relu-bn-conv, nf-he, nf-ws, plain-he
+    /// (pre-activation ResNets of the paper), or an architecture of timm; settings may follow, as in
+    /// nf-he:act=identity,alpha=0.2
     #[arg(long, env = "NFOLD_ARCH", value_name = "ARCH[:KEY=VALUE,…]", value_delimiter = ';')]
     arch: Vec<String>,
-    /// Layers of the pre-activation ResNets, three a residual block
+    /// Layers of the pre-activation ResNets, three per residual block
     #[arg(long, env = "NFOLD_DEPTH", default_value_t = 50, value_name = "LAYERS")]
     depth: usize,
-    /// Stages that the pre-activation ResNets' blocks are shared by, 1 to 4
+    /// Stages of the pre-activation ResNets, 1 to 4
     #[arg(long, env = "NFOLD_STAGES", default_value_t = 4, value_name = "N")]
     stages: usize,
     /// Factor on the channels of networks at initialisation
@@ -60,16 +61,16 @@ pub struct SppArgs {
     /// Side of the input in pixels [default: 224 for pre-activation ResNets, else the evaluation size]
     #[arg(long, env = "NFOLD_SIZE", value_name = "PIXELS")]
     size: Option<u32>,
-    /// Number of images, at most
+    /// Most images to run
     #[arg(long, env = "NFOLD_COUNT", default_value_t = 8, value_name = "N")]
     count: usize,
-    /// Photographs to run instead of Gaussian noise: a folder, searched
+    /// Folder of photographs to run instead of Gaussian noise, searched recursively
     #[arg(long, env = "NFOLD_IMAGES", value_name = "DIR")]
     images: Option<PathBuf>,
     /// Seed of weights and noise
     #[arg(long, env = "NFOLD_SEED", default_value_t = 0)]
     seed: u64,
-    /// Graphs of each checkpoint to look at
+    /// Graphs to examine of each checkpoint
     #[arg(long, env = "NFOLD_GRAPHS", value_delimiter = ',', default_value = "unfolded,folded,fp16")]
     graphs: Vec<GraphArg>,
     /// Model repository that names are looked up in
@@ -78,16 +79,16 @@ pub struct SppArgs {
     /// Version of the models [default: the highest]
     #[arg(long, env = "NFOLD_MODEL_VERSION", value_name = "N")]
     model_version: Option<u64>,
-    /// Second moment of a block's output or residual branch that counts as exploding
+    /// Second moment of a block's output or residual branch above which it counts as exploding
     #[arg(long, env = "NFOLD_EXPLODE", default_value_t = Limits::default().explode, value_name = "LIMIT")]
     explode: f64,
-    /// Second moment of a block's output that counts as vanishing
+    /// Second moment of a block's output below which it counts as vanishing
     #[arg(long, env = "NFOLD_VANISH", default_value_t = Limits::default().vanish, value_name = "LIMIT")]
     vanish: f64,
     /// Heading of the figure
     #[arg(long, env = "NFOLD_TITLE", default_value = "Signal propagation")]
     title: String,
-    /// Write the figure: the paper's three panels
+    /// Write the figure with the paper's three panels as SVG
     #[arg(long, env = "NFOLD_SVG", value_name = "FILE")]
     svg: Option<PathBuf>,
     /// Write every number as CSV
@@ -100,7 +101,7 @@ pub struct SppArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum GraphArg {
-    /// As the checkpoint has it, scalars as operations
+    /// As in the checkpoint, scalars as operations
     Unfolded,
     /// Folded, single precision
     Folded,
@@ -189,12 +190,12 @@ fn tell(findings: &Findings, args: &SppArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whole or not at all.
+/// Writes a file completely or not at all.
 fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
     files::write(path, text.as_bytes()).map_err(|e| anyhow!("can't write `{}`: {e}; check the folder", path.display()))
 }
 
-/// A checkpoint's graphs, the first of them the reference that the others are held to.
+/// Adds a checkpoint's graphs; the first of them is the reference for the others.
 fn checkpoint(folder: &Path, args: &SppArgs, findings: &mut Findings) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(folder)?;
     let mut reference: Option<Profile> = None;
@@ -244,7 +245,7 @@ fn checkpoint(folder: &Path, args: &SppArgs, findings: &mut Findings) -> anyhow:
     Ok(())
 }
 
-/// A classifier's graph on noise or photographs.
+/// Profiles a classifier's graph on noise or photographs.
 fn look_into(onnx: &[u8], manifest: &Manifest, name: &str, args: &SppArgs) -> anyhow::Result<Profile> {
     let scalars = manifest.fold.blocks.iter();
     let facts: Vec<BlockFacts> = scalars
@@ -277,7 +278,7 @@ fn noise(seed: u64, shape: [usize; 3], count: usize) -> Vec<Batch> {
     (0..count).step_by(BATCH).map(batch).collect()
 }
 
-/// The first `count` images of a folder, evenly spread over the names in order.
+/// `count` images of a folder, spaced evenly over the sorted names.
 fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result<Vec<Batch>> {
     let mut search = Search::new(false);
     search.folder(folder).map_err(|e| anyhow!("can't search `{}`: {e}", folder.display()))?;
@@ -304,7 +305,7 @@ fn photographs(folder: &Path, p: &Preprocessing, count: usize) -> anyhow::Result
     Ok(batches)
 }
 
-/// A network at initialisation by its specification, `NAME[:KEY=VALUE,…]`.
+/// Profiles a network at initialisation by its specification, `NAME[:KEY=VALUE,…]`.
 fn at_initialisation(spec: &str, args: &SppArgs) -> anyhow::Result<Profile> {
     let (name, settings) = spec.split_once(':').unwrap_or((spec, ""));
     let mut s = Settings {
@@ -349,7 +350,7 @@ fn at_initialisation(spec: &str, args: &SppArgs) -> anyhow::Result<Profile> {
     }
 }
 
-/// An architecture of timm with fresh weights and its residual branches at full strength.
+/// Profiles an architecture of timm with new weights and its residual branches at full strength.
 fn fresh_checkpoint(name: &str, spec: &str, s: &Settings, args: &SppArgs) -> anyhow::Result<Profile> {
     let mut model_args = Map::new();
     let mut set = |key: &str, value: Option<Value>| value.map(|v| model_args.insert(key.into(), v));
@@ -379,7 +380,7 @@ struct Settings {
 }
 
 impl Settings {
-    /// Lays `KEY=VALUE,…` over the flags.
+    /// Applies `KEY=VALUE,…` over the flags.
     fn overlay(&mut self, spec: &str, settings: &str) -> anyhow::Result<()> {
         for setting in settings.split(',').filter(|s| !s.is_empty()) {
             let known = "act, depth, stages, width, alpha";

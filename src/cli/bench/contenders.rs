@@ -1,5 +1,5 @@
-//! From what names a network on the command line to a graph that can be timed: initialised and folded here, folded
-//! from a checkpoint, or read as it is.
+//! Makes a graph to time of a network named on the command line: initialised and folded here, folded from a checkpoint,
+//! or read from a file.
 
 use std::path::Path;
 
@@ -15,9 +15,9 @@ use crate::fold::{FoldOptions, Size, fold};
 use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision, regular_file};
 use crate::nets;
 
-/// Size of a dynamic graph where none is given, as timm's default.
+/// Input size in pixels of a dynamic graph, if none is given: timm's default.
 const DYNAMIC: usize = 224;
-/// Most bytes of a file of `--onnx`: what protobuf takes in one message.
+/// Most bytes of a file of `--onnx`: protobuf's limit for a message.
 const LARGEST_ONNX: u64 = (1 << 31) - 1;
 
 /// `MODEL[@SIZE][:VARIANT[+SETTING…]]`: an architecture, a checkpoint folder, a model of the repository, or a
@@ -31,7 +31,7 @@ pub fn model(text: &str, repository: &Path, seed: u64) -> anyhow::Result<Contend
     Ok(Contender { settings, ..graph(text, rest, variant, repository, seed)? })
 }
 
-/// `VARIANT[+VARIANT…][+SETTING…]`: how it is folded, and how its session is opened.
+/// Parses `VARIANT[+VARIANT…][+SETTING…]`: how the network is folded, and how its session is opened.
 fn settings<'a>(text: &str, variant: &'a str) -> anyhow::Result<(&'a str, Vec<Setting>)> {
     let named = |name: &str| Setting::ALL.into_iter().find(|setting| setting.name() == name);
     let at = variant
@@ -48,7 +48,7 @@ fn settings<'a>(text: &str, variant: &'a str) -> anyhow::Result<(&'a str, Vec<Se
 fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) -> anyhow::Result<Contender> {
     let (name, size) = sized(rest)?;
     let path = Path::new(name);
-    // an architecture's name means the architecture, whatever a repository holds
+    // an architecture's name means the architecture, even if the repository has a model of that name
     let is_architecture = nets::architectures().contains(&nets::base_name(name));
     let in_repository = match path.components().count() {
         1 if !is_architecture && !path.join(CONFIG_FILE).is_file() => ModelDir::open(repository, Some(name), None).ok(),
@@ -65,7 +65,7 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
             Precision::Fp16 => "fp16",
             Precision::Fp32 => "folded",
         };
-        // by its name: several models may be of one architecture
+        // by its own name, as several models may share an architecture
         return Ok(Contender { model: folded.name, ..contender(onnx, &folded.manifest, label, size) });
     }
     let options = options(text, variant, size)?;
@@ -81,10 +81,10 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
     }
     let folder = DraftFolder::scratch().context("no temporary folder for a fresh checkpoint")?;
     let fresh = folder.path().join(name);
-    // branches that are still switched off would be left out of the graph
+    // with the usual zero initialisation, folding would remove the residual branches
     init_active(&fresh, &InitOptions { architecture: name.into(), seed, model_args: serde_json::Map::new() })?;
     let contender = folded(&Checkpoint::open(&fresh)?, &options, variant)?;
-    // published figures are those of the architecture's own weights, not of a user's
+    // published figures are for the architecture's own weights, not for a user's
     Ok(Contender { published: published(&contender.model, contender.height, contender.width), ..contender })
 }
 

@@ -1,4 +1,4 @@
-//! `nfold bench load`: which load, on which server, from what the user typed.
+//! `nfold bench load`: arguments, and the load and server that they describe.
 
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -28,51 +28,51 @@ pub struct LoadArgs {
     /// Server to load
     #[arg(long, env = "NFOLD_SERVER", value_name = "HOST:PORT", default_value = "127.0.0.1:8000", value_parser = server)]
     server: String,
-    /// What is spoken: /v1/classify with photographs, or the Open Inference Protocol with tensors over HTTP or gRPC (whose
-    /// port --server then names)
+    /// Protocol: /v1/classify with photographs, or the Open Inference Protocol with tensors over HTTP or gRPC (--server
+    /// then names the gRPC port)
     #[arg(long, value_enum, env = "NFOLD_PROTOCOL", default_value = "classify")]
     protocol: ProtocolArg,
-    /// What tensors hold: fp32 is [N,3,H,W] normalised, uint8 is [N,H,W,3] pixels, which nfold normalises itself
+    /// Elements of tensors: fp32 is `[N,3,H,W]` normalised, uint8 is `[N,H,W,3]` pixels, which nfold normalises
     #[arg(long, value_enum, env = "NFOLD_DATATYPE", default_value = "fp32")]
     datatype: DatatypeArg,
-    /// Images in each tensor; throughputs count requests
+    /// Images per tensor; throughput counts requests
     #[arg(long, env = "NFOLD_TENSOR_IMAGES", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     tensor_images: u16,
-    /// Model asked for [default: the server's only one]
+    /// Model to request [default: the server's only one]
     #[arg(long, env = "NFOLD_MODEL", value_name = "NAME", value_parser = name)]
     model: Option<String>,
     /// Photograph to send, or a folder of them; repeat for several
     #[arg(long, env = "NFOLD_IMAGE", value_name = "FILE|DIR", value_delimiter = ',')]
     image: Vec<PathBuf>,
-    /// Different request bodies at most
+    /// Most different request bodies
     #[arg(long, env = "NFOLD_BODIES", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     bodies: u32,
-    /// Closed loop: connections with one request in flight each; several steps separated by commas [default: 4 where
-    /// no --rate is given]
+    /// Closed loop: connections with one request in flight each; several steps separated by commas [default: 4 without
+    /// --rate]
     #[arg(long, env = "NFOLD_LOAD_CONNECTIONS", value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
-    /// Open loop: requests a second; several steps separated by commas
+    /// Open loop: requests per second; several steps separated by commas
     #[arg(long, env = "NFOLD_RATE", value_name = "R", value_delimiter = ',', value_parser = rate)]
     rate: Vec<f64>,
-    /// After the closed loop: open loop at 0.25 to 5 times the throughput it reached
+    /// After the closed loop, run open loops at 0.25 to 5 times its throughput
     #[arg(long, env = "NFOLD_SWEEP", value_parser = FalseyValueParser::new())]
     sweep: bool,
-    /// How open-loop requests arrive
+    /// Distribution of open-loop arrivals
     #[arg(long, value_enum, env = "NFOLD_ARRIVALS", default_value = "poisson")]
     arrivals: ArrivalsArg,
-    /// Start of each step that is not measured
+    /// Unmeasured start of each step
     #[arg(long, env = "NFOLD_WARMUP", value_name = "TIME", default_value = "2s", value_parser = duration)]
     warmup: Duration,
     /// Measured part of each step
     #[arg(long, env = "NFOLD_DURATION", value_name = "TIME", default_value = "10s", value_parser = positive)]
     duration: Duration,
-    /// How long an answer is waited for
+    /// How long to wait for a response
     #[arg(long, env = "NFOLD_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = positive)]
     timeout: Duration,
-    /// Objective: answers within it are goodput
+    /// Service level objective: responses within this latency count as goodput
     #[arg(long, env = "NFOLD_SLO", value_name = "TIME", default_value = "100ms", value_parser = positive)]
     slo: Duration,
-    /// Largest 99th percentile of the generator's own lag; a step past it is void [default: a hundredth of --slo]
+    /// Largest 99th percentile of the load generator's own lag; a step above it is void [default: a hundredth of --slo]
     #[arg(long, env = "NFOLD_MAX_LAG", value_name = "TIME", value_parser = positive)]
     max_lag: Option<Duration>,
     /// Seed of arrivals, order and noise
@@ -105,7 +105,7 @@ enum ArrivalsArg {
     Constant,
 }
 
-/// Loads the server. Exit code 1 where the generator could not keep up in some step.
+/// Runs the load. Exit code 1 if the generator could not keep up in some step.
 pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
     let connections: Vec<usize> = match args.connections.as_slice() {
         [] if args.rate.is_empty() => vec![4],
@@ -176,7 +176,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Every file named, and every file of a folder named, `most` at most, spread over them.
+/// Reads the named files and the files of named folders; at most `most`, spread evenly over them.
 fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
     let mut search = Search::new(false);
     for path in named {
@@ -195,7 +195,7 @@ fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
     files.iter().step_by(step).map(read).collect()
 }
 
-/// The report as a terminal shows it.
+/// Prints the report as text.
 fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
     writeln!(
         out,
@@ -228,7 +228,7 @@ fn print(out: &mut impl io::Write, report: &Report) -> io::Result<()> {
     Ok(())
 }
 
-/// `HOST:PORT`, with or without `http://` before it.
+/// `HOST:PORT`, with an optional `http://` before it.
 fn server(text: &str) -> Result<String, String> {
     let plain = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
     let port = plain.rsplit_once(':').and_then(|(host, port)| port.parse::<u16>().ok().filter(|_| !host.is_empty()));

@@ -17,19 +17,19 @@ use crate::model::ModelDir;
 /// The result for one image: predictions, or an error (a stable reason and a message).
 pub type Answer = Result<Vec<Prediction>, (&'static str, String)>;
 
-/// How answers look.
+/// Output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people: a line an image and one a class
+    /// For people: one line per image and one per class
     Table,
-    /// A JSON object a line, one an image
+    /// JSON lines: one object per image
     Jsonl,
-    /// Comma-separated values: a row a class, with the image's name in each
+    /// Comma-separated values: one row per class, with the image's name in each
     Csv,
 }
 
 impl Format {
-    /// What a file's ending says.
+    /// The format by a file's extension.
     pub fn of(path: &Path) -> Option<Self> {
         let ending = path.extension()?.to_str()?.to_ascii_lowercase();
         match ending.as_str() {
@@ -41,16 +41,16 @@ impl Format {
     }
 }
 
-/// Where answers go.
+/// Destination of the output.
 pub enum Out {
     /// Standard output.
     Stdout(io::StdoutLock<'static>),
-    /// A file that appears when it is complete.
+    /// A file that appears once it is complete; the text is its name.
     File(DraftFile, String),
 }
 
 impl Out {
-    /// The file, or standard output.
+    /// Opens the file, or standard output.
     pub fn open(path: Option<&Path>) -> anyhow::Result<Self> {
         let Some(path) = path else { return Ok(Self::Stdout(io::stdout().lock())) };
         let shown = printable::path(path);
@@ -64,7 +64,7 @@ impl Out {
         matches!(self, Self::Stdout(out) if out.is_terminal())
     }
 
-    /// In one piece, so that a signal cuts no line in two.
+    /// Writes `bytes` at once, so that a signal splits no line.
     fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         match self {
             Self::Stdout(out) => Ok(out.write_all(bytes)?),
@@ -84,19 +84,19 @@ impl Out {
     }
 }
 
-/// Prints answer after answer.
+/// Prints results one by one.
 pub struct Printer<'a> {
     model: &'a ModelDir,
     format: Format,
     out: Out,
     /// Images that could not be classified.
     pub failed: usize,
-    /// The last of them, as a line.
+    /// The last of their errors, as a line.
     pub last_error: String,
 }
 
 impl<'a> Printer<'a> {
-    /// Answers of `model`. A table of values begins with its header.
+    /// A printer for results of `model`. CSV begins with a header.
     pub fn new(model: &'a ModelDir, format: Format, out: Out) -> anyhow::Result<Self> {
         let mut printer = Self { model, format, out, failed: 0, last_error: String::new() };
         if format == Format::Csv {
@@ -119,7 +119,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// Everything is printed.
+    /// Flushes the output; a file appears under its name.
     pub fn finish(self) -> anyhow::Result<()> {
         self.out.publish()
     }
@@ -148,7 +148,7 @@ impl<'a> Printer<'a> {
         };
         line["image"] = path.to_string_lossy().into();
         if path.to_str().is_none() {
-            // a name that is no UTF-8: its bytes identify the file
+            // a name that is not UTF-8: its bytes identify the file
             line["image_b64"] = BASE64_STANDARD.encode(path.as_os_str().as_encoded_bytes()).into();
         }
         self.out.write(format!("{line}\n").as_bytes())
@@ -175,7 +175,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// One row of values. For a terminal, control characters are escaped.
+    /// Writes one CSV row. For a terminal, control characters are escaped.
     fn row(&mut self, cells: &[&[u8]]) -> anyhow::Result<()> {
         let mut writer = csv::Writer::from_writer(Vec::new());
         writer.write_record(cells)?;
@@ -188,7 +188,7 @@ impl<'a> Printer<'a> {
     }
 }
 
-/// A bar of up to 30 characters, in eighths.
+/// A bar of up to 30 characters, in steps of an eighth.
 fn blocks(share: f64) -> String {
     let eighths = (share * 240.0).round() as usize;
     let partial = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];

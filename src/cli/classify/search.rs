@@ -1,4 +1,4 @@
-//! What `--recursive` finds: the images of a folder, in order of their names; and what it leaves out, which is told.
+//! Searches folders for images (`--recursive`), in order of their names, and reports what is left out.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -10,24 +10,24 @@ use anyhow::bail;
 
 use crate::cli::printable::{self, say};
 
-/// What a folder is searched for: extensions of the formats that can be decoded.
+/// File extensions that are searched for: those of the formats that can be decoded.
 const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"];
-/// Folders beside photographs that hold no photographs: thumbnails and side files of Synology, macOS archives, Windows and
-/// recycle bins.
+/// System folders that hold no photographs: thumbnails and side files of Synology, macOS archives, Windows and recycle
+/// bins.
 const SYSTEM: [&str; 7] =
     ["@eaDir", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"];
 
-/// One image to classify, or an entry that can't be read, with the reason.
+/// An image to classify, or an entry that can't be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     /// Where it is.
     pub path: PathBuf,
-    /// Why it can't be read; none: it is to be classified.
+    /// Why it can't be read; `None` for an image to classify.
     pub refused: Option<String>,
 }
 
 impl Found {
-    /// An image to be read.
+    /// An image to classify.
     pub fn image(path: PathBuf) -> Self {
         Self { path, refused: None }
     }
@@ -36,11 +36,11 @@ impl Found {
 /// The result of a search.
 #[derive(Debug, Default)]
 pub struct Search {
-    /// Images, and what is named like one and can't be read.
+    /// Images, and entries with an image's name that can't be read.
     pub found: Vec<Found>,
-    /// What was left out, by the reason: how many, and the first of them.
+    /// Number and first path of the entries left out, by reason.
     left_out: BTreeMap<Reason, (usize, String)>,
-    /// Take hidden names and system folders too.
+    /// Whether to include hidden names and system folders.
     hidden: bool,
 }
 
@@ -52,13 +52,13 @@ enum Reason {
 }
 
 impl Search {
-    /// A search that takes `hidden` names too: those that begin with a dot, and folders that systems keep beside photographs.
+    /// An empty search. `hidden` includes names that begin with a dot, and system folders.
     pub fn new(hidden: bool) -> Self {
         Self { hidden, ..Self::default() }
     }
 
-    /// Adds every image under `folder`, in order of the names. Links to files are followed, links to folders are not: they
-    /// may lead back. A folder below that can't be read is named among what was found.
+    /// Adds every image under `folder`, in order of the names. Follows links to files, but not to folders, which may
+    /// form a cycle. A subfolder that can't be read is added to `found` as such.
     pub fn folder(&mut self, folder: &Path) -> io::Result<()> {
         let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
         entries.sort();
@@ -95,8 +95,8 @@ impl Search {
         *count += 1;
     }
 
-    /// The images that can be read. The others are named on stderr, and so is what was left out; where nothing is left, the
-    /// error says it, with `hint` as the next step.
+    /// The readable images. Names the others, and what was left out, on stderr; if no image is left, the error does,
+    /// with `hint` as the next step.
     pub fn readable(self, hint: &str) -> anyhow::Result<Vec<PathBuf>> {
         let left_out = self.left_out();
         let mut files = Vec::new();
@@ -116,7 +116,7 @@ impl Search {
         Ok(files)
     }
 
-    /// What was left out and why, as a sentence; none: nothing was.
+    /// What was left out and why, as a sentence; `None` if nothing was.
     pub fn left_out(&self) -> Option<String> {
         let what = |(reason, (count, first)): (&Reason, &(usize, String))| {
             let example = if *count == 1 { first.clone() } else { format!("{first}, …") };
@@ -138,7 +138,7 @@ fn is_image(path: &Path) -> bool {
     extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
 }
 
-/// The formats looked for, for messages.
+/// The formats that are searched for, for messages.
 pub fn known() -> String {
     EXTENSIONS.join(", ")
 }

@@ -1,5 +1,5 @@
-//! Images of files → logits, without a server: one worker per core, each with its own session; answers come in the order of
-//! the files.
+//! Computes the logits of image files without a server: one worker per core, each with its own session; results come in
+//! the order of the files.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::infer::top_k::NotFinite;
 use crate::model::{Colors, ModelDir};
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
 
-/// Why an image has no answer: a stable reason and a message.
+/// Why an image has no result: a stable reason and a message.
 pub type Refusal = (&'static str, String);
 
 /// Flags that name the model, and the number of threads that run it.
@@ -44,7 +44,7 @@ pub struct ModelArgs {
 pub struct Workers(Vec<OrtBackend>);
 
 impl Workers {
-    /// Opens the model for so many images.
+    /// Opens the model for a number of images.
     pub fn open(chosen: &ModelArgs, images: usize) -> anyhow::Result<(ModelDir, Self)> {
         let model = ModelDir::open(&chosen.repository, chosen.model.as_deref(), chosen.model_version)?;
         let channels = model.manifest.preprocessing.channels();
@@ -59,7 +59,7 @@ impl Workers {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let threads = chosen.threads.map_or(cores, usize::from);
         let workers = threads.clamp(1, images.max(1));
-        // one image may have all the cores; several are faster with a core each
+        // a single image may use all cores; several are faster with one core each
         let intra_threads = if workers == 1 { threads } else { 1 };
         let options = EngineOptions { intra_threads, ..EngineOptions::default() };
         let what = model.onnx().display().to_string();
@@ -68,7 +68,7 @@ impl Workers {
         Ok((model, Self(backends)))
     }
 
-    /// Runs the images and hands over their logits, or why there are none, in their order. Stops early when `answered`
+    /// Runs the images and passes their logits, or why there are none, to `answered` in order. Stops once `answered`
     /// fails.
     pub fn each(
         self,
@@ -133,12 +133,12 @@ fn one(
     Ok(logits.data)
 }
 
-/// The refusal of logits that are no numbers.
+/// The error for logits that are not finite.
 pub fn engine(error: NotFinite) -> Refusal {
     ("engine", error.to_string())
 }
 
-/// Reads a file or standard input, one byte past `limit` at most: decoding then refuses it by its size.
+/// Reads a file or standard input, at most one byte past `limit`: decoding then refuses it by its size.
 pub fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let limit = limit as u64 + 1;
@@ -150,12 +150,12 @@ pub fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether `-` was given.
+/// Whether the path is `-`.
 pub fn is_stdin(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-/// Progress over so many images, on stderr.
+/// A progress bar for this many images, on stderr.
 pub fn bar(images: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} images, {speed}, {eta} left");
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());

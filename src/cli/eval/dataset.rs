@@ -1,5 +1,5 @@
-//! Images whose classes are known: a folder with a folder for each class (torchvision's ImageFolder), or a table of paths and
-//! classes; and which of the model's classes each name means.
+//! Images whose classes are known: a folder with a folder per class (torchvision's ImageFolder), or a table of paths
+//! and classes. Maps the names of classes to the model's classes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,11 +21,11 @@ const NAMED: usize = 3;
 /// An image and its class.
 #[derive(Debug)]
 pub struct Sample {
-    /// Its path as the data names it: below the folder, or in the table.
+    /// Path as the data names it: below the folder, or in the table.
     pub name: String,
-    /// Where it is.
+    /// The file, or why it can't be read.
     pub found: Found,
-    /// What the data calls its class.
+    /// Name of its class in the data.
     pub class: String,
 }
 
@@ -80,7 +80,7 @@ fn folder(data: &Path, hidden: bool) -> anyhow::Result<Vec<Sample>> {
     Ok(samples)
 }
 
-/// `path,class` a line, with or without a header; paths are below the table's folder.
+/// Reads a table: `path,class` per line, with an optional header; paths are relative to the table's folder.
 fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
     let shown = printable::path(path);
     if bytes > LARGEST_TABLE {
@@ -105,7 +105,7 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
     Ok(samples)
 }
 
-/// Position of each class of the data in the model's logits.
+/// The index in the model's logits of each class of the data.
 pub fn resolve(samples: &[Sample], labels: &[String], classes: usize) -> anyhow::Result<BTreeMap<String, usize>> {
     let known = Known::new(labels, classes);
     let mut found = BTreeMap::new();
@@ -136,11 +136,11 @@ pub fn resolve(samples: &[Sample], labels: &[String], classes: usize) -> anyhow:
     Ok(found)
 }
 
-/// The model's classes by their names.
+/// The model's classes by name.
 struct Known<'a> {
     labels: &'a [String],
     classes: usize,
-    /// Whole labels, and what stands before the first comma; `None` where several classes are called so.
+    /// By label, and by the part of a label before its first comma; `None` if several classes share the name.
     by_name: BTreeMap<String, Option<usize>>,
 }
 
@@ -180,12 +180,12 @@ impl<'a> Known<'a> {
     }
 }
 
-/// Names as folders have them: underscores for spaces, any case.
+/// A name in lower case, with spaces for underscores, as folders often differ in both.
 fn plain(name: &str) -> String {
     name.trim().replace('_', " ").to_lowercase()
 }
 
-/// Every Nth sample, so that `limit` are left, of every class its share.
+/// `limit` samples at equal distances, so that every class keeps its share.
 pub fn limited(samples: Vec<Sample>, limit: usize) -> Vec<Sample> {
     let count = samples.len();
     if limit >= count {
@@ -195,11 +195,11 @@ pub fn limited(samples: Vec<Sample>, limit: usize) -> Vec<Sample> {
     samples.into_iter().enumerate().filter(|(i, _)| chosen(*i)).map(|(_, sample)| sample).collect()
 }
 
-/// What another run answered: labels by the images' names, and by what those end in.
+/// Predictions of another run: labels by image name, and by every end part of the name's path.
 pub struct Other(BTreeMap<String, Option<String>>);
 
 impl Other {
-    /// Reads the JSON lines that `nfold classify`, or `nfold eval --predictions`, wrote.
+    /// Reads JSON lines written by `nfold classify` or `nfold eval --predictions`.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let shown = printable::path(path);
         let text = fs::read_to_string(path).map_err(|e| anyhow!("can't read `{shown}`: {e}; check --against"))?;
@@ -210,18 +210,18 @@ impl Other {
             };
             let row: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(&e.to_string()))?;
             let image = row["image"].as_str().ok_or_else(|| bad("it has no `image`"))?.replace('\\', "/");
-            // one that it could not read has no answer
+            // an image that could not be read there has no prediction
             let Some(label) = row["predictions"][0]["label"].as_str() else { continue };
             let ends = image.match_indices('/').map(|(at, _)| &image[at + 1..]);
             for name in std::iter::once(image.as_str()).chain(ends) {
-                // several images may end so
+                // several images may share this end
                 answers.entry(name.into()).and_modify(|known| *known = None).or_insert_with(|| Some(label.into()));
             }
         }
         Ok(Self(answers))
     }
 
-    /// The label that an image was given. Its name may be longer there.
+    /// The label predicted for an image, whose path may be longer there.
     pub fn of(&self, name: &str) -> Option<&str> {
         self.0.get(name)?.as_deref()
     }

@@ -1,4 +1,5 @@
-//! The page of `--report`: the figures, and the pictures of which the model is surest and wrong. One file, no script.
+//! The page of `--report`: the results, and the pictures with the most confident wrong predictions. One file, no
+//! script.
 
 use std::fmt::Write as _;
 
@@ -24,7 +25,7 @@ figure img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--line)}f
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}th,td{padding:.2rem .6rem;text-align:right;\
 border-bottom:1px solid var(--line)}th:first-child,td:first-child{text-align:left}meter{width:8rem}";
 
-/// The page. Pictures longer than `max_bytes` are named only.
+/// The page. Pictures of more than `max_bytes` bytes are only named.
 pub fn html(run: &Run, max_bytes: usize) -> String {
     let labels = &run.model.manifest.labels;
     let name = |index| chart::escape(&label(labels, index));
@@ -94,7 +95,7 @@ pub fn html(run: &Run, max_bytes: usize) -> String {
     out
 }
 
-/// The pictures of which the model is surest and wrong.
+/// The pictures with the most confident wrong predictions.
 fn errors(out: &mut String, run: &Run, max_bytes: usize) {
     let labels = &run.model.manifest.labels;
     let mut wrong: Vec<_> = run.answered.iter().filter(|(_, judged, _)| !judged.is_right()).collect();
@@ -109,7 +110,7 @@ fn errors(out: &mut String, run: &Run, max_bytes: usize) {
         let sample = &run.samples[*i];
         let shown = chart::escape(&sample.name);
         out.push_str("<figure>");
-        // of whatever format: a browser looks at the bytes
+        // without a media type: browsers detect the format
         if let Ok(bytes) = read(&sample.found.path, max_bytes.min(room))
             && bytes.len() <= max_bytes.min(room)
         {
