@@ -1,25 +1,25 @@
-//! How right a classifier is on images whose classes are known: accuracy with its interval, class by class, confusion,
-//! calibration, and two runs compared image by image. Pure: what was answered goes in, figures come out.
+//! Evaluates a classifier on images whose classes are known: accuracy with its confidence interval, per class,
+//! confusion, calibration, and two runs compared image by image. Pure functions of the predictions.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-/// Bins of the calibration error, as Guo et al. (ICML 2017) have them.
+/// Bins of the calibration error, as in Guo et al. (ICML 2017).
 const BINS: usize = 15;
 /// Quantile of the normal distribution for intervals of 95 %.
 const Z: f64 = 1.959_963_984_540_054;
-/// Classes that count for [`Evaluation::top5`].
+/// Number of most probable classes that count for [`Evaluation::top5`].
 pub const TOP: usize = 5;
 
-/// What a network said of one image whose class is known.
+/// The prediction for one image whose class is known.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Judged {
     /// The image's class.
     pub class: usize,
-    /// The class that the network finds most probable.
+    /// The most probable class.
     pub predicted: usize,
-    /// Its probability.
+    /// Probability of `predicted`.
     pub score: f64,
     /// Whether the image's class is among the five most probable.
     pub in_top5: bool,
@@ -32,14 +32,14 @@ impl Judged {
     }
 }
 
-/// A share of images, with the interval in which it lies in 95 of 100 samples (Wilson, 1927).
+/// A share of images, with its 95 % confidence interval (Wilson, 1927).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Share {
-    /// Images counted.
+    /// Number of images in the share.
     pub count: usize,
-    /// Of so many.
+    /// Number of all images.
     pub of: usize,
-    /// `count / of`, in 0..=1; 0 of no images.
+    /// `count / of`, 0 to 1; 0 if there are no images.
     pub value: f64,
     /// Lower end of the interval.
     pub low: f64,
@@ -58,7 +58,7 @@ impl Share {
         let middle = value + Z * Z / (2.0 * n);
         let reach = Z * (value * (1.0 - value) / n + Z * Z / (4.0 * n * n)).sqrt();
         let wide = 1.0 + Z * Z / n;
-        // both ends are themselves possible shares, whatever the rounding
+        // clamped against rounding: both ends are shares
         let (low, high) = (((middle - reach) / wide).max(0.0), ((middle + reach) / wide).min(1.0));
         Self { count, of, value, low: low.min(value), high: high.max(value) }
     }
@@ -67,39 +67,39 @@ impl Share {
 /// One class of an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Class {
-    /// Position in the logits.
+    /// Index in the logits.
     pub index: usize,
-    /// Share of its images that were recognised (recall).
+    /// Share of the class's images that were predicted as it (recall).
     pub recall: Share,
-    /// Share of the images given this class that are of it (precision).
+    /// Share of the images predicted as this class that belong to it (precision).
     pub precision: Share,
 }
 
-/// Images of one class that were taken for another.
+/// Images of one class that were predicted as another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Confusion {
     /// Their class.
     pub class: usize,
-    /// What they were taken for.
+    /// The predicted class.
     pub predicted: usize,
-    /// How many.
+    /// Number of images.
     pub images: usize,
 }
 
-/// Images whose best score lies in one range.
+/// Images whose highest score lies in one range.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Bin {
-    /// Lower end of the range; its width is 1/15.
+    /// Lower end of the range, whose width is 1/15.
     pub from: f64,
-    /// How many.
+    /// Number of images.
     pub images: usize,
-    /// Mean of their best scores.
+    /// Mean of their highest scores.
     pub score: f64,
-    /// Share of them that are right.
+    /// Share of correct predictions.
     pub accuracy: f64,
 }
 
-/// The figures of a run.
+/// The results of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Images whose most probable class is right.
@@ -108,20 +108,21 @@ pub struct Evaluation {
     pub top5: Share,
     /// Mean of the recalls of the classes that have images.
     pub mean_recall: f64,
-    /// Expected calibration error: how far scores are from the share of right answers, mean over images (Guo et al., 2017).
+    /// Expected calibration error: distance of the scores from the share of correct predictions, mean over images (Guo
+    /// et al., 2017).
     pub calibration_error: f64,
-    /// Mean of the best scores.
+    /// Mean of the highest scores.
     pub mean_score: f64,
-    /// What the calibration error is made of; ranges without images are left out.
+    /// The bins of the calibration error that have images.
     pub reliability: Vec<Bin>,
-    /// Classes that have images, or were answered.
+    /// Classes that have images or were predicted.
     pub classes: Vec<Class>,
-    /// Which class was taken for which, most frequent first.
+    /// Which class was predicted as which, most frequent first.
     pub confusions: Vec<Confusion>,
 }
 
 impl Evaluation {
-    /// The figures of these answers.
+    /// Evaluates predictions.
     pub fn of(judged: &[Judged]) -> Self {
         let right = judged.iter().filter(|j| j.is_right()).count();
         let mut by_class: BTreeMap<usize, (usize, usize, usize)> = BTreeMap::new();
@@ -189,18 +190,19 @@ fn reliability(judged: &[Judged]) -> Vec<Bin> {
 /// Two runs over the same images, compared one by one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Comparison {
-    /// Images of both runs that were given the same class.
+    /// Images of both runs with the same prediction.
     pub agreement: Share,
-    /// Images of both that only this run has right.
+    /// Images of both runs that only this run has right.
     pub only_this: usize,
-    /// Images of both that only the other run has right.
+    /// Images of both runs that only the other run has right.
     pub only_other: usize,
-    /// How probable so uneven a split is if both are right equally often: McNemar's exact test (1947), two-sided.
+    /// Probability of a split at least as uneven if both are right equally often: McNemar's exact test (1947),
+    /// two-sided.
     pub p: f64,
 }
 
 impl Comparison {
-    /// Pairs of this run's answer and the class that the other gave.
+    /// Compares pairs of this run's prediction and the class that the other run predicted.
     pub fn of(pairs: &[(Judged, usize)]) -> Self {
         let count = |of: &dyn Fn(&(Judged, usize)) -> bool| pairs.iter().filter(|pair| of(pair)).count();
         let only_this = count(&|(this, other)| this.is_right() && *other != this.class);
@@ -232,7 +234,7 @@ mod tests {
 
     #[test]
     fn intervals_are_wilsons() {
-        // by the formula, in Python
+        // computed from the formula in Python
         for (count, of, low, high) in [
             (0, 10, 0.0, 0.277_532_8),
             (5, 10, 0.236_593_1, 0.763_406_9),
@@ -255,7 +257,7 @@ mod tests {
         assert_eq!(classes, [(0, 0.5, 1.0), (1, 1.0, 0.25), (7, 0.0, 0.0)]);
         assert!((found.mean_recall - 0.5).abs() < 1e-12);
         assert_eq!(found.confusions[0], Confusion { class: 7, predicted: 1, images: 2 });
-        // each in a range of its own: |0.9 - 1|, |0.6 - 0|, |0.8 - 1|, |0.7 - 0|, |0.2 - 0|
+        // each prediction is in a bin of its own: |0.9 - 1|, |0.6 - 0|, |0.8 - 1|, |0.7 - 0|, |0.2 - 0|
         let due = (0.1 + 0.6 + 0.2 + 0.7 + 0.2) / 5.0;
         assert!((found.calibration_error - due).abs() < 1e-12, "{}", found.calibration_error);
         assert!((found.mean_score - 0.64).abs() < 1e-12);
@@ -271,7 +273,7 @@ mod tests {
 
     #[test]
     fn two_runs_are_told_apart_as_mcnemar_does() {
-        // sums of binomial coefficients in whole numbers, in Python
+        // sums of binomial coefficients in integers, computed in Python
         for (a, b, p) in [(2, 10, 0.038_574_22), (59, 121, 4.434_449e-6), (0, 0, 1.0), (5, 5, 1.0), (0, 1, 1.0)] {
             let found = mcnemar(a, b);
             assert!((found - p).abs() < 1e-4 * p, "{a} {b}: {found}");

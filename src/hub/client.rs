@@ -1,5 +1,5 @@
-//! Requests to the hub: redirects followed by hand, so that the token goes to the hub's own host alone; statuses and
-//! `X-Error-Code` turned into errors; passing trouble tried again.
+//! Requests to the hub. Follows redirects by itself, so that the token goes to the hub's own host only; maps statuses
+//! and `X-Error-Code` to errors; retries temporary failures.
 
 use std::sync::Arc;
 use std::thread;
@@ -23,33 +23,33 @@ const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
 const ERROR_MESSAGE: HeaderName = HeaderName::from_static("x-error-message");
 
-/// What the hub says of a file.
+/// Metadata of a file on the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Remote {
-    /// Its name in the cache: the SHA-256 of what is in LFS, git's digest of the rest.
+    /// Name in the cache: the SHA-256 of an LFS file, git's digest of any other.
     pub etag: String,
-    /// Its bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// The commit that the revision is.
+    /// The commit of the revision.
     pub commit: String,
 }
 
-/// One model's way to the hub.
+/// A client for one model.
 #[derive(Debug)]
 pub struct Client {
     agent: Agent,
     id: HubId,
     endpoint: Uri,
-    /// As it was given.
+    /// The endpoint as the user gave it.
     pub endpoint_text: String,
     token: Option<Token>,
     has_authorities: bool,
-    /// How long to wait, and how often to try.
+    /// Timeouts and retries.
     pub patience: Patience,
 }
 
 impl Client {
-    /// Nothing is asked yet.
+    /// Prepares a client, without any request.
     pub fn new(id: &HubId, options: &HubOptions) -> Result<Self, HubError> {
         let bad = || HubError::BadEndpoint(options.endpoint.clone());
         let endpoint: Uri = options.endpoint.parse().map_err(|_| bad())?;
@@ -89,13 +89,13 @@ impl Client {
         })
     }
 
-    /// What the hub says of a file at a revision; none where the revision has no such file.
+    /// Metadata of a file at a revision; `None` if the revision has no such file.
     pub fn look(&self, revision: &str, file: &str) -> Result<Option<Remote>, HubError> {
         let mut fruitless = 0;
         loop {
             match self.look_once(revision, file) {
                 Err(error) if error.is_passing() => {
-                    // nobody at the door will be so in a second, and the cache may do
+                    // an unreachable hub stays so for a while, and the cache may have the file
                     let gone = matches!(error, HubError::Unreachable { .. });
                     let tries = if gone { self.patience.tries.min(2) } else { self.patience.tries };
                     self.pause(&mut fruitless, tries, error)?;
@@ -113,7 +113,7 @@ impl Client {
                     said.insert(name, value.clone());
                 }
             }
-            // the hub's own word; where it sends us to, names mean something else
+            // only the hub's own ETag counts; that of a redirect's target means something else
             if headers.contains_key(COMMIT)
                 && let (Some(value), false) = (headers.get(ETAG), said.contains_key(ETAG))
             {
@@ -128,7 +128,7 @@ impl Client {
         {
             return match error {
                 HubError::NoCheckpoint { .. } => Ok(None),
-                // hubs that give no reasons: the model was there a moment ago
+                // for hubs that give no reasons: the commit is known, so only the file is missing
                 HubError::NotFound { .. } if is_commit(revision) && reply.response.status() == 404 => Ok(None),
                 error => Err(error),
             };
@@ -155,7 +155,7 @@ impl Client {
         Ok(Some(Remote { etag: etag.into(), size, commit: commit.into() }))
     }
 
-    /// Asks for a file's content from byte `from` on. An answer is 200 (from its start), 206 or 416.
+    /// Requests a file's content from byte `from` on. The response's status is 200 (from byte 0), 206 or 416.
     pub fn content(&self, commit: &str, file: &str, from: u64) -> Result<Reply, HubError> {
         let range = (from > 0).then(|| format!("bytes={from}-"));
         let reply = self.ask(&Method::GET, commit, file, range.as_deref(), &mut |_| false)?;
@@ -171,7 +171,7 @@ impl Client {
         Ok(reply)
     }
 
-    /// Waits before another of `tries` in a row, or passes the error on where there were enough.
+    /// Waits before the next of `tries` attempts in a row; returns the error after the last.
     pub fn pause(&self, fruitless: &mut u32, tries: u32, error: HubError) -> Result<(), HubError> {
         *fruitless += 1;
         let p = &self.patience;
@@ -192,7 +192,7 @@ impl Client {
         Ok(())
     }
 
-    /// Walks redirects until an answer that is none, or until `enough` has seen what it needs in one.
+    /// Follows redirects to a response that is none, or until `enough` returns true for a response's headers.
     fn ask(
         &self,
         method: &Method,
@@ -201,7 +201,7 @@ impl Client {
         range: Option<&str>,
         enough: &mut dyn FnMut(&HeaderMap) -> bool,
     ) -> Result<Reply, HubError> {
-        // a revision may hold slashes
+        // a revision may contain slashes
         let path = format!("/{}/resolve/{}/{file}", self.id.repository(), revision.replace('/', "%2F"));
         let bad = || HubError::BadEndpoint(self.endpoint_text.clone());
         let mut url: Uri = format!("{}{path}", self.endpoint_text).parse().map_err(|_| bad())?;
@@ -247,13 +247,13 @@ impl Client {
         self.agent.run(request).map_err(|e| Trouble::Transport(reason(&e)))
     }
 
-    /// Whether an address is the hub itself: the token is for no other.
+    /// Whether a URL is on the hub's own host: the token is sent to no other.
     fn is_own(&self, url: &Uri) -> bool {
         let of = |url: &Uri| (url.scheme_str().map(String::from), url.host().map(str::to_ascii_lowercase), port(url));
         of(url) == of(&self.endpoint)
     }
 
-    /// Why there is no content in a reply, by its status.
+    /// The error of a response without content, by its status.
     fn refusal(&self, reply: &Reply, revision: &str, file: &str) -> Option<HubError> {
         let (status, headers) = (reply.response.status().as_u16(), reply.response.headers());
         if matches!(status, 200 | 206) {
@@ -262,7 +262,7 @@ impl Client {
         let header = |name| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let (id, endpoint) = (self.id.repository(), self.endpoint_text.clone());
         let (host, file) = (reply.host.clone(), file.to_string());
-        // where the hub sent us to gives the reasons of another
+        // `X-Error-Code` of a redirect's target means something else
         let code = if host == shown(&self.endpoint) { header(ERROR_CODE) } else { "elsewhere" };
         Some(match (status, code) {
             (404, "EntryNotFound") => HubError::NoCheckpoint { id, what: file },
@@ -283,12 +283,12 @@ impl Client {
     }
 }
 
-/// An answer, and who gave it.
+/// A response, and the host that sent it.
 #[derive(Debug)]
 pub struct Reply {
     /// Scheme and host.
     pub host: String,
-    /// The answer.
+    /// The response.
     pub response: Response<ureq::Body>,
 }
 
@@ -315,14 +315,14 @@ fn port(url: &Uri) -> u16 {
     url.port_u16().unwrap_or(if url.scheme_str() == Some("https") { 443 } else { 80 })
 }
 
-/// An address without what may be secret in it.
+/// A URL without parts that may be secret.
 fn shown(url: &Uri) -> String {
     let host = url.host().unwrap_or_default();
     let port = url.port_u16().map(|port| format!(":{port}")).unwrap_or_default();
     format!("{}://{host}{port}", url.scheme_str().unwrap_or_default())
 }
 
-/// Where a redirect leads: a whole address, or a path on the same host.
+/// The target of a redirect: an absolute URL, or a path on the same host.
 fn absolute(from: &Uri, location: &str) -> Option<Uri> {
     if location.starts_with("//") {
         return format!("{}:{location}", from.scheme_str()?).parse().ok();
@@ -336,7 +336,7 @@ fn absolute(from: &Uri, location: &str) -> Option<Uri> {
     (matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()).then_some(url)
 }
 
-/// Whether an ETag can be a name in the cache.
+/// Whether an ETag can be a file name in the cache.
 fn is_file_name(etag: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     !etag.is_empty() && etag.len() <= 128 && !etag.starts_with('.') && etag.chars().all(plain)

@@ -1,5 +1,5 @@
-//! One file from the hub: whole and checked, or not there. What came before a break stays beside the cache's content as
-//! `ETAG.incomplete`, and the next try, of this process or another, goes on from it.
+//! Downloads one file from the hub: complete and verified, or not at all. A partial download stays in the cache as
+//! `ETAG.incomplete`, and the next attempt, of this process or another, resumes it.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -13,19 +13,19 @@ use super::store::{LARGEST_TEXT, Store};
 use super::{Event, HubError, write_error};
 use crate::model::hex;
 
-/// Bytes that a try has to bring so as not to count as fruitless.
+/// Bytes that an attempt must bring to count as progress.
 const PROGRESS: u64 = 256 << 10;
 
-/// A file to fetch.
+/// A file to download.
 #[derive(Debug)]
 pub struct Transfer<'a> {
-    /// Whom to ask.
+    /// The client.
     pub client: &'a Client,
-    /// Where it goes.
+    /// The cache.
     pub store: &'a Store,
-    /// Of which commit.
+    /// The commit.
     pub commit: String,
-    /// Its name there.
+    /// Path in the repository.
     pub file: String,
 }
 
@@ -41,7 +41,7 @@ impl Transfer<'_> {
     }
 }
 
-/// Fetches a small file into memory, checked.
+/// Downloads a small file into memory and verifies it.
 pub fn in_memory(transfer: &Transfer<'_>, remote: &Remote) -> Result<Vec<u8>, HubError> {
     if remote.size > LARGEST_TEXT {
         return Err(HubError::TooLarge { file: transfer.file.clone(), size: remote.size, most: LARGEST_TEXT });
@@ -72,13 +72,13 @@ pub fn in_memory(transfer: &Transfer<'_>, remote: &Remote) -> Result<Vec<u8>, Hu
     }
 }
 
-/// Fetches a file of any size into the store, unless it is there.
+/// Downloads a file of any size into the cache, unless it is there.
 pub fn to_store(transfer: &Transfer<'_>, remote: &Remote, say: &mut dyn FnMut(Event<'_>)) -> Result<(), HubError> {
     let (store, etag) = (transfer.store, remote.etag.as_str());
     let lock = store
         .lock(etag, || say(Event::Note(&format!("waiting for another process that fetches `{}`", transfer.file))))?;
     let blob = store.blob(etag);
-    // a blob was checked before it got its name
+    // a blob was verified before it got its name
     if blob.metadata().is_ok_and(|there| there.len() == remote.size) {
         return Ok(());
     }
@@ -90,7 +90,7 @@ pub fn to_store(transfer: &Transfer<'_>, remote: &Remote, say: &mut dyn FnMut(Ev
     outcome?;
     std::fs::rename(&path, &blob).map_err(|e| write_error(&blob, e))?;
     if let Some(folder) = blob.parent() {
-        // renamed it is, whatever the file system makes of this
+        // the rename stands, even if the file system can't sync a folder
         let _ = File::open(folder).and_then(|folder| folder.sync_all());
     }
     drop(lock);
@@ -98,16 +98,16 @@ pub fn to_store(transfer: &Transfer<'_>, remote: &Remote, say: &mut dyn FnMut(Ev
     Ok(())
 }
 
-/// A file on its way.
+/// A download in progress.
 struct Download<'a> {
     transfer: &'a Transfer<'a>,
     remote: &'a Remote,
     path: &'a Path,
     file: File,
     check: Check,
-    /// Bytes that are there.
+    /// Bytes in the file.
     have: u64,
-    /// Of them, bytes that an earlier process left.
+    /// Of these, bytes that an earlier process left.
     found: u64,
 }
 
@@ -128,7 +128,7 @@ impl<'a> Download<'a> {
         Ok(download)
     }
 
-    /// Takes up what an earlier try left.
+    /// Resumes what an earlier attempt left.
     fn find(&mut self) -> io::Result<()> {
         let len = self.file.metadata()?.len();
         if len > self.remote.size {
@@ -171,13 +171,13 @@ impl<'a> Download<'a> {
             if self.found == 0 {
                 return Err(self.transfer.wrong(self.remote));
             }
-            // what was left by an earlier process may be what is wrong
+            // the damage may be in what an earlier process left
             say(Event::Note(&format!("what was left of `{file}` was damaged: it is fetched from its start")));
             self.restart().map_err(|e| write_error(path, e))?;
         }
     }
 
-    /// Asks until all bytes are there.
+    /// Sends requests until all bytes are there.
     fn complete(&mut self, say: &mut dyn FnMut(Event<'_>)) -> Result<(), HubError> {
         let (client, path, size) = (self.transfer.client, self.path, self.remote.size);
         let (file, commit) = (&self.transfer.file, &self.transfer.commit);
@@ -194,7 +194,7 @@ impl<'a> Download<'a> {
             let status = reply.response.status().as_u16();
             let begins = reply.response.headers().get("content-range").and_then(|v| v.to_str().ok());
             if self.have > 0 && (status != 206 || begins.is_none_or(|range| !starts_at(range, self.have))) {
-                // no ranges there, or less than was announced
+                // the server does not support ranges, or has fewer bytes than announced
                 restarts += 1;
                 if restarts >= client.patience.tries {
                     return Err(self.broken(before, restarts));
@@ -219,7 +219,7 @@ impl<'a> Download<'a> {
         HubError::Broken { file: self.transfer.file.clone(), got, size: self.remote.size, tries }
     }
 
-    /// Counts a try that did not bring all; passes the error on after too many that brought little.
+    /// Counts an incomplete attempt; returns the error after too many without progress in a row.
     fn count(&self, fruitless: &mut u32, brought: u64, error: HubError) -> Result<(), HubError> {
         if brought >= PROGRESS {
             *fruitless = 0;
@@ -229,7 +229,7 @@ impl<'a> Download<'a> {
         client.pause(fruitless, client.patience.tries, error)
     }
 
-    /// Writes what comes, until it ends or breaks off; that is for the caller to see.
+    /// Writes the body until it ends or breaks off; the caller checks which.
     fn receive(&mut self, mut body: impl io::Read, say: &mut dyn FnMut(Event<'_>)) -> Result<(), HubError> {
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -248,19 +248,19 @@ impl<'a> Download<'a> {
     }
 }
 
-/// Whether `bytes 5-9/10` begins at `from`.
+/// Whether a `Content-Range` such as `bytes 5-9/10` begins at `from`.
 fn starts_at(range: &str, from: u64) -> bool {
     let start = range.strip_prefix("bytes ").and_then(|rest| rest.split_once('-'));
     start.is_some_and(|(start, _)| start.trim().parse() == Ok(from))
 }
 
-/// The digest that an ETag is.
+/// The digest in an ETag.
 enum Check {
-    /// Of what is in LFS.
+    /// Of an LFS file.
     Sha256(Sha256),
-    /// Git's of a file; some mirrors name the plain one.
+    /// git's digest of a file, or, from some mirrors, the plain SHA-1.
     Sha1 { git: Sha1, plain: Sha1 },
-    /// It is none.
+    /// Not a known digest.
     Unknown,
 }
 

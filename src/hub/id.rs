@@ -1,12 +1,12 @@
-//! Names of models on the hub: `ORG/NAME`, with `@REVISION` behind it or not, and `hf://` before it or not.
+//! Names of models on the hub: `ORG/NAME`, optionally with `@REVISION` after it and `hf://` before it.
 
 use std::fmt;
 
 use super::HubError;
 
-/// How an address begins that means the hub whatever lies in the working folder.
+/// Prefix for the hub, whatever is in the working folder.
 const SCHEME: &str = "hf://";
-/// What file names end with that people type as `folder/file`.
+/// Extensions of file names: `folder/file` with one of them is not a model on the hub.
 const FILES: [&str; 9] = [".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt", ".json", ".onnx", ".zip"];
 
 /// A model on the hub.
@@ -18,7 +18,7 @@ pub struct HubId {
 }
 
 impl HubId {
-    /// Reads a name. It is an error where it can't be one.
+    /// Parses a name.
     pub fn parse(text: &str) -> Result<Self, HubError> {
         let bad = |reason| HubError::NoId { given: text.into(), reason };
         let whole = text.strip_prefix(SCHEME).unwrap_or(text);
@@ -41,12 +41,12 @@ impl HubId {
         Ok(Self { organisation: organisation.into(), name: name.into(), revision: revision.map(String::from) })
     }
 
-    /// Whether a word that is no file or folder here may mean a model on the hub, rather than a file that is missing.
+    /// Whether a word that is no file or folder here may be a model on the hub, rather than a missing file.
     pub fn is_meant(text: &str) -> bool {
         text.starts_with(SCHEME) || (Self::parse(text).is_ok() && !FILES.iter().any(|end| text.ends_with(end)))
     }
 
-    /// Whether a word means the hub whatever is here.
+    /// Whether a word begins with `hf://`.
     pub fn is_address(text: &str) -> bool {
         text.starts_with(SCHEME)
     }
@@ -56,17 +56,17 @@ impl HubId {
         format!("{}/{}", self.organisation, self.name)
     }
 
-    /// The name without the organisation: what a model is called here.
+    /// The name without the organisation: the model's default name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Branch, tag or commit; `main` where none was named.
+    /// Branch, tag or commit; `main` by default.
     pub fn revision(&self) -> &str {
         self.revision.as_deref().unwrap_or("main")
     }
 
-    /// Its folder in the hub's cache.
+    /// The model's folder in the hub's cache.
     pub(super) fn folder(&self) -> String {
         format!("models--{}--{}", self.organisation, self.name)
     }
@@ -89,14 +89,14 @@ fn is_part(part: &str) -> bool {
     begins_well && part.len() <= 96 && part.chars().all(plain) && !ambiguous
 }
 
-/// Git's rules, as far as they matter for a path and an address.
+/// Whether git allows the revision, as far as paths and URLs depend on it.
 fn is_revision(revision: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/');
     let part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains("..");
     revision.len() <= 255 && revision.chars().all(plain) && revision.split('/').all(part)
 }
 
-/// Whether a revision names a commit in full, which never changes.
+/// Whether a revision is a full commit id, which never changes.
 pub(super) fn is_commit(revision: &str) -> bool {
     matches!(revision.len(), 40 | 64) && revision.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }

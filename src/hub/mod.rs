@@ -1,9 +1,9 @@
-//! Checkpoints by their names on the model hub: fetched whole or not at all into the hub's own cache, checked by size and
-//! digest, resumed where a download broke off.
+//! Fetches checkpoints by their names on the model hub: complete or not at all, into the hub's own cache, verified by
+//! size and digest, resumed after a download broke off.
 //!
-//! `id` reads names, `settings` the hub's variables, `store` is the cache on disk, `client` the requests (behind the cargo
-//! feature `hub`: without it only what is cached is found), `download` one file. Only `nfold fold` and `nfold serve SOURCE`
-//! come here. Knows which files make a checkpoint, not what is in them.
+//! `id` parses names, `settings` reads the hub's variables, `store` is the cache on disk, `client` sends requests (with
+//! the cargo feature `hub`; without it only the cache is read), `download` fetches one file. Only `nfold fold` and
+//! `nfold serve SOURCE` use it. Knows which files make a checkpoint, not what is in them.
 
 #[cfg(feature = "hub")]
 mod client;
@@ -23,20 +23,20 @@ pub use self::settings::{HubOptions, Patience, Token, can_write};
 use self::store::Store;
 use crate::checkpoint::{self, CheckpointError};
 
-/// Why a model can't be had from the hub.
+/// Why a model can't be fetched from the hub.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// A name that the hub can't have.
+    /// The name is not valid on the hub.
     #[error(
         "`{given}` is neither a file or folder here nor a name on the hub (ORG/NAME or ORG/NAME@REVISION): {reason}"
     )]
     NoId {
-        /// What was given.
+        /// The name.
         given: String,
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The hub has no such model, or does not show it.
+    /// The hub has no such model, or hides it.
     #[error(
         "`{id}` is no file or folder here, and {endpoint} has no such model or hides it; check the name, and set HF_TOKEN to read a private one"
     )]
@@ -46,7 +46,7 @@ pub enum HubError {
         /// The hub.
         endpoint: String,
     },
-    /// Its owner wants to know who reads it.
+    /// The model is gated: its owner asks readers to agree to terms first.
     #[error("`{id}` is gated: accept its terms at {endpoint}/{id}, then set HF_TOKEN to a token of that account")]
     Gated {
         /// The model.
@@ -54,7 +54,7 @@ pub enum HubError {
         /// The hub.
         endpoint: String,
     },
-    /// The token may not read it.
+    /// The token has no read access.
     #[error("{endpoint} does not let this HF_TOKEN read `{id}`; use a token that may")]
     Forbidden {
         /// The model.
@@ -62,102 +62,102 @@ pub enum HubError {
         /// The hub.
         endpoint: String,
     },
-    /// The model is there, the revision is not.
+    /// The model has no such revision.
     #[error("`{id}` has no revision `{revision}`; its branches and tags are at {endpoint}/{id}/tree/main")]
     NoRevision {
         /// The model.
         id: String,
-        /// What was asked for.
+        /// The revision.
         revision: String,
         /// The hub.
         endpoint: String,
     },
-    /// A file that makes a checkpoint is not there.
+    /// The revision has no such file of a checkpoint.
     #[error("`{id}` has no {what}, so it is no checkpoint of timm that nfold can fold")]
     NoCheckpoint {
         /// The model.
         id: String,
-        /// What was looked for.
+        /// The missing files.
         what: String,
     },
-    /// The network may not be asked, and the cache does not have it.
+    /// The cache does not have the model, and requests are disabled.
     #[error("`{id}` is not whole in the cache `{cache}`, and {why}")]
     Offline {
         /// The model.
         id: String,
         /// The cache.
         cache: PathBuf,
-        /// Why nothing was fetched, and what to do.
+        /// Why requests are disabled, and what to do.
         why: &'static str,
     },
-    /// Nobody answers there.
+    /// The host can't be reached.
     #[error("can't reach {endpoint}: {reason}; check the network, HF_ENDPOINT and HTTPS_PROXY")]
     Unreachable {
-        /// The hub, or the host that it sent us to.
+        /// The hub, or the host of a redirect.
         endpoint: String,
-        /// What was met.
+        /// The system's error.
         reason: String,
     },
-    /// The hub has trouble of its own, or too many callers.
+    /// The hub is overloaded or has an internal error.
     #[error("{endpoint} answers {status} for `{file}`{after}; try again later")]
     Busy {
-        /// The hub, or the host that it sent us to.
+        /// The hub, or the host of a redirect.
         endpoint: String,
         /// The HTTP status.
         status: u16,
         /// The file.
         file: String,
-        /// ` after N tries`, or nothing.
+        /// ` after N tries`, or empty.
         after: String,
-        /// Seconds that the hub wants us to wait.
+        /// `Retry-After` in seconds.
         seconds: Option<u64>,
     },
-    /// A status that the hub has no reason for.
+    /// An unexpected status.
     #[error("{endpoint} answers {status} for `{file}`{message}")]
     Status {
-        /// The hub, or the host that it sent us to.
+        /// The hub, or the host of a redirect.
         endpoint: String,
         /// The HTTP status.
         status: u16,
         /// The file.
         file: String,
-        /// `: ` and the hub's own words, or nothing.
+        /// `: ` and the hub's message, or empty.
         message: String,
     },
-    /// What answers is something else.
+    /// The response is not from a model hub.
     #[error(
         "{endpoint} does not answer `{file}` as a model hub does ({what}); is HF_ENDPOINT right, or does a proxy want a login?"
     )]
     NoHub {
-        /// The hub, or the host that it sent us to.
+        /// The hub, or the host of a redirect.
         endpoint: String,
         /// The file.
         file: String,
-        /// What was wrong with the answer.
+        /// What is wrong with the response.
         what: String,
     },
-    /// A redirect that is not to be followed.
+    /// A redirect that can't be followed.
     #[error("{endpoint} redirects `{file}` {what}; that is not followed")]
     Redirect {
-        /// The hub, or the host that it sent us to.
+        /// The hub, or the host of a redirect.
         endpoint: String,
         /// The file.
         file: String,
-        /// Where to.
+        /// The target.
         what: String,
     },
-    /// The connection broke, again and again.
+    /// The connection broke repeatedly.
     #[error(
         "`{file}` broke off at {got} of {size} bytes {tries} times in a row; what is there is kept: the same command goes on from it"
     )]
     Broken {
         /// The file.
         file: String,
-        /// Bytes that came.
+        /// Bytes received.
         got: u64,
-        /// Bytes that were announced.
+        /// Bytes announced.
         size: u64,
-        /// Tries in a row.
+        /// Attempts in a row.
         tries: u32,
     },
     /// The hub sent more than it announced.
@@ -167,44 +167,44 @@ pub enum HubError {
         file: String,
         /// The hub.
         endpoint: String,
-        /// Bytes that were announced.
+        /// Bytes announced.
         size: u64,
     },
-    /// What came is not what was announced.
+    /// The content's digest is not the announced one.
     #[error("`{file}` has another digest than {endpoint} announced ({etag}); nothing of it is kept, try again")]
     Digest {
         /// The file.
         file: String,
         /// The hub.
         endpoint: String,
-        /// What was announced.
+        /// The announced digest.
         etag: String,
     },
-    /// A small file is no small file.
+    /// A file that should be small is too large.
     #[error("`{file}` has {size} bytes, and {most} are the most that nfold reads")]
     TooLarge {
         /// The file.
         file: String,
-        /// Its bytes.
+        /// Size in bytes.
         size: u64,
         /// Most bytes.
         most: u64,
     },
-    /// The disk can't hold it.
+    /// Not enough disk space.
     #[error(
         "`{file}` needs {need} bytes and `{folder}` has {free} free; make room, or set HF_HUB_CACHE to another disk"
     )]
     Space {
         /// The file.
         file: String,
-        /// Bytes to come.
+        /// Bytes needed.
         need: u64,
-        /// Where they were to go.
+        /// The destination.
         folder: PathBuf,
-        /// Bytes that are free.
+        /// Bytes free.
         free: u64,
     },
-    /// The disk filled up on the way.
+    /// The disk filled up during the download.
     #[error(
         "the disk of `{0}` is full; make room, or set HF_HUB_CACHE to another disk; the same command goes on from what is there"
     )]
@@ -214,18 +214,18 @@ pub enum HubError {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// This machine trusts nobody.
+    /// No certificate authorities are installed.
     #[error(
         "no certificate authorities are installed, so {0} can't be trusted; install ca-certificates, or set SSL_CERT_FILE"
     )]
     NoAuthorities(String),
-    /// `HF_ENDPOINT` is no address.
+    /// `HF_ENDPOINT` is not a valid URL.
     #[error("HF_ENDPOINT `{0}` is no address such as https://huggingface.co")]
     BadEndpoint(String),
-    /// Its configuration is nothing that nfold folds.
+    /// nfold can't fold a model with this configuration.
     #[error("`{id}`: {source}")]
     Checkpoint {
         /// The model.
@@ -236,29 +236,29 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// Whether another try may help, or what is cached has to do.
+    /// Whether the error may be temporary, so that a retry or the cache can help.
     fn is_passing(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Busy { .. })
     }
 }
 
-/// What happens on the way.
+/// Progress of a download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// A file begins to come.
+    /// A file's download begins.
     Begins {
-        /// Its name.
+        /// Name of the file.
         file: &'a str,
-        /// Its bytes.
+        /// Size in bytes.
         size: u64,
-        /// Bytes that an earlier try left.
+        /// Bytes that an earlier attempt left.
         have: u64,
     },
-    /// So many bytes of it are there.
+    /// This many bytes are there.
     At(u64),
-    /// All of it is there and checked.
+    /// The file is complete and verified.
     Ends,
-    /// Something worth a line.
+    /// A message for the user.
     Note(&'a str),
 }
 
@@ -267,12 +267,12 @@ pub enum Event<'a> {
 pub struct Snapshot {
     /// A folder with the checkpoint's files.
     pub folder: PathBuf,
-    /// The commit that it is.
+    /// The commit.
     pub commit: String,
 }
 
-/// Brings a model's checkpoint into the cache, unless it is there. `check` looks at its configuration before its weights are
-/// fetched. Blocks, for as long as a download takes.
+/// Fetches a model's checkpoint into the cache, unless it is there. `check` examines its configuration before its
+/// weights are fetched. Blocks for as long as the download takes.
 pub fn fetch(
     id: &HubId,
     options: &HubOptions,
@@ -342,9 +342,9 @@ fn online(
         .look(id.revision(), checkpoint::CONFIG_FILE)?
         .ok_or_else(|| none(format!("{} at revision `{}`", checkpoint::CONFIG_FILE, id.revision())))?;
     let commit = config.commit.clone();
-    // weights of the hub's first choice; of another one it may have gained them since
+    // only with the preferred format of weights: the revision may have gained it since
     if let Some(folder) = store.whole(&commit, &checkpoint::HUB_WEIGHTS[..2]) {
-        // a cache that is only read has no place for it
+        // fails in a read-only cache, where it is not needed
         let _ = store.refer(id.revision(), &commit);
         return Ok(Snapshot { folder, commit });
     }
@@ -390,7 +390,7 @@ fn online(
     Ok(Snapshot { folder, commit })
 }
 
-/// Why something could not be written.
+/// The error of a failed write.
 #[cfg_attr(not(feature = "hub"), allow(dead_code))]
 fn write_error(path: &Path, source: io::Error) -> HubError {
     if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {

@@ -1,4 +1,5 @@
-//! What the hub's own variables say: where it is, where its cache is, whose token to send, whether to call at all.
+//! The hub's own environment variables: its endpoint, its cache, the token to send, and whether to send requests at
+//! all.
 
 use std::env;
 use std::fmt;
@@ -6,35 +7,35 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Where the hub is where nothing says otherwise.
+/// The default endpoint.
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// How the hub is reached.
+/// How the hub is accessed.
 #[derive(Debug, Clone)]
 pub struct HubOptions {
-    /// Address of the hub (`HF_ENDPOINT`), without a slash at its end.
+    /// URL of the hub (`HF_ENDPOINT`), without a trailing slash.
     pub endpoint: String,
-    /// Folder of its cache (`HF_HUB_CACHE`, else `hub` in `HF_HOME`).
+    /// Folder of the hub's cache (`HF_HUB_CACHE`, else `hub` in `HF_HOME`).
     pub cache: PathBuf,
-    /// What is sent to the endpoint's host alone (`HF_TOKEN`, else the file that `hf auth login` wrote).
+    /// Token, sent to the endpoint's host only (`HF_TOKEN`, else the file that `hf auth login` wrote).
     pub token: Option<Token>,
-    /// Nothing is asked of the network (`HF_HUB_OFFLINE`).
+    /// No requests are sent (`HF_HUB_OFFLINE`).
     pub offline: bool,
-    /// How long to wait, and how often to try.
+    /// Timeouts and retries.
     pub patience: Patience,
 }
 
-/// A secret, which nothing shows.
+/// A secret that is never displayed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
 impl Token {
-    /// A token as the hub hands it out.
+    /// Wraps a token.
     pub fn new(token: &str) -> Self {
         Self(token.trim().into())
     }
 
-    /// As a header carries it.
+    /// The value of the header `authorization`.
     #[cfg(feature = "hub")]
     pub(super) fn bearer(&self) -> String {
         format!("Bearer {}", self.0)
@@ -47,18 +48,18 @@ impl fmt::Debug for Token {
     }
 }
 
-/// How long to wait for the hub, and how often to try.
+/// Timeouts and retries.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
     /// Longest wait for a connection.
     pub connect: Duration,
     /// Longest wait for a response and for each further part of it (`HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`).
     pub read: Duration,
-    /// Longest that one response may take; then the file is asked for from where it stopped.
+    /// Longest that one response may take; the file is then requested again from where it stopped.
     pub response: Duration,
-    /// Fruitless tries in a row before giving up.
+    /// Attempts without progress in a row before giving up.
     pub tries: u32,
-    /// Pause after the first fruitless try; it doubles.
+    /// Pause after the first attempt without progress; doubled after each further one.
     pub pause: Duration,
     /// Longest pause, whatever the hub asks for.
     pub longest_pause: Duration,
@@ -78,8 +79,8 @@ impl Default for Patience {
 }
 
 impl HubOptions {
-    /// What the variables say, as Python's `huggingface_hub` reads them. Where none names a folder for the cache and the
-    /// usual one can't be written, `spare` is used.
+    /// Reads the variables as Python's `huggingface_hub` does. If none names the cache folder and the default one can't
+    /// be written, `spare` is used.
     pub fn from_environment(spare: &Path) -> Self {
         let home = set("HF_HOME").map(expanded);
         let usual = home.clone().or_else(|| {
@@ -89,7 +90,7 @@ impl HubOptions {
         let named = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"].into_iter().find_map(set).map(expanded);
         let cache = named.or_else(|| home.map(|home| home.join("hub"))).unwrap_or_else(|| {
             let folder = usual.clone().map(|usual| usual.join("hub"));
-            // one that is there may be read even where it can't be written
+            // an existing folder may be read even if it can't be written
             folder.filter(|folder| folder.is_dir() || can_write(folder)).unwrap_or_else(|| spare.join("hub"))
         });
         let token_file = set("HF_TOKEN_PATH").map(expanded).or_else(|| Some(usual?.join("token")));
@@ -97,7 +98,7 @@ impl HubOptions {
         let token = token.or_else(|| fs::read_to_string(token_file?).ok());
         let mut patience = Patience::default();
         let seconds = ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"].into_iter().filter_map(set);
-        // one limit serves both: the longer one
+        // both timeouts use one limit: the longer one
         if let Some(longest) = seconds.filter_map(|s| s.trim().parse::<u64>().ok()).filter(|s| *s > 0).max() {
             patience.read = Duration::from_secs(longest.min(3600));
         }
@@ -111,7 +112,7 @@ impl HubOptions {
     }
 }
 
-/// A variable that says something.
+/// A variable's value, unless it is empty.
 fn set(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.trim().is_empty())
 }
@@ -124,7 +125,7 @@ fn home_folder() -> Option<PathBuf> {
     env::home_dir().filter(|home| home.is_absolute())
 }
 
-/// A path with the `~` that a file of variables leaves in it.
+/// A path with a leading `~` replaced.
 fn expanded(path: String) -> PathBuf {
     match (path.strip_prefix("~/"), home_folder()) {
         (Some(rest), Some(home)) => home.join(rest),
@@ -132,7 +133,7 @@ fn expanded(path: String) -> PathBuf {
     }
 }
 
-/// Whether a folder is there, or can be made, and takes files.
+/// Whether a folder exists or can be created, and is writable.
 pub fn can_write(folder: &Path) -> bool {
     fs::create_dir_all(folder).and_then(|()| tempfile::tempfile_in(folder)).is_ok()
 }

@@ -1,6 +1,6 @@
-//! The hub's cache on disk, as Python's `huggingface_hub` lays it out, so that each reads what the other fetched:
-//! `models--ORG--NAME/{blobs/ETAG, snapshots/COMMIT/FILE → ../../blobs/ETAG, refs/REVISION}`, and locks in `.locks`.
-//! A snapshot gets its names, and a revision its commit, only when all of it is there.
+//! The hub's cache on disk, laid out like Python's `huggingface_hub`, so that each reads what the other fetched:
+//! `models--ORG--NAME/{blobs/ETAG, snapshots/COMMIT/FILE → ../../blobs/ETAG, refs/REVISION}`, and locks in `.locks`. A
+//! snapshot's files are linked, and a revision is pointed to its commit, only when all of them are there.
 
 use std::fs::{self, File};
 use std::io;
@@ -22,12 +22,12 @@ pub struct Store {
 }
 
 impl Store {
-    /// The part of `id` in the cache; nothing is made yet.
+    /// The part of model `id`; creates nothing.
     pub fn new(cache: &Path, id: &HubId) -> Self {
         Self { folder: cache.join(id.folder()), locks: cache.join(".locks").join(id.folder()) }
     }
 
-    /// The commit that a revision was when it was last fetched.
+    /// The commit that a revision had when it was last fetched.
     pub fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.into());
@@ -37,12 +37,12 @@ impl Store {
         is_commit(&commit).then_some(commit)
     }
 
-    /// Where a commit's files are.
+    /// The folder of a commit's files.
     pub fn snapshot(&self, commit: &str) -> PathBuf {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// A commit's folder, where it holds a whole checkpoint; `of` says which of the hub's weights count.
+    /// A commit's folder if it holds a complete checkpoint; `of` lists which of the hub's weight files count.
     pub fn whole(&self, commit: &str, of: &[&str]) -> Option<PathBuf> {
         let folder = self.snapshot(commit);
         let has = |file: &str| folder.join(file).is_file();
@@ -56,24 +56,25 @@ impl Store {
         shards.is_some_and(|shards| shards.iter().all(|shard| folder.join(shard).is_file()))
     }
 
-    /// Content by its ETag.
+    /// Path of a content by its ETag.
     pub fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
 
-    /// Content that is being fetched.
+    /// Path of a content that is being downloaded.
     pub fn incomplete(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(format!("{etag}.incomplete"))
     }
 
-    /// Makes the folders that content goes to.
+    /// Creates the folders for content.
     pub fn prepare(&self) -> Result<(), HubError> {
         let folder = self.folder.join("blobs");
         fs::create_dir_all(&folder).map_err(|e| write_error(&folder, e))?;
         fs::create_dir_all(&self.locks).map_err(|e| write_error(&self.locks, e))
     }
 
-    /// The lock of one content among all processes that fetch it, Python's too; `wait` is called where another has it.
+    /// Locks one content against all processes that download it, Python's included; `wait` is called if another holds
+    /// the lock.
     pub fn lock(&self, etag: &str, wait: impl FnOnce()) -> Result<Option<File>, HubError> {
         let path = self.locks.join(format!("{etag}.lock"));
         let file = File::options().create(true).append(true).open(&path).map_err(|e| write_error(&path, e))?;
@@ -83,12 +84,12 @@ impl Store {
                 wait();
                 Ok(file.lock().ok().map(|()| file))
             }
-            // a file system without locks: what is fetched is checked whatever others did
+            // a file system without locks: every download is verified anyway
             Err(fs::TryLockError::Error(_)) => Ok(None),
         }
     }
 
-    /// Writes content that was held in memory.
+    /// Writes content from memory.
     pub fn put(&self, etag: &str, bytes: &[u8]) -> Result<(), HubError> {
         let path = self.blob(etag);
         if path.metadata().is_ok_and(|there| there.len() == bytes.len() as u64) {
@@ -97,7 +98,7 @@ impl Store {
         files::write(&path, bytes).map_err(|e| write_error(&path, e))
     }
 
-    /// Gives a commit's files their names, and then the revision its commit.
+    /// Links a commit's files, then points the revision to the commit.
     pub fn publish(&self, revision: &str, commit: &str, files: &[(String, String)]) -> Result<PathBuf, HubError> {
         let folder = self.snapshot(commit);
         fs::create_dir_all(&folder).map_err(|e| write_error(&folder, e))?;
@@ -113,14 +114,14 @@ impl Store {
         if path.exists() {
             return Ok(());
         }
-        // a link that leads nowhere
+        // a dangling link
         let _ = fs::remove_file(path);
         #[cfg(unix)]
         let linked = std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), path);
         #[cfg(not(unix))]
         let linked: io::Result<()> = Err(io::ErrorKind::Unsupported.into());
         match linked {
-            // somebody else was here
+            // another process has created it
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(_) => {
                 let mut draft = files::DraftFile::create(path)?;
@@ -131,7 +132,7 @@ impl Store {
         }
     }
 
-    /// Notes which commit a revision is.
+    /// Points a revision to a commit.
     pub fn refer(&self, revision: &str, commit: &str) -> Result<(), HubError> {
         if revision == commit || self.commit(revision).as_deref() == Some(commit) {
             return Ok(());

@@ -1,5 +1,5 @@
-//! Folded models kept by what they were made of: the digest of the checkpoint, the options, and this version of nfold. A
-//! second start with the same source folds nothing.
+//! A cache of folded models, keyed by the checkpoint's digest, the options and this version of nfold: a second start
+//! with the same source folds nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -10,16 +10,16 @@ use crate::fold::FoldOptions;
 use crate::hub::can_write;
 use crate::model::{self, ModelDir, ModelError, Staging, Target};
 
-/// Why a folded model is not in the cache.
+/// Why a folded model can't be cached.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
-    /// No folder can be written.
+    /// No folder is writable.
     #[error("no folder for folded models can be written ({0}); name one with --cache")]
     NoFolder(String),
     /// The model can't be folded.
     #[error(transparent)]
     Folding(#[from] FoldingError),
-    /// It can't be written, or not be read again.
+    /// The model can't be written, or not be read again.
     #[error("{0}; name another folder with --cache")]
     Model(#[from] ModelError),
 }
@@ -28,16 +28,16 @@ pub enum CacheError {
 #[derive(Debug)]
 pub struct FoldCache {
     folder: PathBuf,
-    /// Held where the folder is gone with this process.
+    /// Deletes the folder on drop, if it is temporary.
     _scratch: Option<DraftFolder>,
 }
 
 impl FoldCache {
-    /// The named folder; else the user's cache; else, where that can't be written, a temporary folder.
+    /// Opens the named folder; else the user's cache; else, if that can't be written, a temporary folder.
     pub fn open(named: Option<&Path>) -> Result<Self, CacheError> {
         let users = || {
             let absolute = |folder: &PathBuf| folder.is_absolute();
-            // a variable that is empty is as good as none
+            // an empty variable counts as not set
             let variable = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(absolute);
             let caches = variable.or_else(|| Some(std::env::home_dir()?.join(".cache"))).filter(absolute);
             caches.map(|folder| folder.join("nfold"))
@@ -54,17 +54,17 @@ impl FoldCache {
         Ok(Self { folder: scratch.path().into(), _scratch: Some(scratch) })
     }
 
-    /// Where it is.
+    /// The cache folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Whether it goes with this process.
+    /// Whether the folder is temporary, and removed at the end of the process.
     pub fn is_temporary(&self) -> bool {
         self._scratch.is_some()
     }
 
-    /// The folded model of a checkpoint, under `name`, and whether it was there already. Blocks for seconds where it was not.
+    /// The folded model of a checkpoint, under `name`, and whether it was cached. Blocks for seconds if it was not.
     pub fn get(
         &self,
         checkpoint: &Checkpoint,
@@ -75,7 +75,7 @@ impl FoldCache {
         model::check_name(name)?;
         let repository = self.folder.join("folded").join(key(checkpoint, opened, options));
         let path = repository.join(name).join("1");
-        // one that is damaged is folded again
+        // a damaged one is folded again
         let kept = ModelDir::open_path(&path).and_then(ModelDir::with_onnx);
         if let Ok((model, _)) = kept {
             return Ok((model, true));
@@ -87,7 +87,7 @@ impl FoldCache {
     }
 }
 
-/// What a folded model depends on, as a folder's name.
+/// The key of a folded model, as a folder's name.
 fn key(checkpoint: &Checkpoint, opened: &OpenOptions, options: &FoldOptions) -> String {
     let made_of = format!(
         "{} {} {opened:?} {options:?} {}",

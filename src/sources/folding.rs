@@ -1,5 +1,5 @@
-//! A checkpoint folded into a file and verified through ONNX Runtime with all cores: the one way by which models come to be,
-//! for a repository that a user names and for the cache behind a server.
+//! Folds a checkpoint into a file and verifies it through ONNX Runtime with all cores. Every folded model is made here,
+//! for the user's repository and for a server's cache.
 
 use crate::checkpoint::Checkpoint;
 use crate::engine::verify;
@@ -12,16 +12,16 @@ use crate::model::{INPUT, Manifest, Precision, Staging};
 /// Why a checkpoint can't be folded.
 #[derive(Debug, thiserror::Error)]
 pub enum FoldingError {
-    /// The fold itself.
+    /// Folding failed.
     #[error(transparent)]
     Fold(#[from] FoldError),
-    /// Folded and unfolded differ, or one can't be run.
+    /// Folded and unfolded logits differ, or one of the graphs can't be run.
     #[error(transparent)]
     Verify(#[from] VerifyError<EngineError>),
-    /// The runtime.
+    /// The engine can't be opened.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// A run of the graph in half precision.
+    /// The graph in half precision can't be run.
     #[error(transparent)]
     Run(#[from] BackendError),
     /// Half precision is too coarse for this network.
@@ -31,10 +31,10 @@ pub enum FoldingError {
     HalfDiffers {
         /// Largest difference of any logit.
         difference: f64,
-        /// What would have been taken.
+        /// Largest allowed difference.
         tolerance: f64,
     },
-    /// Half precision is too small for this network.
+    /// The range of half precision is too small for this network.
     #[error(
         "in half precision `{map}` overflows: it reaches {peak:.1e}, and half precision holds {:.0}; nothing was written; use --precision fp32",
         fold::LARGEST_HALF
@@ -42,12 +42,12 @@ pub enum FoldingError {
     HalfOverflows {
         /// The feature map.
         map: String,
-        /// Its largest value.
+        /// Largest value of the feature map.
         peak: f64,
     },
 }
 
-/// Folds into the graph of `staging` and verifies it. The manifest has what was measured.
+/// Folds into the graph of `staging` and verifies it. The manifest holds the measurements.
 pub fn fold_verified(
     checkpoint: &Checkpoint,
     options: &FoldOptions,
@@ -58,7 +58,7 @@ pub fn fold_verified(
     Ok(folded)
 }
 
-/// Folded against unfolded, through ONNX Runtime with all cores; and in half precision, what that does to the network.
+/// Compares folded with unfolded through ONNX Runtime with all cores, and, for half precision, measures its effect.
 fn verify(
     checkpoint: &Checkpoint,
     manifest: &mut Manifest,
@@ -82,7 +82,7 @@ fn verify(
     };
     verified::verify(checkpoint, manifest, &staging.onnx(), options, answers)?;
     let (Some(half), Some(golden)) = (half, manifest.golden.as_ref()) else { return Ok(()) };
-    // this machine's kernels may compute halves in single precision, which others don't
+    // emulated: this machine's kernels may compute half precision in single precision, others may not
     let found = compare(&golden.logits, &half.logits);
     if found.max_abs_diff.is_nan() || found.max_abs_diff > golden.tolerance {
         return Err(FoldingError::HalfDiffers { difference: found.max_abs_diff, tolerance: golden.tolerance });
@@ -93,15 +93,16 @@ fn verify(
     Ok(())
 }
 
-/// What half precision does to a network.
+/// The effect of half precision on a network.
 struct InHalf {
     /// Logits of the golden image.
     logits: Vec<f32>,
-    /// Largest number of half precision by the largest value of any map.
+    /// Largest number of half precision divided by the largest value of any feature map.
     headroom: f64,
 }
 
-/// Runs the network with every map rounded to half precision, on noise and on plain images. Fails where a map does not fit.
+/// Runs the network with every feature map rounded to half precision, on noise and on uniform images. Fails if a map
+/// overflows.
 fn in_half(
     checkpoint: &Checkpoint,
     manifest: &Manifest,

@@ -1,7 +1,7 @@
-//! What a user names, a folder, a file or a model on the hub, and the way from there to a folded, verified model.
+//! Sources that a user names (a folder, a file or a model on the hub), and how they become folded, verified models.
 //!
-//! `folding` folds and verifies; `cache` keeps folded models by the digest of what they were made of; `served` is where a
-//! server's models come from that was given sources in place of a repository. Knows no protocol.
+//! `folding` folds and verifies; `cache` keeps folded models by the digest of their checkpoints; `served` provides the
+//! models of a server that was started with sources instead of a repository. Knows no protocol.
 
 mod cache;
 mod folding;
@@ -16,16 +16,16 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError, OpenOptions, W
 use crate::hub::{self, Event, HubError, HubId, HubOptions};
 use crate::model;
 
-/// Why there is no checkpoint where the user says there is one.
+/// Why a source has no usable checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The hub.
+    /// The model can't be fetched from the hub.
     #[error(transparent)]
     Hub(#[from] HubError),
-    /// The checkpoint.
+    /// The checkpoint can't be opened.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// What came from the hub can't be used.
+    /// A checkpoint from the hub can't be used.
     #[error("`{id}`: {source}")]
     Fetched {
         /// The model.
@@ -33,17 +33,17 @@ pub enum SourceError {
         /// Why.
         source: CheckpointError,
     },
-    /// Models that are folded already.
+    /// The source is a model that is folded already.
     #[error("`{0}` holds folded models, not a checkpoint; serve them with `nfold serve --repository {1}`")]
     Folded(PathBuf, PathBuf),
-    /// Nothing is there.
+    /// Neither a local path nor a name on the hub.
     #[error(
         "`{0}` is not here, and is no name on the model hub (ORG/NAME or ORG/NAME@REVISION); a checkpoint is a folder with `{CONFIG_FILE}` and `{WEIGHTS_FILE}`, or a file of weights"
     )]
     Missing(PathBuf),
 }
 
-/// What a user names.
+/// What a source is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
     /// A folder or a file.
@@ -53,13 +53,14 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// What a word means: `hf://ORG/NAME` the hub; anything that is here, that; else `ORG/NAME` the hub.
+    /// Parses a source: `hf://ORG/NAME` is the hub, anything that exists here is a path, and any other `ORG/NAME` is
+    /// the hub.
     pub fn parse(word: &Path) -> Result<Self, SourceError> {
         let text = word.to_str().unwrap_or_default();
         if HubId::is_address(text) {
             return Ok(Self::Hub(HubId::parse(text)?));
         }
-        // what can't be looked at is for its reader to complain about
+        // a path that can't be read is reported when it is opened
         if word.symlink_metadata().is_ok() {
             return Ok(Self::Path(word.into()));
         }

@@ -1,5 +1,5 @@
-//! Where a server's models come from that was given sources: each is fetched, folded into the cache and served under its
-//! name. When somebody asks (SIGHUP), all of them are looked at again; what can't be had then stays as it is.
+//! The models of a server that was started with sources: each is fetched, folded into the cache and served under its
+//! name. On request (SIGHUP) all sources are checked again; if one can't be fetched then, its model stays as it is.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,36 +19,36 @@ use crate::model::{Listing, ModelDir, ModelError};
 /// What is served, and how it is folded.
 #[derive(Debug, Clone)]
 pub struct ServedOptions {
-    /// A name for each source, where the user gave one, and what it is.
+    /// The sources, each with the name that the user gave it, if any.
     pub sources: Vec<(Option<String>, PathBuf)>,
-    /// What a person says about the checkpoints.
+    /// Options that override or complete the checkpoints' own settings.
     pub open: OpenOptions,
-    /// How they are folded.
+    /// How the checkpoints are folded.
     pub fold: FoldOptions,
-    /// Folder of folded models; none: the user's cache.
+    /// Cache folder of folded models; `None`: the user's cache.
     pub cache: Option<PathBuf>,
 }
 
 /// Why a source can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServedError {
-    /// There is no checkpoint.
+    /// There is no usable checkpoint.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// It can't be folded.
+    /// The checkpoint can't be folded or cached.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// Two have the same name.
+    /// Two sources have the same name.
     #[error("two sources are called `{0}`; name one as NAME=SOURCE")]
     Twice(String),
-    /// It has another name than before.
+    /// The source's name has changed.
     #[error("`{source_name}` is called `{now}` now, and was `{before}`; start again to serve it so")]
     Renamed {
         /// The source.
         source_name: String,
-        /// What it was called.
+        /// The old name.
         before: String,
-        /// What it is called.
+        /// The new name.
         now: String,
     },
 }
@@ -60,20 +60,20 @@ pub struct Served {
     engines: RegistryOptions,
 }
 
-/// Sources, and what was folded of them.
+/// The sources, and the models folded from them.
 #[derive(Debug)]
 struct Sources {
     options: ServedOptions,
     cache: FoldCache,
     /// Folded models by name.
     models: Mutex<BTreeMap<String, ModelDir>>,
-    /// The name of each source; empty where it could not be had.
+    /// The name of each source; empty if it could not be fetched or folded.
     names: Vec<String>,
 }
 
 impl Served {
-    /// Fetches and folds every source, one after the other, before any is opened. Blocks for as long as that takes. A source
-    /// that can't be had is an error, unless `engines` says that what is broken is to be skipped.
+    /// Fetches and folds every source, one after the other, before any is opened. Blocks meanwhile. A source that fails
+    /// is an error, unless `engines` skips broken models.
     pub fn open(options: ServedOptions, engines: RegistryOptions) -> Result<Self, ServedError> {
         let sources = Sources::bring_all(options, engines.skip_broken)?;
         Ok(Self { sources: Arc::new(sources), engines })
@@ -84,7 +84,7 @@ impl Served {
         self.sources.names.iter().filter(|name| !name.is_empty()).cloned().collect()
     }
 
-    /// The same models, for a server that serves already: their engines open one by one.
+    /// The same source, for a server that serves already: engines are warmed up one by one.
     pub fn later(&self) -> Self {
         let mut later = self.clone();
         later.engines.scheduler.one_by_one = true;
@@ -176,7 +176,7 @@ impl Sources {
 }
 
 impl Source for Served {
-    /// Asked, every source is looked at again.
+    /// Checks every source again, if it is on request.
     fn prepare(&self, look: Look) {
         if look == Look::Again {
             return;
