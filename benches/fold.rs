@@ -1,8 +1,8 @@
-//! What folding takes: time and peak memory of `nfold fold`, by size of the checkpoint.
+//! Time and peak memory of `nfold fold`, by size of the checkpoint.
 //!
-//! `cargo bench --bench fold [-- ARCH[@SIDE] ...]` writes fresh checkpoints and folds each by the program itself, in a
-//! process of its own. Memory is the process's peak above that of a fold of next to nothing, so without the runtime's
-//! own, and is also told as multiples of the checkpoint. Linux only.
+//! `cargo bench --bench fold [-- ARCH[@SIDE] ...]` writes new checkpoints and folds each with the program itself, in a
+//! process of its own. Memory is the process's peak above that of folding a tiny checkpoint, which leaves out the
+//! runtime's own memory; it is also printed as a multiple of the checkpoint's size. Linux only.
 
 use std::fs;
 use std::path::Path;

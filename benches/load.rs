@@ -1,7 +1,8 @@
-//! How long a graph takes to load: folded, as folded, from the graph cache, and what others exported, interleaved.
+//! Load time of a graph: folded, from the graph cache, and as others exported it, interleaved.
 //!
-//! `cargo bench --bench load -- FOLDED.onnx [EXPORT.onnx ...]` prints medians and quartiles of 31 loads each, and each of
-//! ours as a part of each export's time (of the rounds' ratios). Sessions have one thread; files are read beforehand.
+//! `cargo bench --bench load -- FOLDED.onnx [EXPORT.onnx ...]` prints medians and quartiles of 31 loads each, and each
+//! of nfold's graphs as a fraction of each export's time (from the ratios of the rounds). Sessions have one thread;
+//! files are read beforehand.
 
 use std::path::Path;
 use std::time::Instant;

@@ -21,7 +21,7 @@ fn main() {
     for (width, height) in [(500, 375), (1920, 1080), (4000, 3000), (375, 500), (60, 40), (300, 900)] {
         let image = photograph(width, height);
         let picture = Picture::from(image.clone());
-        // a crop as large as the image makes `apply` resize and normalise; its share of the resize is measured alone
+        // with a crop as large as the image, `apply` resizes and normalises; the resize's share is measured separately
         let whole = Preprocessing {
             height: SIZE,
             width: SIZE,
@@ -51,7 +51,7 @@ fn main() {
             theirs.push(time(|| {
                 opponent.resize(black_box(&source), black_box(&mut target), &options).expect("sizes fit")
             }));
-            // 256 of 256: a copy and the tables
+            // resizing 256 to 256: a copy and the weight tables
             let plain = Preprocessor::new(&Preprocessing { crop_pct: 1.0, ..whole.clone() });
             table.push(time(|| plain.apply(black_box(&square), black_box(&mut tensor))));
         }
@@ -68,7 +68,7 @@ fn main() {
     }
 }
 
-/// Smooth shapes with some noise; content doesn't change the time of either.
+/// Smooth shapes with some noise; the content does not affect the time of either.
 fn photograph(width: u32, height: u32) -> RgbImage {
     let mut state = 1u32;
     let data = (0..width * height * 3)

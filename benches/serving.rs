@@ -25,7 +25,7 @@ use nfold::server::{self, Control, Options, Server};
 
 const WINDOW: Duration = Duration::from_secs(2);
 const WARM_UP: Duration = Duration::from_millis(300);
-/// Parts of one answer, by the server's names; the loop has no queue.
+/// Phases of one answer, by the server's names; the loop has no queue.
 const PHASES: [&str; 4] = ["decode", "preprocess", "queue", "inference"];
 
 fn main() -> Result<()> {
@@ -79,7 +79,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// What no server can beat: the work and nothing else.
+/// The lower bound of any server: the work and nothing else.
 struct Bare<'a> {
     dir: &'a ModelDir,
     graph: Fitted,
@@ -92,7 +92,7 @@ impl Bare<'_> {
         Ok(OrtBackend::open_fitted(&self.graph, "bench", &options)?)
     }
 
-    /// Answers one image and tells how long each of [`PHASES`] took.
+    /// Answers one image and returns how long each of [`PHASES`] took.
     fn one(&self, preprocessor: &Preprocessor, session: &mut OrtBackend) -> Result<[Duration; 4]> {
         let started = Instant::now();
         let image = Decoder::default().decode(self.photograph, false, |width, height| [width, height])?;
@@ -219,7 +219,7 @@ impl House {
             seed: 1,
         };
         let payloads = protocol::classify(vec![photograph.to_vec()], None)?;
-        // on the same cores, but as another program would be: on a thread of its own
+        // on the same cores, but on a thread of its own, like a separate program
         let client = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let report = client.block_on(load::run(&plan, payloads, |_| {}));
         report.steps.into_iter().next().context("nothing was measured")

@@ -1,4 +1,4 @@
-//! Any request gets a well-formed answer: valid requests of every kind, damaged in every part, over real sockets.
+//! Any request gets a well-formed response: valid requests of every kind, damaged in every part, over real sockets.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -19,7 +19,7 @@ use crate::fakes::{SIDE, options};
 use crate::serve::{Answer, TestServer, local, parse, png, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
-/// What an answer's status may be.
+/// Possible statuses of a response.
 const STATUSES: [u16; 13] = [200, 400, 401, 404, 405, 408, 413, 414, 415, 429, 431, 503, 504];
 
 fn small() -> Options {
@@ -38,7 +38,7 @@ struct Request {
     headers: Vec<(String, String)>,
     body: Vec<u8>,
     chunked: bool,
-    /// Bytes of the head that are something else: where, of 1000, and what.
+    /// Changed bytes of the head: position in thousandths, and the new byte.
     damage: Vec<(usize, u8)>,
 }
 
@@ -186,7 +186,7 @@ fn request() -> impl Strategy<Value = Request> {
     })
 }
 
-/// The answer, or none: only a damaged head may get none, when its end never came.
+/// The response; `None` is allowed only for a damaged head that never ended.
 fn answer(server: &TestServer, request: &Request) -> Option<Answer> {
     use std::io::Read as _;
     let mut stream = TcpStream::connect(server.http).unwrap();
@@ -202,7 +202,7 @@ fn answer(server: &TestServer, request: &Request) -> Option<Answer> {
     (!bytes.is_empty()).then(|| parse(bytes))
 }
 
-/// The body. After a damaged head more may follow: what was a body has become a request.
+/// The body. After a damaged head, more responses may follow: what was a body has become a request.
 fn unchunked(answer: &Answer, alone: bool) -> Result<Vec<u8>, String> {
     if answer.headers.get("transfer-encoding").is_none_or(|t| t != "chunked") {
         let told: usize = answer.headers.get("content-length").and_then(|l| l.parse().ok()).ok_or("no length")?;
@@ -235,13 +235,13 @@ fn well_formed(request: &Request, answer: Option<Answer>) -> Result<(), String> 
     }
     let closes = answer.headers.get("connection").is_some_and(|connection| connection == "close");
     if matches!(answer.status, 400 | 431) && answer.bytes.is_empty() && closes {
-        // no HTTP: the one error without a body of ours
+        // not HTTP: hyper's refusal, the one error without a JSON body
         return Ok(());
     }
     if !answer.headers.contains_key("x-request-id") {
         return Err(format!("no id: {answer:?}"));
     }
-    // damage may make any request one for a head alone
+    // damage may turn any request into HEAD
     if request.method == "HEAD" || answer.bytes.is_empty() && !request.damage.is_empty() {
         return Ok(());
     }

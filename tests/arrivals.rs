@@ -1,5 +1,5 @@
-//! The scheduler under random arrivals: whatever comes, in whatever order, with whatever engines and impatience, every
-//! image is answered once and with its own answer, and everything is given back.
+//! The scheduler under random arrivals: with any order, engines and patience, every image is answered once and with its
+//! own answer, and every slot is freed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,14 +21,14 @@ const PATIENT: Duration = Duration::from_secs(20);
 /// One request of up to four images.
 #[derive(Debug, Clone)]
 struct Arrival {
-    /// Since the one before.
+    /// Time since the previous one.
     gap: Duration,
     images: usize,
-    /// The first image is one that the fault is about.
+    /// Whether the first image is marked, so that the fault applies to it.
     marked: bool,
     patience: Duration,
     priority: u32,
-    /// The client leaves after that, answered or not.
+    /// The client leaves after this time, answered or not.
     leaves: Option<Duration>,
 }
 
@@ -74,14 +74,14 @@ fn tensor(id: f32) -> Input {
     Input::Tensor(values)
 }
 
-/// What the clients saw.
+/// What the clients received.
 #[derive(Debug, Default)]
 struct Seen {
     answered: u64,
     internal: u64,
 }
 
-/// Waits like a client; checks that the answer is the image's own.
+/// Waits as a client does; checks that the answer is the image's own.
 async fn wait(ticket: Ticket, id: f32, fault: Option<Fault>, patience: Duration, seen: &mut Seen) {
     match ticket.answer().await {
         Ok(output) if id == MARK && fault == Some(Fault::Nan) => {
@@ -133,7 +133,7 @@ fn play(setting: &Setting, arrivals: &[Arrival]) {
             let tickets = match scheduler.submit(ids.iter().map(|&id| tensor(id)).collect(), terms) {
                 Ok(tickets) => tickets,
                 Err(InferError::Overloaded { .. } | InferError::DeadlineExceeded | InferError::NotReady) => continue,
-                // a quarter of the queue is not for those that name a priority
+                // a quarter of the queue is reserved for requests without a priority
                 Err(InferError::TooManyImages { limit, .. }) if arrival.priority > 0 => {
                     assert!(limit < arrival.images);
                     continue;
@@ -166,7 +166,7 @@ fn play(setting: &Setting, arrivals: &[Arrival]) {
     assert_eq!(all_images(&metrics, "m"), asked, "every image ends once");
     assert!(images(&metrics, "m", Outcome::Ok) >= seen.answered);
     assert!(images(&metrics, "m", Outcome::Internal) >= seen.internal);
-    // and it is as good as new
+    // and the engine works again
     *strings.fault.lock().unwrap() = None;
     eventually("all engines are back", || scheduler.health().engines == setting.options.workers);
     let ticket = scheduler.submit(vec![tensor(7.0)], Instant::now() + PATIENT).unwrap().remove(0);

@@ -112,7 +112,7 @@ fn what_cannot_be_timed_is_named() {
     }
 }
 
-/// A server of one thread a connection: `answer` gives status and how long to think, from when the request came.
+/// A server with one thread per connection; `answer` maps the time a request arrived to a status and a delay.
 fn fake(answer: impl Fn(Instant) -> (u16, Duration) + Send + Sync + Clone + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -161,8 +161,8 @@ fn load(server: SocketAddr, flags: &[&str]) -> Value {
     serde_json::from_slice(&done.stdout).unwrap()
 }
 
-/// A server that stalls once for 600 ms of each run: the open loop charges everyone who was due meanwhile, the closed
-/// loop (the positive control) hides all but one.
+/// A server that stalls once for 600 ms per run: the open loop counts it for every request that was due meanwhile; the
+/// closed loop (the positive control) hides all but one.
 #[test]
 fn a_stall_is_charged_for_everyone_who_waited() {
     let stalling = || {

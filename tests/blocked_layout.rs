@@ -1,4 +1,5 @@
-//! Graphs that nfold lays out itself are those that ONNX Runtime makes of them, to the bit; what can't be laid out stays.
+//! Graphs that nfold lays out in blocks equal those that ONNX Runtime makes, to the bit; graphs that can't be laid out
+//! stay as they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,7 +36,7 @@ fn logits(graph: &Fitted) -> Vec<f32> {
     backend.run(&batch).unwrap().data
 }
 
-/// Operators with what was fused into them, and how many of each there are.
+/// Number of each operator, with what is fused into it.
 fn census(graph: &Fitted) -> BTreeMap<String, usize> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("optimized");
@@ -88,7 +89,8 @@ fn laid_out_graphs_are_those_that_the_runtime_makes() {
     assert_eq!(same, 42);
 }
 
-/// What stays with the runtime gets into its layout all the same: half precision, computed in single precision on a CPU.
+/// A graph that nfold does not lay out still gets the runtime's blocked layout: half precision, computed in single
+/// precision on a CPU.
 #[test]
 fn half_precision_runs_in_blocks() {
     let Some(block) = engine::channel_block() else {
@@ -175,7 +177,7 @@ fn what_is_not_understood_stays() {
     );
 }
 
-/// Every weight is where the layout has it, whatever the block.
+/// Every weight is where the layout expects it, for every block size.
 #[test]
 fn weights_lie_in_blocks() {
     for block in [8, 16] {
@@ -205,7 +207,7 @@ fn weights_lie_in_blocks() {
     }
 }
 
-/// Whatever the bytes: an answer, never a panic.
+/// Damaged graphs give a result or an error, never a panic.
 #[test]
 fn damaged_graphs_are_survived() {
     let onnx = sample(16).unwrap();

@@ -1,4 +1,4 @@
-//! Small files of many pixels, in every format: what a hostile client sends.
+//! Decompression bombs: small files of many pixels, in every format.
 
 use std::io::Cursor;
 
@@ -6,14 +6,14 @@ use nfold::pixels::ImageLimits;
 
 use crate::preprocess::encoded;
 
-/// A file, and whether the default limits let it in.
+/// A file, and whether the default limits allow it.
 pub struct Bomb {
     pub what: &'static str,
     pub bytes: Vec<u8>,
     pub accepted: bool,
 }
 
-/// One of each kind, of `side` × `side` pixels where the format leaves the choice.
+/// One bomb of each kind, `side` × `side` pixels where the format allows a choice.
 pub fn bombs(side: u16) -> Vec<Bomb> {
     let accepted = |what, bytes| Bomb { what, bytes, accepted: true };
     let refused = |what, bytes| Bomb { what, bytes, accepted: false };
@@ -37,7 +37,7 @@ pub fn bombs(side: u16) -> Vec<Bomb> {
     ]
 }
 
-/// Bits to be written, the first in the highest; FF is stuffed as JPEG has it.
+/// Writes bits, highest first; FF bytes are stuffed as JPEG requires.
 #[derive(Default)]
 struct Bits {
     bytes: Vec<u8>,
@@ -155,7 +155,7 @@ fn bmp(side: u16) -> Vec<u8> {
     file
 }
 
-/// PackBits: a byte 128 times in two.
+/// PackBits: two bytes for 128 copies of a byte.
 fn tiff(side: u16) -> Vec<u8> {
     let row = usize::from(side) * 3;
     let mut strip = [0x81, 0].repeat(row / 128);

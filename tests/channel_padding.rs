@@ -1,4 +1,5 @@
-//! Graphs padded to the processor's blocks say what they said before, whatever the block; what can't be padded stays.
+//! Graphs padded to the processor's block size give the same logits, for every block size; graphs that can't be padded
+//! stay as they are.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -29,7 +30,7 @@ fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
     fold(&checkpoint, &FoldOptions { size, ..options }).unwrap().onnx
 }
 
-/// Logits of two random tensors by the graph as it is.
+/// Logits of two random tensors by the graph, unpadded.
 fn logits(onnx: &[u8]) -> Vec<f32> {
     let mut backend = OrtBackend::open(onnx, "padded", &EngineOptions::default()).unwrap();
     let mut batch = Batch::zeros_of(2, [backend.input_channels().unwrap(), SIDE as usize, SIDE as usize]);
@@ -53,7 +54,7 @@ fn every_family_answers_as_before() {
     let (mut padded_at, mut fitting) = (BTreeSet::new(), 0);
     for name in &names {
         let onnx = folded(name, FoldOptions::default());
-        // 12 is no processor's block, but meets other groups and widths than powers of two do
+        // no processor has blocks of 12, but they don't divide the powers of two in groups and widths
         for block in [8, 12, 16] {
             match pad_channels(&onnx, block) {
                 Some(padded) => {
@@ -174,7 +175,7 @@ fn what_is_not_understood_stays() {
     }
 }
 
-/// Whatever the bytes: an answer, never a panic.
+/// Damaged graphs stay as they are and never cause a panic.
 #[test]
 fn damaged_graphs_stay() {
     let onnx = folded("nf_regnet_small", FoldOptions::default());

@@ -1,4 +1,4 @@
-//! Networks of other channels than RGB's, end to end: folded, classified and served, against what timm answers.
+//! Networks with other input channels than RGB, end to end: folded, classified and served, compared with timm.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::process::Server;
 use nfold::model::Preprocessing;
 use nfold::pixels::{Decoder, Preprocessor};
 
-/// What timm makes of images for networks of one channel (`make_grey.py`).
+/// timm's tensors for networks of one channel (`make_grey.py`).
 #[derive(Deserialize)]
 struct Grey {
     tensors: Vec<Tensor>,
@@ -116,7 +116,7 @@ fn data(file: &str) -> String {
     format!("tests/data/preprocess/images/{file}")
 }
 
-/// Four channels: tensors only, and every door says so.
+/// Four channels: tensors only, and every protocol and command says so.
 #[test]
 fn networks_that_see_no_images_take_tensors() {
     let here = tempfile::tempdir().unwrap();

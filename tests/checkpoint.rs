@@ -1,5 +1,5 @@
-//! Checkpoints from anywhere: damaged, hostile and contradictory ones are refused by name; half precision is read;
-//! fresh ones fold.
+//! Untrusted checkpoints: damaged, hostile and contradictory ones are refused by name; half precision is read; new ones
+//! fold.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -249,7 +249,7 @@ fn truncation_anywhere_is_refused() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whatever happens to the header or the configuration: an answer, never a panic.
+    /// A damaged header or configuration gives a result or an error, never a panic.
     #[test]
     fn damaged_checkpoints_never_panic(
         flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6), config in any::<bool>(),

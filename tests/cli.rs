@@ -1,4 +1,4 @@
-//! The program as a user meets it: the real binary, its output, its exit codes, and what it leaves behind.
+//! The program as users run it: the real binary, its output, its exit codes, and the files it leaves.
 
 use std::fs;
 use std::io::Write as _;
@@ -18,9 +18,10 @@ pub fn nfold(args: &[&str], folder: &Path) -> Output {
     command.args(args).current_dir(folder).output().unwrap()
 }
 
-/// Says why a test does not test, past the test harness, which keeps the output of tests that pass. `make test` lists it.
+/// Says on stderr why a test is skipped, bypassing the test harness, which captures the output of passing tests. `make
+/// test` lists these lines.
 pub fn skip(why: &str) {
-    // in one piece: other tests write too
+    // in one write, since other tests write too
     std::io::stderr().write_all(format!("SKIP: {why}\n").as_bytes()).unwrap();
 }
 
@@ -36,7 +37,7 @@ pub fn golden(name: &str) -> String {
     goldens_folder().join(name).display().to_string()
 }
 
-/// Fails as a user is owed: exit 1, nothing on stdout, one line that says `what` and what to do next.
+/// Asserts a proper failure: exit code 1, nothing on stdout, one line on stderr that says `what` and the next step.
 pub fn refused(output: &Output, what: &str) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -68,7 +69,7 @@ fn folds_reports_and_inspects() {
     assert_eq!(entries(&here.join("repository/nf_seresnet_small/1")), ["manifest.json", "model.onnx"]);
     assert_eq!(entries(&here.join("repository")), ["nf_seresnet_small"]);
 
-    // the same fold again changes nothing; another one needs to be asked for
+    // the same fold again changes nothing; a different one needs --replace
     let before = fs::read(here.join("repository/nf_seresnet_small/1/model.onnx")).unwrap();
     let again = nfold(&["fold", &golden("nf_seresnet_small")], here);
     assert!(again.status.success() && text(&again.stderr).contains("unchanged"), "{}", text(&again.stderr));
@@ -102,7 +103,7 @@ fn folds_reports_and_inspects() {
     assert!(said.contains("architecture   resnet18\n") && !said.contains("a1_in1k"), "{said}");
 }
 
-/// Switches can be set by the environment as people write switches there.
+/// Switches accept the usual spellings of booleans in environment variables.
 #[test]
 fn switches_are_read_from_the_environment() {
     for (value, json) in [("1", true), ("true", true), ("yes", true), ("0", false), ("false", false), ("", false)] {
@@ -165,7 +166,7 @@ fn init_refuses_and_leaves_nothing() {
     assert!(folded.status.success(), "{}", text(&folded.stderr));
 }
 
-/// A repository of one's own with the demo model, folded by the program itself.
+/// A repository with the demo model, folded by the program itself.
 pub fn with_demo() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let version = folder.path().join("repository/nf_regnet_cifar10/1");
@@ -176,8 +177,8 @@ pub fn with_demo() -> tempfile::TempDir {
     folder
 }
 
-/// The demo model's version folder. A hundred tests want one, so that it is folded once for each build of the program, and kept
-/// beside it.
+/// The demo model's version folder. Many tests use it, so it is folded once per build of the program and kept beside
+/// it.
 fn folded_demo() -> &'static Path {
     static FOLDED: OnceLock<PathBuf> = OnceLock::new();
     FOLDED.get_or_init(|| {
@@ -201,7 +202,7 @@ fn folded_demo() -> &'static Path {
             let fresh = tempfile::tempdir_in(parent).unwrap();
             let output = nfold(&["fold", &checkpoint], fresh.path());
             assert!(output.status.success(), "{}", text(&output.stderr));
-            // another process may have been faster
+            // fails if another process was faster
             let _ = fs::rename(fresh.path().join("repository"), &kept);
         }
         kept.join("nf_regnet_cifar10/1")
@@ -270,7 +271,7 @@ fn classify_answers_and_refuses() {
     refused(&nfold(&["classify", &cat], here), "sha256");
 }
 
-/// Shards share the images out, and together answer what one process answers.
+/// Shards partition the images, and together give the results of one process.
 #[test]
 fn shards_are_a_partition() {
     let folder = with_demo();
@@ -301,7 +302,7 @@ fn shards_are_a_partition() {
     assert!(!entries(here).iter().any(|name| name.starts_with(".classify")), "{:?}", entries(here));
 }
 
-/// The whole line on real photographs: the folded demo model is as accurate as timm on the same files.
+/// End to end on real photographs: the folded demo model is as accurate as timm on the same files.
 #[test]
 fn the_demo_is_as_accurate_as_timm() {
     let folder = with_demo();
@@ -359,7 +360,7 @@ fn fold_records_whether_images_are_turned_upright() {
     assert_eq!(upright(&["--exif-orientation"]), true);
 }
 
-/// Labels, names and paths are anybody's: a terminal shows them, and nothing else.
+/// Labels, names and paths are untrusted: a terminal shows them, but does not obey their control characters.
 #[test]
 fn control_characters_stay_out_of_terminals() {
     let copy = crate::checkpoint::Copy::of("nf_regnet_small");
@@ -413,14 +414,14 @@ fn control_characters_stay_out_of_terminals() {
         assert!(!output.status.success() && is_plain(&output.stderr), "{variable}: {output:?}");
         assert!(text(&output.stderr).contains(variable), "{variable}: {output:?}");
     }
-    // a program gets what is there
+    // machine-readable output is not escaped
     let output = nfold(&["classify", photo, "--json", "-k", "1"], here);
     let line: Value = serde_json::from_slice(&output.stdout).unwrap();
     let label = line["predictions"][0]["label"].as_str().unwrap();
     assert!(labels.iter().any(|l| l == label) && line["image"] == photo, "{line}");
 }
 
-/// A folder as Macs, Windows and network drives make it.
+/// A folder as macOS, Windows and network drives produce it.
 #[cfg(target_os = "linux")]
 #[test]
 fn side_files_are_left_out_and_what_cannot_be_read_is_named() {
@@ -479,12 +480,12 @@ fn side_files_are_left_out_and_what_cannot_be_read_is_named() {
         "{}",
         text(&csv)
     );
-    // as in a shell, a table shows the bytes that are no text
+    // as a shell does, a table escapes bytes that are not UTF-8
     let table = nfold(&["classify", "--recursive", "photos", "--format", "table"], here);
     assert!(text(&table.stdout).contains("photos/caf\\xe9.jpg\n"), "{}", text(&table.stdout));
 }
 
-/// What a program or a person reads, by the flag or by the file's name.
+/// Output formats, chosen by the flag or by the file's extension.
 #[test]
 fn answers_have_three_formats() {
     let folder = with_demo();
@@ -508,7 +509,7 @@ fn answers_have_three_formats() {
     assert!(!Path::new("/dev/null").is_file());
 }
 
-/// One logit is a binary classifier's.
+/// A single logit is a binary classifier's: a sigmoid.
 #[test]
 fn one_output_is_a_sigmoids() {
     let folder = tempfile::tempdir().unwrap();
@@ -527,7 +528,7 @@ fn one_output_is_a_sigmoids() {
     assert!(score > 0.0 && score < 1.0, "{answer}");
 }
 
-/// Empty counts as not set, and what is wrong is called by the name of its variable.
+/// An empty variable counts as not set, and an error names its variable.
 #[test]
 fn variables_may_be_empty_and_are_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -566,7 +567,7 @@ fn variables_may_be_empty_and_are_named() {
     assert!(!text(&typed.stderr).contains("environment"), "{}", text(&typed.stderr));
 }
 
-/// Beyond a clone of the project there is nothing to make.
+/// Outside a clone of the project, messages don't suggest `make`.
 #[test]
 fn messages_fit_where_the_program_is() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The command line as documents promise it: help, addresses, the start of a server, odd files, misspelt variables.
+//! The command line as documented: help, addresses, the start of a server, special files, misspelt variables.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::cli::{nfold, project, refused, text, with_demo};
 
-/// Runs the program and fails if it waits for something that never comes.
+/// Runs the program, and fails if it does not end soon.
 fn at_once(args: &[&str], folder: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
     command.args(args).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -35,7 +35,7 @@ fn help_of_serve_is_in_groups() {
     assert_eq!(options.matches("--").count(), 2, "{options}");
 }
 
-/// The log says what is under way, and ends with an address to click; SIGHUP is answered by a line.
+/// The log reports the steps of the start, and ends with a URL; SIGHUP is answered by a line.
 #[cfg(unix)]
 #[test]
 fn the_start_is_told() {
@@ -66,7 +66,7 @@ fn the_start_is_told() {
     assert!(child.wait().unwrap().success());
 }
 
-/// Pipes, sockets and devices are named, not waited for, wherever a file is.
+/// Pipes, sockets and devices are named, and not waited for, wherever a file is expected.
 #[cfg(unix)]
 #[test]
 fn what_is_no_file_is_named_at_once() {
@@ -119,7 +119,7 @@ fn what_is_no_file_is_named_at_once() {
     assert!(text(&output.stderr).lines().last().unwrap().contains("127.0.0.1:1"), "{}", text(&output.stderr));
 }
 
-/// Where an answer can't be written, it says what the user named.
+/// If an output can't be written, the error says what the user named.
 #[test]
 fn what_cannot_be_written_is_named() {
     let folder = with_demo();
@@ -133,7 +133,7 @@ fn what_cannot_be_written_is_named() {
     }
 }
 
-/// A variable that only looks like one of ours is told; those of others are none of our business.
+/// A misspelt `NFOLD_` variable is reported; variables of other programs are not.
 #[test]
 fn misspelt_variables_are_told() {
     let folder = tempfile::tempdir().unwrap();
@@ -161,7 +161,7 @@ fn misspelt_variables_are_told() {
     }
 }
 
-/// A name that is no text, where the report repeats the command.
+/// Non-UTF-8 names in the command that a report repeats.
 #[cfg(target_os = "linux")]
 #[test]
 fn reports_take_names_that_are_no_text() {
@@ -187,7 +187,7 @@ fn reports_take_names_that_are_no_text() {
     assert!(folder.path().join(report).join("index.html").is_file());
 }
 
-/// What people give in place of a checkpoint, of a file of names, or of an image's bytes, is called what it is.
+/// What users mistake for a checkpoint, a file of names or an image's bytes is named for what it is.
 #[test]
 fn what_is_mistaken_for_something_else_is_named() {
     let folder = with_demo();

@@ -1,4 +1,4 @@
-//! Connections: heads that nobody can read, clients that don't take their answers, and how a stop ends them.
+//! Connections: unreadable heads, clients that don't read their responses, and how a stop ends connections.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -24,7 +24,7 @@ fn raw(address: SocketAddr, bytes: &[u8]) -> Answer {
     receive(stream)
 }
 
-/// Heads that are no HTTP, each with its status. They reach no handler: the library answers, without a body.
+/// Heads that can't be parsed as HTTP, each with its status. They reach no handler: hyper answers, without a body.
 fn unreadable() -> Vec<(String, u16)> {
     let long = format!("GET /v2 HTTP/1.1\r\nx-long: {}\r\n\r\n", "x".repeat(300_000));
     let many: String = (0..200).map(|i| format!("x-{i}: 1\r\n")).collect();
@@ -55,23 +55,23 @@ fn heads_that_nobody_can_read_are_told_so_and_counted() {
             let answer = raw(address, bytes.as_bytes());
             let begin = &bytes[..bytes.len().min(60)];
             assert_eq!((answer.status, answer.body.as_str()), (*status, ""), "{begin:?}");
-            // behind a request that can be read
+            // after a valid request
             let answers = raw(address, format!("{LIVE}{bytes}").as_bytes());
             let second = answers.body.split("HTTP/1.1 ").nth(1).unwrap_or_else(|| panic!("{begin:?}: {answers:?}"));
             assert!(second.starts_with(&status.to_string()), "{begin:?}: {second}");
             eventually("both are counted", || count() == 2 * (i as u64 + 1));
         }
     }
-    // a line that can be read but is out of all proportion
+    // a request line that can be parsed but is too long
     let answer = ask(server.http, &format!("GET /{}", "x".repeat(9000)), &[], b"");
     assert_eq!(answer.error(), (414, "uri_too_long".into()));
-    // headers that hyper may read although they are beyond its limit
+    // headers that hyper accepts although they are above its limit
     assert_eq!(ask(server.http, "GET /v2", &[("x-long", &"x".repeat(66_000))], b"").status, 431);
     assert_eq!(server.classify("", &[], &png(1)).status, 200);
     server.end().unwrap();
 }
 
-/// The answer arrives although most of what the client sends is never read.
+/// The response arrives although most of what the client sends is never read.
 #[test]
 fn a_client_that_goes_on_sending_still_reads_why_it_was_refused() {
     let server = start(local(), options(1, 4, 8));
@@ -92,7 +92,7 @@ fn a_client_that_goes_on_sending_still_reads_why_it_was_refused() {
 #[test]
 fn answers_to_readable_requests_stay_as_they_are() {
     let server = start(Options { cors_origins: vec!["*".into()], ..local() }, options(1, 4, 8));
-    // what has no body, or an error of our own
+    // responses without a body, and an error of nfold's
     let preflight = [("origin", "https://a.test"), ("access-control-request-method", "POST")];
     let allowed = ask(server.http, "OPTIONS /v1/classify", &preflight, b"");
     assert_eq!((allowed.status, allowed.body.as_str()), (200, ""));
@@ -101,7 +101,7 @@ fn answers_to_readable_requests_stay_as_they_are() {
     let missing = ask(server.http, "GET /nothing", &[], b"");
     assert_eq!(missing.error(), (404, "not_found".into()));
     assert!(missing.body.contains("there is no such path"), "{missing:?}");
-    // a good request and a bad one in one packet: each has its own answer
+    // a valid and an invalid request in one packet: each has its own response
     let mut stream = open(server.http);
     stream.write_all(format!("{LIVE}GARBAGE\r\n\r\n").as_bytes()).unwrap();
     let mut answers = Vec::new();
@@ -113,7 +113,8 @@ fn answers_to_readable_requests_stay_as_they_are() {
     server.end().unwrap();
 }
 
-// --- HTTP/2 by hand: a client that does only what a test says ---------------------------------------------------------
+// --- HTTP/2 by hand: a client that sends only what a test says
+// ---------------------------------------------------------
 
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
@@ -123,7 +124,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The preface, and settings: SETTINGS_INITIAL_WINDOW_SIZE is how much of an answer the client takes.
+/// The preface, and SETTINGS with SETTINGS_INITIAL_WINDOW_SIZE: how many bytes of a response the client accepts.
 pub fn hello(window: u32) -> Vec<u8> {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let mut setting = vec![0, 4];
@@ -148,7 +149,7 @@ pub fn request(method: &str, path: &str, kind: &str, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Reads until the server has nothing more to say or `wanted` came; the bytes, and whether the connection was closed.
+/// Reads until the server is silent or has sent `wanted`; returns the bytes, and whether the connection was closed.
 pub fn listen(stream: &mut TcpStream, wanted: &[u8]) -> (Vec<u8>, bool) {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
@@ -205,7 +206,7 @@ fn a_slow_client_that_takes_something_keeps_its_connection() {
     server.end().unwrap();
 }
 
-/// An HTTP/2 client answers pings and takes frames, but never gives its answer room.
+/// An HTTP/2 client that answers PING and accepts frames, but never opens its flow-control window for the response.
 #[test]
 fn a_client_that_gives_no_window_loses_its_connection_on_both_ports() {
     let server = start(Options { write_timeout: Duration::from_millis(400), ..local() }, options(1, 4, 8));
@@ -216,7 +217,7 @@ fn a_client_that_gives_no_window_loses_its_connection_on_both_ports() {
         let started = Instant::now();
         let (_, closed) = listen(&mut stream, b"");
         assert!(closed && started.elapsed() > Duration::from_millis(350), "{:?}", started.elapsed());
-        // the same with room is answered, and stays for as long as it likes
+        // the same with an open window is answered, and stays for as long as it likes
         let mut stream = open(address);
         stream.write_all(&[hello(1 << 20), asked].concat()).unwrap();
         stream.set_read_timeout(Some(Duration::from_millis(1500))).unwrap();
@@ -249,7 +250,7 @@ fn clients_that_leave_connections_open_don_t_hold_up_the_stop() {
     drop((idle, silent, half));
 }
 
-/// What is being computed is waited for, however silent its client is.
+/// A stop waits for requests in work, even if their clients are silent.
 #[test]
 fn a_stop_waits_for_open_requests_of_silent_clients() {
     let server = start(local(), options(1, 1, 8));

@@ -29,7 +29,7 @@ fn texts() -> BTreeMap<String, String> {
     files.iter().map(|f| (name(f), fs::read_to_string(f).unwrap())).collect()
 }
 
-/// Words that begin with `prefix` and go on with the characters that `in_word` takes.
+/// Words that begin with `prefix`, followed by characters for which `in_word` holds.
 fn words(text: &str, prefix: &str, in_word: impl Fn(char) -> bool) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, _) in text.match_indices(prefix) {

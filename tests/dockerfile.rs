@@ -1,5 +1,5 @@
-//! The Dockerfile by rules: those of hadolint that apply, and what the manifests rely on. `deploy/check-dockerfile`
-//! carries the file out.
+//! Checks the Dockerfile against rules: those of hadolint that apply, and what the manifests rely on.
+//! `deploy/check-dockerfile` runs it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -124,7 +124,7 @@ fn instructions_keep_the_rules() {
     }
 }
 
-/// A file that is there, and that .dockerignore lets through.
+/// Asserts that a file exists and .dockerignore does not exclude it.
 fn in_context(path: &str) {
     assert!(Path::new(&project(path)).exists(), "COPY {path}: no such file");
     let ignore = fs::read_to_string(project(".dockerignore")).unwrap();

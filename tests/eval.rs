@@ -1,4 +1,4 @@
-//! `nfold eval` on real photographs, with timm's own answers for the same files as the yardstick.
+//! `nfold eval` on real photographs, compared with timm's predictions for the same files.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{nfold, project, refused, text, with_demo};
 
-/// What timm says, as the JSON lines that `--against` takes.
+/// timm's predictions, as JSON lines for `--against`.
 fn timm(folder: &Path) -> (Value, String) {
     let said: Value = serde_json::from_slice(&fs::read(project("tests/data/cifar10.json")).unwrap()).unwrap();
     let labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];

@@ -1,4 +1,4 @@
-//! Test doubles for the serving half: engines that do as they are told, and a model around them.
+//! Test doubles for serving: controllable engines, and a model around them.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,14 +15,14 @@ use nfold::model::{Manifest, ModelDir};
 pub const SIDE: usize = 2;
 pub const CLASSES: usize = 3;
 
-/// Marks an image that a fault is about.
+/// Value that marks an image for a fault.
 pub const MARK: f32 = 1000.0;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// An error for every batch that holds a marked image.
+    /// An error for every batch with a marked image.
     Error,
-    /// A panic for every batch that holds a marked image.
+    /// A panic for every batch with a marked image.
     Panic,
     /// A panic for every batch.
     PanicAlways,
@@ -41,8 +41,9 @@ pub struct Strings {
     opened: Condvar,
     pub opens: AtomicUsize,
     pub refuse_open: AtomicBool,
-    /// Sizes of the batches run since warm-up, and the first value of every image in them.
+    /// Sizes of the batches run since warm-up.
     pub batches: Mutex<Vec<usize>>,
+    /// The first value of every image in them.
     pub seen: Mutex<BTreeSet<i64>>,
     /// The same, in the order of the runs.
     pub order: Mutex<Vec<i64>>,
@@ -51,7 +52,7 @@ pub struct Strings {
 }
 
 impl Strings {
-    /// Engines block from their next run on.
+    /// Blocks engines from their next run on.
     pub fn hold(&self) {
         *self.closed.lock().unwrap() = true;
     }
@@ -158,7 +159,7 @@ pub fn all_images(metrics: &Metrics, name: &str) -> u64 {
     Outcome::ALL.iter().map(|&o| images(metrics, name, o)).sum()
 }
 
-/// Waits for something that other threads are about to make true.
+/// Waits until `holds` is true, which other threads cause.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let started = std::time::Instant::now();
     while !holds() {

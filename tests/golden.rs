@@ -1,5 +1,5 @@
-//! Folded graphs against timm's own answers, for every family: `tests/goldens/NAME/golden.safetensors` holds inputs,
-//! timm's logits in double precision and in single precision.
+//! Folded graphs compared with timm's logits, for every family: `tests/goldens/NAME/golden.safetensors` holds inputs,
+//! and timm's logits in double and in single precision.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ fn furthest(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// As folded; padded as machines with AVX-512 need it, whatever this one is; and as this one runs it, if that is another.
+/// The graph as folded; padded as on machines with AVX-512; and as this machine runs it, if that differs.
 pub fn ways_to_run(onnx: Vec<u8>) -> impl Iterator<Item = (Fitted, &'static str)> {
     let padded = Fitted::padded(onnx.clone().into(), 16);
     let laid_out = Some(Fitted::for_this_cpu(onnx.clone())).filter(Fitted::is_laid_out);
@@ -143,7 +143,7 @@ fn folded_graphs_hold_plain_operators_only() {
     }
 }
 
-/// The same checkpoint gives the same bytes, and the bytes say where they come from.
+/// The same checkpoint gives the same bytes, which name their origin.
 #[test]
 fn folding_is_deterministic() {
     let checkpoint = Checkpoint::open(&goldens()[0]).unwrap();

@@ -1,9 +1,9 @@
-//! `deploy/gpu-check`, rehearsed on the CPU: what a machine with a GPU runs once, and nobody is there to mend it.
+//! `deploy/gpu-check`, rehearsed on the CPU: it runs on a machine with a GPU where nobody can fix it.
 
 use std::path::Path;
 use std::process::Command;
 
-/// Runs these steps into a folder; what was said.
+/// Runs these steps into a folder; returns the output.
 fn check(folder: &Path, steps: &str) -> String {
     let mut command = Command::new("python3");
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/gpu-check"));
@@ -24,14 +24,14 @@ fn check(folder: &Path, steps: &str) -> String {
     said
 }
 
-/// Rows of the table that begin so, word by word.
+/// Rows of the table that begin with `start`, word by word.
 fn rows(folder: &Path, start: &str) -> Vec<Vec<String>> {
     let table = std::fs::read_to_string(folder.join("table.txt")).unwrap();
     let lines = table.lines().filter(|line| line.starts_with(start));
     lines.map(|line| line.split_whitespace().map(String::from).collect()).collect()
 }
 
-/// The first steps, and that what is done is not done again.
+/// The first steps, and that finished steps are not repeated.
 #[test]
 fn the_gpu_check_begins_and_goes_on() {
     let folder = tempfile::tempdir().unwrap();

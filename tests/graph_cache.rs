@@ -1,4 +1,4 @@
-//! Graphs kept for the next start: the same bits, damage, folders that can't be written.
+//! The graph cache: the same bits, damaged files, folders that can't be written.
 
 use std::path::{Path, PathBuf};
 
@@ -146,7 +146,7 @@ fn a_damaged_file_is_made_anew() {
     }
 }
 
-/// Sessions share the weights' file: replaced or removed, those that run keep what they have.
+/// Sessions map the weights' file: running sessions are not affected if it is replaced or removed.
 #[test]
 fn a_running_session_keeps_its_weights() {
     let folder = tempfile::tempdir().unwrap();
@@ -160,7 +160,7 @@ fn a_running_session_keeps_its_weights() {
     assert_eq!(bits(&mut running), cold);
 }
 
-/// `serve --check` makes what a start loads, and listens nowhere.
+/// `serve --check` fills the cache that a start uses, and does not listen.
 #[test]
 fn a_check_fills_the_cache_and_listens_nowhere() {
     let demo = crate::cli::with_demo();

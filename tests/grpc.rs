@@ -80,7 +80,7 @@ fn parameter(choice: ParameterChoice) -> pb::InferParameter {
     pb::InferParameter { parameter_choice: Some(choice) }
 }
 
-/// What an error is, beyond its status number.
+/// An error's code, which is finer than its status number.
 fn code(status: &Status) -> &str {
     status.metadata().get("x-error-code").and_then(|c| c.to_str().ok()).unwrap_or_default()
 }
@@ -111,7 +111,7 @@ fn raw_in_raw_out_typed_in_typed_out() {
     });
 }
 
-/// REST, protocol and gRPC: the same picture, the same bits.
+/// REST, the Open Inference Protocol and gRPC give the same bits for the same image.
 #[test]
 fn three_doors_one_path() {
     with(local(), (2, 4, 16), async |h| {

@@ -1,4 +1,4 @@
-//! JPEG: Pillow's pixels to the bit, Pillow's `draft` to the bit, and hostile files. Goldens come from
+//! JPEG: Pillow's pixels to the bit, the pixels of Pillow's `draft` to the bit, and hostile files. Goldens come from
 //! `tests/data/preprocess/make_goldens.py`.
 
 use nfold::pixels::{Decoder, ImageError, ImageLimits, Picture, RgbImage, Scale};

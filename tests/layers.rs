@@ -1,10 +1,11 @@
-//! The structure of src/: imports only point down, and some names stay in one room. docs/architecture.md states these as invariants.
+//! The structure of src/: imports only point down, and some names are confined to one module. docs/architecture.md
+//! states these as invariants.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Rooms, each with the rooms of ours that it may import.
+/// Modules, each with the modules that it may import.
 const ROOMS: [(&str, &[&str]); 25] = [
     ("main", &["cli"]),
     (
@@ -80,7 +81,7 @@ const CONFINED: [(&str, &[&str]); 20] = [
     ("StatusCode::INTERNAL_SERVER_ERROR", &["server/status.rs"]),
 ];
 
-/// Words that a room never uses.
+/// Words that a module never uses.
 const FORBIDDEN: [(&str, &[&str]); 23] = [
     ("fold/", &["tokio", "axum", "tonic", "ort::"]),
     ("infer/", &["axum", "tonic", "http::", "crate::pb"]),
@@ -91,12 +92,12 @@ const FORBIDDEN: [(&str, &[&str]); 23] = [
     ("hub/", &["tokio", "axum", "ort::"]),
     ("sources/", &["tokio", "axum", "tonic", "ort::"]),
     ("pixels/", &["tokio", "axum", "ort::", "crate::infer", "crate::metrics"]),
-    // what serves says nothing past the log: a reader that left or sleeps would end it
+    // the server prints nothing outside the log: a closed or blocked stdout would end it
     ("server/", &["println!", "eprintln!"]),
     ("infer/", &["println!", "eprintln!"]),
     ("engine", &["println!", "eprintln!"]),
     ("pixels/", &["println!", "eprintln!"]),
-    // scheduling has its clock and its waiting from `infer::system`, so that a simulation can stand in for them
+    // scheduling gets time and waiting from `infer::system`, so that a simulation can replace them
     ("infer/admission.rs", UNSIMULATED),
     ("infer/estimate.rs", UNSIMULATED),
     ("infer/line.rs", UNSIMULATED),
@@ -132,7 +133,7 @@ fn sources() -> BTreeMap<String, String> {
     files.iter().map(|f| (name(f), code(fs::read_to_string(f).unwrap()))).collect()
 }
 
-/// Whether `word` stands in `code` by itself: `report::` is not `ort::`.
+/// Whether `word` occurs in `code` as a word: `report::` is not `ort::`.
 fn says(code: &str, word: &str) -> bool {
     let joins = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).any(|(at, _)| !word.starts_with(joins) || !code[..at].ends_with(joins))
@@ -200,7 +201,7 @@ fn paths(code: &str) -> Vec<String> {
     found
 }
 
-/// The file that a path in `module` leads to: the longest of its beginnings that is one.
+/// The file that a path in `module` refers to: the longest prefix that is one.
 fn leads_to(module: &str, path: &str, modules: &BTreeMap<String, String>) -> Option<String> {
     let mut parts: Vec<&str> = path.split("::").collect();
     let mut from: Vec<&str> = module.split("::").collect();
@@ -223,8 +224,8 @@ fn leads_to(module: &str, path: &str, modules: &BTreeMap<String, String>) -> Opt
     (0..=parts.len()).rev().map(target).find(|name| modules.contains_key(name))
 }
 
-/// A file may use what its parent defines, and a parent its children: apart from that, no two files need each other, by
-/// whatever way round.
+/// A file may use what its parent defines, and a parent its children: apart from that, no files import each other,
+/// directly or indirectly.
 #[test]
 fn no_imports_go_round_in_circles() {
     let name = |file: &str| file.trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::");
@@ -236,7 +237,7 @@ fn no_imports_go_round_in_circles() {
     };
     let mut imports: BTreeMap<_, _> = modules.iter().map(imports).collect();
     assert!(imports["server"].contains("infer::registry"), "imports are seen");
-    // files that import nothing that is left can't be in a circle
+    // a file that imports none of the remaining ones is in no cycle
     loop {
         let free: Vec<String> =
             imports.iter().filter(|(_, targets)| targets.is_empty()).map(|(m, _)| m.clone()).collect();

@@ -40,7 +40,7 @@ fn numbers(answer: &Answer) -> Vec<f32> {
     answer.json()["outputs"][0]["data"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect()
 }
 
-/// A body of JSON and bytes, and the header that says where one ends.
+/// A body of JSON and bytes, and the value of the header that gives the JSON's length.
 fn framed(json: &Value, bytes: &[u8]) -> (String, Vec<u8>) {
     let mut body = json.to_string().into_bytes();
     let length = body.len().to_string();
@@ -52,7 +52,7 @@ fn le(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// The bytes of a binary answer's one output.
+/// The JSON and the bytes of a binary response with one output.
 fn binary(answer: &Answer) -> (Value, Vec<u8>) {
     assert_eq!(answer.status, 200, "{answer:?}");
     assert_eq!(answer.headers["content-type"], "application/octet-stream");
@@ -116,7 +116,7 @@ fn binary_tensors_in_every_datatype_that_is_an_image() {
     server.end().unwrap();
 }
 
-/// Encoded images through `/v2` are what `/v1` makes of them, logit for logit.
+/// Encoded images through `/v2` give the logits of `/v1`.
 #[test]
 fn encoded_images_walk_the_same_path_as_classify() {
     let server = start(local(), options(2, 4, 16));
@@ -435,7 +435,7 @@ fn openapi_describes_every_route_and_the_page_is_here() {
     server.end().unwrap();
 }
 
-/// 10,000 requests, each damaged in its own way; then the server answers and holds no more memory than before.
+/// 10,000 requests, each damaged in its own way; then the server answers and uses no more memory than before.
 #[test]
 fn ten_thousand_malformed_requests_leave_no_trace() {
     let server = start(Options { body_limit: 64 << 10, ..local() }, options(2, 4, 64));
@@ -459,7 +459,7 @@ fn resident() -> u64 {
     status.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-/// Sends `count` damaged requests over kept connections; every answer must be complete and never a 5xx.
+/// Sends `count` damaged requests over kept connections; every response must be complete and never a 5xx.
 fn damage(address: SocketAddr, good: &[u8], count: u64) {
     use std::io::{BufRead as _, BufReader, Read as _};
     let mut random = 0x1234_5678_9abc_def1_u64;
@@ -518,20 +518,20 @@ fn damage(address: SocketAddr, good: &[u8], count: u64) {
     }
 }
 
-/// Room for any number of values, in the tests below.
+/// Generous limits for the tests below.
 const LIMITS: Limits = Limits { images: 8, values: 1000 };
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
-    /// Whatever comes, parsing ends with a request or with an error that a client may read.
+    /// For any body, parsing ends with a request or with an error that a client may read.
     #[test]
     fn any_body_is_a_request_or_an_error(length in proptest::option::of(0_usize..400), body in proptest::collection::vec(any::<u8>(), 0..300)) {
         let error = framing::parse(length, &body.into(), &LIMITS, &mut |_| Ok(())).err();
         prop_assert!(error.is_none_or(|e| e.code == Outcome::InvalidRequest && !e.message.is_empty()));
     }
 
-    /// What a client frames is what the server reads, however the tensor travels.
+    /// Numbers arrive bit for bit, whichever way a tensor is sent.
     #[test]
     fn framed_numbers_arrive_bit_for_bit(values in proptest::collection::vec(proptest::num::f32::NORMAL, 1..40)) {
         use nfold::server::oip::{datatype::Datatype, inference::Contents};

@@ -1,5 +1,5 @@
-//! Far more load than there is capacity: the server goes on answering as many as it can, in time, refuses the rest at
-//! once, and is itself again as soon as the load is gone.
+//! Far more load than capacity: the server still answers as many requests as it can, in time, refuses the rest at once,
+//! and recovers as soon as the load is gone.
 
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::serve::{TestServer, ask, local, png, start};
 
 /// Longest a request may take.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// One image in an engine, one image per run: two engines answer 100 a second at most.
+/// One image per engine run: two engines answer at most 100 per second.
 const RUN: Duration = Duration::from_millis(20);
 
 fn measure(server: &TestServer, connections: &[usize], rates: &[f64], window_s: f64) -> Vec<Step> {
@@ -49,7 +49,7 @@ fn overload(window_s: f64) {
     let most = measure(&server, &[8], &[], window_s).remove(0).goodput;
     assert!(most > 50.0, "{most}/s where 100/s are possible: this machine is too busy to measure on");
     for multiple in [2.0, 5.0, 10.0] {
-        // a machine that others use can only make it worse, so the best of three counts
+        // other load on the machine can only worsen a result, so the best of three counts
         let mut tries = (0..3).map(|_| measure(&server, &[], &[multiple * most], window_s).remove(0));
         let step = tries.find(|step| step.goodput >= 0.95 * most);
         let step =
@@ -115,9 +115,9 @@ fn bodies_share_a_bounded_memory_and_give_it_back() {
     let mut said = [0; 12];
     chunked.read_exact(&mut said).unwrap();
     assert_eq!(&said, b"HTTP/1.1 429");
-    // small requests find room all the while
+    // small requests are still accepted
     assert_eq!(server.classify("", &[], &png(255)).status, 200);
-    // what was taken comes back, by an answer or by the client's end
+    // the budget is released, by an answer or when the client disconnects
     halves[0].write_all(b"x").unwrap();
     let mut said = [0; 12];
     halves[0].read_exact(&mut said).unwrap();
@@ -129,7 +129,7 @@ fn bodies_share_a_bounded_memory_and_give_it_back() {
     server.end().unwrap();
 }
 
-/// A client that still sends is told at once that there is no room, whatever it is about to send.
+/// A client that is still sending is told at once that there is no room, however large its body is.
 #[test]
 fn refusals_do_not_wait_for_their_bodies() {
     let server = start(local(), options(1, 1, 2));
@@ -145,7 +145,7 @@ fn refusals_do_not_wait_for_their_bodies() {
     for path in ["/v1/classify", "/v2/models/m/infer"] {
         let mut stream = std::net::TcpStream::connect(server.http).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        // the client asks first, and so nothing is thrown away before the refusal
+        // with `Expect: 100-continue`, so that nothing is discarded before the refusal
         let head =
             format!("POST {path} HTTP/1.1\r\nhost: t\r\nexpect: 100-continue\r\ncontent-length: 1000000\r\n\r\n");
         stream.write_all(head.as_bytes()).unwrap();

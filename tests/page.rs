@@ -22,7 +22,7 @@ struct Browser {
 }
 
 impl Browser {
-    /// None when this machine has no browser; that is said.
+    /// `None` if this machine has no browser; says so on stderr.
     fn open() -> Option<Self> {
         let window = Self::open_any();
         if window.is_none() {
@@ -88,7 +88,7 @@ impl Browser {
         }
     }
 
-    /// As the file dialog would.
+    /// Selects files as the file dialog would.
     fn choose(&self, files: &[&Path]) {
         let input = self.call("/element", json!({ "using": "css selector", "value": "#files" }));
         let id = input.as_object().unwrap().values().next().unwrap().as_str().unwrap();
@@ -96,7 +96,7 @@ impl Browser {
         self.call(&format!("/element/{id}/value"), json!({ "text": names.join("\n") }));
     }
 
-    /// As a mouse that drags a file from outside would.
+    /// Drops a file as a mouse would.
     fn drop_file(&self, file: &Path) {
         for kind in ["dragEnter", "dragOver", "drop"] {
             let files = json!([file.display().to_string()]);
@@ -105,7 +105,7 @@ impl Browser {
         }
     }
 
-    /// Picks the model at an index of the chooser.
+    /// Selects the model at an index of the list.
     fn pick(&self, index: usize) {
         let picked = format!("document.querySelector('#model').selectedIndex = {index}");
         self.value(&format!("({picked}, document.querySelector('#model').dispatchEvent(new Event('change')))"));
@@ -136,7 +136,7 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // ends the browser, which the driver's end would orphan
+        // ends the browser, which would outlive its driver
         let _ = ask(self.address, "DELETE", &format!("/session{}", self.session), &[], &[]);
         let _ = self.driver.kill();
         let _ = self.driver.wait();
@@ -165,7 +165,7 @@ fn a_person_with_a_photograph() {
     browser.until("document.querySelector('#health').dataset.state === 'ready'");
     assert_eq!(browser.text("#health"), "server ready");
 
-    // the keyboard's first stop is the way in, and it has a name
+    // the keyboard's first stop is the file input, and it has a name
     browser.press("\u{e004}");
     assert_eq!(browser.value("document.activeElement.id"), "files");
     assert_eq!(browser.value("document.querySelector('#files').labels[0].textContent"), "choose images");
@@ -194,14 +194,14 @@ fn a_person_with_a_photograph() {
     assert!(browser.text("#said").contains("cat.jpg: cat, 85.2 %"), "what a screen reader is told");
     browser.until("document.querySelector('article .thumb img').naturalWidth === 451");
     browser.picture("page.png");
-    // the command does what it says
+    // the displayed command works
     let said = Command::new("sh").arg("-c").arg(&command).current_dir(project("tests/data")).output();
     if let Some(said) = said.ok().filter(|said| said.status.success()) {
         let said: Value = serde_json::from_slice(&said.stdout).unwrap();
         assert_eq!(said["results"][0]["predictions"][0]["label"], "cat");
     }
 
-    // a text file: an error that says so, and the way to try again
+    // a text file: an error that says so, and how to try again
     let text = folder.path().join("it's a note.txt");
     std::fs::write(&text, "not an image").unwrap();
     browser.choose(&[&text]);
@@ -230,7 +230,7 @@ fn a_person_with_a_photograph() {
     browser.until(&format!("{done} === 5"));
     assert_eq!(browser.text("article .predictions li:first-child .label"), "frog");
 
-    // nothing came from elsewhere, nothing overflows a phone
+    // no resource from elsewhere, no overflow on a phone
     let hosts = "[...new Set(performance.getEntriesByType('resource').map(r => new URL(r.name).host))]";
     assert_eq!(browser.value(hosts), json!([server.http.to_string()]));
     for (width, scheme, name) in [(900, "light", "light.png"), (900, "dark", "dark.png"), (360, "light", "phone.png")] {
@@ -286,7 +286,7 @@ fn choosing_a_model(browser: &Browser, server: &Server) {
     browser.until("document.querySelector('#health').dataset.state === 'ready'");
 }
 
-/// Two models with two versions each: the list is the server's own, and whoever is chosen answers.
+/// Two models with two versions each: the list is the server's own, and the selected model answers.
 #[test]
 fn the_chooser_lists_what_is_served() {
     let Some(browser) = Browser::open() else { return };
@@ -344,7 +344,7 @@ fn the_chooser_lists_what_is_served() {
     }
 }
 
-/// The page of a server that asks for a key asks for it too, tries again, and forgets it with the tab.
+/// The page of a server that needs a key asks for it, retries, and forgets it with the tab.
 #[test]
 fn a_person_with_a_key() {
     let Some(browser) = Browser::open() else {
@@ -385,7 +385,7 @@ fn a_person_with_a_key() {
     assert_eq!(browser.value("document.activeElement.id"), "files", "focus must not fall off the page");
     let command = browser.text("article .curl code");
     assert!(command.contains("-H 'authorization: Bearer KEY'") && !command.contains(key), "{command}");
-    // kept for this tab only, and nowhere in what the page shows
+    // kept for this tab only, and nowhere that the page shows
     assert_eq!(browser.value("[localStorage.length, sessionStorage.length, document.cookie]"), json!([0, 1, ""]));
     assert_eq!(browser.value(&format!("document.documentElement.outerHTML.includes('{key}')")), json!(false));
     browser.visit(&server);
@@ -415,7 +415,7 @@ fn the_page_may_load_and_call_only_this_server() {
     assert_eq!(ask(server.http, "POST", "/", &[], b"x").unwrap().status, 405);
 }
 
-/// `/docs` works under its policy.
+/// `/docs` works under its content security policy.
 #[test]
 fn the_documentation_shows_its_routes() {
     let Some(browser) = Browser::open() else { return };
@@ -424,7 +424,7 @@ fn the_documentation_shows_its_routes() {
     browser.until("document.querySelectorAll('.opblock').length > 5");
 }
 
-/// A page of an allowed origin asks with its key; one of another origin reads nothing.
+/// A page of an allowed origin sends requests with its key; one of another origin can't read responses.
 #[test]
 fn a_page_of_another_origin_with_a_key() {
     let Some(browser) = Browser::open() else { return };

@@ -1,4 +1,4 @@
-//! Preprocessing against Pillow's and timm's own answers, against a plain reference, and against hostile images.
+//! Preprocessing compared with Pillow, timm and a plain reference implementation, and on hostile images.
 //!
 //! Goldens come from `tests/data/preprocess/make_goldens.py`, which records the versions that made them.
 
@@ -162,18 +162,18 @@ fn every_format_decodes_as_pillow_does() {
     }
 }
 
-/// A file that people send although it is not quite what its format says, or a rare kind of it.
+/// An unusual or slightly malformed file that users do send.
 #[derive(Deserialize)]
 struct OddCase {
     file: String,
-    /// What Pillow makes of it; none: it refuses, or nfold does.
+    /// Digest of Pillow's pixels; `None`: Pillow or nfold refuses it.
     sha256: Option<String>,
     size: Option<[u32; 2]>,
     /// Why nfold refuses it.
     reason: Option<String>,
 }
 
-/// The colour rules, trailers, checksums, kinds and layouts of `compare_pillow.py`, a choice of them.
+/// A selection of the colour rules, trailers, checksums, kinds and layouts of `compare_pillow.py`.
 #[test]
 fn odd_files_are_read_as_pillow_reads_them() {
     let cases: Vec<OddCase> = serde_json::from_slice(&encoded("odd/odd.json")).unwrap();
@@ -347,7 +347,7 @@ proptest! {
     }
 }
 
-/// One file of every format, whose pixels need its last bytes.
+/// One file per format, whose last bytes matter for its pixels.
 const WHOLE: [&str; 9] = [
     "jpeg_420.jpg",
     "jpeg_progressive.jpg",
@@ -398,7 +398,7 @@ fn a_file_cut_anywhere_is_invalid() {
     assert_eq!(refused(&bytes[..bytes.len() - 2]).reason(), "truncated");
 }
 
-/// However many frames follow: they are neither counted nor read.
+/// Further frames are neither counted nor read, however many there are.
 #[test]
 fn only_the_first_frame_is_read() {
     let whole = encoded("images/gif_animated.gif");
@@ -432,7 +432,7 @@ fn patched(name: &str, at: usize, with: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Files that claim much, and what they must be refused for (nothing: they may decode).
+/// Files that claim to be large, and the error they must cause (`None`: they may decode).
 pub fn hostile() -> Vec<(&'static str, Vec<u8>, Option<&'static str>)> {
     vec![
         ("100 million pixels of PNG", encoded("bombs/pixels.png"), Some("too_many_pixels")),
@@ -481,7 +481,7 @@ fn hostile_child() {
     println!("hostile images added {} KiB", peak_kib() - before);
 }
 
-/// The true need of every format: what the header promises is what decoding takes.
+/// For every format, decoding needs the memory that the header predicts.
 #[test]
 fn decoding_takes_what_the_header_says() {
     let output = process::Command::new(env::current_exe().unwrap())
@@ -521,7 +521,7 @@ fn measured_child() {
     println!("all are measured");
 }
 
-/// The largest resident memory so far; 0 where the system doesn't say.
+/// Peak resident memory in KiB; 0 if the system doesn't report it.
 pub fn peak_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -545,8 +545,8 @@ fn limits_are_read_from_the_header_alone() {
     assert!(matches!(refused(&jpeg_of(65535, 65535)[..700]), ImageError::TooLarge { .. }));
 }
 
-/// Writes the tensors of a list of files: how `compare_timm.py` asks. Each line of `NFOLD_COMPARE` is an encoded file;
-/// its tensor goes beside it as little-endian floats. `NFOLD_JPEG_SCALE` is `--jpeg-scale`.
+/// Writes the tensors of a list of files, for `compare_timm.py`. Each line of `NFOLD_COMPARE` is an encoded file; its
+/// tensor is written beside it as little-endian floats. `NFOLD_JPEG_SCALE` is `--jpeg-scale`.
 #[test]
 #[ignore = "run by tests/data/preprocess/compare_timm.py"]
 fn write_tensors() {

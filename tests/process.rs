@@ -1,4 +1,4 @@
-//! The server as clients and operators meet it: the real program, the real demo model, real sockets and signals.
+//! The server as clients and operators see it: the real program, the real demo model, real sockets and signals.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -24,7 +24,7 @@ pub struct Server {
     log: Arc<Mutex<Vec<String>>>,
 }
 
-/// `nfold serve` in a folder: on free ports of this machine, its log as JSON on a pipe.
+/// `nfold serve` in a folder, on free ports, with its log as JSON on a pipe.
 pub fn serve(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
     command.arg("serve").args(["--http", "--grpc", "--admin"].iter().flat_map(|port| [port, "127.0.0.1:0"]));
@@ -37,12 +37,12 @@ impl Server {
         Self::start_in(with_demo(), flags)
     }
 
-    /// On the repository of a folder.
+    /// Starts a server in `folder`, whose repository is the subfolder `repository`.
     pub fn start_in(folder: tempfile::TempDir, flags: &[&str]) -> Self {
         Self::start_with(folder, flags, &[])
     }
 
-    /// With variables.
+    /// The same, with environment variables.
     pub fn start_with(folder: tempfile::TempDir, flags: &[&str], variables: &[(&str, String)]) -> Self {
         let variables = variables.iter().map(|(name, value)| (*name, value.as_str()));
         let mut child = serve(folder.path()).args(flags).envs(variables).spawn().unwrap();
@@ -57,7 +57,7 @@ impl Server {
         };
         let (admin, http) = (address_of("admin port listens"), address_of("HTTP port listens"));
         let grpc = address_of("gRPC port listens");
-        // a full pipe would stop the server
+        // read the log: a full pipe would stop the server
         let log = Arc::<Mutex<Vec<String>>>::default();
         let heard = log.clone();
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| heard.lock().unwrap().push(line)));
@@ -72,18 +72,18 @@ impl Server {
         ask(self.http, "GET", target, &[], &[]).unwrap()
     }
 
-    /// Lines of the log since the server is ready, such as have `text` in them.
+    /// Log lines since the server was ready that contain `text`.
     pub fn logged(&self, text: &str) -> Vec<String> {
         self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
     }
 
-    /// Lines of the log before the server was ready.
+    /// Log lines before the server was ready that contain `text`.
     #[cfg_attr(not(feature = "hub"), allow(dead_code))]
     pub fn before_ready(&self, text: &str) -> Vec<&String> {
         self.before.iter().filter(|line| line.contains(text)).collect()
     }
 
-    /// Where the server was started; its repository is the folder of this name there.
+    /// The server's working folder; the repository is its subfolder `repository`.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -134,7 +134,7 @@ impl Answer {
     }
 }
 
-/// Whether an answer that says its length is all there.
+/// Whether a response with a `content-length` is complete.
 fn is_whole(answer: &[u8]) -> bool {
     let Some(head) = answer.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
     let text = String::from_utf8_lossy(&answer[..head]).to_ascii_lowercase();
@@ -142,7 +142,7 @@ fn is_whole(answer: &[u8]) -> bool {
     length.is_some_and(|length| answer.len() >= head + 4 + length)
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub fn ask(
     to: SocketAddr,
     method: &str,
@@ -161,7 +161,7 @@ pub fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// One request on a connection that may have had others.
+/// Sends one request on an open connection.
 pub fn exchange(
     stream: &mut TcpStream,
     method: &str,
@@ -234,7 +234,7 @@ fn one_photograph_one_answer_by_every_way() {
         assert!(answer.header("x-request-id").is_some_and(|id| id.len() > 8));
     }
 
-    // several at once, one of them broken: the others are answered, in order, as if alone
+    // several images, one of them broken: the others are answered, in order, as if alone
     let ship = data("cifar10/ship/0000.jpg");
     let (kind, body) = multipart(&[&cat, b"not an image", &ship]);
     let several = server.post("/v1/classify?top_k=3", &[("content-type", &kind)], &body).json();
@@ -291,7 +291,7 @@ fn every_refusal_is_json_with_its_code() {
     let answer = server.post("/v1/classify", &[], &bomb);
     assert_eq!((answer.status, answer.json()["code"].as_str()), (413, Some("image_too_large")), "{answer:?}");
 
-    // every request is in exactly one outcome
+    // every request has exactly one outcome
     let metrics = ask(server.admin, "GET", "/metrics", &[], &[]).unwrap().body;
     let total: f64 = metrics
         .lines()
@@ -366,7 +366,7 @@ fn overload_is_refused_at_once_and_the_rest_is_answered() {
     }
 }
 
-/// SIGTERM in the middle of traffic: every request that was taken is answered, and the process ends well.
+/// SIGTERM under traffic: every accepted request is answered, and the process exits with 0.
 #[test]
 fn a_signal_under_load_loses_nothing() {
     let server = Server::start(&["--drain-hold", "200ms"]);
@@ -382,7 +382,7 @@ fn a_signal_under_load_loses_nothing() {
                             assert_eq!(answer.status, 200, "{answer:?}");
                             answered.fetch_add(1, Ordering::SeqCst);
                         }
-                        // the port is closed, or was closed between the system's taking the connection and ours
+                        // the port is closed, or was closed between the kernel's and the server's accept
                         Err(_) if TcpStream::connect(address).is_err() => return,
                         Err(error) => panic!("a request was lost: {error}"),
                     }
@@ -402,14 +402,14 @@ fn a_signal_under_load_loses_nothing() {
     assert!(answered.load(Ordering::SeqCst) > before, "{before}");
 }
 
-/// New, broken and removed versions under traffic: no request is lost, a broken one changes nothing.
+/// New, broken and removed versions under traffic: no request fails, and a broken version changes nothing.
 #[test]
 fn models_come_and_go_under_load() {
     let server = Server::start(&[]);
     let (cat, address) = (data("cat.jpg"), server.http);
     let versions = server.folder.path().join("repository/nf_regnet_cifar10");
     let copy = |to: &str| {
-        // whole or not at all, as `nfold fold` writes
+        // moved into place, as `nfold fold` does
         let (from, fresh) = (versions.join("1"), versions.join(".fresh"));
         std::fs::create_dir(&fresh).unwrap();
         for file in ["model.onnx", "manifest.json"] {

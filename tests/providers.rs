@@ -1,4 +1,4 @@
-//! Execution providers: where the parts of a graph run, and what is said when that is not where they should.
+//! Execution providers: where the parts of a graph run, and what is reported when that is not the requested provider.
 
 use nfold::engine::{
     Backend as _, Batch, BoundBackend, EngineOptions, Fitted, GpuOptions, OrtBackend, Provider, check_placement,
@@ -42,8 +42,8 @@ fn a_provider_that_is_not_there_is_told_with_the_next_step() {
     }
 }
 
-/// What GPUs do, on the CPU: bound tensors and fixed places for CUDA graphs give the same bits, whatever shape comes in
-/// whatever order, and however many shapes.
+/// What GPUs use, on the CPU: bound tensors, and fixed addresses for CUDA graphs, give the same bits for any order and
+/// number of shapes.
 #[test]
 fn bound_tensors_give_the_same_bits() {
     let folder = with_demo();

@@ -1,4 +1,4 @@
-//! Pseudo-random numbers, the same ones for the same seed.
+//! Seeded pseudo-random numbers.
 
 #[derive(Debug, Clone)]
 pub struct Random(u64);
@@ -17,27 +17,27 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Among `0..count`.
+    /// A number in `0..count`.
     pub fn below(&mut self, count: u64) -> u64 {
         self.next() % count.max(1)
     }
 
-    /// A position in something of `count` elements.
+    /// An index into `count` elements.
     pub fn index(&mut self, count: usize) -> usize {
         self.below(count as u64) as usize
     }
 
-    /// True once in `count` times.
+    /// True once in `count` times, on average.
     pub fn once_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
 
-    /// Among `low..=high`.
+    /// A number in `low..=high`.
     pub fn between(&mut self, low: u64, high: u64) -> u64 {
         low + self.below(high - low + 1)
     }
 
-    /// One of them.
+    /// One of the elements.
     pub fn one<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.index(of.len())]
     }

@@ -69,7 +69,7 @@ fn completions_name_every_command_and_flag() {
     assert_eq!(unknown.status.code(), Some(2), "{}", text(&unknown.stderr));
 }
 
-/// A shell that is here reads its own script.
+/// Bash, if installed, can run its completion script.
 #[test]
 fn bash_completes_commands_and_flags() {
     let made = nfold(&["completions", "bash"], &std::env::temp_dir());
@@ -117,7 +117,7 @@ fn documents() -> Vec<(String, String)> {
     names.into_iter().map(|name| (name.clone(), fs::read_to_string(project(&name)).unwrap())).collect()
 }
 
-/// As the forges make them of headings.
+/// Anchors of headings, as GitHub and GitLab generate them.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.lines().filter(|l| l.starts_with('#')).map(|l| l.trim_start_matches('#').trim());
     let plain = |c: char| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_';
@@ -146,7 +146,7 @@ fn links_between_documents_lead_somewhere() {
     assert!(followed > 40, "{followed}");
 }
 
-/// Documents name only flags and variables that are in the reference, and metrics that are in the code.
+/// Documents name only flags and variables of the reference, and metrics of the code.
 #[test]
 fn documents_name_what_exists() {
     let reference = fs::read_to_string(project("docs/configuration.md")).unwrap();
@@ -156,11 +156,11 @@ fn documents_name_what_exists() {
             let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '-';
             text[from..].split(ends).next().unwrap()
         };
-        // flags of ours stand alone: those of other programs follow their names
+        // nfold's flags stand alone in backticks: those of other programs follow their names
         for (at, _) in text.match_indices("`--") {
             let flag = word(at + 1);
             let other = ["--features", "--locked", "--build-arg"].contains(&flag);
-            // a changelog also names what has gone
+            // a changelog also names removed flags
             let known = other || name == "CHANGELOG.md" || reference.contains(&format!("`{flag}"));
             assert!(known, "{name}: {flag}");
             checked += 1;

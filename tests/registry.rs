@@ -1,4 +1,4 @@
-//! Models that come and go while others serve: what breaks on the way is told, and stays where it is.
+//! Models that are loaded and unloaded while others serve: failures are reported, and affect only their model.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,11 +23,11 @@ enum Opens {
     PanicInThread,
     /// The engine panics in its first run.
     PanicInRun,
-    /// What reads the graph panics.
+    /// Reading the graph panics.
     PanicBefore,
 }
 
-/// A repository in memory: versions of one model, each with how it opens and what changes when its files do.
+/// A repository in memory: versions of one model, each with how it opens and its fingerprint.
 #[derive(Debug, Default)]
 struct Shelf {
     versions: Mutex<BTreeMap<u64, (Opens, &'static str)>>,
@@ -96,7 +96,7 @@ fn newest(registry: &Registry) -> u64 {
     model.version
 }
 
-/// Version 0.1 waited without end for the report of a thread that had panicked, and every later reload waited for that.
+/// Version 0.1 waited forever for the report of a thread that had panicked, and so did every later reload.
 #[test]
 fn a_panic_while_an_engine_opens_is_a_failure_like_any_other() {
     for opens in [Opens::PanicInThread, Opens::PanicInRun, Opens::PanicBefore] {
@@ -142,7 +142,7 @@ fn what_has_not_changed_is_not_tried_again_at_every_look() {
     assert_eq!((newest(&registry), metrics.models_skipped.get()), (2, 0));
 }
 
-/// A rollout that takes the old version away together with bringing a broken one.
+/// A rollout that removes the old version together with adding a broken one.
 #[test]
 fn a_version_stays_until_there_is_one_in_its_stead() {
     let (shelf, registry, metrics) = registry();

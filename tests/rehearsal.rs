@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::cli::with_demo;
 use crate::process::{Answer, ask, connect, data, exchange};
 
-/// How long a stopped server goes on answering; the proxy asks ten times in that.
+/// How long a stopped server still answers; the proxy checks ten times in that.
 const HOLD: &str = "1s";
 const CALLERS: usize = 4;
 
@@ -42,7 +42,7 @@ struct Cluster {
     _proxy: Process,
 }
 
-/// A port that was free a moment ago: a server must come back on its own.
+/// A port that was free a moment ago: a server must restart on the same port.
 fn free() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
@@ -69,7 +69,7 @@ fn serve(folder: &Path, http: SocketAddr, admin: SocketAddr) -> Process {
 }
 
 impl Cluster {
-    /// None without haproxy.
+    /// `None` without haproxy.
     fn start() -> Option<Self> {
         if Command::new("haproxy").arg("-v").stdout(Stdio::null()).status().is_err() {
             let said = b"SKIP: no haproxy here, so no rolling restart was rehearsed (make tools)\n";
@@ -105,27 +105,27 @@ impl Cluster {
         Some(cluster)
     }
 
-    /// Stops each server and starts it again, one after the other.
+    /// Stops and restarts each server, one after the other.
     fn roll(&mut self) {
         for (http, admin, process) in &mut self.servers {
             process.signal("-TERM");
             assert!(process.0.wait().unwrap().success(), "a server did not end well");
             *process = serve(self.folder.path(), *http, *admin);
             eventually("ready again", || is_ok(*admin, "/readyz"));
-            // as the proxy, which asks every 100 ms, has noticed
+            // until the proxy, which checks every 100 ms, has noticed
             std::thread::sleep(Duration::from_millis(300));
         }
     }
 }
 
-/// What clients met.
+/// What clients received.
 #[derive(Default)]
 struct Met {
     latencies: Vec<Duration>,
     failures: Vec<String>,
 }
 
-/// One request, on the connection that was kept, if any. It is kept again unless the answer says close.
+/// Sends one request, on the kept connection if any. The connection is kept unless the response says close.
 fn call(proxy: SocketAddr, kept: &mut Option<TcpStream>, body: &[u8]) -> std::io::Result<Answer> {
     let mut stream = kept.take().map_or_else(|| connect(proxy), Ok)?;
     let answer = exchange(&mut stream, "POST", "/v1/classify", &[], body)?;
@@ -135,7 +135,8 @@ fn call(proxy: SocketAddr, kept: &mut Option<TcpStream>, body: &[u8]) -> std::io
     Ok(answer)
 }
 
-/// Calls through the proxy while `meanwhile` runs: half of the callers keep their connection, half open one a request.
+/// Sends requests through the proxy while `meanwhile` runs: half of the clients keep their connection, half open one
+/// per request.
 fn under_load(proxy: SocketAddr, meanwhile: impl FnOnce()) -> Met {
     let (met, stop, cat) = (Mutex::new(Met::default()), AtomicBool::new(false), data("cat.jpg"));
     std::thread::scope(|scope| {
@@ -159,7 +160,7 @@ fn under_load(proxy: SocketAddr, meanwhile: impl FnOnce()) -> Met {
                 }
             });
         }
-        // lets the callers stop although `meanwhile` panics
+        // stops the clients even if `meanwhile` panics
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
             fn drop(&mut self) {

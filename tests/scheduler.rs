@@ -1,5 +1,5 @@
-//! The scheduler with engines that are slow, hang, fail, panic or lie: every image gets its own answer or a refusal,
-//! exactly once, and nothing is ever queued without bound.
+//! The scheduler with engines that are slow, hang, fail, panic or return wrong results: every image gets its own answer
+//! or a refusal, exactly once, and nothing is queued without bound.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ impl Stage {
         self.metrics.queue_depth.with_label_values(&["m", "1"]).get()
     }
 
-    /// One image inside the (held) engine, everything after it waits.
+    /// One image inside the (held) engine; everything after it waits.
     fn occupy(&self) -> Ticket {
         self.strings.hold();
         let before = self.strings.runs();
@@ -368,7 +368,7 @@ fn warm_up_runs_every_batch_size() {
     assert_eq!(sizes, (1..=20).collect::<Vec<_>>());
 }
 
-/// A stage with a second kind of engine, for an idle machine.
+/// A stage with a wide engine, for an idle machine.
 fn elastic(options: SchedulerOptions) -> (Stage, Arc<Strings>) {
     let (strings, wide, metrics) = (Arc::new(Strings::default()), Arc::new(Strings::default()), Metrics::new());
     let job = Job { open_wide: Some(opener(&wide)), ..job(&strings, &metrics) };
@@ -385,7 +385,7 @@ fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
         assert_eq!(answer(stage.submit(id as f32).unwrap()).unwrap().logits[0], id as f32);
     }
     assert_eq!((wide.runs(), stage.strings.runs()), (3, 0));
-    // the wide engine is busy: what comes now gets a core of its own
+    // the wide engine is busy: the next image runs on one core
     wide.hold();
     let first = stage.submit(10.0).unwrap();
     eventually("the wide engine has it", || wide.runs() == 4);
@@ -393,7 +393,7 @@ fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
     assert_eq!(stage.strings.runs(), 1);
     wide.release();
     answer(first).unwrap();
-    // several at once share out the cores
+    // several images at once share the cores
     stage.strings.hold();
     let both = stage.scheduler.submit(vec![tensor(20.0), tensor(21.0)], Instant::now() + SOON).unwrap();
     eventually("each has a core", || stage.strings.runs() == 3 || wide.runs() == 5);
@@ -404,7 +404,7 @@ fn an_idle_machine_gives_an_image_all_cores_and_a_busy_one_does_not() {
     assert_eq!(all_images(&stage.metrics, "m"), stage.ended(Outcome::Ok));
 }
 
-/// The engine with all cores is fast because the machine is idle: its cost must not count as that of a busy machine.
+/// The wide engine is fast because the machine is idle: its cost must not count as that of a busy machine.
 #[test]
 fn an_idle_machine_does_not_spoil_the_estimate() {
     let (stage, wide) = elastic(options(1, 1, 100));
@@ -512,7 +512,7 @@ fn a_model_that_forgot_its_golden_answer_does_not_start() {
     assert!(matches!(begin(f32::NAN, 0.4), Err(StartError::Golden { .. })));
 }
 
-/// A million images of priority 1 can't keep one without a priority from its turn.
+/// A million images of priority 1 can't starve one without a priority.
 #[test]
 fn a_flood_of_first_priority_leaves_the_others_their_share() {
     let stage = start(options(1, 1, 200));

@@ -1,4 +1,4 @@
-//! Who may ask, and how much of the server a slow or silent client may hold: keys, TLS, CORS, limits.
+//! Access control, and how much of the server a slow or silent client can use: keys, TLS, CORS, limits.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -66,7 +66,7 @@ fn without_a_key_only_health_and_pages_answer() {
     drop(runtime);
     eventually("counted", || server.requests(Protocol::Grpc, Outcome::Unauthenticated) == 1);
 
-    // other keys from now on; a file that would lock everybody out changes nothing
+    // new keys are used from now on; a file without a valid key changes nothing
     let ask_with = |key: &str| ask(http, "GET /v2", &[("authorization", &format!("Bearer {key}"))], b"").status;
     std::fs::write(&path, "").unwrap();
     server.control.blocking_send(Control::Reload).unwrap();
@@ -79,7 +79,7 @@ fn without_a_key_only_health_and_pages_answer() {
     server.end().unwrap();
 }
 
-/// An authority, and certificates of it.
+/// A certificate authority.
 pub struct Authority {
     pub pem: String,
     issuer: Issuer<'static, KeyPair>,
@@ -94,7 +94,7 @@ impl Authority {
         Self { pem, issuer: Issuer::new(params, key) }
     }
 
-    /// A certificate and its key.
+    /// Issues a certificate and its key.
     fn issue(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
         (CertificateParams::new(vec![name.to_string()]).unwrap().signed_by(&key, &self.issuer).unwrap(), key)
@@ -127,7 +127,7 @@ pub fn client(authority: &str, identity: Option<(rcgen::Certificate, KeyPair)>, 
     Arc::new(config)
 }
 
-/// A request by TLS: the answer's first line.
+/// Sends a request over TLS; returns the first line of the response.
 fn ask_tls(to: SocketAddr, config: Arc<ClientConfig>, name: &str) -> std::io::Result<String> {
     let connection = ClientConnection::new(config, ServerName::try_from(name.to_string()).unwrap()).unwrap();
     let mut stream = StreamOwned::new(connection, TcpStream::connect(to)?);
@@ -221,7 +221,7 @@ fn files_that_are_no_certificates_or_keys_are_told_before_anything_runs() {
         let error = Server::bind(Options { tls: Some(tls), ..local() }).unwrap_err();
         assert!(matches!(error, ServeError::Tls(_)) && error.to_string().contains(flag), "{error}");
     }
-    // a password can't be asked for
+    // encrypted keys are refused: nobody can type the password
     for encrypted in [
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIBvTBXBgk=\n-----END ENCRYPTED PRIVATE KEY-----\n",
         "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nAAAA\n-----END RSA PRIVATE KEY-----\n",
@@ -267,7 +267,7 @@ fn other_origins_only_where_allowed() {
     open.end().unwrap();
 }
 
-/// A client that sends its head byte by byte, or never, loses its place to one that has something to say.
+/// A client that sends its head byte by byte, or never, is evicted for one that sends a request.
 #[test]
 fn slow_clients_don_t_keep_others_out() {
     let limits = Options { connections: 2, head_timeout: Duration::from_millis(300), ..local() };
@@ -300,7 +300,7 @@ fn heads_have_a_limit() {
     server.end().unwrap();
 }
 
-/// What a proxy in front may have read in another way is refused, on every port.
+/// Heads that a proxy in front may have read differently are refused, on every port.
 #[test]
 fn heads_that_could_be_read_in_two_ways_are_refused() {
     let server = start(local(), options(1, 1, 8));

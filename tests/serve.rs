@@ -1,5 +1,5 @@
-//! The server as its clients, its operator and its orchestrator meet it: real sockets, the real router, engines that do
-//! as they are told; and once the real program with a really folded model.
+//! The server as clients, operators and orchestrators see it: real sockets, the real router, controllable engines; and
+//! once the real program with a folded model.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 
 use crate::fakes::{Fault, MARK, Strings, engines, eventually, images, model_dir, options};
 
-/// An answer, or none: the connection ended first.
+/// A response; `None` if the connection ended first.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -67,7 +67,7 @@ pub fn receive(mut stream: TcpStream) -> Answer {
     parse(bytes)
 }
 
-/// One whole answer.
+/// Parses one complete response.
 pub fn parse(mut bytes: Vec<u8>) -> Answer {
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let after = bytes.windows(4).position(|w| w == b"\r\n\r\n").map_or(bytes.len(), |at| at + 4);
@@ -106,7 +106,7 @@ pub fn local() -> Options {
     Options { http: any, grpc: any, admin: any, ..Options::default() }
 }
 
-/// A server that loads its model once `go` says so.
+/// Starts a server that loads its model once `go` says so.
 fn open(
     server: Options,
     scheduler: SchedulerOptions,
@@ -117,7 +117,7 @@ fn open(
     open_on(runtime, Arc::new(Os), server, scheduler, names, go)
 }
 
-/// The same on these I/O threads and this system.
+/// The same, on these I/O threads and this system.
 fn open_on(
     runtime: Runtime,
     system: Arc<dyn System>,
@@ -158,7 +158,7 @@ pub fn start(server: Options, scheduler: SchedulerOptions) -> TestServer {
     start_on(runtime, Arc::new(Os), server, scheduler)
 }
 
-/// The same on these I/O threads and this system.
+/// The same, on these I/O threads and this system.
 pub fn start_on(runtime: Runtime, system: Arc<dyn System>, server: Options, scheduler: SchedulerOptions) -> TestServer {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();
@@ -431,7 +431,7 @@ fn draining_says_not_ready_answers_what_is_in_flight_and_refuses_the_rest() {
     server.thread.join().unwrap().unwrap();
 }
 
-/// To its client a connection in the system's queue is connected, and its request sent.
+/// A connection in the kernel's queue looks connected to its client, which has sent its request.
 #[test]
 fn a_stop_answers_connections_that_were_not_accepted_yet() {
     let server = start(Options { connections: 1, ..local() }, options(1, 1, 8));
@@ -517,7 +517,7 @@ fn under_load_every_request_is_answered_and_counted() {
                         let red = c * 30 + i;
                         let answer = server.classify("?top_k=3", &[], &png(red));
                         if answer.status == 200 {
-                            // softmax of (red/255, 7/255 …): the reply is of this very image
+                            // softmax of (red/255, 7/255 …): the response is for this very image
                             let of = |i| {
                                 let all = answer.json()["results"][0]["predictions"].as_array().unwrap().clone();
                                 all.iter().find(|p| p["index"] == i).unwrap()["score"].as_f64().unwrap()
@@ -541,7 +541,7 @@ fn under_load_every_request_is_answered_and_counted() {
     server.end().unwrap();
 }
 
-/// The whole line: fold the demo checkpoint, serve it with the program itself, classify, SIGTERM, exit code 0.
+/// End to end: fold the demo checkpoint, serve it with the program itself, classify, SIGTERM, exit code 0.
 #[test]
 fn the_program_serves_a_folded_model() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -592,7 +592,7 @@ fn the_program_serves_a_folded_model() {
     assert_eq!(gone.status.code(), Some(1));
 }
 
-/// What is done is answered; what the deadline cut off says so.
+/// Finished images are answered; those that the deadline cut off have an error.
 #[test]
 fn a_deadline_in_the_middle_of_a_request_keeps_what_is_done() {
     let server = start(local(), options(1, 1, 64));
@@ -611,7 +611,7 @@ fn a_deadline_in_the_middle_of_a_request_keeps_what_is_done() {
     assert!(done >= 1 && late >= 5 && done + late == 19, "{done} done, {late} late");
     assert!(results[0].get("predictions").is_some(), "in the order in which they came");
     assert!(results[19]["error"]["code"] == "deadline_exceeded");
-    // with nothing done, there is nothing to answer
+    // with no image finished, the request fails
     server.strings.hold();
     let answer = server.classify("", &headers, body.as_bytes());
     server.strings.release();

@@ -1,5 +1,5 @@
-//! Hours of mixed load in minutes: memory must not grow. What would show it if it did is tried on a client that really
-//! takes memory, or a silent test would prove nothing.
+//! Hours of mixed load in minutes: memory must not grow. A control, a client that does use memory, proves that growth
+//! would be seen.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use crate::fakes::eventually;
 use crate::process::{Server, ask, connect, data, exchange};
 use crate::wall::calls::{self, gzip};
 
-/// Clients of every kind, one thread each, until `over`. Counts the photographs answered.
+/// Runs clients of every kind, one thread each, until `over`. Counts the photographs answered.
 fn load(server: &Server, over: &AtomicBool, answered: &AtomicUsize) {
     let cat = data("cat.jpg");
     let (http, admin, cat) = (server.http, server.admin, &cat);
@@ -32,7 +32,7 @@ fn load(server: &Server, over: &AtomicBool, answered: &AtomicUsize) {
                 answered.fetch_add(1, Ordering::Relaxed);
             })));
         }
-        // half a photograph, no photograph, a client that leaves, a path that does not exist, a look at the metrics
+        // half a photograph, no photograph, a client that leaves, a path that does not exist, a scrape
         scope.spawn(until_over(Box::new(move || {
             assert_eq!(ask(http, "POST", "/v1/classify", &[], &cat[..cat.len() / 2]).unwrap().status, 400);
             assert_eq!(ask(http, "POST", "/v1/classify", &[], b"no photograph").unwrap().status, 415);
@@ -51,7 +51,7 @@ fn resident(pid: u32) -> f64 {
     text.split(' ').nth(1).unwrap().parse::<f64>().unwrap() * 4096.0
 }
 
-/// Median of the slopes between the first and the second half of the samples, bytes a second: one jump is no trend.
+/// Median slope between the first and the second half of the samples, in bytes per second: a single jump is no trend.
 fn slope(samples: &[(f64, f64)]) -> f64 {
     let (first, second) = samples.split_at(samples.len() / 2);
     let mut slopes: Vec<f64> =
@@ -60,7 +60,7 @@ fn slope(samples: &[(f64, f64)]) -> f64 {
     slopes[slopes.len() / 2]
 }
 
-/// Watches the server's memory for `seconds`, after a first fifth in which it may grow.
+/// Samples the server's memory for `seconds`, after a first fifth in which it may grow; returns the slope.
 fn watch(server: &Server, seconds: f64) -> f64 {
     std::thread::sleep(Duration::from_secs_f64(seconds / 5.0));
     let (started, mut samples) = (Instant::now(), Vec::new());
@@ -71,7 +71,7 @@ fn watch(server: &Server, seconds: f64) -> f64 {
     slope(&samples)
 }
 
-/// `limit` in bytes a second.
+/// `limit` in bytes per second.
 fn soak(seconds: f64, limit: f64) {
     let server = Server::start(&["--request-timeout", "1h"]);
     let (over, stop, answered) = (AtomicBool::new(false), AtomicBool::new(false), AtomicUsize::new(0));
@@ -103,17 +103,17 @@ fn soak(seconds: f64, limit: f64) {
     assert!(taken > 2.0 * limit, "the control is not seen: {taken:.0} bytes a second");
 }
 
-/// Sends bytes that no client would, and reads what comes for a moment.
+/// Sends malformed bytes, and reads the response for a moment.
 fn insult(address: SocketAddr, bytes: &[u8]) {
     let mut stream = connect(address).unwrap();
     let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
-    // whoever is refused early may find the connection closed
+    // fails if the server has refused early and closed the connection
     let _ = stream.write_all(bytes);
     let _ = stream.read(&mut [0; 4096]);
 }
 
-/// An attack of every sort, one after the other: what is small and becomes large, what is never finished, what floods, what is
-/// damaged. Each ends in a refusal or an answer, and is done with when its connection is.
+/// One attack of every kind: decompression bombs, unfinished requests, floods, damage. Each ends in a refusal or an
+/// answer, and leaves nothing once its connection is closed.
 fn attacks(server: &Server) -> Vec<Box<dyn Fn() + Send + Sync>> {
     let (http, grpc, admin, pid) = (server.http, server.grpc, server.admin, server.pid());
     let cat = data("cat.jpg");
@@ -181,7 +181,7 @@ fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// The same load with all attacks in a loop beside it. `limit` in bytes a second.
+/// The same load with all attacks in a loop beside it. `limit` in bytes per second.
 fn siege(seconds: f64, limit: f64) {
     let server = Server::start(&["--request-timeout", "1h"]);
     let (over, answered, rounds) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));

@@ -1,4 +1,4 @@
-//! What people have instead of a folder from the hub: every dialect of config.json as timm reads it, every kind of file,
+//! Checkpoints that are not a folder from the hub: every dialect of config.json as timm reads it, every kind of file,
 //! and hostile ones. `tests/data/checkpoint/make_*.py` wrote the data, with timm and torch.
 
 use std::fs;
@@ -46,7 +46,7 @@ fn configurations_are_read_as_timm_reads_them() {
     }
 }
 
-/// What a person has to say about a bare file of the golden network.
+/// Options for a bare file of the golden network.
 fn told() -> OpenOptions {
     let args = json!({"depths": [1, 1, 1, 1], "width_factor": 0.17, "num_features": 96, "act_layer": "tanh"});
     OpenOptions {
@@ -88,7 +88,7 @@ fn every_file_folds_to_the_same_graph() {
     assert!(graph(&half) != golden);
 }
 
-/// train.py's record: architecture, arguments and preprocessing come from it, the averaged weights when asked for.
+/// train.py's record: architecture, arguments and preprocessing come from it, the averaged weights with --use-ema.
 #[test]
 fn a_training_record_tells_what_it_was_told() {
     let open = |options: &OpenOptions| Checkpoint::open_with(&file("model_best.pth.tar"), options).unwrap();
@@ -113,7 +113,7 @@ fn a_training_record_tells_what_it_was_told() {
     assert!(error.unwrap_err().to_string().contains("--use-ema"));
 }
 
-/// Options have the last word, and the report says so.
+/// Options override the checkpoint, and the report says so.
 #[test]
 fn options_override_the_checkpoint() {
     let names = tempfile::NamedTempFile::new().unwrap();
@@ -174,7 +174,7 @@ fn manifest(here: &Path, name: &str) -> Value {
     serde_json::from_slice(&fs::read(here.join("repository").join(name).join("1/manifest.json")).unwrap()).unwrap()
 }
 
-/// A dictionary of names, at the top and inside, and where transformers keeps them.
+/// A dictionary of labels, at the top, inside `pretrained_cfg`, and where transformers keeps it.
 #[test]
 fn names_in_a_dictionary_are_served_in_either_place() {
     for place in ["label_names", "pretrained_cfg.label_names", "id2label"] {
@@ -275,7 +275,7 @@ fn shards_are_read_with_their_index() {
     assert!(error().contains("index"), "{}", error());
 }
 
-/// Files that are no weights are named for what they are.
+/// Files without weights are named for what they are.
 #[test]
 fn other_files_are_named_for_what_they_are() {
     let here = tempfile::tempdir().unwrap();
@@ -317,13 +317,13 @@ fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
-/// `nfold fold` in at most so many MiB of address space.
+/// Runs `nfold fold` with a limit on its address space, in MiB.
 fn confined(path: &Path, here: &Path) -> Output {
     let command = format!("ulimit -v {}; exec \"$0\" fold \"$1\" --arch nf_regnet_b0", 600 << 10);
     Command::new("sh").args(["-c", &command, env!("CARGO_BIN_EXE_nfold")]).arg(path).current_dir(here).output().unwrap()
 }
 
-/// Pickles that want to run something, bombs, archives with tricks: one line, nothing written, little memory.
+/// Pickles with code, bombs, malicious archives: one line, nothing written, little memory.
 #[test]
 fn hostile_files_are_refused_in_one_line() {
     let here = tempfile::tempdir().unwrap();
@@ -410,7 +410,7 @@ fn truncated_files_are_refused() {
     }
 }
 
-/// Damage anywhere gets an answer.
+/// Damage anywhere gives a result or an error.
 #[test]
 fn damaged_files_never_panic() {
     use rand::{Rng as _, SeedableRng as _};
@@ -440,7 +440,7 @@ fn damaged_files_never_panic() {
     }
 }
 
-/// docs/folding.md's table of what can be folded, each row as the program answers.
+/// docs/folding.md's table of what can be folded, row by row.
 #[test]
 fn the_table_of_sources_is_true() {
     let copy = |change: &dyn Fn(&mut Value)| {
@@ -515,7 +515,8 @@ fn the_table_of_sources_is_true() {
     assert!(missing.is_empty(), "docs/folding.md lacks:\n{missing}");
 }
 
-/// A network whose maps leave half precision is refused, although this machine computes halves in single.
+/// A network whose feature maps overflow half precision is refused, even if this machine computes half precision in
+/// single.
 #[test]
 fn half_precision_that_overflows_is_refused() {
     let here = tempfile::tempdir().unwrap();
@@ -543,7 +544,7 @@ fn half_precision_that_overflows_is_refused() {
     assert!(!here.path().join("repository/far").exists());
 }
 
-/// Folding takes no more memory than three times the checkpoint, and the runtime's own.
+/// Folding needs at most three times the checkpoint's size in memory, beside the runtime's own.
 #[test]
 #[cfg(target_os = "linux")]
 fn folding_takes_little_memory() {

@@ -1,5 +1,5 @@
-//! Signal propagation: what Brock, De & Smith 2021 say of networks at initialisation, timm's own activations as oracle,
-//! and checkpoints that are sick.
+//! Signal propagation: the statements of Brock, De & Smith 2021 on networks at initialisation, timm's own activations
+//! as oracle, and faulty checkpoints.
 
 use std::f64::consts::PI;
 use std::fs;

@@ -1,16 +1,16 @@
-//! The one integration binary. Each module says what it holds the program to.
+//! The integration tests, one binary. Each module says what it checks.
 #![allow(clippy::unwrap_used)]
 
-/// Folded graphs against timm's own answers.
+/// Folded graphs compared with timm's logits.
 mod golden;
 mod gpu_check;
 
 /// Damaged, hostile, half-precision and fresh checkpoints.
 mod checkpoint;
 
-/// Networks of other channels than RGB's.
+/// Networks with other input channels than RGB.
 mod channels;
-/// What people have instead of a folder from the hub: dialects, files, hostile ones.
+/// Checkpoints in other forms than a folder from the hub: dialects, files, hostile ones.
 mod sources;
 
 /// Checkpoints by their names on the model hub.
@@ -23,40 +23,40 @@ mod layers;
 /// The program's output, exit codes and traces.
 mod cli;
 
-/// Help, addresses, the start of a server, odd files, misspelt variables.
+/// Help, addresses, the start of a server, special files, misspelt variables.
 mod command_line;
 
-/// What the program says about itself: reference, completions, manuals.
+/// What the program says about itself: reference, completions, manual pages.
 mod reference;
 
 /// The same bits in any batch.
 mod invariance;
 
-/// Graphs padded to the processor's blocks.
+/// Graphs padded to the processor's block size.
 mod channel_padding;
 
-/// Accuracy on real photographs, beside timm's own answers.
+/// Accuracy on real photographs, compared with timm.
 mod eval;
 
-/// Graphs kept for the next start.
+/// The graph cache.
 mod graph_cache;
 
-/// Engines that misbehave, for the tests below.
+/// Controllable engines, for the tests below.
 mod fakes;
 
-/// Queue and workers, with engines that misbehave.
+/// Queue and workers, with faulty engines.
 mod scheduler;
 
-/// Where the parts of a graph run.
+/// Execution providers of the parts of a graph.
 mod providers;
 
 /// The scheduler under random arrivals.
 mod arrivals;
 
-/// Models that come and go while others serve.
+/// Models loaded and unloaded while others serve.
 mod registry;
 
-/// The server over real sockets, with engines that misbehave.
+/// The server over real sockets, with faulty engines.
 mod serve;
 
 /// Load beyond capacity, and memory for bodies.
@@ -65,7 +65,7 @@ mod overload;
 /// The Open Inference Protocol over HTTP: framing, datatypes, errors, damage.
 mod oip;
 
-/// Any request, valid or damaged, gets a well-formed answer.
+/// Any request, valid or damaged, gets a well-formed response.
 mod any_request;
 
 /// The Open Inference Protocol over gRPC, health and reflection.
@@ -74,13 +74,13 @@ mod grpc;
 /// API keys, TLS, CORS, slow clients.
 mod secure;
 
-/// Unreadable heads, clients that don't read their answers, how connections end.
+/// Unreadable heads, clients that don't read their responses, how connections end.
 mod connections;
 
-/// The program as operators meet it: real model, real signals.
+/// The program as operators see it: real model, real signals.
 mod process;
 
-/// The outer wall: attacks, what they cost, how they end.
+/// Attacks on the real program: their cost, and how they end.
 mod wall;
 
 /// Decoding, resize, crops and normalisation against Pillow and timm; hostile images.
@@ -93,7 +93,7 @@ mod traces;
 /// Memory under mixed load.
 mod soak;
 
-/// Small files of many pixels, in every format.
+/// Decompression bombs, in every image format.
 mod bombs;
 
 /// JPEG against Pillow; hostile JPEG.
@@ -109,10 +109,10 @@ mod blocked_layout;
 /// Charts in the documents.
 mod figures;
 
-/// The Dockerfile by rules.
+/// The Dockerfile against rules.
 mod dockerfile;
 
-/// Signal propagation: the paper's facts at initialisation, timm's activations, sick checkpoints.
+/// Signal propagation: the paper's statements at initialisation, timm's activations, faulty checkpoints.
 mod spp;
 
 /// Manifests, dashboards and rules against the program.

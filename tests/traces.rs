@@ -1,4 +1,4 @@
-//! Spans of requests, at a collector that keeps the bytes it is sent. Only in builds with the cargo feature `otel`.
+//! Spans of requests, at a collector that records what it receives. Only in builds with the cargo feature `otel`.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -69,7 +69,7 @@ fn a_request_is_a_span_of_its_callers_trace() {
     assert_eq!(ask(server.http, "GET /v2/health/live", &[], b"").status, 200);
     assert_eq!(ask(server.http, "GET /nowhere", &[("x-request-id", "mine")], b"").status, 404);
     assert_eq!(ask(server.http, "GET /v2/models/made-up", &[], b"").status, 404);
-    // the end of the server sends what waits
+    // shutdown exports the waiting spans
     server.end().unwrap();
     let bytes = |hexadecimal: &str| -> Vec<u8> {
         (0..hexadecimal.len()).step_by(2).map(|i| u8::from_str_radix(&hexadecimal[i..i + 2], 16).unwrap()).collect()

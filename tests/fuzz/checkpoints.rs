@@ -1,4 +1,4 @@
-//! What `fold` and `serve` read from disks that others write to: safetensors, torch.save's archives and pickles,
+//! Files that `fold` and `serve` read, and that others may write: safetensors, torch.save's archives and pickles,
 //! `config.json`, `manifest.json`.
 
 use std::path::Path;
@@ -8,13 +8,13 @@ use crate::checkpoint::config::Config;
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::model::ModelDir;
 
-/// A checkpoint in a file of this name: a network and its tensors' places, or an error.
+/// Opens a checkpoint in a file of this name: a network and the positions of its tensors, or an error.
 fn weights(file: &Path, bytes: &[u8]) -> Verdict {
     std::fs::write(file, bytes).expect("a file");
     let options = OpenOptions { architecture: Some("nf_regnet_b0".into()), ..OpenOptions::default() };
     let (opened, cost) = counted(|| {
         let checkpoint = Checkpoint::open_with(file, &options)?;
-        // values are read only here: more of them than the file has bytes can't be
+        // more values than the file has bytes are a failure
         let reader = checkpoint.reader();
         let stem = reader.take("stem.conv.weight", &[32, 3, 3, 3]).map(|values| values.len());
         assert!(stem.as_ref().is_ok_and(|&count| count == 864) || stem.is_err());
@@ -30,7 +30,7 @@ fn weights(file: &Path, bytes: &[u8]) -> Verdict {
             text.replace(&file.display().to_string(), "FILE")
         }
     };
-    // the network's plan and timm's settings take some hundred kilobytes, whatever the file
+    // the network's plan and timm's settings need some hundred kilobytes for any file
     Verdict { outcome, cost, bytes: (2 << 20) + 64 * bytes.len(), allocations: 40_000 + 40 * bytes.len() }
 }
 

@@ -1,13 +1,13 @@
-//! Hostile bytes for every parser of untrusted input (a door): images by format, checkpoints, manifests, forms, JSON, both framings of the
-//! Open Inference Protocol, gRPC messages, heads of HTTP requests.
+//! Fuzzes every parser of untrusted input (a door): images by format, checkpoints, manifests, forms, JSON, both
+//! framings of the Open Inference Protocol, gRPC messages, heads of HTTP requests.
 //!
-//! Every door has seeds (real input), an oracle of what must hold of the outcome, whatever comes, and one of memory: bytes
-//! held at the peak and allocations made, by a counting allocator, against the input's length. Inputs are seeds, mutated and
-//! spliced by a seeded generator; one that brings an outcome not seen before becomes a seed. That is less than libFuzzer's
-//! coverage, but runs on stable Rust, inside the crate, at doors that are private; so the smoke run is part of `make test`.
+//! Every door has seeds (real input), an oracle for the outcome, and one for memory: peak bytes and allocations,
+//! measured by a counting allocator, relative to the input's length. Inputs are seeds, mutated and spliced by a seeded
+//! generator; an input with a new outcome becomes a seed. That covers less than libFuzzer, but runs on stable Rust,
+//! inside the crate, at doors that are private; so the smoke run is part of `make test`.
 //!
-//! `make fuzz TIME=60` runs each door for that many seconds. What fails is written to `target/fuzz/DOOR`; once mended it goes
-//! to `tests/fuzz/found/DOOR/`, whose files are judged first in every run.
+//! `make fuzz TIME=60` runs each door for that many seconds. Failing inputs are written to `target/fuzz/DOOR`; once
+//! fixed, they go to `tests/fuzz/found/DOOR/`, whose files are checked first in every run.
 
 mod checkpoints;
 mod pictures;
@@ -23,27 +23,27 @@ use crate::random::Random;
 
 /// Mutated inputs of a smoke run, for each parser.
 const SMOKE: usize = 2000;
-/// Seeds kept at most.
+/// Most seeds kept.
 const POOL: usize = 2000;
 
-/// Where bytes come in.
+/// A parser of untrusted input.
 pub struct Door {
-    /// Names the test, and the folder of what was found there.
+    /// Name of the test, and of the folder of inputs found.
     pub name: &'static str,
     /// Real input.
     pub seeds: Vec<Vec<u8>>,
-    /// What the input's language is made of.
+    /// Tokens of the input's language.
     pub words: &'static [&'static str],
-    /// Longest input made.
+    /// Longest generated input.
     pub longest: usize,
 }
 
 /// The outcome of an input, and its cost.
 pub struct Verdict {
-    /// Outcomes that differ in more than numbers are different ones.
+    /// Outcomes that differ in more than numbers count as different.
     pub outcome: String,
     pub cost: AllocationInfo,
-    /// Most bytes that may have been held, and allocations made.
+    /// Most bytes that may have been allocated at once, and most allocations.
     pub bytes: usize,
     pub allocations: usize,
 }
@@ -57,19 +57,20 @@ impl Verdict {
     }
 }
 
-/// Runs `work` and counts what this thread allocates meanwhile.
+/// Runs `work` and counts this thread's allocations meanwhile.
 pub fn counted<T>(work: impl FnOnce() -> T) -> (T, AllocationInfo) {
     let mut done = None;
     let cost = allocation_counter::measure(|| done = Some(work()));
     (done.expect("it was run"), cost)
 }
 
-/// What a person or client reads: something, and not a page. (Where it is shown, `printable` sees to control characters.)
+/// Whether a text for users and clients is neither empty nor a page long. (`printable` removes control characters where
+/// it is shown.)
 pub fn is_readable(text: &str) -> bool {
     !text.is_empty() && text.chars().count() <= 5000
 }
 
-/// A length up to `most`, mostly small.
+/// A random length up to `most`, mostly small.
 fn length(random: &mut Random, most: usize) -> usize {
     let bits = random.index(most.max(1).ilog2() as usize + 2);
     random.index(1 << bits).min(most)
@@ -122,7 +123,7 @@ fn mutate(random: &mut Random, input: &mut Vec<u8>, pool: &[Vec<u8>], door: &Doo
                 input.drain(at..end);
             }
             6 => {
-                // once more, or very often
+                // repeat it, once or very often
                 let part = input[at..end].to_vec();
                 let times = if random.index(8) == 0 { 1 + random.index(2000) } else { 1 };
                 let room = door.longest.saturating_sub(input.len()) / part.len().max(1);
@@ -134,7 +135,7 @@ fn mutate(random: &mut Random, input: &mut Vec<u8>, pool: &[Vec<u8>], door: &Doo
                 input.splice(at..end, word.iter().copied());
             }
             9 => {
-                // digits of text
+                // digits of a number
                 if let Some(from) = input.iter().skip(at).position(u8::is_ascii_digit).map(|found| at + found) {
                     let digits = input[from..].iter().take_while(|b| b.is_ascii_digit()).count();
                     let number = NUMBERS[random.index(NUMBERS.len())];
@@ -157,7 +158,7 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable} is no number: {e}")))
 }
 
-/// Digits stand for each other.
+/// The outcome with its digits masked.
 fn shape(outcome: &str) -> String {
     let mut shape = String::new();
     for c in outcome.chars().take(200) {
@@ -169,7 +170,7 @@ fn shape(outcome: &str) -> String {
     shape
 }
 
-/// The files of a folder, in order of their names; none if there is no folder.
+/// The files of a folder, sorted by name; none if there is no folder.
 pub fn files(folder: &Path, largest: usize) -> Vec<(PathBuf, Vec<u8>)> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let mut paths: Vec<_> =
@@ -179,12 +180,12 @@ pub fn files(folder: &Path, largest: usize) -> Vec<(PathBuf, Vec<u8>)> {
     paths.into_iter().map(read).filter(|(_, bytes)| bytes.len() <= largest).collect()
 }
 
-/// The crate's own folder.
+/// The crate's root folder.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
 }
 
-/// Judges what was found before, the seeds, and then mutations of them.
+/// Checks the inputs found before, the seeds, and then mutations of them.
 pub fn run(door: &Door, judge: impl Fn(&[u8]) -> Verdict) {
     let started = Instant::now();
     let time = number("NFOLD_FUZZ_SECONDS").map(Duration::from_secs);

@@ -1,14 +1,14 @@
-//! Encoded images, by format: what decodes becomes finite numbers, in the memory that was claimed by its header.
+//! Encoded images, by format: a decoded image gives finite numbers, within the memory claimed from its header.
 
 use super::{Door, Verdict, counted, files, is_readable, root, run};
 use crate::model::{CropMode, Interpolation, Preprocessing};
 use crate::pixels::{Decoder, ImageError, ImageLimits, Preprocessor, Scale};
 
-/// Smaller than in service: what is looked for is damage, not honest pixels.
+/// Smaller than in service: damage is of interest, not pixels.
 const LIMITS: ImageLimits =
     ImageLimits { max_bytes: 1 << 20, max_side: 1024, max_pixels: 1 << 18, max_decoded_bytes: 8 << 20 };
 
-/// Bytes that reading a header, or what is not pixels, may take beside the file itself.
+/// Bytes that parsing a header, or anything but pixels, may need beside the file.
 const SLACK: usize = 512 * 1024;
 
 fn judge(bytes: &[u8]) -> Verdict {
@@ -96,7 +96,7 @@ fn bmp() {
     door("bmp", &["bmp"], &["BM"]);
 }
 
-/// Any bytes at all.
+/// Arbitrary bytes.
 #[test]
 fn what_is_no_image() {
     let seeds = ["", "\u{0}", "<svg xmlns='http://www.w3.org/2000/svg'/>", "%PDF-1.7", "....ftypheic....mif1heic"];

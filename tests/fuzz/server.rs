@@ -1,4 +1,4 @@
-//! Bytes from clients: bodies of every shape, and the heads of their requests. See `crate::fuzz`.
+//! Bytes from clients: bodies of every format, and request heads. See `crate::fuzz`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 
 const LIMITS: Limits = Limits { images: 8, values: 12 };
 
-/// What refusals of a body may say.
+/// Checks the text of a refusal.
 fn refusal(error: &ApiError) -> String {
     let known = [Code::InvalidRequest, Code::BodyTooLarge, Code::UnsupportedMediaType, Code::Overloaded];
     assert!(known.contains(&error.code), "{error:?}");
@@ -33,7 +33,7 @@ fn refusal(error: &ApiError) -> String {
     format!("{}: {}", error.code.name(), error.message)
 }
 
-/// Bodies of at most so many bytes, and the same for all together.
+/// Limits of `limit` bytes, per body and for all together.
 fn bodies(limit: usize) -> (Bodies, Arc<Metrics>) {
     let metrics = Arc::new(Metrics::new());
     (Bodies::new(limit, limit, &metrics), metrics)
@@ -43,7 +43,7 @@ fn strings(texts: &[&str]) -> Vec<Vec<u8>> {
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
 }
 
-/// Uploads hold at most the images that are allowed, and of these no more bytes than came.
+/// Checks that an upload has at most the allowed images, with no more bytes than arrived.
 fn judge_upload(
     (bodies, metrics): &(Bodies, Arc<Metrics>),
     bytes: &[u8],
@@ -124,7 +124,7 @@ fn json_images() {
     });
 }
 
-/// A request holds no more than came and what room was asked for, and counts are within limits.
+/// Checks that a request keeps no more than what arrived and what was asked for, and that counts are within limits.
 fn judge_inference(
     bytes: &[u8],
     read: impl FnOnce(&Bytes, &mut dyn FnMut(usize) -> Result<(), ApiError>) -> Result<Inference, ApiError>,
@@ -237,7 +237,7 @@ fn grpc_messages() {
     });
 }
 
-/// A connection's first bytes: an answer to a request that can be read in one way, a refusal, or the end.
+/// The first bytes of a connection: a response to an unambiguous request, a refusal, or the end.
 #[test]
 fn http_heads() {
     let seeds = strings(&[
@@ -292,7 +292,7 @@ fn http_heads() {
     });
 }
 
-/// All that is answered to these bytes.
+/// Everything that is sent in response to these bytes.
 async fn asked(bytes: &[u8]) -> Vec<u8> {
     let (mut client, server) = tokio::io::duplex(64 * 1024);
     let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
@@ -324,7 +324,7 @@ async fn asked(bytes: &[u8]) -> Vec<u8> {
     tokio::time::timeout(Duration::from_secs(10), both).await.expect("an end")
 }
 
-/// The compressed forms of a body: as much as it says, within the limit, or a refusal.
+/// Compressed bodies: their content, within the limit, or a refusal.
 #[test]
 fn gzip() {
     use std::io::Write as _;

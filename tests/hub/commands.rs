@@ -1,4 +1,5 @@
-//! The commands as a user types them: `nfold fold ORG/NAME`, `nfold serve SOURCE…`, and those that never call out.
+//! The commands as users type them: `nfold fold ORG/NAME`, `nfold serve SOURCE…`, and those that never access the
+//! network.
 
 use std::fs;
 use std::path::Path;
@@ -26,7 +27,7 @@ fn from(checkpoint: &str) -> Vec<(&'static str, Vec<u8>)> {
     vec![("config.json", read("config.json")), ("model.safetensors", read("model.safetensors"))]
 }
 
-/// Variables of a machine with nothing in it.
+/// Environment of a machine with empty caches.
 fn empty_machine(endpoint: &str, home: &Path) -> Vec<(&'static str, String)> {
     let home = home.display().to_string();
     let none = ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"];
@@ -50,7 +51,7 @@ fn a_name_on_the_hub_is_folded() {
     let said = text(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert!(said.contains("fetched model.safetensors (8.6 MB)"), "{said}");
-    // where it comes from in five lines at most, no tables, and what to type next
+    // its origin in at most five lines, no tables, and the next command
     assert!(said.contains(&format!("checkpoint: {REPOSITORY} at commit aaaa")), "{said}");
     assert!(said.lines().filter(|line| line.starts_with("  from")).count() <= 5, "{said}");
     assert!(!said.contains("skip gain") && said.ends_with("next: nfold serve\n"), "{said}");
@@ -59,7 +60,7 @@ fn a_name_on_the_hub_is_folded() {
     assert_eq!(manifest["source"]["settings"][0]["setting"], "checkpoint");
     assert!(below(&here.join(".cache/huggingface/hub")).contains("models--timm--demo/refs/main"));
 
-    // the same from the cache, with the network gone; with all there is to say; what follows depends on what is there
+    // the same from the cache, without the network; with --verbose; the next command depends on the folder
     let offline = [&machine[..], &[("HF_HUB_OFFLINE", "1".to_string())]].concat();
     hub.state().down = true;
     let again = run(&["fold", REPOSITORY, "--verbose"], here, &offline);
@@ -95,13 +96,13 @@ fn what_is_no_checkpoint_leaves_nothing() {
     }
     let left = below(here);
     assert!(left.is_empty(), "{left:?}");
-    // a file whose name is also a name there
+    // a file whose name is also a name on the hub
     fs::create_dir_all(here.join("timm")).unwrap();
     fs::write(here.join(REPOSITORY), "no checkpoint").unwrap();
     refused(&run(&["fold", REPOSITORY], here, &machine), "neither a file of torch.save nor safetensors");
 }
 
-/// Answers a photograph; the model's name and the best label.
+/// Classifies a photograph; returns the model's name and the best label.
 fn best(server: &Server, query: &str) -> (String, String) {
     let answer = server.post(&format!("/v1/classify{query}"), &[], &fs::read(project(CAT)).unwrap());
     let json = answer.json();
@@ -113,7 +114,7 @@ fn serve(machine: &[(&str, String)], flags: &[&str]) -> Server {
     Server::start_with(tempfile::tempdir().unwrap(), flags, machine)
 }
 
-/// From an empty machine: one command to a right, labelled answer. Twice offline after that.
+/// From empty caches: one command leads to a correct, labelled answer. Twice offline after that.
 #[test]
 fn one_command_answers() {
     let (hub, home) = (Hub::start(&demo()), tempfile::tempdir().unwrap());
@@ -133,7 +134,7 @@ fn one_command_answers() {
         eprintln!("from an empty machine {first:.1?}, again {:.1?}", started.elapsed());
         drop(server);
     }
-    // without the variable too: the hub is away, and what is cached does
+    // without the variable: the hub is unreachable, and the cache is used
     let server = serve(&machine, &[REPOSITORY]);
     assert!(!server.before_ready("which is cached, is used").is_empty());
     // with other options it is another model
@@ -153,7 +154,7 @@ fn one_command_answers() {
     assert_eq!(best(&server, "").1, "cat");
 }
 
-/// Several sources, one of them under a name of the user's; changes on SIGHUP, and what stays where there are none.
+/// Several sources, one with a name of the user's; SIGHUP brings changes, and keeps the models of sources that fail.
 #[test]
 fn sources_are_looked_at_again() {
     let (hub, home) = (Hub::start(&demo()), tempfile::tempdir().unwrap());
@@ -167,7 +168,7 @@ fn sources_are_looked_at_again() {
     std::thread::sleep(Duration::from_millis(500));
     assert!(hub.requests().is_empty(), "--watch asks nobody");
 
-    // away: both stay
+    // unreachable: both stay
     hub.state().down = true;
     server.signal("-HUP");
     eventually("the hub is found away", || !server.logged("which is cached, is used").is_empty());
@@ -185,7 +186,7 @@ fn sources_are_looked_at_again() {
     assert_eq!(best(&server, "?model=demo").0, "demo");
 }
 
-/// A folder that is a checkpoint itself, as KServe mounts one, and callers that name no model while another comes.
+/// A folder that is a checkpoint itself, as KServe mounts it, and requests that name no model while another is added.
 #[test]
 fn a_mounted_checkpoint_is_a_repository() {
     let home = tempfile::tempdir().unwrap();
@@ -216,7 +217,7 @@ fn a_mounted_checkpoint_is_a_repository() {
     assert_eq!(best(&server, "?model=a").0, "a");
 }
 
-/// Where nothing can be written that stays, folded models go to a temporary folder, and that is said.
+/// If no permanent folder is writable, folded models go to a temporary folder, with a warning.
 #[test]
 fn a_cache_that_can_not_be_written_is_replaced_by_a_temporary_one() {
     let hub = Hub::start(&demo());
@@ -229,7 +230,8 @@ fn a_cache_that_can_not_be_written_is_replaced_by_a_temporary_one() {
     assert!(text(&named.stderr).contains("name one with --cache"), "{}", text(&named.stderr));
 }
 
-/// Only `fold` and `serve SOURCE` call out: every other command, with the hub, and every proxy, where it would be seen.
+/// Only `fold` and `serve SOURCE` access the network: every other command runs with a hub and proxies that would record
+/// it.
 #[test]
 fn nothing_else_calls_out() {
     let (hub, folder) = (Hub::start(&demo()), tempfile::tempdir().unwrap());
@@ -268,8 +270,8 @@ fn nothing_else_calls_out() {
     assert!(seen.is_empty(), "{seen:?}");
 }
 
-/// A repository that nfold 0.1 wrote, with what its manifests lacked: it is served, and answers as today's fold of the same
-/// checkpoint does.
+/// A repository that nfold 0.1 wrote, whose manifests lack newer fields: it is served, and gives the logits of today's
+/// fold of the same checkpoint.
 #[test]
 fn a_repository_of_version_0_1_still_loads() {
     let folder = tempfile::tempdir().unwrap();

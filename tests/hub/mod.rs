@@ -1,4 +1,4 @@
-//! Checkpoints from the model hub, against a hub of our own: its routes, its cache, and all that may go wrong.
+//! Checkpoints from the model hub, with a hub of the tests' own: its routes, its cache, and everything that may fail.
 
 mod commands;
 mod server;
@@ -14,7 +14,7 @@ use nfold::hub::{Event, HubError, HubId, HubOptions, Patience, Snapshot, Token, 
 use self::server::{Fault, Hub, REPOSITORY, etag};
 use crate::cli::project;
 
-/// Enough of a file to be cut several times.
+/// Large enough to be cut several times.
 const MEGABYTE: usize = 1 << 20;
 
 fn noise(count: usize) -> Vec<u8> {
@@ -25,7 +25,7 @@ fn config() -> Vec<u8> {
     fs::read(project("models/nf_regnet_cifar10/config.json")).unwrap()
 }
 
-/// A checkpoint by its names; only the configuration is real.
+/// A checkpoint's files; only the configuration is real.
 fn files() -> [(&'static str, Vec<u8>); 2] {
     [("config.json", config()), ("model.safetensors", noise(3 * MEGABYTE + 7))]
 }
@@ -42,7 +42,7 @@ fn options(hub: &Hub, cache: &Path) -> HubOptions {
     HubOptions { endpoint: hub.endpoint(), cache: cache.into(), token: None, offline: false, patience }
 }
 
-/// Fetches, and says what was noted on the way.
+/// Fetches a model; also returns the notes.
 fn fetched(id: &str, options: &HubOptions) -> (Result<Snapshot, HubError>, Vec<String>) {
     let mut notes = Vec::new();
     let check = |text: &[u8]| Checkpoint::check_config(text, &OpenOptions::default());
@@ -76,7 +76,7 @@ pub fn below(folder: &Path) -> BTreeSet<String> {
     found
 }
 
-/// Nothing that a reader would take for content: a part of a file may lie there for the next try, and locks.
+/// Asserts that the cache holds no content, only partial files and locks.
 fn has_nothing(cache: &Path) {
     let left = below(cache);
     assert!(left.iter().all(|f| f.ends_with(".incomplete") || f.ends_with(".lock")), "{left:?}");
@@ -108,14 +108,14 @@ fn a_checkpoint_is_laid_out_as_the_hubs_own_client_does() {
     for (name, bytes) in files() {
         assert!(fs::read(snapshot.folder.join(name)).unwrap() == bytes, "{name}");
     }
-    // the token is for the hub alone
+    // the token is sent to the hub only
     let requests = hub.requests();
     assert!(requests.iter().any(|r| !r.at_hub));
     for request in requests {
         assert_eq!(request.headers.contains_key("authorization"), request.at_hub, "{request:?}");
     }
 
-    // it is there: one question online, none offline or of a commit
+    // it is cached: one request online, none offline or for a commit
     assert_eq!(fetched(REPOSITORY, &options).0.unwrap(), snapshot);
     let again = hub.requests();
     assert!(
@@ -168,7 +168,7 @@ fn downloads_go_on_where_they_broke_off() {
     let (hub, folder) = (Hub::start(&files()), tempfile::tempdir().unwrap());
     let options = options(&hub, folder.path());
     let weights = &files()[1].1;
-    // three breaks that brought something, and one server that knows no ranges
+    // three breaks with progress, and one server without range requests
     hub.fails("model.safetensors", [MEGABYTE, MEGABYTE / 2, MEGABYTE].map(Fault::Cut));
     let snapshot = fetched(REPOSITORY, &options).0.unwrap();
     assert!(fs::read(snapshot.folder.join("model.safetensors")).unwrap() == *weights);
@@ -179,7 +179,7 @@ fn downloads_go_on_where_they_broke_off() {
     let at = |bytes: usize| format!("bytes={bytes}-");
     assert_eq!(ranges(&hub), [String::new(), at(MEGABYTE), at(3 * MEGABYTE / 2), at(5 * MEGABYTE / 2)]);
 
-    // another process goes on from there, too
+    // another process resumes it, too
     let folder = tempfile::tempdir().unwrap();
     let options = HubOptions { cache: folder.path().into(), ..options };
     hub.fails("model.safetensors", [Fault::Cut(1000), Fault::Cut(0), Fault::Cut(0), Fault::Cut(0)]);
@@ -192,7 +192,7 @@ fn downloads_go_on_where_they_broke_off() {
     assert_eq!(ranges(&hub), [at(1000)]);
     assert!(below(folder.path()).iter().all(|f| !f.ends_with(".incomplete")));
 
-    // what lies there may be damaged, too long, or of a server that knows no ranges
+    // a partial file may be damaged or too long, or the server may not support ranges
     for (left, fault) in [
         (vec![7; 5000], None),
         (vec![7; 4 * MEGABYTE], None),
@@ -242,7 +242,7 @@ fn what_is_not_as_announced_is_refused_and_not_kept() {
     assert!(told("X-Linked-Etag", "\"../../evil\"").contains("can't name a file"));
     assert!(told("Location", "file:///etc/passwd").contains("to no address"));
 
-    // small files are checked as well
+    // small files are verified as well
     let (hub, folder) = (Hub::start(&files()), tempfile::tempdir().unwrap());
     let options = options(&hub, folder.path());
     hub.fails("config.json", [Fault::Changed]);
@@ -284,7 +284,7 @@ fn every_refusal_is_one_line_with_the_next_step() {
         hub.refuses("config.json", faults);
         said.push((error(REPOSITORY, &options), texts));
     }
-    // passing trouble passes
+    // temporary failures are retried
     hub.refuses("config.json", [Fault::Status(429, "Retry-After: 0\r\n"), Fault::Status(500, "")]);
     let offline = HubOptions { offline: true, ..options.clone() };
     said.push((error(REPOSITORY, &offline), ["not whole in the cache", "HF_HUB_OFFLINE forbids"]));
@@ -305,14 +305,14 @@ fn every_refusal_is_one_line_with_the_next_step() {
     has_nothing(folder.path());
     assert!(fetched(REPOSITORY, &options).0.is_ok());
 
-    // the hub is in trouble or away: what is cached does, and that is said
+    // the hub fails or is unreachable: the cache is used, with a note
     hub.refuses("config.json", status(500, ""));
     let (snapshot, notes) = fetched(REPOSITORY, &options);
     assert_eq!(snapshot.unwrap().commit, "a".repeat(40));
     assert!(notes[0].contains("answers 500") && notes[0].contains("which is cached, is used"), "{notes:?}");
     let (snapshot, notes) = fetched(REPOSITORY, &nobody);
     assert!(snapshot.is_ok() && notes[0].contains("can't reach"), "{notes:?}");
-    // but not where it says no
+    // but not if the hub refuses
     hub.refuses("config.json", status(403, ""));
     assert!(error(REPOSITORY, &options).contains("does not let"));
 }

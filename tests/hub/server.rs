@@ -1,5 +1,5 @@
-//! A model hub on loopback: its routes, headers and error codes, content on another host than the hub's own, and everything
-//! that may go wrong on the way, in the order that a test asks for it.
+//! A model hub on loopback: its routes, headers and error codes, content on another host than the hub's own, and the
+//! faults that a test asks for, in order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -10,26 +10,26 @@ use std::time::Duration;
 
 use sha2::Digest as _;
 
-/// What goes wrong with the next request of a kind.
+/// A fault of the next request of a kind.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// The connection ends after so many bytes of content.
+    /// The connection ends after this many bytes of content.
     Cut(usize),
-    /// The content stops after so many bytes, and the connection stays.
+    /// The content stops after this many bytes, and the connection stays open.
     Stall(usize),
-    /// The whole file, whatever range was asked for.
+    /// The whole file, whatever range was requested.
     NoRange,
-    /// Another content of the same length.
+    /// Other content of the same length.
     Changed,
-    /// More than was announced.
+    /// More bytes than announced.
     Longer,
     /// A web page.
     Page,
-    /// A status, with more headers.
+    /// A status, with further headers.
     Status(u16, &'static str),
 }
 
-/// A request that came, and to which of the two hosts.
+/// A received request, and which of the two hosts received it.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub at_hub: bool,
@@ -42,15 +42,15 @@ pub struct Request {
 pub struct State {
     pub commit: String,
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Who may read needs this token.
+    /// Token needed for reading, if any.
     pub gated: Option<String>,
-    /// Headers of the answer to HEAD, in place of the right ones.
+    /// Headers that replace the right ones in the response to HEAD.
     pub lies: BTreeMap<(String, &'static str), String>,
-    /// For the next answers of the hub itself, by file.
+    /// Faults of the hub's next responses, by file.
     pub at_hub: BTreeMap<String, VecDeque<Fault>>,
-    /// For the next contents, by file.
+    /// Faults of the next content responses, by file.
     pub contents: BTreeMap<String, VecDeque<Fault>>,
-    /// Nobody is there: connections end at once.
+    /// Whether connections end at once.
     pub down: bool,
     pub requests: Vec<Request>,
 }
@@ -66,7 +66,7 @@ pub const REPOSITORY: &str = "timm/demo";
 impl Hub {
     pub fn start(files: &[(&str, Vec<u8>)]) -> Self {
         let hub = TcpListener::bind("127.0.0.1:0").unwrap();
-        // another host
+        // content is on another host
         let elsewhere = TcpListener::bind("127.0.0.2:0").unwrap();
         let (address, content) = (hub.local_addr().unwrap(), elsewhere.local_addr().unwrap());
         let state = Arc::<Mutex<State>>::default();
@@ -86,7 +86,7 @@ impl Hub {
         hub
     }
 
-    /// A commit of these files, of one letter's name, on `main`.
+    /// Publishes a commit of these files on `main`, whose id repeats one letter.
     pub fn publish(&self, commit: char, files: &[(&str, Vec<u8>)]) {
         let mut state = self.state();
         state.commit = commit.to_string().repeat(40);
@@ -113,13 +113,13 @@ impl Hub {
         self.state().lies.insert((file.into(), header), value.into());
     }
 
-    /// Forgets what came, and returns it.
+    /// Returns the received requests, and forgets them.
     pub fn requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state().requests)
     }
 }
 
-/// Large files and weights are in LFS, as on the hub.
+/// Whether a file is in LFS: large files and weights are, as on the hub.
 fn in_lfs(name: &str) -> bool {
     [".safetensors", ".bin"].iter().any(|end| name.ends_with(end))
 }
@@ -179,7 +179,7 @@ struct Reply {
     status: u16,
     headers: String,
     body: Vec<u8>,
-    /// Said to be as long as this.
+    /// Announced length, if not the real one.
     length: Option<usize>,
     stalls: bool,
 }
@@ -260,7 +260,7 @@ fn elsewhere(state: &mut State, request: &Request) -> Reply {
     faulty(state, request, &file, bytes, "ETag: \"something-else\"\r\n".into(), range)
 }
 
-/// Content from `from` on, or what goes wrong with it.
+/// Content from `from` on, with a fault if one is due.
 fn faulty(
     state: &mut State,
     request: &Request,

@@ -1,4 +1,4 @@
-//! What the simulation sees of a model's shared state: slots in use, and threads that sleep beside work.
+//! What the simulation checks in a model's shared state: slots in use, and threads that sleep although there is work.
 
 use std::sync::PoisonError;
 use std::time::Instant;
@@ -10,8 +10,8 @@ impl Shared {
         self.slots.used()
     }
 
-    /// Whether a thread sleeps although there is work for it, found in another way than by the code that wakes threads. Asked
-    /// when every thread is parked or held up; none while a woken sleeper is on its way.
+    /// Describes a thread that sleeps although there is work for it, found independently of the code that wakes
+    /// threads. Called when every thread is parked or delayed; `None` while a woken sleeper has not run yet.
     pub(in crate::infer) fn idle_beside_work(&self) -> Option<String> {
         let now = self.now();
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,16 +1,16 @@
 //! A deterministic simulation of scheduling: admission, queue, deadlines, cancellation, priorities, batching, the
-//! elastic engine, reload and drain run as they are, on a system whose clock and threads obey a seed.
+//! elastic engine, reload and drain run unchanged, on a system whose clock and threads are driven by a seed.
 //!
-//! Scheduling has an interface of its own to the system ([`System`](crate::infer::system::System): time, threads, parking); the
-//! simulation implements it on the coroutines of `generator`, with a clock of its own. docs/decisions has the reasons, and why
-//! it is not `shuttle`.
+//! Scheduling has an interface of its own to the system ([`System`](crate::infer::system::System): time, threads,
+//! parking); the simulation implements it with the coroutines of `generator`, and a clock of its own. docs/decisions
+//! has the reasons, and why it is not `shuttle`.
 //!
-//! What holds in every schedule: each reply goes to its request; every admitted image is answered exactly once; no model
-//! holds more than its limit; slots return to zero; no thread sleeps beside work; nothing expired is computed; nothing that
-//! was accepted is lost by a drain or a reload; every thread ends.
+//! Invariants of every schedule: each reply goes to its request; every admitted image is answered exactly once; no
+//! model holds more than its limit; slots return to zero; no thread sleeps beside work; nothing expired is computed; no
+//! accepted image is lost by a drain or a reload; every thread ends.
 //!
-//! `make simulate` runs 100,000 schedules, `make test` 1,000. A failure says its seed: `NFOLD_SEED=… cargo test --lib
-//! simulation` runs that schedule again. `make mutants` puts old faults back and expects them to be found.
+//! `make simulate` runs 100,000 schedules, `make test` 1,000. A failure prints its seed: `NFOLD_SEED=… cargo test --lib
+//! simulation` runs that schedule again. `make mutants` reintroduces old faults and expects them to be found.
 
 mod overload;
 mod scenario;
@@ -42,7 +42,8 @@ fn run(seed: u64, seen: &Seen) -> Result<(), String> {
     Ok(())
 }
 
-/// Every outcome of an image and of a reload. The simulation fails if one of them never occurs: it would show nothing.
+/// Every outcome of an image and of a reload. The simulation fails if one of them never occurs, as it would then not
+/// test it.
 const OUTCOMES: [Outcome; 8] = [
     Outcome::Ok,
     Outcome::UnsupportedMediaType,

@@ -1,5 +1,5 @@
-//! Far more load than there is capacity, and bursts, on simulated time: a hundred thousand arrivals a test, the same ones every
-//! time. The scheduler is the real one; its engine sleeps.
+//! Far more load than capacity, and bursts, on simulated time: a hundred thousand arrivals per test, the same in every
+//! run. The scheduler is the real one; its engine sleeps.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,12 +18,12 @@ use crate::random::Random;
 
 const MS: Duration = Duration::from_millis(1);
 const PATIENT: Duration = Duration::from_secs(10);
-/// Longest that the slowest per cent of answers may take.
+/// Bound of the 99th percentile of latency.
 const OBJECTIVE: Duration = Duration::from_millis(250);
-/// An engine of `nf_regnet_b0@192` on one core, about.
+/// Engine run of about `nf_regnet_b0@192` on one core.
 const RUN: Duration = Duration::from_millis(15);
 
-/// An engine that takes its time, a fifth more or less.
+/// An engine that sleeps, a fifth more or less.
 struct Sleeper {
     system: Arc<Simulated>,
     random: Random,
@@ -43,7 +43,7 @@ impl Backend for Sleeper {
 struct Serving {
     workers: usize,
     run: Duration,
-    /// The run of the engine that has all cores.
+    /// Run time of the engine with all cores.
     wide: Option<Duration>,
     standing_wait: Duration,
     queue_limit: usize,
@@ -52,7 +52,7 @@ struct Serving {
 const SERVING: Serving =
     Serving { workers: 1, run: RUN, wide: None, standing_wait: Duration::from_millis(100), queue_limit: 256 };
 
-/// When an image comes, and how long its client waits.
+/// When an image arrives, and how long its client waits.
 #[derive(Debug, Clone, Copy)]
 struct Arrival {
     at: Duration,
@@ -67,7 +67,7 @@ enum End {
     Late,
 }
 
-/// Serves the arrivals, counted from when the server is ready, and tells how each ended.
+/// Serves the arrivals, timed from when the server is ready, and returns how each ended.
 fn serve(seed: u64, serving: Serving, arrivals: Vec<Arrival>) -> Vec<End> {
     let system = Simulated::new(seed);
     let ends = Arc::new(Mutex::new(Vec::new()));
@@ -127,7 +127,7 @@ fn serve(seed: u64, serving: Serving, arrivals: Vec<Arrival>) -> Vec<End> {
     std::mem::take(&mut *ends.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Poisson arrivals, so many a second on average.
+/// Poisson arrivals at `rate` per second on average.
 fn poisson(random: &mut Random, rate: f64, count: usize, from: Duration) -> Vec<Arrival> {
     let mut at = from;
     let mut next = || {
@@ -145,14 +145,14 @@ fn latencies(ends: impl Iterator<Item = End>) -> Vec<Duration> {
     latencies
 }
 
-/// Answers a second of a server that always has something to do.
+/// Answers per second of a saturated server.
 fn most(serving: Serving) -> f64 {
     let rate = 5.0 * serving.workers as f64 / serving.run.as_secs_f64();
     let arrivals = poisson(&mut Random::new(99), rate, 20_000, Duration::ZERO);
     let (warm, over) = (Duration::from_secs(2), arrivals.last().map_or(Duration::ZERO, |last| last.at));
     let early = arrivals.iter().filter(|arrival| arrival.at < warm).count();
     let ends = serve(99, Serving { standing_wait: PATIENT, ..serving }, arrivals);
-    // as many come in as leave
+    // as many images arrive as leave
     latencies(ends.into_iter().skip(early)).len() as f64 / (over - warm).as_secs_f64()
 }
 
@@ -179,7 +179,7 @@ fn under_steady_overload_the_wait_is_short_and_nothing_is_lost() {
                 goodput / most,
                 answered[answered.len() / 2]
             );
-            // a little too much comes as bursts with pauses between them
+            // slight overload arrives as bursts with pauses between them
             let least = if multiple == 3.0 { 0.95 } else { 0.90 };
             assert!(goodput >= least * most, "{multiple}: {goodput} of {most}");
             assert!(p99 <= if multiple < 3.0 { 2 * OBJECTIVE } else { OBJECTIVE }, "{multiple}: {p99:?}");
@@ -187,7 +187,7 @@ fn under_steady_overload_the_wait_is_short_and_nothing_is_lost() {
     }
 }
 
-/// The wait that a standing queue is held to is the normal depth; twice that comes at once, again and again.
+/// The target wait of a standing queue is the normal depth; twice that arrives at once, again and again.
 #[test]
 fn no_image_of_a_burst_is_lost() {
     let depth = SERVING.standing_wait.as_secs_f64() / RUN.as_secs_f64();
@@ -206,7 +206,7 @@ fn no_image_of_a_burst_is_lost() {
     assert_eq!(lost, 0, "of {}", ends.len());
 }
 
-/// What is below capacity is no overload, however it comes.
+/// Load below capacity is no overload, whatever its distribution.
 #[test]
 fn next_to_nothing_is_refused_below_capacity() {
     let most = most(SERVING);
@@ -218,8 +218,8 @@ fn next_to_nothing_is_refused_below_capacity() {
     }
 }
 
-/// Clients that can't be answered in time hear so at once, and the others are answered: by the speed of the warm-up right
-/// after the start, and after hours in which only the engine that has all cores ran.
+/// Images that can't be answered in time are refused at once, and the others are answered: with the speed of the
+/// warm-up right after the start, and after hours in which only the engine with all cores ran.
 #[test]
 fn a_first_burst_is_admitted_by_what_can_be_in_time() {
     let patience = 500 * MS;
@@ -241,7 +241,7 @@ fn a_first_burst_is_admitted_by_what_can_be_in_time() {
     }
 }
 
-/// A second after overload a burst is absorbed as if nothing had been.
+/// A second after overload, a burst is absorbed as before.
 #[test]
 fn it_recovers_within_a_second() {
     for seed in 0..20 {

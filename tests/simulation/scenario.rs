@@ -1,5 +1,5 @@
-//! What happens in one schedule: models with engines that are slow, fail, panic or hang; clients that come in crowds, wait or
-//! leave; a repository that changes; an operator who reloads, loads, unloads; and an end. All of it is random.
+//! One random schedule: models with engines that are slow, fail, panic or hang; clients that arrive in crowds, wait or
+//! leave; a repository that changes; an operator who reloads, loads and unloads; and a shutdown.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future as _;
@@ -20,16 +20,16 @@ use crate::model::{Listing, Manifest, ModelDir, ModelError};
 use crate::random::Random;
 
 const MS: Duration = Duration::from_millis(1);
-/// A hung engine comes back after all else is over, so that the schedule has an end.
+/// A hung engine returns after all else is over, so that the schedule ends.
 const HANGS: Duration = Duration::from_secs(3600);
-/// Deadline of those who wait for as long as it takes.
+/// Deadline of clients that wait as long as it takes.
 const PATIENT: Duration = Duration::from_secs(600);
-/// A schedule is over by then.
+/// When a schedule is over.
 pub const END: Duration = Duration::from_secs(2 * 3600);
 const SIDE: usize = 1;
 const CLASSES: usize = 2;
 
-/// What goes wrong in engines, each once in so many runs; 0: never.
+/// Faults of engines, each once in this many runs; 0: never.
 #[derive(Debug, Clone, Copy)]
 struct Faults {
     slow: u64,
@@ -60,25 +60,25 @@ struct Sent {
 struct Record {
     sent: BTreeMap<u32, Sent>,
     next: u32,
-    /// Images that a client asked about, admitted or not.
+    /// Images that clients submitted, admitted or not.
     asked: u64,
-    /// Of these, refused when they came; and answered.
+    /// Of these, refused at admission; and answered.
     refused: u64,
     answered: u64,
-    /// An engine has hung: who waits for it waits long.
+    /// Whether an engine has hung: its images wait long.
     hung: bool,
-    /// Every model that was seen, to look after.
+    /// Every model that was seen, to be checked.
     models: Vec<Weak<LiveModel>>,
     violations: Vec<String>,
-    /// A client has unloaded the model.
+    /// Whether a client has unloaded the model.
     unloaded: bool,
-    /// Everything queued was given up, on the second request to stop.
+    /// Whether everything queued was evicted, on the second request to stop.
     aborted: bool,
     /// Versions that were ever opened.
     versions: BTreeSet<u64>,
 }
 
-/// One schedule's world.
+/// The state of one schedule.
 #[derive(Debug)]
 pub struct Scenario {
     system: Arc<Simulated>,
@@ -114,7 +114,7 @@ impl Backend for Engine {
     fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
         let scenario = &self.scenario;
         let ids: Vec<f32> = batch.data.chunks(3 * SIDE * SIDE).map(|image| image[0]).collect();
-        // what an engine is warmed with has no number
+        // warm-up images have no number
         let ids: Vec<f32> = ids.into_iter().map(|id| if id >= 1.0 && id.fract() == 0.0 { id } else { 0.0 }).collect();
         let is_real = ids.iter().any(|&id| id > 0.0);
         let Faults { slow, fails, panics, hangs } = scenario.faults;
@@ -190,7 +190,7 @@ impl Source for Shelf {
 }
 
 impl Scenario {
-    /// Draws what there is, and starts everybody.
+    /// Draws the scenario, and starts its threads.
     pub fn begin(seed: u64) -> Arc<Self> {
         let mut random = Random::new(seed);
         let system = Simulated::new(seed ^ 0x5851_f42d_4c95_7f2d);
@@ -235,7 +235,7 @@ impl Scenario {
         scenario
     }
 
-    /// Runs the schedule and judges it.
+    /// Runs the schedule and checks it.
     pub fn run(&self) -> Result<(), String> {
         let left = self.system.run(END, || self.at_rest())?;
         if let Some(violation) = self.record().violations.first() {
@@ -258,7 +258,7 @@ impl Scenario {
         Ok(())
     }
 
-    /// Images that ended so.
+    /// Images with this outcome.
     pub fn ended(&self, outcome: Outcome) -> u64 {
         let of = |version: &u64| {
             self.metrics.images_total.with_label_values(&["m", &version.to_string(), outcome.name()]).get()
@@ -266,12 +266,12 @@ impl Scenario {
         self.record().versions.iter().map(of).sum()
     }
 
-    /// Reloads that ended so.
+    /// Reloads with this result.
     pub fn reloads(&self, result: &str) -> u64 {
         self.metrics.model_reloads_total.with_label_values(&["m", result]).get()
     }
 
-    /// What happened, in short.
+    /// A summary of what happened.
     pub fn told(&self) -> String {
         let record = self.record();
         let Record { asked, refused, answered, hung, aborted, versions, .. } = &*record;
@@ -296,7 +296,7 @@ impl Scenario {
         self.record().violations.push(format!("{} (after {at:?})", what.into()));
     }
 
-    /// No thread sleeps beside work. Asked whenever nobody can go on.
+    /// Checks that no thread sleeps beside work. Called whenever no thread can run.
     fn at_rest(&self) -> Result<(), String> {
         let mut record = self.record();
         if let Some(violation) = record.violations.first() {
@@ -309,7 +309,7 @@ impl Scenario {
         idle.map_or(Ok(()), |idle| Err(format!("{idle} after {:?}, with {:?}", self.system.elapsed(), self.options)))
     }
 
-    /// Nothing expired is computed, and nothing whose client has left; a decision may be a few hold-ups old.
+    /// Checks that nothing expired is computed, nor anything whose client has left; a decision may be a few delays old.
     fn expects_live(&self, ids: &[f32]) {
         let now = self.system.now();
         let record = self.record();
@@ -350,7 +350,7 @@ impl Scenario {
         }
         let served = self.random().between(1, 300);
         self.system.sleep(served as u32 * MS);
-        // SIGTERM: what is in flight is finished, within limits
+        // SIGTERM: requests in flight are finished, within limits
         let asked_twice = self.random().once_in(8);
         let limit = if asked_twice { Duration::ZERO } else { 3 * PATIENT };
         let until = self.system.elapsed() + limit;
@@ -358,7 +358,7 @@ impl Scenario {
         while *at_work.lock().unwrap_or_else(PoisonError::into_inner) > 0 && self.system.elapsed() < until {
             registry.observe(&self.metrics);
             if self.random().once_in(3) {
-                // what comes now is refused, what is queued is answered
+                // new images are refused, queued ones are answered
                 registry.close();
             }
             self.system.sleep(pause);
@@ -373,12 +373,12 @@ impl Scenario {
         if left > 0 && !self.record().hung {
             self.violated(format!("{left} threads don't end"));
         }
-        // the process would be gone now
+        // the process would have ended now
         self.record().aborted = true;
         registry.abort();
     }
 
-    /// A client sends a few requests, one after the other or all at once.
+    /// Sends a few requests, one after the other or all at once.
     fn client(&self, registry: &Registry) {
         let requests = self.random().between(1, 4);
         for _ in 0..requests {
@@ -428,7 +428,7 @@ impl Scenario {
 
     fn image(&self, id: u32) -> Input {
         if self.random().once_in(12) {
-            // no image, which shows when it is decoded
+            // not an image, which shows when it is decoded
             return Input::Encoded(bytes::Bytes::from_static(b"no image"));
         }
         let mut values = vec![0.0; 3 * SIDE * SIDE];
@@ -445,7 +445,7 @@ impl Scenario {
         }
     }
 
-    /// As a client waits: for each image in turn, until its time is over.
+    /// Waits as a client does: for each image in turn, until its time is over.
     fn wait(&self, tickets: Vec<Ticket>, ids: &[u32], gives_up: Instant, deadline: Instant, patient: bool) {
         let mut tickets = tickets.into_iter();
         for &id in ids {

@@ -1,8 +1,8 @@
-//! Time, threads and waiting that obey a seed.
+//! Time, threads and waiting, driven by a seed.
 //!
-//! A thread is a coroutine; one runs at a time, and yields only where the scheduler would touch a lock, park or sleep. The next
-//! one is chosen at random. Time passes only when no thread can go on, or when a thread is delayed at random (as by decoding,
-//! page faults, or load of other processes). So a schedule is a function of its seed.
+//! A thread is a coroutine; one runs at a time, and yields only where the scheduler would lock, park or sleep. The next
+//! one is chosen at random. Time passes only when no thread can run, or when a thread is delayed at random (as by
+//! decoding, page faults, or load of other processes). So a schedule is a function of its seed.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,13 +16,13 @@ use generator::{Generator, Gn};
 use crate::infer::system::System;
 use crate::random::Random;
 
-/// Longest that a thread is held up at a time.
+/// Longest delay of a thread at a time.
 pub const HOLD_UP: Duration = Duration::from_millis(3);
 
-/// More turns than this at one moment mean an endless loop.
+/// More turns than this without time passing mean an endless loop.
 const CIRCLES: usize = 20_000;
 
-/// Words of a thread's stack.
+/// Size of a thread's stack, in words.
 const STACK: usize = 0x4000;
 
 type Body = Box<dyn FnOnce() + Send>;
@@ -30,7 +30,7 @@ type Body = Box<dyn FnOnce() + Send>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Status {
     Ready,
-    /// Until it is woken, or that moment.
+    /// Until it is woken, or until that moment.
     Parked(Option<Duration>),
     Asleep(Duration),
     Ended,
@@ -40,7 +40,7 @@ enum Status {
 struct Task {
     name: String,
     status: Status,
-    /// A wake-up that came before it parked.
+    /// A wake-up that arrived before it parked.
     token: bool,
 }
 
@@ -49,7 +49,7 @@ struct State {
     tasks: Vec<Task>,
     current: usize,
     random: Random,
-    /// Threads that have been started and not yet run.
+    /// Threads that were started and have not run yet.
     born: Vec<(usize, Body)>,
     panics: Vec<String>,
 }
@@ -101,7 +101,7 @@ impl Simulated {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since the beginning.
+    /// Time since the beginning.
     pub fn elapsed(&self) -> Duration {
         self.lock().now
     }
@@ -114,8 +114,8 @@ impl Simulated {
         state.born.push((task, Box::new(body)));
     }
 
-    /// Runs all threads to their end, or until nothing is left to wait for, or until that moment. `at_rest` looks whenever
-    /// nobody can go on, before time passes. Returns the names of the threads that have not ended.
+    /// Runs all threads to their end, until no thread waits for time, or until that moment. Calls `at_rest` whenever no
+    /// thread can run, before time passes. Returns the names of the threads that have not ended.
     pub fn run(&self, until: Duration, mut at_rest: impl FnMut() -> Result<(), String>) -> Result<Vec<String>, String> {
         let mut threads: BTreeMap<usize, Generator<'static, (), ()>> = BTreeMap::new();
         let mut turns = 0;
@@ -182,23 +182,23 @@ impl Simulated {
                 }
             }
         };
-        // what is stuck can't be unwound: it would go on where the worker catches panics
+        // stuck coroutines can't be unwound: the panic would be caught in the worker, which would continue
         threads.into_values().for_each(std::mem::forget);
         outcome
     }
 
-    /// Lets others run; the calling thread goes on once `status` allows.
+    /// Lets other threads run; the calling thread continues once `status` allows.
     fn give_way(&self, status: Status) {
         let mut state = self.lock();
         let current = state.current;
         state.tasks[current].status = status;
         drop(state);
-        // the `scope` that is preferred to it would have to be handed through the scheduler
+        // the recommended `scope` would have to be passed through the scheduler
         #[expect(deprecated)]
         generator::yield_with(());
     }
 
-    /// Whether the caller is one of the threads, and in a state to give way.
+    /// Whether the caller is one of the threads, and able to yield.
     fn is_thread() -> bool {
         generator::is_generator() && !std::thread::panicking()
     }
@@ -221,7 +221,7 @@ impl System for Simulated {
     fn park(&self, until: Option<Instant>) {
         let mut state = self.lock();
         let current = state.current;
-        // one in 16 for no reason at all
+        // one wake-up in 16 is spurious
         if std::mem::take(&mut state.tasks[current].token) || state.random.below(16) == 0 || !Self::is_thread() {
             return;
         }

@@ -1,4 +1,4 @@
-//! gRPC as no library speaks it: any bytes, any headers, over a connection of its own.
+//! A gRPC client that can send what libraries don't: any bytes, any headers, over a connection of its own.
 
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -20,9 +20,9 @@ pub const STREAM: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 /// How a call ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Ended {
-    /// HTTP's status.
+    /// HTTP status.
     pub http: u16,
-    /// `grpc-status`; none: the call was cut.
+    /// `grpc-status`; `None`: the call was cut.
     pub status: Option<i32>,
     /// `x-error-code`.
     pub code: String,
@@ -30,22 +30,22 @@ pub struct Ended {
     pub message: String,
 }
 
-/// A call under way.
+/// An open call.
 pub struct Call {
-    /// Where bytes go that are sent; dropping it ends the call's own half.
+    /// Sends bytes; dropping it closes the client's half of the stream.
     pub sender: Option<mpsc::Sender<Bytes>>,
     response: Response<Incoming>,
-    /// Answered and not yet read.
+    /// Received and not yet read.
     rest: Vec<u8>,
     trailers: Option<HeaderMap>,
 }
 
-/// Opens a call that goes on.
+/// Opens a call that stays open for sending.
 pub async fn open(to: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Call {
     begin(to, path, headers, None).await
 }
 
-/// Begins a call; `whole` is all that it sends.
+/// Begins a call; with `whole`, that is all that it sends.
 async fn begin(to: SocketAddr, path: &str, headers: &[(&str, &str)], whole: Option<Bytes>) -> Call {
     let stream = tokio::net::TcpStream::connect(to).await.unwrap();
     let mut client = http2::Builder::new(TokioExecutor::new());
@@ -55,7 +55,7 @@ async fn begin(to: SocketAddr, path: &str, headers: &[(&str, &str)], whole: Opti
     let (sender, bytes) = mpsc::channel::<Bytes>(4);
     let mut sender = Some(sender);
     if let Some(whole) = whole {
-        // an empty piece of data would be a piece of data
+        // an empty chunk would be an empty DATA frame
         if !whole.is_empty() {
             sender.as_ref().expect("here").send(whole).await.unwrap();
         }
@@ -79,7 +79,7 @@ impl Call {
         self.sender.as_ref().expect("open").send(bytes.into()).await.is_ok()
     }
 
-    /// The next message; none at the end.
+    /// The next message; `None` at the end.
     pub async fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             if let Some((head, rest)) = self.rest.split_first_chunk::<5>() {
@@ -99,7 +99,7 @@ impl Call {
         }
     }
 
-    /// How it ends, with nothing more sent or answered.
+    /// Returns how it ends, without sending or expecting more.
     pub async fn end(mut self) -> Ended {
         while self.next().await.is_some() {}
         let of = |headers: &HeaderMap, name: &str| headers.get(name).and_then(|v| v.to_str().ok()).map(String::from);
@@ -114,18 +114,18 @@ impl Call {
     }
 }
 
-/// A whole call, from a thread of its own.
+/// A complete call, on a thread of its own.
 pub fn call(to: SocketAddr, path: &str, headers: &[(&str, &str)], bytes: impl Into<Bytes>) -> Ended {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async { begin(to, path, headers, Some(bytes.into())).await.end().await })
 }
 
-/// A message with its head.
+/// A message with its length prefix.
 pub fn frame(message: &[u8]) -> Vec<u8> {
     flagged(0, message)
 }
 
-/// The same, compressed.
+/// The same, compressed with gzip.
 pub fn gzipped(message: &[u8]) -> Vec<u8> {
     flagged(1, &gzip(message))
 }
@@ -146,7 +146,7 @@ pub fn zlib(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A field of protobuf that has a length.
+/// A length-delimited protobuf field.
 pub fn ld(number: u8, bytes: &[u8]) -> Vec<u8> {
     let mut field = vec![number << 3 | 2];
     prost::encoding::encode_varint(bytes.len() as u64, &mut field);

@@ -1,4 +1,5 @@
-//! Connections that say nothing, little or nonsense: on every port each ends by a limit, and none keeps others out.
+//! Connections that send nothing, little or nonsense: on every port each is ended by a limit, and none keeps others
+//! out.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -21,12 +22,12 @@ use crate::serve::{TestServer, local, png, start};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// A client that begins with some bytes and then sends more again and again, until it is cut off.
+/// A client that starts with some bytes and then sends more repeatedly, until it is cut off.
 struct Nuisance {
     name: &'static str,
     first: Vec<u8>,
     drip: Vec<u8>,
-    /// Answers the server's pings, as a client that lives does.
+    /// Whether it answers the server's PING, as a live client does.
     lives: bool,
 }
 
@@ -39,7 +40,7 @@ impl Nuisance {
         Self { lives: true, ..Self::new(name, [PREFACE, &frame(4, 0, 0, &[]), first].concat(), drip) }
     }
 
-    /// How long it lived.
+    /// Returns how long it stayed connected.
     fn live(&self, address: SocketAddr, longest: Duration) -> Duration {
         let started = Instant::now();
         let mut stream = TcpStream::connect(address).unwrap();
@@ -66,7 +67,7 @@ impl Nuisance {
     }
 }
 
-/// What an HTTP/2 client has to answer: pings and settings.
+/// What an HTTP/2 client has to answer: PING and SETTINGS.
 fn replies(mut bytes: &[u8]) -> Vec<u8> {
     let mut answers = Vec::new();
     while bytes.len() >= 9 {
@@ -183,7 +184,7 @@ fn requests_in_work_and_streams_are_not_idle() {
     server.end().unwrap();
 }
 
-/// Fills a port with clients that say nothing and have all the time of the world, then asks something.
+/// Fills a port with clients that send nothing and never leave, then sends a request.
 fn crowded(doors: &[(SocketAddr, &str)], clients: usize) {
     for &(address, path) in doors {
         let silent: Vec<_> = (0..clients).map(|_| TcpStream::connect(address).unwrap()).collect();
@@ -217,8 +218,8 @@ fn a_full_port_makes_room() {
     assert!(server.wait().success());
 }
 
-/// A working connection is not evicted for a new one.
-/// Clients that ask for something cheap so often that none is ever quiet for long.
+/// A full port makes room for a new connection, even if its clients send cheap requests so often that none is ever
+/// quiet for long.
 #[test]
 fn a_port_full_of_busy_askers_makes_room() {
     const ASKERS: usize = 32;
@@ -281,7 +282,7 @@ fn few_descriptors_are_shared_out() {
     stops(server);
 }
 
-/// What a process has used of the processors.
+/// CPU time of a process.
 fn processor_time(process: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
@@ -306,7 +307,7 @@ fn few_patience() -> TestServer {
     start(Options { request_timeout: Duration::from_secs(600), ..limits }, options(1, 4, 8))
 }
 
-/// A request timeout of ten minutes, and still nobody takes ten minutes over a body.
+/// Even with a request timeout of ten minutes, no body may take that long.
 #[test]
 fn bodies_that_trickle_end_their_requests() {
     let server = few_patience();
@@ -363,7 +364,7 @@ fn bodies_that_trickle_end_their_requests() {
     server.end().unwrap();
 }
 
-/// Progress alone is not enough: a byte now and then takes for ever.
+/// Progress alone is not enough: at a byte now and then, a response would never end.
 #[test]
 fn answers_taken_in_a_trickle_end() {
     let server = few_patience();
@@ -383,7 +384,7 @@ fn answers_taken_in_a_trickle_end() {
         std::thread::sleep(Duration::from_millis(50));
         assert!(started.elapsed() < Duration::from_secs(15), "still open");
     }
-    // nor does the system go on sending
+    // the kernel does not continue to send either
     let ended = stream.read_to_end(&mut Vec::new());
     assert_eq!(ended.map_err(|e| e.kind()), Err(std::io::ErrorKind::ConnectionReset));
     assert!(server.metrics.ended_connections_total.with_label_values(&["http", "write_timeout"]).get() >= 2);

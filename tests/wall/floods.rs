@@ -1,4 +1,4 @@
-//! HTTP/2 frames that cost their sender nothing, as fast as a connection takes them: other clients don't notice.
+//! Floods of HTTP/2 frames that cost their sender nothing: other clients don't notice.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -14,7 +14,7 @@ const FLOOD: Duration = Duration::from_millis(500);
 /// Longest that another client may wait meanwhile.
 const BOUND: Duration = Duration::from_millis(50);
 
-/// Sends the same bytes until the time is over, on a new connection whenever the server has had enough; says how many.
+/// Sends the same bytes until the time is over, with a new connection whenever the server ends one; returns how often.
 fn flood(address: SocketAddr, bytes: &[u8]) -> u64 {
     let started = Instant::now();
     let mut sent = 0;
@@ -42,14 +42,14 @@ fn connection(address: SocketAddr, bytes: &[u8], started: Instant) -> u64 {
     sent
 }
 
-/// Requests on streams of their own, each followed by what is given.
+/// Requests on streams of their own, each followed by the frames of `and`.
 fn streams(count: u32, and: impl Fn(u32) -> Vec<u8>) -> Vec<u8> {
     let whole = request("GET", "/v2/health/live", "text/plain", b"");
     let head = &whole[9..whole.len() - 9];
     (0..count).flat_map(|i| [frame(1, 4, 2 * i + 1, head), and(2 * i + 1)].concat()).collect()
 }
 
-/// Floods until nobody else noticed.
+/// Floods until other clients did not notice; the best of a few attempts counts.
 fn unnoticed<T>(server: &Server, what: &str, attack: impl Fn() -> T) -> (T, Cost) {
     let _alone = alone();
     let mut slowest = Vec::new();
@@ -99,7 +99,7 @@ fn floods_of_frames_cost_others_nothing() {
     assert!(server.wait().success());
 }
 
-/// CVE-2023-44487: requests that are taken back at once.
+/// CVE-2023-44487: requests that are reset at once.
 #[test]
 fn a_rapid_reset_costs_others_nothing() {
     let server = Server::start(&[]);

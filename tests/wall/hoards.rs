@@ -1,5 +1,5 @@
-//! Clients that open as many requests as they can and then neither send nor read: what the server keeps for each is small, and
-//! for all of them bounded.
+//! Clients that open as many requests as they can and then neither send nor read: the server keeps little for each, and
+//! a bounded amount for all.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -12,10 +12,10 @@ use crate::fakes::eventually;
 use crate::process::{Server, ask, data};
 
 const CONNECTIONS: usize = 64;
-/// On the admin port, which takes 64: one is for who asks for health meanwhile.
+/// Connections to the admin port, which accepts 64: the rest is for health requests meanwhile.
 const ADMIN: usize = 48;
 const STREAMS: u32 = 100;
-/// Most that all of them together may cost.
+/// Most bytes that all of them together may cost.
 const ROOM: u64 = 64_000_000;
 const HEALTH: Duration = Duration::from_millis(100);
 
@@ -25,7 +25,7 @@ const WATCH: &str = "/grpc.health.v1.Health/Watch";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 const DEMO: &str = "nf_regnet_cifar10";
 
-/// A length in HPACK, with a prefix of seven bits (RFC 7541, section 5.1).
+/// An HPACK integer with a prefix of seven bits (RFC 7541, section 5.1).
 fn length(bytes: usize) -> Vec<u8> {
     let Some(mut more) = bytes.checked_sub(127) else { return vec![bytes as u8] };
     let mut encoded = vec![127];
@@ -57,7 +57,7 @@ fn head(stream: u32, ends: bool, method: &str, path: &str, more: &[(&str, &str)]
     frames
 }
 
-/// Requests of one kind, as many as a connection may have open.
+/// As many requests of one kind as a connection may have open.
 fn many(method: &str, path: &str, more: &[(&str, &str)], body: &[u8], ends: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for stream in (0..STREAMS).map(|i| 2 * i + 1) {
@@ -69,13 +69,13 @@ fn many(method: &str, path: &str, more: &[(&str, &str)], body: &[u8], ends: bool
     bytes
 }
 
-/// Each of many connections brings its first bytes and a moment later, when it has heard of the server's windows, the others.
-/// No answer is read. Those that stay open.
+/// Each of many connections sends its first bytes, and the others a moment later, when it knows the server's windows.
+/// No response is read. Returns those that stay open.
 fn hoard(address: SocketAddr, connections: usize, first: &[u8], then: &[u8]) -> Vec<TcpStream> {
     let one = || {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
-        // the server may end it, or read no more
+        // fails if the server has ended it or reads no more
         let _ = stream.write_all(first);
         std::thread::sleep(Duration::from_millis(80));
         let _ = stream.write_all(then);
@@ -115,7 +115,7 @@ fn attempt(name: &str, port: fn(&Server) -> SocketAddr, first: &[u8], then: &[u8
     cost
 }
 
-/// A machine that others use can only make it slower: the best of three counts.
+/// Other load on the machine can only slow it down: the best of three counts.
 fn bounded(name: &str, port: fn(&Server) -> SocketAddr, first: &[u8], then: &[u8]) {
     let _alone = alone();
     let slowest: Vec<_> =
@@ -207,7 +207,7 @@ fn pipelined_requests_whose_answers_nobody_takes() {
     }
 }
 
-/// Whoever keeps little is not cut, however many others keep much.
+/// A connection that keeps little is not cut, however much others keep.
 #[test]
 fn who_keeps_little_stays() {
     let _alone = alone();
@@ -281,7 +281,7 @@ fn http2_has_100_streams_and_windows_of_512_kib() {
             // nothing there waits for a body
             continue;
         }
-        // a client that does not keep to it
+        // a client that exceeds the limit
         for number in (0..=STREAMS).map(|i| 2 * i + 1) {
             stream.write_all(&head(number, false, "POST", path, &[GRPC])).unwrap();
         }
@@ -343,7 +343,7 @@ fn reflection_is_16_streams_and_ends_with_the_server() {
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
 }
 
-/// After a flood the allocator keeps some of what it had; no more than the bar.
+/// After a flood, the allocator keeps some memory, but no more than the limit.
 #[test]
 fn memory_after_the_floods() {
     let _alone = alone();

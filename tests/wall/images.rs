@@ -1,4 +1,4 @@
-//! Images of a few kilobytes and many millions of pixels, from many callers at once.
+//! Images of a few kilobytes and many millions of pixels, from many clients at once.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use crate::cli::project;
 use crate::fakes::eventually;
 use crate::process::{Server, ask};
 
-/// Callers at once.
+/// Concurrent clients.
 const CALLERS: usize = 64;
 
-/// Whatever comes: memory stays within `--decode-memory`, and other callers are served between the large images.
+/// Memory stays within `--decode-memory`, and other clients are served between the large images.
 #[test]
 fn many_large_images_wait_for_each_other() {
     let bombs = bombs(8000);
@@ -43,7 +43,7 @@ fn many_large_images_wait_for_each_other() {
     });
     println!("{statuses:?}\nslowest small image {slowest:?}, {cost:?}");
     for (what, accepted, status) in &statuses {
-        // late, or more than the queue takes: never broken
+        // timed out or refused, but never broken
         let expected: &[u16] = if *accepted { &[200, 429, 504] } else { &[413, 429, 504] };
         assert!(expected.contains(status), "{what}: {status}");
     }
@@ -60,7 +60,7 @@ fn many_large_images_wait_for_each_other() {
     eventually("all memory is given back", none_left);
 }
 
-/// What the manifests of Kubernetes say of the container: its limit of memory in bytes, and the flags of its variables.
+/// The container's memory limit in bytes and the flags of its variables, from the Kubernetes manifests.
 fn pod() -> (u64, Vec<String>) {
     let read = |file| std::fs::read_to_string(project(&format!("deploy/kubernetes/base/{file}"))).unwrap();
     let (deployment, env) = (read("deployment.yaml"), read("nfold.env"));
@@ -82,7 +82,7 @@ fn pod() -> (u64, Vec<String>) {
     (limit.parse::<u64>().unwrap() << 30, flags)
 }
 
-/// Callers of each worst kind at once, beside uploads that take most of what bodies may: the pod is not killed.
+/// Clients of each worst kind at once, beside uploads that use most of the body budget: the pod is not killed.
 #[test]
 fn whatever_comes_fits_into_the_pod() {
     let _alone = alone();

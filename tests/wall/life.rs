@@ -1,5 +1,5 @@
-//! How every command ends: by signals, as process 1 too, by a full disk and by a file size limit; and what it leaves
-//! behind: a whole version or none, and no drafts.
+//! How every command ends (signals, also as process 1; a full disk; a file size limit), and what it leaves: a complete
+//! version or none, and no drafts.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
@@ -15,7 +15,7 @@ use crate::cli::{golden, nfold, project, refused, skip, text, with_demo};
 use crate::fakes::eventually;
 
 const NFOLD: &str = env!("CARGO_BIN_EXE_nfold");
-/// How long a command may take to end after a signal: far less than any grace period, far more than a busy machine needs.
+/// Longest time to end after a signal: far below any grace period, far above what a busy machine needs.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 fn signal(name: &str, pid: u32) {
@@ -37,7 +37,7 @@ fn ends(child: &mut Child, within: Duration) -> ExitStatus {
     }
 }
 
-/// Names in a folder and below, without those of the files that `with_demo` made.
+/// Names in a folder and below, without the files that `with_demo` made.
 fn left(folder: &Path) -> Vec<String> {
     let mut names = Vec::new();
     let mut folders = vec![folder.to_path_buf()];
@@ -60,7 +60,7 @@ fn start(args: &[&str], folder: &Path) -> Child {
     command.env("TMPDIR", folder).spawn().unwrap()
 }
 
-/// Commands that would run for minutes, each with what shows that it is at work: a name in its folder, if it makes any.
+/// Commands that would run for minutes, each with whether it creates a file in its folder that shows that it works.
 fn long_runs(photographs: &str) -> Vec<(Vec<&str>, bool)> {
     vec![
         (vec!["classify", "--recursive", photographs, "--threads", "1", "--output", "answers.jsonl"], true),
@@ -125,7 +125,7 @@ fn a_signal_ends_every_command_as_process_1() {
     }
 }
 
-/// Whatever the loader threads do just then.
+/// Whatever the loading threads do at that moment.
 #[test]
 fn a_signal_while_models_load_ends_the_server_with_0() {
     let folder = with_demo();
@@ -151,7 +151,7 @@ fn a_signal_while_models_load_ends_the_server_with_0() {
         let _ = lines.read_to_string(&mut said);
         assert_eq!((status.code(), status.signal()), (Some(0), None), "round {round}: {said}");
         let drafts: Vec<_> = left(here).into_iter().filter(|name| name.starts_with(".nfold-draft-")).collect();
-        // whatever round it was, a graph is cached whole or not at all
+        // in any round, a graph is cached completely or not at all
         if round.is_multiple_of(3) {
             let _ = std::fs::remove_dir_all(here.join("cache"));
         }
@@ -159,7 +159,7 @@ fn a_signal_while_models_load_ends_the_server_with_0() {
     }
 }
 
-/// A version is what its manifest says.
+/// Whether a version's files match its manifest.
 fn is_whole(version: &Path) -> bool {
     let Ok(manifest) = std::fs::read(version.join("manifest.json")) else { return false };
     let Ok(manifest) = serde_json::from_slice::<Value>(&manifest) else { return false };
@@ -196,7 +196,7 @@ fn a_version_is_there_at_any_instant_of_its_replacement() {
             let mut child = start(&args.each_ref().map(String::as_str), here);
             let drafts = || left(&repository).iter().any(|name| name.starts_with(".nfold-draft-"));
             while child.try_wait().unwrap().is_none() && !drafts() {}
-            // the draft is written, synced, exchanged, and the old version removed: killed everywhere there
+            // the draft is written, synced, exchanged, and the old version removed: the kill hits each of these
             std::thread::sleep(Duration::from_micros(round * 150));
             let _ = child.kill();
             child.wait().unwrap();
@@ -207,7 +207,7 @@ fn a_version_is_there_at_any_instant_of_its_replacement() {
     });
     let (looks, missing) = (looks.into_inner(), missing.into_inner());
     assert!(looks > 1000 && missing == 0, "away in {missing} of {looks} looks");
-    // what the killed left is gone
+    // drafts of killed processes are removed
     let mut names: Vec<_> = std::fs::read_dir(&repository).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.extend(std::fs::read_dir(&model).unwrap().map(|e| e.unwrap().file_name()));
     assert_eq!(names, ["nf_regnet_small", "1"]);

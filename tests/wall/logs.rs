@@ -1,5 +1,5 @@
-//! Whoever reads the log may leave, sleep or never come: the server goes on serving, counts what nobody read, and ends
-//! as asked.
+//! Readers of the log that leave, sleep or never start: the server still serves, counts dropped lines, and ends as
+//! asked.
 
 use std::fs::File;
 use std::io::{Read as _, pipe};
@@ -13,7 +13,7 @@ use crate::cli::with_demo;
 use crate::fakes::eventually;
 use crate::process::{ask, data};
 
-/// A server whose stderr is what a test says.
+/// A server whose stderr a test chooses.
 pub struct Logging {
     pub child: Child,
     pub http: SocketAddr,
@@ -39,7 +39,7 @@ impl Logging {
         server
     }
 
-    /// Log lines of some 400 bytes: more of them than any pipe takes.
+    /// Causes log lines of some 400 bytes, more than any pipe holds.
     fn fill(&self) {
         for _ in 0..400 {
             let path = format!("/v2/models/{}", "x".repeat(300));
@@ -55,7 +55,7 @@ impl Logging {
         metric(self.admin, "nfold_dropped_log_lines_total")
     }
 
-    /// Asks the server to stop; how it ended, and how long that took.
+    /// Stops the server; returns its exit status and how long that took.
     fn stop(mut self) -> (ExitStatus, Duration) {
         let asked = Instant::now();
         assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
@@ -71,7 +71,7 @@ impl Drop for Logging {
     }
 }
 
-/// Longest a stop may take that has nothing to finish: the machine may be busy.
+/// Longest time to stop with nothing in flight, on a busy machine.
 const STOP: Duration = Duration::from_secs(5);
 
 pub fn stops(server: Logging) {
@@ -132,7 +132,7 @@ fn a_full_disk_or_no_stderr_at_all_stops_nothing() {
     stops(server);
 }
 
-/// A reader that lives gets every line, the last ones too.
+/// A live reader gets every line, including the last ones.
 #[test]
 fn the_last_lines_are_written_before_the_end() {
     let (mut reader, writer) = pipe().unwrap();
@@ -150,7 +150,7 @@ fn the_last_lines_are_written_before_the_end() {
     assert_eq!(last["message"], "stopped");
 }
 
-/// A start that fails says so and ends, whether somebody reads it or not.
+/// A failed start reports its error and exits, even if nobody reads it.
 #[test]
 fn a_failed_start_ends_without_a_reader() {
     let fail = |stderr: Stdio| {

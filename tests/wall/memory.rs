@@ -1,6 +1,6 @@
-//! Bombs: requests that are small on the wire, or full of things that are small, and would be large in memory or in their
-//! answer. Each is refused (or answered, where it is a request after all) within 64 MB beside the body itself, while health is
-//! answered within 100 ms.
+//! Requests that are small on the wire, or full of small elements, and would be large in memory or in their response.
+//! Each is refused (or answered, if it is valid) within 64 MB beside the body itself, while health is answered within
+//! 100 ms.
 
 use std::io::{Read as _, Write as _};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -10,7 +10,7 @@ use super::calls::{INFER, STREAM, call, flagged, frame, gzip, gzipped, ld, zlib}
 use super::{MIB, alone, peak, resident, under_attack};
 use crate::process::{Server, ask, connect};
 
-/// Beside the body limit, which is 64 MiB.
+/// Most bytes beside the body limit, which is 64 MiB.
 const ROOM: u64 = 64_000_000;
 const HEALTH: Duration = Duration::from_millis(100);
 const MODEL: &str = "/v2/models/nf_regnet_cifar10/infer";
@@ -18,7 +18,7 @@ const MODEL: &str = "/v2/models/nf_regnet_cifar10/infer";
 /// A server that these attacks share, one after the other.
 struct Attacked {
     server: Server,
-    /// Its resident memory before the first of them, so that what one leaves behind counts against the next.
+    /// Its resident memory before the first attack, so that what one leaves counts against the next.
     before: u64,
 }
 
@@ -31,13 +31,13 @@ impl Attacked {
         Self { server, before }
     }
 
-    /// Bytes by which its memory rose at its peak, since the last attack began.
+    /// Growth of its peak memory since the last attack began, in bytes.
     fn growth(&self) -> u64 {
         peak(self.server.pid()).saturating_sub(self.before)
     }
 }
 
-/// The one that others attack or wait for; none: a new one. Whoever is the last stops it.
+/// The shared server; starts one if no test uses it. The last user stops it.
 fn attacked() -> Arc<Attacked> {
     static SHARED: Mutex<Weak<Attacked>> = Mutex::new(Weak::new());
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,18 +49,18 @@ fn attacked() -> Arc<Attacked> {
     fresh
 }
 
-/// Attacks a server; what it answers begins with `due`.
+/// Attacks a server; the response must begin with `due`.
 fn defused(due: &str, attack: impl Fn(&Server) -> String) {
     let attacked = attacked();
     let _alone = alone();
     let server = &attacked.server;
     let mut slowest = Vec::new();
-    // a machine that others use can only make it slower, so the best of three counts
+    // other load on the machine can only slow it down, so the best of three counts
     for _ in 0..3 {
         let (outcome, cost) = under_attack(server, || attack(server));
         let mut growth = attacked.growth();
         if growth >= ROOM + 64 * MIB {
-            // what the attacks before left behind may be in it: a server of its own decides
+            // earlier attacks may have left memory behind: a server of its own decides
             let own = Attacked::start();
             under_attack(&own.server, || attack(&own.server));
             growth = own.growth();
@@ -107,7 +107,7 @@ fn form(body: Vec<u8>) -> impl Fn(&Server) -> String {
     move |server| http(server, "/v1/classify", &[FORM, GZIP], &packed)
 }
 
-/// A tensor with one of its members as given.
+/// A tensor with the given member.
 fn tensor(member: &str) -> String {
     let all = [("name", "\"input\""), ("datatype", "\"FP32\""), ("shape", "[1,3,64,64]"), ("data", "[]")];
     let given = member.split('"').nth(1).unwrap();
@@ -115,12 +115,12 @@ fn tensor(member: &str) -> String {
     format!("{{\"inputs\":[{{{member}{}}}]}}", others.collect::<String>())
 }
 
-/// `one` until it is some 60 MiB.
+/// `one` repeated to some 60 MiB.
 fn full(one: &str) -> String {
     one.repeat((60 << 20) / one.len())
 }
 
-/// A form's parts.
+/// The parts of a form.
 fn parts(head: &str, count: usize) -> Vec<u8> {
     format!("{}--x--\r\n", format!("--x\r\n{head}\r\n\r\n\r\n").repeat(count)).into_bytes()
 }
@@ -217,7 +217,7 @@ fn a_body_in_chunks_of_a_byte() {
     });
 }
 
-/// What is echoed is cut, the rest of the answer is as ever.
+/// The echoed id is truncated, the rest of the response is as usual.
 #[test]
 fn an_id_without_an_end() {
     let data = ["0"; 3 * 64 * 64].join(",");
@@ -239,7 +239,7 @@ fn grpc(server: &Server, path: &str, message: &[u8]) -> String {
     format!("{} {} {} {}", ended.http, ended.status.unwrap_or(-1), ended.code, ended.message)
 }
 
-/// The same message compressed, alone and in a stream: of a stream, what is read as a message is answered with an error.
+/// The same message compressed, alone and in a stream; in a stream, a message that was read is answered with an error.
 fn message(message: Vec<u8>) -> impl Fn(&Server) -> String {
     let packed = gzipped(&message);
     drop(message);
@@ -307,7 +307,7 @@ bombs! {
     };
 }
 
-/// All of them together get no more than the budget of all.
+/// Sixteen at once get no more than the whole budget.
 #[test]
 fn sixteen_at_once() {
     let _alone = alone();
@@ -335,7 +335,7 @@ fn sixteen_at_once() {
     panic!("health took {slowest:?}");
 }
 
-/// What is large and in order is answered as before.
+/// Large but valid requests are answered as before.
 #[test]
 fn many_images_in_typed_fields_and_in_json_are_answered() {
     let server = Server::start(&[]);

@@ -1,5 +1,5 @@
-//! The outer wall: attacks on the real program over real sockets. Each test says what it costs the server (peak memory),
-//! what it costs others (latency of health on every port), and how it ends.
+//! Attacks on the real program over real sockets. Each test measures what an attack costs the server (peak memory) and
+//! other clients (latency of health on every port), and how it ends.
 
 pub mod calls;
 mod connections;
@@ -30,28 +30,28 @@ pub const MIB: u64 = 1 << 20;
 /// What an attack cost.
 #[derive(Debug)]
 pub struct Cost {
-    /// Bytes by which the process's resident memory rose above what it was before, at its peak.
+    /// Peak growth of the process's resident memory, in bytes.
     pub growth: u64,
-    /// The slowest health answer on any port; a missing one counts as the time that was waited for it.
+    /// The slowest health response on any port; a missing one counts as the time waited for it.
     pub health: Duration,
-    /// Health requests that were not answered as they should be.
+    /// Health requests without the right response.
     pub failed: usize,
     /// How long the attack took.
     pub took: Duration,
 }
 
-/// One at a time: what a test measures of the machine others disturb. A machine that others use all the same can only make
-/// it slower, so that the best of a few tries counts.
+/// Runs tests one at a time, as they disturb each other's measurements. Other load on the machine can only slow them
+/// down, so the best of a few attempts counts.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `attack` while asking for health on every port, each every 5 ms.
+/// Runs `attack` while requesting health on every port every 5 ms.
 pub fn under_attack<T>(server: &Server, attack: impl FnOnce() -> T) -> (T, Cost) {
     let before = resident(server.pid());
     std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
-    // over HTTP/1 the gRPC port answers with a gRPC status: that it answers is what counts
+    // over HTTP/1 the gRPC port answers with a gRPC status: any response counts
     let doors = [(server.http, "/v2/health/live", 200), (server.admin, "/livez", 200), (server.grpc, "/", 200)];
     let watch = Watch::start(&doors);
     let started = Instant::now();
@@ -67,7 +67,7 @@ pub fn resident(pid: u32) -> u64 {
     memory(pid, "VmRSS:")
 }
 
-/// The most that it was, since [`under_attack`] began.
+/// Peak resident memory in bytes since [`under_attack`] began.
 pub fn peak(pid: u32) -> u64 {
     memory(pid, "VmHWM:")
 }
@@ -85,7 +85,7 @@ pub fn metric(admin: SocketAddr, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
 }
 
-/// Asks for health all the time, on a connection of its own each.
+/// Requests health repeatedly, each time on a new connection.
 struct Watch {
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<(Duration, usize)>>,
@@ -119,7 +119,7 @@ impl Watch {
     }
 }
 
-/// What is measured here shows when there is something to show.
+/// The measurement shows a cost where there is one.
 #[test]
 fn a_cost_is_seen() {
     let server = Server::start(&[]);

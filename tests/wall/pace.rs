@@ -1,4 +1,4 @@
-//! Clients that come straight back after a refusal, by the hundred: those that are answered don't pay for them.
+//! Hundreds of clients that retry at once after a refusal: clients that are answered don't pay for them.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +12,7 @@ use super::calls::{INFER, STREAM, frame as message, ld, open};
 use super::{MIB, metric, under_attack};
 use crate::process::{Server, connect, data, exchange};
 
-/// Many more clients than an engine can answer, each of which tries again at once, whatever it is told.
+/// Many more clients than an engine can answer, each of which retries at once, whatever `retry-after` says.
 fn crowd(server: &Server, clients: usize, time: Duration) -> (usize, usize, Duration) {
     let (over, answered, refused) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     let (cat, http) = (&data("cat.jpg"), server.http);
@@ -55,7 +55,7 @@ fn who_comes_straight_back_waits_a_moment() {
     let ((answered, refused, slowest), cost) = under_attack(&server, || crowd(&server, CLIENTS, TIME));
     println!("{answered} answered, {refused} refused, the slowest after {slowest:?}; {cost:?}");
     assert!(answered > 20, "{answered}");
-    // the first refusal of each goes out at once, then 200 a second do
+    // the first refusal of each is sent at once, then 200 per second
     let most = CLIENTS + 200 * (TIME.as_secs() as usize + 2);
     assert!((CLIENTS..most).contains(&refused), "{refused} refused, of {most}");
     assert!(slowest < Duration::from_secs(5), "{slowest:?}: held for a second at most, on a busy machine");
@@ -64,7 +64,7 @@ fn who_comes_straight_back_waits_a_moment() {
     crate::fakes::eventually("nothing is held", || metric(server.admin, "nfold_held_refusals") == 0);
 }
 
-/// What costs nothing buys no refusal free.
+/// Cheap requests in between do not reset a client's refusals.
 #[test]
 fn other_requests_between_do_not_help() {
     let server = Server::start(&["--workers", "1", "--elastic-threads", "0", "--queue-limit", "4"]);
@@ -84,12 +84,12 @@ fn other_requests_between_do_not_help() {
         std::thread::sleep(Duration::from_secs(3));
         over.store(true, Ordering::Relaxed);
     });
-    // as they are answered now and then, some of their refusals are firsts
+    // answered now and then, some clients have several first refusals
     let refused = refused.into_inner();
     assert!((16..=200 * 5).contains(&refused), "{refused}");
 }
 
-/// Refusals that are held when the server is told to stop: nobody asks again on a connection that is being closed.
+/// Refusals that are held at shutdown: nobody sends another request on a connection that is being closed.
 #[test]
 fn the_end_of_a_hold_loses_no_request() {
     let server = Server::start(&["--workers", "1", "--elastic-threads", "0", "--queue-limit", "4"]);
@@ -118,14 +118,15 @@ fn the_end_of_a_hold_loses_no_request() {
     assert!(server.wait().success());
 }
 
-/// A body of gRPC: an encoded image for the demo model.
+/// A gRPC request body: an encoded image for the demo model.
 fn call_of(cat: &[u8]) -> Vec<u8> {
     let input = [ld(1, b"input"), ld(2, b"BYTES"), ld(3, &[1])].concat();
     let raw = [&(cat.len() as u32).to_le_bytes()[..], cat].concat();
     message(&[ld(1, b"nf_regnet_cifar10"), ld(5, &input), ld(7, &raw)].concat())
 }
 
-/// As over HTTP: a connection that is refused and comes straight back waits in line, by calls and by messages of a stream.
+/// As over HTTP: a connection that is refused and retries at once waits in the queue, with calls and with messages of a
+/// stream.
 #[test]
 fn calls_and_messages_of_streams_wait_as_well() {
     const CLIENTS: usize = 48;
@@ -155,7 +156,7 @@ fn calls_and_messages_of_streams_wait_as_well() {
         });
         println!("streams {streamed}: {answered} answered, {refused} refused; {cost:?}");
         assert!(answered > 20, "{answered}");
-        // besides those in line, the first of each that was answered in between
+        // besides those in the queue, the first refusal after each answer
         let most = CLIENTS + answered + 200 * (TIME.as_secs() as usize + 2);
         assert!((CLIENTS / 2..most).contains(&refused), "streams {streamed}: {refused} refused, of {most}");
         assert!(cost.failed == 0 && cost.growth < 64 * MIB, "{cost:?}");
@@ -163,7 +164,7 @@ fn calls_and_messages_of_streams_wait_as_well() {
     crate::fakes::eventually("nothing is held", || metric(server.admin, "nfold_held_refusals") == 0);
 }
 
-/// One after the other on a connection: how many are answered, and refused.
+/// Sends calls one after the other on a connection; returns how many are answered, and refused.
 async fn calls(to: SocketAddr, call: Bytes, until: Instant) -> (usize, usize) {
     let stream = tokio::net::TcpStream::connect(to).await.unwrap();
     let (mut requests, connection) =

@@ -1,5 +1,5 @@
-//! Panics where nothing should panic: in the task of a call, in what it logs, in a compute thread. Each is told to whoever
-//! waits, logged and counted, and leaves nothing held; everybody else goes on.
+//! Panics where none should occur: in the task of a call, in what it logs, in a compute thread. Each is reported to
+//! whoever waits, logged and counted, and leaves nothing charged; other requests go on.
 
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,12 +28,12 @@ fn here() -> String {
     std::thread::current().name().unwrap_or_default().to_string()
 }
 
-/// The operating system, which panics once where it is told to.
+/// The operating system, with a panic once where a test asks for it.
 #[derive(Debug, Default)]
 struct Faulty {
-    /// When an I/O thread asks for the time: in the middle of a call's admission.
+    /// Panic when an I/O thread reads the clock: during the admission of a call.
     call: AtomicBool,
-    /// When a compute thread wakes up.
+    /// Panic when a compute thread wakes up.
     compute: AtomicBool,
 }
 
@@ -61,7 +61,7 @@ impl System for Faulty {
     }
 }
 
-/// What was logged on the I/O threads. Panics where a line has this in it.
+/// The log of the I/O threads. Panics on a line that contains this text.
 struct Log {
     lines: Arc<Mutex<Vec<String>>>,
     breaks_at: &'static str,
@@ -135,7 +135,7 @@ fn a_panic_in_a_streams_task_ends_that_stream_alone() {
         assert!(!end.message.contains("secret"), "{end:?}");
         eventually("the message is counted", || server.requests(Protocol::GrpcStream, Outcome::Internal) == 1);
         assert!(stage.logged("stream sick met an internal error") && stage.logged("told to panic, secret detail"));
-        // the other one, and new ones, go on
+        // the other stream, and new ones, go on
         let mut new = stream(server, &[]).await;
         for call in [&mut other, &mut new] {
             assert!(call.send(frame(&message(0))).await);
@@ -146,7 +146,7 @@ fn a_panic_in_a_streams_task_ends_that_stream_alone() {
     stage.server.end().unwrap();
 }
 
-/// Outside of what is done for a message.
+/// Outside of the code that guards a message.
 #[test]
 fn a_panic_between_messages_ends_the_stream_with_a_status_too() {
     let stage = stage(local(), 1, "message 2 of stream sick");
@@ -194,7 +194,7 @@ fn a_panic_in_any_other_call_is_its_answer() {
     stage.server.end().unwrap();
 }
 
-/// What a compute thread was woken for is done by others.
+/// Other threads do the work that a dead compute thread was woken for.
 #[test]
 fn a_compute_thread_that_dies_leaves_its_work_to_the_others() {
     let stage = stage(local(), 2, "");
@@ -209,7 +209,7 @@ fn a_compute_thread_that_dies_leaves_its_work_to_the_others() {
     stage.server.end().unwrap();
 }
 
-/// With the last one, nobody waits for an answer that can't come, readiness says so, and the server ends to be restarted.
+/// Without any compute thread, nobody waits for an answer, readiness fails, and the server ends to be restarted.
 #[test]
 fn a_model_whose_last_compute_thread_died_is_not_ready() {
     let stage = stage(Options { fault_limit: Duration::from_secs(2), ..local() }, 1, "");

@@ -1,4 +1,4 @@
-//! A request that is refused before its body was read: the client sends on, and still reads why.
+//! Requests that are refused before their body was read: the client continues to send, and still reads the reason.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -16,10 +16,10 @@ use crate::serve::{ask, local, parse, png, start};
 
 const KEY: &str = "a-key-that-is-long-enough";
 
-/// More than any buffer between the two takes.
+/// More than all buffers between client and server hold.
 const BODY: usize = 10 << 20;
 
-/// A request with a large body: target, content type, whether with the key; and the status it is refused with.
+/// Requests with a large body: target, content type, whether with the key, and the status of the refusal.
 const REFUSED: [(&str, &str, bool, u16); 8] = [
     ("/v1/classify", "image/png", false, 401),
     ("/v1/classify?model=other", "image/png", true, 404),
@@ -39,7 +39,7 @@ fn locked() -> (Server, tempfile::TempDir) {
     (Server::start(&flags), folder)
 }
 
-/// Over HTTP/1.1: writes everything, then reads; the status.
+/// Over HTTP/1.1: writes everything, then reads; returns the status.
 fn write_then_read(address: SocketAddr, (target, kind, key, _): (&str, &str, bool, u16)) -> u16 {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -54,7 +54,7 @@ fn write_then_read(address: SocketAddr, (target, kind, key, _): (&str, &str, boo
     parse(answer).error().0
 }
 
-/// Over HTTP/2: sends everything at the pace that it is given; the status. Fails if it may not send everything.
+/// Over HTTP/2: sends everything as flow control allows; returns the status. Fails if it can't send everything.
 async fn send_all(address: SocketAddr, (target, kind, key, _): (&str, &str, bool, u16)) -> u16 {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let (client, connection) = h2::client::handshake(stream).await.unwrap();
@@ -99,7 +99,7 @@ fn who_writes_first_still_reads_why_it_was_refused() {
     assert!(server.wait().success());
 }
 
-/// Other people's clients, where they are installed; `tests/clients` has more.
+/// Common clients, if installed; `tests/clients` has more.
 #[test]
 fn curl_and_node_read_why_they_were_refused() {
     let (server, folder) = locked();
@@ -131,7 +131,7 @@ fn installed(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
-/// Prints the answer's body and its status.
+/// Prints the response's body and its status.
 fn curl(
     protocol: &str,
     to: SocketAddr,
@@ -158,7 +158,7 @@ fn curl(
     installed("curl").then_some(command)
 }
 
-/// The same.
+/// The same with Node.
 fn node(
     protocol: &str,
     to: SocketAddr,
@@ -201,7 +201,8 @@ fn node(
     installed("node").then_some(command)
 }
 
-/// The server has no memory for it: said before the body is read, and read by a client that writes first.
+/// A body that exceeds the memory budget is refused before it is read, and a client that writes first reads the
+/// refusal.
 #[test]
 fn a_body_that_does_not_fit_in_memory_is_refused_and_told() {
     let limits = Options { body_limit: BODY, body_memory: BODY, ..local() };
@@ -236,7 +237,7 @@ fn a_client_that_asks_first_sends_nothing() {
     server.end().unwrap();
 }
 
-/// A client that has stopped sending, or never stops, is not waited for.
+/// The server does not wait for a client that has stopped sending, or never stops.
 #[test]
 fn what_is_thrown_away_is_bounded() {
     let server = start(local(), options(1, 4, 8));
@@ -251,7 +252,7 @@ fn what_is_thrown_away_is_bounded() {
         stream.read_exact(&mut answer).map(|()| String::from_utf8_lossy(&answer).into_owned())
     };
     let asked = Instant::now();
-    // silent, and longer than anybody would read
+    // silent, and longer than the server would read
     for length in ["content-length: 1000", "content-length: 99999999999"] {
         assert_eq!(status(begin(length)).unwrap(), "HTTP/1.1 404");
     }

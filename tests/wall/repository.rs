@@ -1,5 +1,5 @@
-//! Repositories that somebody else filled: links, pipes, odd names, broken and hostile models. What can't be served is named,
-//! once, and the rest is served.
+//! Untrusted repositories: links, pipes, odd names, broken and hostile models. What can't be served is named once, and
+//! the rest is served.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -38,12 +38,12 @@ fn version(server: &Server, model: &str) -> Value {
     if answer.status == 200 { answer.json()["version"].clone() } else { json!(answer.status) }
 }
 
-/// Long enough for several looks at the repository.
+/// Long enough for several checks of the repository.
 fn looks() {
     std::thread::sleep(Duration::from_millis(1500));
 }
 
-/// Changes what a version's manifest says.
+/// Edits a version's manifest.
 fn edit(folder: &Path, change: impl FnOnce(&mut Value)) {
     let path = folder.join("manifest.json");
     let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -151,7 +151,7 @@ fn what_would_block_or_fill_memory_fails_alone_and_is_said_once() {
     }
     let metrics = crate::process::ask(server.admin, "GET", "/metrics", &[], &[]).unwrap().body;
     assert!(metrics.contains("nfold_models_skipped 6"), "{metrics}");
-    // and none of it keeps a good one out
+    // and none of it prevents a good one
     copy(&good, &wrong);
     fs::rename(&wrong, model.join("99")).unwrap();
     eventually("the good one is served", || version(&server, MODEL) == 99);
@@ -164,7 +164,7 @@ fn links_are_followed_under_the_name_that_they_have_here() {
     let folder = with_demo();
     let at = |path: &str| folder.path().join(path);
     let good = at("repository").join(MODEL).join("1");
-    // a folder of versions elsewhere, as git-sync has it; single files, as a ConfigMap has them
+    // versions elsewhere, as git-sync lays them out; links of single files, as in a ConfigMap
     for store in ["store/xyz/7", "worktrees/a/m/1", "worktrees/b/m/2"] {
         copy(&good, &at(store));
     }
@@ -223,7 +223,7 @@ fn what_clients_load_and_unload_stays_so_until_the_folder_changes() {
     }
     looks();
     assert_eq!(version(&server, "other"), 1, "and watching does not undo it");
-    // many at once keep nobody else waiting
+    // many at once don't delay other requests
     let clients: Vec<_> = (0..40)
         .map(|_| {
             let http = server.http;
@@ -260,7 +260,7 @@ fn what_clients_load_and_unload_stays_so_until_the_folder_changes() {
     assert_eq!(version(&server, "other"), 404);
 }
 
-/// Turns version 1 of `model` into another graph.
+/// Changes the graph of version 1 of `model`.
 fn make(repository: &Path, model: &str, change: impl FnOnce(&mut ModelProto)) {
     let folder = repository.join(model).join("1");
     copy(&repository.join(MODEL).join("1"), &folder);
@@ -328,7 +328,7 @@ fn hostile_graphs_fail_their_model_and_no_other() {
         "garbage",
         "manifest",
     ];
-    // a rollout must not pass with a broken model
+    // a rollout must not succeed with a broken model
     let ports = ["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
     let asked = [&ports[..], &["--model", MODEL, "--model", "shape-1", "--workers", "1", "--log", "error"]].concat();
     let output = nfold(&asked, folder.path());
@@ -389,7 +389,7 @@ fn a_pipe_in_the_graph_cache_is_as_good_as_no_graph() {
     assert_eq!(version(&server, MODEL), 1);
 }
 
-/// Whoever reads a version while it is replaced gets the old one or the new one, not a bit of both.
+/// A reader of a version that is being replaced gets the old one or the new one, not a mix.
 #[test]
 fn a_version_that_is_replaced_between_its_files_is_read_again() {
     let folder = with_demo();
@@ -407,7 +407,7 @@ fn a_version_that_is_replaced_between_its_files_is_read_again() {
     assert!(broken.iter().all(|error| error.contains("`model.onnx` has sha256")), "{broken:?}");
 }
 
-/// Warming it would take gigabytes, before anybody asks for anything.
+/// Its warm-up would need gigabytes, before the first request.
 #[test]
 fn a_model_with_a_huge_input_fails_alone() {
     let server = Server::start(&WATCH);

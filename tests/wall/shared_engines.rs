@@ -1,4 +1,4 @@
-//! Images that share engines with others: those whose clients left, and those whose clients push ahead.
+//! Images that share engines with others: those whose clients have left, and those with a higher priority.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -10,7 +10,7 @@ use crate::process::{Server, connect, data, exchange};
 
 const INFER: &str = "/v2/models/nf_regnet_cifar10/infer";
 
-/// A photograph that takes a while to decode, and one that takes none.
+/// A photograph that takes long to decode if `side` is large.
 fn png(side: u32) -> Vec<u8> {
     let image = image::RgbImage::from_fn(side, side, |x, _| image::Rgb([(x % 251) as u8, 7, 9]));
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -72,7 +72,7 @@ fn ranked(priority: u32, cat: &str) -> Vec<u8> {
     serde_json::json!({ "inputs": [input], "parameters": { "priority": priority } }).to_string().into_bytes()
 }
 
-/// A crowd that names priority 1 and never ends: others get their share, those with priority 50 and those without one.
+/// A constant flood with priority 1: requests with priority 50 and without one still get their share.
 #[test]
 fn a_crowd_that_pushes_ahead_leaves_the_others_their_share() {
     use base64::Engine as _;

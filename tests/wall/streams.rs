@@ -1,5 +1,5 @@
-//! Streams over gRPC: what a message takes is given back when it is answered, every message that was read is answered or
-//! refused with a status, and a server that stops ends its streams after their last answer.
+//! gRPC streams: a message's memory is released when it is answered, every message that was read is answered or refused
+//! with a status, and a server that stops ends its streams after their last response.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::serve::{TestServer, ask, local, receive, start};
 
 const LEN: usize = 3 * SIDE * SIDE;
 
-/// A tensor of one image, with something that is not read beside it.
+/// A tensor of one image, with `extra` bytes of an unknown field.
 pub fn message(extra: usize) -> Vec<u8> {
     let values: Vec<u8> = (0..LEN).flat_map(|i| (i as f32).to_le_bytes()).collect();
     let shape = [1, 3, SIDE as u8, SIDE as u8];
@@ -28,7 +28,7 @@ pub async fn stream(server: &TestServer, headers: &[(&str, &str)]) -> Call {
     open(server.grpc, STREAM, headers).await
 }
 
-/// The texts of an answer's errors; empty: it is an answer.
+/// The errors of a response; empty if it has none.
 pub fn error_of(answer: &[u8]) -> String {
     use prost::Message as _;
     nfold::pb::open_inference::ModelStreamInferResponse::decode(answer).unwrap().error_message
@@ -93,7 +93,7 @@ fn a_refused_message_ends_the_stream_with_its_status() {
             assert_eq!(ended(&end), due, "{what}: {end:?}");
             assert!(!end.message.is_empty());
         }
-        // no room: another one holds it
+        // no memory: another request holds it
         let holder = stream(&server, &[]).await;
         assert!(holder.send(frame(&message(80_000))[..70_000].to_vec()).await);
         eventually("it holds", || server.metrics.body_bytes.get() > 60_000);
@@ -102,7 +102,7 @@ fn a_refused_message_ends_the_stream_with_its_status() {
         assert_eq!(ended(&refused.end().await), (8, "overloaded"));
         drop(holder);
         eventually("it is back", || server.metrics.body_bytes.get() == 0);
-        // what is wrong with one message only is told in its place
+        // an error of one message is reported in its place
         let mut call = stream(&server, &[]).await;
         for _ in 0..2 {
             assert!(call.send(frame(&[ld(1, b"m"), [0x2a, 0].repeat(9)].concat())).await);
@@ -111,7 +111,7 @@ fn a_refused_message_ends_the_stream_with_its_status() {
         call.sender = None;
         assert_eq!(ended(&call.end().await), (0, ""));
     });
-    // codings that are not taken
+    // unsupported codings
     let unknown = call(server.grpc, STREAM, &[("grpc-encoding", "zstd")], frame(&message(0)));
     assert_eq!(ended(&unknown), (12, "unsupported_media_type"), "{unknown:?}");
     let unsaid = call(server.grpc, STREAM, &[], gzipped(&message(0)));
@@ -163,7 +163,7 @@ fn a_streams_own_deadline_and_that_of_each_message() {
         // half a message is waited for as long as a request
         assert!(idle.send(frame(&message(0))[..9].to_vec()).await);
         assert_eq!(ended(&idle.end().await), (4, "deadline_exceeded"));
-        // a message that no engine takes in time is told so, and the next one is tried
+        // a message that no engine runs in time gets an error, and the next one is tried
         let busy = server.occupy();
         let mut late = stream(&server, &[]).await;
         assert!(late.send(frame(&message(0))).await);
@@ -208,7 +208,7 @@ fn streams_live_through_the_hold_and_end_after_their_last_answer() {
         let stopped = Instant::now();
         server.control.send(Control::Stop).await.unwrap();
         eventually("it is stopping", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
-        // during the hold everything is as before, new streams too
+        // during the hold everything works as before, new streams too
         let mut new = stream(&server, &[]).await;
         for call in [&mut busy, &mut new, &mut idle] {
             assert!(call.send(frame(&message(0))).await);
@@ -243,7 +243,7 @@ fn a_stream_that_begins_after_the_hold_is_refused() {
         tokio::spawn(connection);
         server.control.send(Control::Stop).await.unwrap();
         eventually("it is stopping", || ask(server.admin, "GET /readyz", &[], b"").status == 503);
-        // a hold of nothing is over now
+        // a hold of zero is over now
         tokio::time::sleep(Duration::from_millis(200)).await;
         let request =
             hyper::Request::post(format!("http://localhost{STREAM}")).header("content-type", "application/grpc");
@@ -259,7 +259,7 @@ fn a_stream_that_begins_after_the_hold_is_refused() {
     server.thread.join().unwrap().unwrap();
 }
 
-/// A client that takes no answers is not computed for, and is let go of.
+/// Nothing is computed for a client that does not read, and its call is ended.
 #[test]
 fn a_client_that_reads_nothing_is_bounded() {
     let server = start(Options { write_timeout: Duration::from_millis(300), ..local() }, options(1, 4, 16));
