@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn a_field_is_a_metric_and_its_documentation_the_help_text() {
         let text = Metrics::new().encode();
-        assert!(text.contains("# HELP nfold_inflight_requests Requests being answered.\n"), "{text}");
+        assert!(text.contains("# HELP nfold_inflight_requests Requests in flight.\n"), "{text}");
         for Declaration { name, help, labels, .. } in Metrics::DECLARATIONS {
             assert!(help.ends_with('.') && help.trim() == *help, "{name}: {help}");
             // a metric with labels is listed once it has a value
