@@ -14,7 +14,7 @@
 //! * [`engine`]: runs graphs with ONNX Runtime: library, sessions, placement, kept graphs, comparison of two graphs.
 //! * [`infer`]: encoded image → predictions: queue, batch, top-k. Knows no protocol.
 //! * [`mod@bench`]: graphs timed in process, load on a server, and the report.
-//! * [`eval`]: how right a classifier is: figures of answers whose classes are known.
+//! * [`eval`]: accuracy of a classifier on images whose classes are known.
 //! * [`spp`]: signal propagation plots: statistics of hidden activations, block by block.
 //! * [`sources`]: from what a user names (folder, file, hub) to a folded, verified model; the cache behind `serve SOURCE`.
 //! * [`server`]: the edge: HTTP, health, metrics.
