@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::model::{ScoreFunction, Scoring};
+
 /// Bins of the calibration error, as in Guo et al. (ICML 2017).
 const BINS: usize = 15;
 /// Quantile of the normal distribution for intervals of 95 %.
@@ -187,6 +189,71 @@ fn reliability(judged: &[Judged]) -> Vec<Bin> {
         .collect()
 }
 
+/// The temperature that makes scores most probable, and how much that is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Fit {
+    /// What logits are to be divided by.
+    pub temperature: f64,
+    /// Mean negative log-likelihood of the images' classes with logits divided by what they were before.
+    pub likelihood_before: f64,
+    /// The same at [`temperature`](Self::temperature).
+    pub likelihood_after: f64,
+}
+
+/// Range that temperatures are looked for in: what lies at its ends is no fit.
+const TEMPERATURES: (f64, f64) = (0.02, 50.0);
+
+/// The temperature with the least negative log-likelihood (Guo et al., 2017): of one class an image for softmax, of each class
+/// for itself for sigmoid. `rows` are images' logits (unscaled) with their classes, `before` the temperature until now. None where no
+/// temperature is best: all answers are right and any higher score is better, or they are no better than chance.
+pub fn fit_temperature(rows: &[(usize, Vec<f32>)], scoring: &Scoring) -> Option<Fit> {
+    let loss = |log: f64| mean_loss(rows, scoring.activation, log.exp());
+    let (mut low, mut high) = (TEMPERATURES.0.ln(), TEMPERATURES.1.ln());
+    let ends = (low, high);
+    // convex in 1/temperature, so that it has one minimum in the logarithm: golden sections
+    let golden = (5_f64.sqrt() - 1.0) / 2.0;
+    let (mut a, mut b) = (high - golden * (high - low), low + golden * (high - low));
+    let (mut at_a, mut at_b) = (loss(a), loss(b));
+    while high - low > 1e-5 {
+        if at_a < at_b {
+            (high, b, at_b) = (b, a, at_a);
+            a = high - golden * (high - low);
+            at_a = loss(a);
+        } else {
+            (low, a, at_a) = (a, b, at_b);
+            b = low + golden * (high - low);
+            at_b = loss(b);
+        }
+    }
+    let best = (low + high) / 2.0;
+    // worse on both sides, or there is no best
+    let least = loss(best) + 1e-9;
+    let is_least = [best - 0.5, best + 0.5].into_iter().all(|beside| loss(beside) > least);
+    if !is_least || best - ends.0 < 1e-3 || ends.1 - best < 1e-3 {
+        return None;
+    }
+    Some(Fit {
+        temperature: best.exp(),
+        likelihood_before: loss(scoring.temperature.ln()),
+        likelihood_after: loss(best),
+    })
+}
+
+fn mean_loss(rows: &[(usize, Vec<f32>)], activation: ScoreFunction, temperature: f64) -> f64 {
+    // log(1 + exp(x)) without overflow
+    let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+    let loss = |(class, logits): &(usize, Vec<f32>)| {
+        let scaled = logits.iter().map(|&logit| f64::from(logit) / temperature);
+        let own = logits.get(*class).map_or(0.0, |&logit| f64::from(logit) / temperature);
+        if activation == ScoreFunction::Sigmoid {
+            return scaled.map(softplus).sum::<f64>() - own;
+        }
+        let largest = scaled.clone().fold(f64::NEG_INFINITY, f64::max);
+        scaled.map(|logit| (logit - largest).exp()).sum::<f64>().ln() + largest - own
+    };
+    rows.iter().map(loss).sum::<f64>() / rows.len().max(1) as f64
+}
+
 /// Two runs over the same images, compared one by one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Comparison {
@@ -263,6 +330,30 @@ mod tests {
         assert!((found.mean_score - 0.64).abs() < 1e-12);
         let nothing = Evaluation::of(&[]);
         assert!(nothing.calibration_error == 0.0 && nothing.top1.value == 0.0 && nothing.mean_recall == 0.0);
+    }
+
+    #[test]
+    fn temperatures_are_the_likeliest() {
+        // two logits, 0 and 2: three of four images are of the second. Softmax is right where 2/T = ln 3
+        let rows: Vec<_> = [1, 1, 1, 0].map(|class| (class, vec![0.0, 2.0])).to_vec();
+        let fit = fit_temperature(&rows, &Scoring::usual(2)).expect("a fit");
+        assert!((fit.temperature - 2.0 / 3_f64.ln()).abs() < 1e-3, "{fit:?}");
+        let entropy = -(0.75 * 0.75_f64.ln() + 0.25 * 0.25_f64.ln());
+        assert!(
+            (fit.likelihood_after - entropy).abs() < 1e-6 && fit.likelihood_before > fit.likelihood_after,
+            "{fit:?}"
+        );
+        // sigmoid: each class for itself, both symmetric about 0
+        let rows: Vec<_> = [1, 1, 1, 0].map(|class| (class, vec![-2.0, 2.0])).to_vec();
+        let sigmoid = Scoring { activation: ScoreFunction::Sigmoid, ..Scoring::usual(2) };
+        let fit = fit_temperature(&rows, &sigmoid).expect("a fit");
+        assert!(
+            (fit.temperature - 2.0 / 3_f64.ln()).abs() < 1e-3 && (fit.likelihood_after - 2.0 * entropy).abs() < 1e-6
+        );
+        // all right: the higher the better; by chance: the lower the better
+        assert_eq!(fit_temperature(&[(1, vec![0.0, 2.0])], &Scoring::usual(2)), None);
+        let chance = [(0, vec![0.0, 2.0]), (1, vec![0.0, 2.0])];
+        assert_eq!(fit_temperature(&chance, &Scoring::usual(2)), None);
     }
 
     #[test]

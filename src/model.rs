@@ -7,6 +7,7 @@ pub mod golden;
 mod preprocessing;
 pub mod regular_file;
 mod repository;
+pub mod scoring;
 mod source;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use self::golden::Golden;
 pub use self::preprocessing::{Colors, CropMode, Interpolation, Preprocessing};
 pub use self::repository::{LeftOut, Listing, list};
+pub use self::scoring::{ScoreFunction, Scoring};
 pub use self::source::{Source, SourceSetting};
 use crate::files::{self, DraftFolder};
 use crate::printable::brief;
@@ -31,8 +33,9 @@ const MOST_LOOKED_AT: usize = 1000;
 pub const INPUT: &str = "input";
 /// Name of a graph's one output: logits `[N, classes]`.
 pub const OUTPUT: &str = "logits";
-/// Version of the manifest's own layout; readers refuse a higher one.
-pub const MANIFEST_FORMAT: u32 = 1;
+/// Version of the manifest's own layout; readers refuse a higher one. Written is the lowest that says everything: 2 where
+/// [`scoring`](Manifest::scoring) is not the usual one, which a reader of 1 would not follow.
+pub const MANIFEST_FORMAT: u32 = 2;
 
 /// What can be wrong with a model repository or a manifest.
 #[derive(Debug, thiserror::Error)]
@@ -217,6 +220,9 @@ pub struct Manifest {
     pub labels: Vec<String>,
     /// From decoded image to input tensor.
     pub preprocessing: Preprocessing,
+    /// How logits become scores; absent: [as usual](Scoring::usual).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scoring: Option<Scoring>,
     /// SHA-256 of the checkpoint's `model.safetensors`, in hexadecimal.
     pub source_sha256: String,
     /// SHA-256 of the `model.onnx` beside this file, in hexadecimal.
@@ -232,6 +238,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// How logits become scores.
+    pub fn scoring(&self) -> Scoring {
+        self.scoring.clone().unwrap_or_else(|| Scoring::usual(self.classes as usize))
+    }
+
     fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join(MANIFEST_FILE);
         let text = regular_file::read(&path, MANIFEST_LIMIT).map_err(io("read", &path))?;
@@ -254,6 +265,9 @@ impl Manifest {
             return Err(format!("{} labels for {} classes", self.labels.len(), self.classes));
         }
         p.check()?;
+        if let Some(scoring) = &self.scoring {
+            scoring.check(self.classes as usize)?;
+        }
         if let Some(golden) = self.golden.as_ref().filter(|g| g.logits.len() != self.classes as usize) {
             return Err(format!("{} golden logits for {} classes", golden.logits.len(), self.classes));
         }

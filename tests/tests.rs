@@ -38,7 +38,10 @@ mod channel_padding;
 /// Accuracy on real photographs, compared with timm.
 mod eval;
 
-/// The graph cache.
+/// How logits become scores: functions, thresholds, temperature.
+mod scores;
+
+/// Graphs kept for the next start.
 mod graph_cache;
 
 /// Controllable engines, for the tests below.

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::labels::{self, Names};
 use super::settings::{Layer, Origin, Settings};
+use crate::model::ScoreFunction;
 
 /// What a checkpoint says about itself, as far as inference needs it.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +23,8 @@ pub struct Config {
     pub labels: Names,
     /// Where the names come from; empty where there are none.
     pub labels_from: String,
+    /// What makes scores of logits, and which field says so.
+    pub scores: Option<(ScoreFunction, &'static str)>,
     /// Preprocessing, the first layer wins.
     pub layers: Vec<Layer>,
     /// Fields that don't matter to inference, or that nfold has no use for.
@@ -58,7 +61,7 @@ const HARMLESS: [&str; 26] = [
     "library_name",
 ];
 /// Fields at the top of a nested file that are read, or repeat what the network has anyway.
-const TOP: [&str; 10] = [
+const TOP: [&str; 11] = [
     "architecture",
     "global_pool",
     "label_descriptions",
@@ -69,6 +72,7 @@ const TOP: [&str; 10] = [
     "num_features",
     "pretrained_cfg",
     "id2label",
+    "problem_type",
 ];
 
 impl Config {
@@ -143,7 +147,8 @@ impl Config {
         // timm writes these for people to read: they say nothing new
         unused.extend(top.keys().filter(|key| !TOP.contains(&key.as_str())).cloned());
         let layer = Layer { origin: file("pretrained_cfg."), settings };
-        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+        let scores = problem_type(&top)?;
+        Self { architecture, tag, model_args, labels, labels_from, scores, layers: vec![layer], unused }
             .with_model(classes.or(own_classes), pool)
     }
 
@@ -164,6 +169,8 @@ impl Config {
         let pool = fields.take::<String>("global_pool")?;
         let tag = fields.take::<String>("tag")?;
         let settings = fields.settings()?;
+        let scores = problem_type(fields.map)?;
+        fields.map.remove(PROBLEM_TYPE);
         for harmless in ["model_type", "model_name", "architectures", "transformers_version", "torch_dtype", "dtype"] {
             if fields.map.remove(harmless).is_some() {
                 unused.push(harmless.into());
@@ -171,7 +178,7 @@ impl Config {
         }
         fields.refuse_the_rest(&mut unused)?;
         let layer = Layer { origin: file(""), settings };
-        Self { architecture, tag, model_args, labels, labels_from, layers: vec![layer], unused }
+        Self { architecture, tag, model_args, labels, labels_from, scores, layers: vec![layer], unused }
             .with_model(classes, pool)
     }
 
@@ -200,6 +207,40 @@ impl Config {
         self.tag = self.tag.filter(|t| !t.is_empty());
         Ok(self)
     }
+}
+
+/// transformers' name for what a network's outputs are.
+const PROBLEM_TYPE: &str = "problem_type";
+
+/// What makes scores of logits, by transformers' `problem_type`.
+fn problem_type(top: &Map<String, Value>) -> Result<Option<(ScoreFunction, &'static str)>, String> {
+    let function = match top.get(PROBLEM_TYPE) {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(kind)) => match kind.as_str() {
+            "multi_label_classification" => ScoreFunction::Sigmoid,
+            "single_label_classification" => ScoreFunction::Softmax,
+            "regression" => ScoreFunction::None,
+            _ => return Err(format!("{PROBLEM_TYPE} is {kind:?}, none that transformers has")),
+        },
+        Some(other) => return Err(format!("{PROBLEM_TYPE} is {}, not a name", labels::kind(other))),
+    };
+    Ok(Some((function, PROBLEM_TYPE)))
+}
+
+/// Whether a training script says by its arguments that an image may be of several classes, and in which. timm's own
+/// `bce_loss` says nothing of that: its data sets have one class an image, and timm's models trained with it are read by softmax.
+pub fn of_several_classes(args: &Map<String, Value>) -> Option<&'static str> {
+    const SWITCHES: [&str; 3] = ["multi_label", "multilabel", "multi_label_classification"];
+    const LOSSES: [&str; 4] = ["loss", "loss_fn", "loss_function", "criterion"];
+    const SEVERAL: [&str; 6] =
+        ["bce", "binarycrossentropy", "bcewithlogits", "multilabelsoftmargin", "asymmetric", "asl"];
+    let on = |name: &&str| args.get(*name) == Some(&Value::Bool(true));
+    let several = |name: &&str| {
+        let Some(loss) = args.get(*name).and_then(Value::as_str) else { return false };
+        let plain: String = loss.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
+        SEVERAL.contains(&plain.strip_suffix("loss").unwrap_or(&plain))
+    };
+    SWITCHES.into_iter().find(on).or_else(|| LOSSES.into_iter().find(several))
 }
 
 /// What timm's train.py was told, as far as it decides answers: preprocessing, and arguments of the network.

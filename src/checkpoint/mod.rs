@@ -30,7 +30,7 @@ use self::files::shown;
 use self::labels::{ImageNet, Names};
 use self::settings::{Layer, Origin, Settings};
 use self::store::Tensors;
-use crate::model::{CropMode, Interpolation, Preprocessing, Source, SourceSetting};
+use crate::model::{CropMode, Interpolation, Preprocessing, ScoreFunction, Source, SourceSetting};
 use crate::nets::{self, NetError, Network};
 use crate::printable::brief;
 
@@ -213,6 +213,8 @@ pub struct Checkpoint {
     pub network: Network,
     /// Class names in logit order; empty when there are none.
     pub labels: Vec<String>,
+    /// What makes scores of logits, and where it says so; none: it says nothing.
+    pub scores: Option<(ScoreFunction, String)>,
     /// SHA-256 of the weights' file, in hexadecimal; of shards, of the list of theirs.
     pub sha256: String,
     /// SHA-256 of all else that was read about it: its configuration, and a file of class names.
@@ -341,6 +343,7 @@ fn without_config(
         model_args,
         labels: Names::default(),
         labels_from: String::new(),
+        scores: None,
         layers,
         unused: Vec::new(),
     };
@@ -400,6 +403,7 @@ impl Assembly<'_> {
         };
         let (resolved, _) = settings::resolve(&layers, None, network.in_chans()).map_err(in_file)?;
         self.warn(&network, &labels, &resolved, told, own);
+        let scores = self.scores(network.classes());
         let tag = self.config.tag.filter(|tag| !is_retrained(tag, network.classes()));
         let architecture = match tag {
             Some(tag) => format!("{}.{tag}", self.config.architecture),
@@ -411,6 +415,7 @@ impl Assembly<'_> {
             architecture,
             network,
             labels,
+            scores,
             sha256: self.opened.sha256,
             told_sha256: crate::model::sha256(&self.told),
             name,
@@ -418,6 +423,25 @@ impl Assembly<'_> {
             source: self.source,
             tensors: self.opened.tensors,
         })
+    }
+
+    /// What makes scores of logits, by the configuration or by the arguments of training.
+    fn scores(&mut self, classes: usize) -> Option<(ScoreFunction, String)> {
+        if let Some((function, field)) = self.config.scores {
+            return Some((function, format!("{field} in {CONFIG_FILE}")));
+        }
+        let args = &self.opened.training.args;
+        if let Some(field) = config::of_several_classes(args) {
+            return Some((ScoreFunction::Sigmoid, format!("args.{field} in {}", shown(self.path))));
+        }
+        if args.get("bce_loss") == Some(&Value::Bool(true)) && classes > 1 {
+            self.source.warnings.push(
+                "args.bce_loss: the network was trained with binary cross-entropy; its scores are of softmax, as timm reads \
+                 such networks; where an image may be of several classes, fold it with --activation sigmoid"
+                    .into(),
+            );
+        }
+        None
     }
 
     fn unwrap(&mut self, draft: &Network) -> Result<(), CheckpointError> {

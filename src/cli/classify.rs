@@ -19,7 +19,8 @@ use self::search::{Found, Search};
 use self::workers::{ModelArgs, Workers, bar, engine, is_stdin};
 use super::images::ImageArgs;
 use super::printable::{self, say};
-use crate::infer::top_k::top_k;
+use crate::infer::top_k::{Selection, select};
+use crate::model::scoring::check_threshold;
 
 /// For more images than this, the default format is JSON lines, with a progress bar.
 const MANY: usize = 20;
@@ -39,9 +40,12 @@ pub struct ClassifyArgs {
     hidden: bool,
     #[command(flatten)]
     model: ModelArgs,
-    /// Classes to print per image
-    #[arg(long, short = 'k', env = "NFOLD_TOP_K", default_value_t = 5, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
-    top_k: u32,
+    /// Classes to name for each image [default: all that reach the model's thresholds, or 5 where it has none]
+    #[arg(long, short = 'k', env = "NFOLD_TOP_K", value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    top_k: Option<u32>,
+    /// Name the classes with this score or more [default: the model's thresholds]
+    #[arg(long, env = "NFOLD_THRESHOLD", value_name = "SCORE", allow_negative_numbers = true)]
+    threshold: Option<f64>,
     #[command(flatten)]
     limits: ImageArgs,
     /// Process every Nth image only, from the Ith on, counted from 0 (I/N); for N processes that share the images
@@ -98,12 +102,18 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
         None if many => Format::Jsonl,
         None => Format::Table,
     };
+    let scoring = model.manifest.scoring();
+    if let Some(threshold) = args.threshold {
+        check_threshold(threshold, scoring.activation).map_err(|e| anyhow!("{e}; check --threshold"))?;
+    }
+    let selection = Selection { top_k: args.top_k.map(|k| k as usize), threshold: args.threshold };
     let mut printer = Printer::new(&model, format, Out::open(args.output.as_deref())?)?;
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
     let started = Instant::now();
     workers.each(&model, &images, (decoder, &memory), |i, logits| {
         progress.inc(1);
-        let top = logits.and_then(|logits| top_k(&logits, args.top_k as usize, &model.manifest.labels).map_err(engine));
+        let labels = &model.manifest.labels;
+        let top = logits.and_then(|logits| select(&logits, &scoring, selection, labels).map_err(engine));
         // the bar and the predictions may share a terminal
         progress.suspend(|| printer.print(&images[i].path, top))
     })?;

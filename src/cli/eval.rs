@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 
 use self::dataset::{Other, Sample};
 use super::classify::workers::{ModelArgs, Workers, bar, engine};
+use super::fold::quoted;
 use super::images::ImageArgs;
 use super::printable::{self, printable, say};
-use crate::eval::{Comparison, Evaluation, Judged, Share, TOP};
+use crate::eval::{Comparison, Evaluation, Fit, Judged, Share, TOP, fit_temperature};
 use crate::files::{self, DraftFile};
-use crate::infer::top_k::{Prediction, top_k};
-use crate::model::ModelDir;
+use crate::infer::top_k::{Prediction, Selection, select};
+use crate::model::{ModelDir, ScoreFunction};
 
 /// Classes that the table lists before it refers to --json.
 const CLASSES: usize = 40;
@@ -52,6 +53,9 @@ pub struct EvalArgs {
     /// Also include names that begin with a dot, and system folders beside photographs, such as @eaDir
     #[arg(long, env = "NFOLD_HIDDEN", value_parser = FalseyValueParser::new())]
     hidden: bool,
+    /// Find the temperature that makes scores most probable, and say how far they are from the share of right answers with it
+    #[arg(long, env = "NFOLD_FIT_TEMPERATURE", value_parser = FalseyValueParser::new())]
+    fit_temperature: bool,
     #[command(flatten)]
     limits: ImageArgs,
     /// Exit 0 even if some images could not be evaluated; they are named and not counted
@@ -72,8 +76,21 @@ struct Run {
     failed: Vec<(usize, String)>,
     evaluation: Evaluation,
     against: Option<(String, Comparison)>,
+    fit: Option<Fitted>,
     seconds: f64,
 }
+
+/// What --fit-temperature found.
+struct Fitted {
+    fit: Fit,
+    /// The figures with scores at that temperature.
+    evaluation: Evaluation,
+    /// What makes it the model's.
+    command: String,
+}
+
+/// Most bytes of logits that are kept to fit a temperature.
+const MOST_KEPT: usize = 2 << 30;
 
 /// Runs `nfold eval`. Exit code 1 if any image could not be evaluated.
 pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
@@ -85,27 +102,42 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let other = args.against.as_deref().map(Other::read).transpose()?;
     let (model, workers) = Workers::open(&args.model, samples.len())?;
     let labels = &model.manifest.labels;
+    let scoring = model.manifest.scoring();
     let classes = dataset::resolve(&samples, labels, model.manifest.classes as usize)?;
     let images: Vec<_> = samples.iter().map(|sample| sample.found.clone()).collect();
     let mut predictions = args.predictions.as_ref().map(|path| Predictions::create(path)).transpose()?;
-    let (mut answered, mut failed) = (Vec::new(), Vec::new());
+    if args.fit_temperature {
+        let kept = samples.len().saturating_mul(4 * model.manifest.classes as usize);
+        if scoring.activation == ScoreFunction::None {
+            bail!("`{}` was folded with --activation none: its scores are logits and have no temperature", model.name);
+        }
+        if kept > MOST_KEPT {
+            bail!("--fit-temperature keeps every image's logits, {:.1} GB here; add --limit", kept as f64 / 1e9);
+        }
+    }
+    let (mut answered, mut failed, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     let progress = bar(samples.len());
     let started = Instant::now();
     workers.each(&model, &images, (decoder, &memory), |i, logits| {
         progress.inc(1);
         let sample = &samples[i];
-        match logits.and_then(|logits| top_k(&logits, TOP, labels).map_err(engine)) {
-            Ok(top) => {
+        let named = logits.and_then(|logits| {
+            let top = select(&logits, &scoring, Selection::top(TOP), labels).map_err(engine)?;
+            Ok((top, logits))
+        });
+        match named {
+            Ok((top, logits)) => {
                 let class = classes[&sample.class];
+                if args.fit_temperature {
+                    rows.push((class, logits));
+                }
                 if let Some(file) = &mut predictions {
                     file.write(&json!({
                         "image": sample.name, "class": label(labels, class), "model": model.name, "version": model.version,
                         "predictions": top,
                     }))?;
                 }
-                let (predicted, score) = top.first().map_or((usize::MAX, 0.0), |best| (best.index, best.score));
-                let in_top5 = top.iter().any(|p| p.index == class);
-                answered.push((i, Judged { class, predicted, score, in_top5 }, top));
+                answered.push((i, judged(class, &top), top));
             }
             Err((reason, message)) => {
                 progress.suspend(|| say(format_args!("error: `{}`: {message}", printable(&sample.name))));
@@ -147,7 +179,9 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => None,
     };
-    let run = Run { model, samples, answered, failed, evaluation, against, seconds };
+    let fit = args.fit_temperature.then(|| fit(args, &model, &rows)).transpose()?;
+    drop(rows);
+    let run = Run { model, samples, answered, failed, evaluation, against, fit, seconds };
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder)
             .map_err(|e| anyhow!("can't make `{}`: {e}; check --report", printable::path(folder)))?;
@@ -167,6 +201,39 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An image's answer, most probable class first, against its class.
+fn judged(class: usize, top: &[Prediction]) -> Judged {
+    let (predicted, score) = top.first().map_or((usize::MAX, 0.0), |best| (best.index, best.score));
+    Judged { class, predicted, score, in_top5: top.iter().any(|p| p.index == class) }
+}
+
+/// The temperature that fits best, and the figures with it.
+fn fit(args: &EvalArgs, model: &ModelDir, rows: &[(usize, Vec<f32>)]) -> anyhow::Result<Fitted> {
+    let mut scoring = model.manifest.scoring();
+    let Some(fit) = fit_temperature(rows, &scoring) else {
+        bail!(
+            "no temperature is best for these {} images: every answer is right, or answers are no better than chance; \
+             leave --fit-temperature out, or give it other images",
+            rows.len()
+        );
+    };
+    // as it will be in the manifest
+    let temperature: f64 = format!("{:.4}", fit.temperature).parse()?;
+    scoring.temperature = temperature;
+    let again = rows.iter().map(|(class, logits)| {
+        let top = select(logits, &scoring, Selection::top(TOP), &model.manifest.labels)?;
+        Ok(judged(*class, &top))
+    });
+    let evaluation = Evaluation::of(&again.collect::<anyhow::Result<Vec<_>>>()?);
+    let command = format!(
+        "nfold fold CHECKPOINT --repository {} --name {} --model-version {} --temperature {temperature} --replace",
+        quoted(&args.model.repository().to_string_lossy()),
+        model.name,
+        model.version
+    );
+    Ok(Fitted { fit, evaluation, command })
 }
 
 /// A class's label; its index if it has none.
@@ -221,6 +288,13 @@ fn object(run: &Run) -> Value {
         "failed": failed.collect::<Vec<_>>(),
         "seconds": run.seconds,
         "evaluation": evaluation,
+        "scores": run.model.manifest.scoring(),
+        "fit": run.fit.as_ref().map(|found| json!({
+            "fit": found.fit,
+            "calibration_error_before": run.evaluation.calibration_error,
+            "calibration_error_after": found.evaluation.calibration_error,
+            "command": found.command,
+        })),
         "against": run.against.as_ref().map(|(file, found)| json!({ "file": file, "comparison": found })),
     })
 }
@@ -265,14 +339,26 @@ fn table(run: &Run) -> String {
             evaluation.classes.iter().filter(|c| c.recall.of > 0).count()
         ),
     );
-    line(
-        "calibration",
+    let calibration = |evaluation: &Evaluation| {
         format!(
             "scores are {:.2} points from the share of right answers; their mean is {:.2} %",
             100.0 * evaluation.calibration_error,
             100.0 * evaluation.mean_score
-        ),
-    );
+        )
+    };
+    match model.manifest.scoring().activation {
+        ScoreFunction::None => line("calibration", "none: scores are logits (--activation none)".into()),
+        _ => line("calibration", calibration(evaluation)),
+    }
+    if let Some(found) = &run.fit {
+        line("temperature", format!("{:.4} fits best", found.fit.temperature));
+        line("  with it", calibration(&found.evaluation));
+        line(
+            "  likelihood",
+            format!("-{:.4} an image, before -{:.4}", found.fit.likelihood_after, found.fit.likelihood_before),
+        );
+        line("  next", format!("{}, with the flags it was folded with", found.command));
+    }
     if let Some((file, found)) = &run.against {
         line("against", file.clone());
         line("  agreement", percent(&found.agreement));

@@ -15,7 +15,7 @@ use super::printable::say;
 use super::source::{FoldingArgs, SourceArgs};
 use crate::fold::FoldOptions;
 use crate::hub::HubOptions;
-use crate::model::{self, Manifest, ModelDir, ModelError, Staging, Target};
+use crate::model::{self, Manifest, ModelDir, ModelError, ScoreFunction, Staging, Target};
 use crate::sources::{FoldCache, Origin, fold_verified};
 
 /// Arguments of `nfold fold`.
@@ -70,7 +70,7 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let staging = Staging::new(&args.repository)?;
     let folded = fold_verified(&checkpoint, &options, &staging)?;
 
-    if folded.manifest.classes == 1 {
+    if folded.manifest.classes == 1 && folded.manifest.scoring().activation == ScoreFunction::Sigmoid {
         say(format_args!(
             "warning: the network has one output; `classify` and `serve` answer its sigmoid as the score, /v2 the logit itself"
         ));
@@ -111,7 +111,7 @@ fn next(args: &FoldArgs, written: &ModelDir) -> String {
 }
 
 /// A word quoted for a shell.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "_-./:@%+,".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }

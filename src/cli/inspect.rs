@@ -15,7 +15,7 @@ use super::printable::printable;
 use super::source::SourceArgs;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::fold::{FoldOptions, fold};
-use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, SourceSetting};
+use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, Scoring, SourceSetting};
 
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
@@ -115,6 +115,9 @@ pub fn describe(m: &Manifest, detail: Detail) -> String {
     if !m.labels.is_empty() {
         line("labels", labels(&m.labels));
     }
+    if let Some(scoring) = &m.scoring {
+        line("scores", scores(scoring, &m.labels));
+    }
     line(
         "parameters",
         format!("{:.2} M, {:.2} M folded, {}", mega(f.parameters), mega(f.folded_parameters), m.precision),
@@ -197,6 +200,26 @@ fn origins(settings: &[SourceSetting]) -> Vec<String> {
         lines.push(format!("{rest} more: --verbose lists them, and so does `nfold inspect`"));
     }
     lines
+}
+
+/// How logits become scores, and which classes are named.
+fn scores(scoring: &Scoring, labels: &[String]) -> String {
+    let mut text = scoring.activation.name().to_string();
+    if scoring.temperature != 1.0 {
+        let _ = write!(text, " at temperature {}", scoring.temperature);
+    }
+    if let Some(threshold) = scoring.threshold {
+        let _ = write!(text, ", named from {threshold} on");
+    }
+    for (n, (&index, threshold)) in scoring.thresholds.iter().enumerate() {
+        if n == 5 {
+            let _ = write!(text, ", and {} more", scoring.thresholds.len() - n);
+            break;
+        }
+        let label = labels.get(index as usize).cloned().unwrap_or_else(|| index.to_string());
+        let _ = write!(text, ", {label} from {threshold} on");
+    }
+    text
 }
 
 /// The first and the last of a list of labels.

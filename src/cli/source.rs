@@ -9,8 +9,9 @@ use serde_json::{Map, Value};
 use crate::checkpoint::labels::ImageNet;
 use crate::checkpoint::settings::Settings;
 use crate::checkpoint::{LabelChoice, OpenOptions};
-use crate::fold::{FoldOptions, Size};
-use crate::model::{CropMode, Gate, Interpolation, Precision};
+use crate::fold::{FoldOptions, ScoreOptions, Size};
+use crate::model::scoring::check_temperature;
+use crate::model::{CropMode, Gate, Interpolation, Precision, ScoreFunction};
 
 /// Options of every command that opens checkpoints.
 #[derive(Debug, Args)]
@@ -91,6 +92,32 @@ pub struct FoldingArgs {
     /// Turn images upright by their EXIF orientation before they are classified; timm, and so training, does not
     #[arg(long, env = "NFOLD_EXIF_ORIENTATION", value_parser = FalseyValueParser::new())]
     exif_orientation: bool,
+    /// What makes scores of logits: softmax (one class an image), sigmoid (any number) or none (the logits themselves)
+    /// [default: what the checkpoint says, else sigmoid for one output and softmax for several]
+    #[arg(long, env = "NFOLD_ACTIVATION", value_name = "FUNCTION", value_parser = parse_word::<ScoreFunction>)]
+    activation: Option<ScoreFunction>,
+    /// Name all classes with this score or more, instead of the most probable ones: `0.5` for all, `LABEL=0.3` for one class, by
+    /// label or position; may be given several times
+    #[arg(long, env = "NFOLD_THRESHOLD", value_name = "[LABEL=]SCORE", value_parser = parse_threshold, allow_negative_numbers = true)]
+    threshold: Vec<(Option<String>, f64)>,
+    /// Divide logits by this before they become scores; `nfold eval --fit-temperature` finds it
+    #[arg(long, env = "NFOLD_TEMPERATURE", value_name = "T", value_parser = parse_temperature)]
+    temperature: Option<f64>,
+}
+
+/// `SCORE` or `LABEL=SCORE`; labels may hold `=`.
+fn parse_threshold(text: &str) -> Result<(Option<String>, f64), String> {
+    let (label, score) = match text.rsplit_once('=') {
+        Some((label, score)) => (Some(label.to_string()), score),
+        None => (None, text),
+    };
+    let score = score.trim().parse().map_err(|_| format!("`{score}` is no number"))?;
+    Ok((label, score))
+}
+
+fn parse_temperature(text: &str) -> Result<f64, String> {
+    let temperature = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    check_temperature(temperature).map(|()| temperature)
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -120,6 +147,11 @@ impl FoldingArgs {
             },
             unfolded: false,
             exif_orientation: self.exif_orientation,
+            scores: ScoreOptions {
+                activation: self.activation,
+                temperature: self.temperature,
+                thresholds: self.threshold.clone(),
+            },
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod batch_norm;
 mod blocks;
+pub mod scores;
 pub mod verified;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use crate::graph::{Emission, GraphBuilder, GraphError};
 use crate::model::{FoldReport, Gate, MANIFEST_FORMAT, Manifest, Precision, hex};
 use crate::nets::Network;
 use blocks::Emitter;
+pub use scores::ScoreOptions;
 
 /// What can go wrong while folding.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +47,9 @@ pub enum FoldError {
         /// The channel.
         channel: usize,
     },
+    /// Scores can't be made as asked for.
+    #[error("{0}")]
+    Scores(String),
     /// The file would be larger than the protobuf format allows.
     #[error("the folded graph needs {0} bytes; ONNX files of 2 GiB and more are not supported")]
     TooLarge(u64),
@@ -63,7 +68,7 @@ pub enum Size {
 }
 
 /// How to fold.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FoldOptions {
     /// Spatial size.
     pub size: Size,
@@ -75,6 +80,8 @@ pub struct FoldOptions {
     pub unfolded: bool,
     /// Have images turned upright by their EXIF orientation before anything else, which timm does not.
     pub exif_orientation: bool,
+    /// How logits become scores.
+    pub scores: ScoreOptions,
 }
 
 impl Default for FoldOptions {
@@ -85,6 +92,7 @@ impl Default for FoldOptions {
             gate: Gate::Resize,
             unfolded: false,
             exif_orientation: false,
+            scores: ScoreOptions::default(),
         }
     }
 }
@@ -130,7 +138,7 @@ pub fn fold_to_file(checkpoint: &Checkpoint, options: &FoldOptions, path: &Path)
 /// The folded graph with every weight and map rounded to half precision, arithmetic in single: what machines with true half
 /// precision answer. Besides the logits its outputs are `NAME` + [`PEAK`] for every map, the largest magnitude there.
 pub fn fold_in_half(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Vec<u8>, FoldError> {
-    let single = FoldOptions { precision: Precision::Fp32, gate: Gate::Broadcast, unfolded: false, ..*options };
+    let single = FoldOptions { precision: Precision::Fp32, gate: Gate::Broadcast, unfolded: false, ..options.clone() };
     Ok(half_emulation::emulate(&fold(checkpoint, &single)?.onnx)?)
 }
 
@@ -148,8 +156,9 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
         Size::Fixed(height, width) => Some((height, width)),
         Size::Checkpoint | Size::Dynamic => None,
     };
-    let (mut preprocessing, source) = checkpoint.preprocessing(size).map_err(FoldError::Size)?;
+    let (mut preprocessing, mut source) = checkpoint.preprocessing(size).map_err(FoldError::Size)?;
     preprocessing.exif_orientation = options.exif_orientation;
+    let scoring = options.scores.resolve(checkpoint, &mut source).map_err(FoldError::Scores)?;
     let dynamic = options.size == Size::Dynamic;
     let gate = if dynamic { Gate::Broadcast } else { options.gate };
     let emission = Emission {
@@ -186,7 +195,7 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
     let (macs, folded_parameters) = (graph.macs, graph.parameters);
     let classes = checkpoint.network.classes();
     let manifest = Manifest {
-        format: MANIFEST_FORMAT,
+        format: if scoring.is_some() { MANIFEST_FORMAT } else { 1 },
         producer: producer(),
         architecture: checkpoint.architecture.clone(),
         precision: options.precision,
@@ -195,6 +204,7 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
         classes: classes as u32,
         labels: checkpoint.labels.clone(),
         preprocessing,
+        scoring,
         source_sha256: checkpoint.sha256.clone(),
         onnx_sha256: String::new(),
         source,

@@ -91,8 +91,12 @@ pub fn verify<E: std::error::Error + 'static>(
         }
     };
     // one graph after the other, from files: a network's weights need not be in memory several times
-    let counterpart =
-        FoldOptions { unfolded: !options.unfolded, precision: Precision::Fp32, gate: Gate::Broadcast, ..*options };
+    let counterpart = FoldOptions {
+        unfolded: !options.unfolded,
+        precision: Precision::Fp32,
+        gate: Gate::Broadcast,
+        ..options.clone()
+    };
     let path = onnx.with_extension("counterpart");
     fold_to_file(checkpoint, &counterpart, &path)?;
     let what = "the counterpart for verification";

@@ -13,11 +13,11 @@ use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
 use super::request::{Input, Output, Terms, Timings};
 use super::scheduler::{Health, Scheduler};
 use super::system::{Os, System};
-use super::top_k::{NotFinite, Prediction, check_finite, top_k};
+use super::top_k::{NotFinite, Prediction, Selection, check_finite, select};
 use crate::engine::verify;
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
-use crate::model::{Manifest, ModelDir, ModelError, Precision};
+use crate::model::{Manifest, ModelDir, ModelError, Precision, Scoring};
 use crate::pixels::Preprocessor;
 
 /// Why a model can't be served.
@@ -85,6 +85,8 @@ pub struct LiveModel {
     pub version: u64,
     /// The model's manifest.
     pub manifest: Manifest,
+    /// How its logits become scores.
+    pub scoring: Scoring,
     scheduler: Scheduler,
     metrics: ModelMetrics,
     info: ModelInfo,
@@ -162,7 +164,8 @@ impl LiveModel {
             duration_ms = system.now().saturating_duration_since(started).as_millis() as u64,
             "model {name} version {version} is warm"
         );
-        Ok(Self { name, version, manifest, scheduler, metrics: model_metrics, info })
+        let scoring = manifest.scoring();
+        Ok(Self { name, version, manifest, scoring, scheduler, metrics: model_metrics, info })
     }
 
     /// Computes the logits of one request's images and maps each with `finish`, in order; every protocol comes through
@@ -222,13 +225,18 @@ impl LiveModel {
     pub async fn classify(
         &self,
         images: Vec<Bytes>,
-        k: usize,
+        selection: Selection,
         deadline: Instant,
     ) -> Result<Vec<Result<Classified, InferError>>, InferError> {
         let inputs = images.into_iter().map(Input::Encoded).collect();
-        let answers = self.infer(inputs, deadline, |logits| top_k(&logits, k, &self.manifest.labels)).await?;
+        let answers = self.infer(inputs, deadline, |logits| self.select(&logits, selection)).await?;
         let classified = |(predictions, timings)| Classified { predictions, timings };
         Ok(answers.into_iter().map(|answer| answer.map(classified)).collect())
+    }
+
+    /// The classes that are named for an image's logits.
+    pub fn select(&self, logits: &[f32], selection: Selection) -> Result<Vec<Prediction>, NotFinite> {
+        select(logits, &self.scoring, selection, &self.manifest.labels)
     }
 
     /// How images are queued and batched.

@@ -20,10 +20,9 @@ use super::served::{SERVER_TIMING, Served};
 use super::status::{ApiError, Code, ErrorBody};
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
-use crate::infer::top_k::Prediction;
+use crate::infer::top_k::{Prediction, Selection};
+use crate::model::scoring::check_threshold;
 
-/// Predictions per image when the request gives no number.
-const DEFAULT_TOP_K: usize = 5;
 /// The content type that `curl -d` sends for any data.
 const FORM: &str = "application/x-www-form-urlencoded";
 
@@ -40,9 +39,11 @@ struct ClassifyQuery {
     model: Option<String>,
     /// Version; by default the highest.
     version: Option<u64>,
-    /// Predictions per image; by default 5.
+    /// Predictions per image; by default all that reach the model's thresholds, or 5 where it has none.
     #[param(minimum = 1)]
     top_k: Option<usize>,
+    /// Predictions have this score or more; counts instead of the model's thresholds.
+    threshold: Option<f64>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -68,7 +69,7 @@ struct PredictionBody {
     index: usize,
     /// Label of the class; the index in digits if the model has no labels.
     label: String,
-    /// Softmax probability, 0 to 1.
+    /// Probability in 0..=1 by softmax or sigmoid, as the model was folded; a logit if it was folded without either.
     score: f64,
 }
 
@@ -96,18 +97,22 @@ async fn classify(
     let by_curl = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
     // checked before the body is read, so that a wrong name costs no upload
     let model = app.registry.find(query.model.as_deref(), query.version)?;
+    if let Some(threshold) = query.threshold {
+        let refused = |reason| ApiError::new(Code::InvalidRequest, reason);
+        check_threshold(threshold, model.scoring.activation).map_err(refused)?;
+    }
     // neither does a full queue
     model.has_room(deadline)?;
     let limit = model.scheduler().queue_limit();
     // the charge is held until the request is answered
     let Upload { images: uploaded, top_k, charge: _charge } =
         upload::read(&app.bodies, request, limit, deadline).await?;
-    let k = top_k.or(query.top_k).unwrap_or(DEFAULT_TOP_K);
-    if k == 0 {
+    let selection = Selection { top_k: top_k.or(query.top_k), threshold: query.threshold };
+    if selection.top_k == Some(0) {
         return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));
     }
     let images = uploaded.len();
-    let size = answer_size(&model, images, k);
+    let size = answer_size(&model, images, selection.most(&model.scoring));
     let mut charge = app.bodies.budget.charge();
     if size > INLINE {
         charge.answer(size)?;
@@ -116,7 +121,7 @@ async fn classify(
     let broken: Vec<Option<InferError>> =
         uploaded.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
     let whole = uploaded.into_iter().flatten().collect();
-    let mut answers = model.classify(whole, k, deadline).await?.into_iter();
+    let mut answers = model.classify(whole, selection, deadline).await?.into_iter();
     let mut served = Served::new(&model, images);
     let mut results = Vec::with_capacity(images);
     for broken in broken {

@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::cli::printable::{self, printable, say};
 use crate::files::DraftFile;
 use crate::infer::top_k::Prediction;
-use crate::model::ModelDir;
+use crate::model::{ModelDir, ScoreFunction};
 
 /// The result for one image: predictions, or an error (a stable reason and a message).
 pub type Answer = Result<Vec<Prediction>, (&'static str, String)>;
@@ -132,8 +132,15 @@ impl<'a> Printer<'a> {
         let labels: Vec<_> = predictions.iter().map(|p| printable(&p.label)).collect();
         let width = labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
         let mut text = printable::path(path) + "\n";
+        if predictions.is_empty() {
+            text.push_str("  no class reaches its threshold\n");
+        }
+        let logits = self.model.manifest.scoring().activation == ScoreFunction::None;
         for (p, label) in predictions.iter().zip(&labels) {
-            let line = format!("  {label:<width$}  {:5.1} %  {}", 100.0 * p.score, blocks(p.score));
+            let line = match logits {
+                true => format!("  {label:<width$}  {:.4}", p.score),
+                false => format!("  {label:<width$}  {:5.1} %  {}", 100.0 * p.score, blocks(p.score)),
+            };
             text.push_str(line.trim_end());
             text.push('\n');
         }
@@ -159,6 +166,11 @@ impl<'a> Printer<'a> {
         let image = path.as_os_str().as_encoded_bytes();
         let model = self.model.name.as_bytes();
         match answer {
+            // no class reaches its threshold: the image is there all the same
+            Ok(predictions) if predictions.is_empty() => {
+                let cells = [version.as_str(), "", "", "", "", ""].map(str::as_bytes);
+                self.row(&[&[image, model], &cells[..]].concat())
+            }
             Ok(predictions) => {
                 for (rank, p) in predictions.iter().enumerate() {
                     let [rank, index, score] = [(rank + 1).to_string(), p.index.to_string(), p.score.to_string()];

@@ -40,6 +40,13 @@ pub struct ModelArgs {
     threads: Option<u16>,
 }
 
+impl ModelArgs {
+    /// Model repository.
+    pub fn repository(&self) -> &Path {
+        &self.repository
+    }
+}
+
 /// Workers that are ready to run a model.
 pub struct Workers(Vec<OrtBackend>);
 

@@ -53,7 +53,8 @@ pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadat
     };
     let manifest = &model.manifest;
     let p = &manifest.preprocessing;
-    let properties = [
+    let scoring = &model.scoring;
+    let mut properties = vec![
         ("architecture", manifest.architecture.clone()),
         ("producer", manifest.producer.clone()),
         ("onnx_sha256", manifest.onnx_sha256.clone()),
@@ -61,14 +62,29 @@ pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadat
         ("mean", format!("{:?}", p.mean)),
         ("std", format!("{:?}", p.std)),
         ("crop_pct", p.crop_pct.to_string()),
+        ("scores", scoring.activation.name().into()),
     ];
+    if scoring.temperature != 1.0 {
+        properties.push(("temperature", scoring.temperature.to_string()));
+    }
+    if scoring.has_thresholds() {
+        // by class where they differ: a client of logits needs them
+        let thresholds = match scoring.threshold {
+            Some(threshold) if scoring.thresholds.is_empty() => threshold.to_string(),
+            _ => {
+                let all = (0..manifest.classes as usize).map(|index| scoring.threshold_of(index)).collect::<Vec<_>>();
+                serde_json::to_string(&all).unwrap_or_default()
+            }
+        };
+        properties.push(("threshold", thresholds));
+    }
     pb::ModelMetadataResponse {
         name: model.name.clone(),
         versions: versions.collect(),
         platform: "onnx_onnxv1".into(),
         inputs: vec![tensor(INPUT, &[p.channels() as u32, p.height, p.width])],
         outputs: vec![tensor(OUTPUT, &[manifest.classes])],
-        properties: properties.map(|(name, value)| (name.into(), value)).into_iter().collect(),
+        properties: properties.into_iter().map(|(name, value)| (name.into(), value)).collect(),
     }
 }
 

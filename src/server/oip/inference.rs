@@ -18,7 +18,7 @@ use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
 use crate::infer::request::{Input, Terms};
-use crate::infer::top_k::{Prediction, top_k};
+use crate::infer::top_k::{Prediction, Selection};
 use crate::model::{INPUT, OUTPUT};
 use crate::pixels::RawTensor;
 
@@ -219,9 +219,8 @@ pub(in crate::server) async fn run(
     }
     let mut served = Served::new(&model, count);
     let most = wanted.iter().filter_map(|w| w.classes).max();
-    let labels = &model.manifest.labels;
     let finish = |logits: Vec<f32>| {
-        let top = most.map(|k| top_k(&logits, k, labels)).transpose()?;
+        let top = most.map(|k| model.select(&logits, Selection::top(k))).transpose()?;
         Ok((logits, top.unwrap_or_default()))
     };
     let mut rows = Vec::with_capacity(count);

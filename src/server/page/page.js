@@ -1,6 +1,5 @@
 // The page: images in, one POST /v1/classify each, answers out. No dependency; every text goes in as text, never as HTML.
 
-const TOP = 5;
 /** Requests under way at once: enough to keep a small server busy, too few to fill its queue. */
 const AT_ONCE = 4;
 /** How often an image that a full server refused is sent again. */
@@ -78,6 +77,8 @@ function timings(header) {
   return found;
 }
 
+/** A probability; or a logit, of a model that was folded without a function for scores. */
+const share = (score) => (score < 0 || score > 1 ? score.toFixed(3) : percent(score));
 const percent = (score) => (score < 0.0005 ? "< 0.1 %" : `${(100 * score).toFixed(1)} %`);
 const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
 /** A word that a POSIX shell takes as it is. */
@@ -91,7 +92,6 @@ function target() {
     url.searchParams.set("model", chosen.dataset.model);
     if (chosen.dataset.version) url.searchParams.set("version", chosen.dataset.version);
   }
-  url.searchParams.set("top_k", String(TOP));
   return url;
 }
 
@@ -145,29 +145,30 @@ class Card {
 
   answered({ json, headers }, total, url) {
     const predictions = json.results?.[0]?.predictions;
-    if (!Array.isArray(predictions) || predictions.length === 0) {
+    if (!Array.isArray(predictions)) {
       return this.failed(new Refusal("The answer holds no prediction.", "unknown"));
     }
     const list = this.find(".predictions");
     list.replaceChildren(...predictions.map(({ index, label, score }) => {
       const item = make("li");
       const fill = make("span", "fill");
-      fill.style.width = `${100 * score}%`;
+      fill.style.width = `${100 * Math.min(1, Math.max(0, score))}%`;
       fill.ariaHidden = "true";
-      item.append(fill, make("span", "label", label || `class ${index}`), make("span", "share", percent(score)));
+      item.append(fill, make("span", "label", label || `class ${index}`), make("span", "share", share(score)));
       return item;
     }));
-    list.setAttribute("aria-label", `${predictions.length} most probable classes`);
-    list.hidden = false;
+    list.setAttribute("aria-label", `${predictions.length} classes, best score first`);
+    list.hidden = predictions.length === 0;
     this.times(timings(headers.get("server-timing")), total);
     this.find(".who").textContent = `answered by ${json.model}, version ${json.version}`;
     const shown = key.value ? " -H 'authorization: Bearer KEY'" : "";
     this.find(".curl code").textContent = `curl${shown} --data-binary @${quoted(this.name)} ${quoted(url.href)}`;
     this.find(".curl code").tabIndex = 0;
     this.find(".more").hidden = false;
-    this.show("done");
     const [first] = predictions;
-    say(`${this.name}: ${first.label || `class ${first.index}`}, ${percent(first.score)}`);
+    const none = first ? null : "No class reaches its threshold.";
+    this.show("done", none);
+    say(`${this.name}: ${none ?? `${first.label || `class ${first.index}`}, ${share(first.score)}`}`);
   }
 
   /** Server phases, and what is left of the time the browser saw. */
