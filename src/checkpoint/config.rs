@@ -1,7 +1,8 @@
-//! `config.json` in every dialect that timm 1.0 reads: which network, which classes, which preprocessing.
+//! Reads `config.json` in every dialect that timm 1.0 reads: architecture, class names, preprocessing.
 //!
-//! The dialects: nested (`pretrained_cfg` inside), flat (timm ≤ 0.6: its fields at the top, `labels` for names), and
-//! transformers' TimmWrapper (`id2label`). A field is used, or known not to matter and listed, or refused by name.
+//! The dialects: nested (`pretrained_cfg` inside), flat (timm ≤ 0.6: fields at the top level, `labels` for class
+//! names), and transformers' TimmWrapper (`id2label`). Every field is used, listed as unused because it doesn't affect
+//! inference, or refused by name.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -10,28 +11,28 @@ use super::labels::{self, Names};
 use super::settings::{Layer, Origin, Settings};
 use crate::model::ScoreFunction;
 
-/// What a checkpoint says about itself, as far as inference needs it.
+/// Contents of a checkpoint's configuration that inference needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Architecture by timm's name, such as `nf_regnet_b1`; with a tag if the file has it there.
+    /// Architecture by timm's name, such as `nf_regnet_b1`; with a tag if the file has one there.
     pub architecture: String,
-    /// Tag of the weights that training began with, such as `ra2_in1k`.
+    /// Tag of the pretrained weights that training started from, such as `ra2_in1k`.
     pub tag: Option<String>,
-    /// Arguments laid over the architecture's own configuration.
+    /// Arguments that override the architecture's own configuration.
     pub model_args: Map<String, Value>,
     /// Class names.
     pub labels: Names,
-    /// Where the names come from; empty where there are none.
+    /// Field or file that the names come from; empty without names.
     pub labels_from: String,
-    /// What makes scores of logits, and which field says so.
+    /// Function that turns logits into scores, and the field that names it.
     pub scores: Option<(ScoreFunction, &'static str)>,
-    /// Preprocessing, the first layer wins.
+    /// Preprocessing settings; the first layer that has a setting wins.
     pub layers: Vec<Layer>,
-    /// Fields that don't matter to inference, or that nfold has no use for.
+    /// Fields that don't affect inference, or that nfold doesn't use.
     pub unused: Vec<String>,
 }
 
-/// Fields of `pretrained_cfg` that say nothing about answers: where weights are from, how training adapts them.
+/// Fields of `pretrained_cfg` that don't affect inference: origin of the weights, settings of training.
 const HARMLESS: [&str; 26] = [
     "architecture",
     "classifier",
@@ -60,7 +61,7 @@ const HARMLESS: [&str; 26] = [
     "model_card",
     "library_name",
 ];
-/// Fields at the top of a nested file that are read, or repeat what the network has anyway.
+/// Fields at the top level of a nested file that are read, or repeat what the architecture defines.
 const TOP: [&str; 11] = [
     "architecture",
     "global_pool",
@@ -76,7 +77,7 @@ const TOP: [&str; 11] = [
 ];
 
 impl Config {
-    /// Reads `config.json`. The error says what is wrong and where.
+    /// Reads `config.json`. The error names the field and the reason.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
         let file: Value = serde_json::from_slice(text).map_err(|e| format!("not a timm configuration: {e}"))?;
         let Value::Object(mut top) = file else {
@@ -110,7 +111,7 @@ impl Config {
         let wrapper = top.get("model_type").and_then(Value::as_str) == Some("timm_wrapper");
         let mut unused = Vec::new();
         let (top_names, top_descriptions) = (top.remove("label_names"), top.remove("label_descriptions"));
-        // timm ignores `labels` beside a pretrained_cfg; names of classes are worth keeping
+        // timm ignores `labels` beside a pretrained_cfg; nfold keeps class names
         let (ids, old_names) = (top.remove("id2label"), top.remove("labels"));
         let (names, descriptions) = (inner.remove("label_names"), inner.remove("label_descriptions"));
         let descriptions = top_descriptions.filter(|v| !v.is_null()).or(descriptions);
@@ -144,7 +145,7 @@ impl Config {
         let settings = fields.settings()?;
         let tag = fields.take::<String>("tag")?;
         fields.refuse_the_rest(&mut unused)?;
-        // timm writes these for people to read: they say nothing new
+        // timm writes these for information only; they repeat other fields
         unused.extend(top.keys().filter(|key| !TOP.contains(&key.as_str())).cloned());
         let layer = Layer { origin: file("pretrained_cfg."), settings };
         let scores = problem_type(&top)?;
@@ -152,11 +153,11 @@ impl Config {
             .with_model(classes.or(own_classes), pool)
     }
 
-    /// timm ≤ 0.6: everything at the top.
+    /// Flat dialect of timm ≤ 0.6: every field at the top level.
     fn flat(architecture: String, model_args: Map<String, Value>, mut top: Map<String, Value>) -> Result<Self, String> {
         let mut unused = Vec::new();
         let descriptions = top.remove("label_descriptions");
-        // timm renames `labels` to `label_names`, whatever was there
+        // timm renames `labels` to `label_names`, even if that exists
         let names = [
             ("labels", top.remove("labels")),
             ("label_names", top.remove("label_names")),
@@ -182,7 +183,8 @@ impl Config {
             .with_model(classes, pool)
     }
 
-    /// Lays what the file says about the network outside `model_args` under them.
+    /// Adds the file's number of classes, pooling and input channels to `model_args`. Another `num_classes` there is an
+    /// error.
     fn with_model(mut self, classes: Option<usize>, pool: Option<String>) -> Result<Self, String> {
         let args = &mut self.model_args;
         args.retain(|_, value| !value.is_null());
@@ -192,7 +194,7 @@ impl Config {
                 return Err(format!("num_classes is {classes}, but {given} in model_args"));
             }
         }
-        // timm gives a network its input channels from the input's size
+        // timm derives a network's input channels from the input size
         let channels = self.layers.iter().find_map(|l| l.settings.input_size).map(|[channels, ..]| channels);
         if let Some(channels) = channels.filter(|c| *c != 3) {
             args.entry("in_chans").or_insert_with(|| channels.into());
@@ -209,10 +211,10 @@ impl Config {
     }
 }
 
-/// transformers' name for what a network's outputs are.
+/// transformers' field for the kind of a network's outputs.
 const PROBLEM_TYPE: &str = "problem_type";
 
-/// What makes scores of logits, by transformers' `problem_type`.
+/// The score function for transformers' `problem_type`.
 fn problem_type(top: &Map<String, Value>) -> Result<Option<(ScoreFunction, &'static str)>, String> {
     let function = match top.get(PROBLEM_TYPE) {
         None | Some(Value::Null) => return Ok(None),
@@ -227,8 +229,8 @@ fn problem_type(top: &Map<String, Value>) -> Result<Option<(ScoreFunction, &'sta
     Ok(Some((function, PROBLEM_TYPE)))
 }
 
-/// Whether a training script says by its arguments that an image may be of several classes, and in which. timm's own
-/// `bce_loss` says nothing of that: its data sets have one class an image, and timm's models trained with it are read by softmax.
+/// The training argument that says that an image may have several classes, if any. timm's own `bce_loss` doesn't say
+/// so: its data sets have one class per image, and timm evaluates models trained with it by softmax.
 pub fn of_several_classes(args: &Map<String, Value>) -> Option<&'static str> {
     const SWITCHES: [&str; 3] = ["multi_label", "multilabel", "multi_label_classification"];
     const LOSSES: [&str; 4] = ["loss", "loss_fn", "loss_function", "criterion"];
@@ -243,7 +245,7 @@ pub fn of_several_classes(args: &Map<String, Value>) -> Option<&'static str> {
     SWITCHES.into_iter().find(on).or_else(|| LOSSES.into_iter().find(several))
 }
 
-/// What timm's train.py was told, as far as it decides answers: preprocessing, and arguments of the network.
+/// Arguments of timm's train.py that affect inference: preprocessing, and arguments of the network.
 pub fn training(args: &Map<String, Value>) -> Result<(Settings, Map<String, Value>), String> {
     let mut args = args.clone();
     let mut fields = Fields::new("args.", &mut args);
@@ -259,7 +261,7 @@ pub fn training(args: &Map<String, Value>) -> Result<(Settings, Map<String, Valu
     if let (None, Some(side)) = (settings.input_size, side) {
         settings.input_size = Some([channels.unwrap_or(3), side, side]);
     }
-    // `random` picks one of two in training, and bicubic for evaluation
+    // training picks one of two filters for `random`; evaluation uses bicubic
     let filter: Option<String> = fields.take("interpolation")?;
     if let Some(filter) = filter.filter(|f| !f.is_empty() && f != "random") {
         let value = Value::from(filter);
@@ -317,7 +319,7 @@ fn read_labels(
     }
 }
 
-/// A dictionary whose fields are taken one by one; null is absent.
+/// A JSON object whose fields are removed one by one; null counts as absent.
 struct Fields<'a> {
     before: &'a str,
     map: &'a mut Map<String, Value>,
@@ -334,7 +336,7 @@ impl<'a> Fields<'a> {
     }
 
     fn settings(&mut self) -> Result<Settings, String> {
-        // timm takes empty text for absent
+        // timm treats empty text as absent
         for name in ["crop_mode", "interpolation"] {
             if self.map.get(name).is_some_and(|v| v == "") {
                 self.map.remove(name);
@@ -352,7 +354,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Lists harmless fields that are set, and refuses unknown ones.
+    /// Lists harmless fields that are set; refuses unknown ones.
     fn refuse_the_rest(&mut self, unused: &mut Vec<String>) -> Result<(), String> {
         let offset = self.map.remove("label_offset").filter(|v| !v.is_null() && *v != 0);
         if let Some(offset) = offset {

@@ -1,5 +1,5 @@
-//! Finds a checkpoint's files (a folder, one file, shards with an index) and opens each by the format that its first bytes
-//! show.
+//! Finds a checkpoint's files (a folder, one file, shards with an index) and opens each by the format that its first
+//! bytes identify.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,45 +13,45 @@ use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE, read, safetensors_file};
 use crate::model::{hex, regular_file};
 use crate::printable::brief;
 
-/// File name of torch's weights in a folder of the hub.
+/// File name of PyTorch weights in a folder of the hub.
 const TORCH_FILE: &str = "pytorch_model.bin";
-/// What the name of an index of shards ends with.
+/// Suffix of the name of a shard index.
 const INDEX: &str = ".index.json";
-/// Files of weights in a folder of the hub, the first that is there counts.
+/// File names of weights in a folder of the hub, in order of preference.
 pub const HUB_WEIGHTS: [&str; 4] =
     [WEIGHTS_FILE, "model.safetensors.index.json", TORCH_FILE, "pytorch_model.bin.index.json"];
-/// Most bytes of a configuration or an index.
+/// Most bytes of a configuration or a shard index.
 const LARGEST_TEXT: u64 = 16 << 20;
 /// Most shards.
 const MOST_SHARDS: usize = 1000;
 
-/// Where a checkpoint is.
+/// Paths of a checkpoint.
 #[derive(Debug)]
 pub struct Location {
-    /// Its weights, or the index of its shards.
+    /// Weights file, or index of its shards.
     pub weights: PathBuf,
-    /// Its configuration, where there is one.
+    /// Configuration, if there is one.
     pub config: Option<PathBuf>,
-    /// What to call the model.
+    /// Name of the model.
     pub name: String,
 }
 
-/// Weights, opened; no tensor is read yet.
+/// Opened weights; no tensor is read yet.
 #[derive(Debug, Default)]
 pub struct Opened {
-    /// The tensors, by the file's own names.
+    /// Tensors by their names in the file.
     pub tensors: Tensors,
-    /// SHA-256 of the file; of several, of their digests.
+    /// SHA-256 of the file in hexadecimal; of shards, SHA-256 of their digests.
     pub sha256: String,
-    /// Architecture, and where the file says so.
+    /// Architecture, and the field that names it.
     pub architecture: Option<(String, String)>,
-    /// What training recorded.
+    /// What the training script recorded.
     pub training: Training,
-    /// What else the file holds.
+    /// Other contents of the file.
     pub unused: Vec<String>,
-    /// Where the file has EMA weights that were not asked for.
+    /// Key of EMA weights that the file has but the caller didn't ask for.
     pub ema: Option<String>,
-    /// The tensors are the EMA weights.
+    /// Whether the tensors are the EMA weights.
     pub averaged: bool,
 }
 
@@ -62,7 +62,7 @@ pub fn locate(path: &Path) -> Result<Location, CheckpointError> {
     let config_in = |folder: &Path| Some(folder.join(CONFIG_FILE)).filter(|p| p.is_file());
     if !whole.is_dir() {
         let folder = whole.parent().unwrap_or(Path::new("/"));
-        // a file as the hub names it belongs to the configuration beside it
+        // a file with one of the hub's names belongs to the configuration beside it
         let of_hub = HUB_WEIGHTS.contains(&own(&whole).as_str());
         let config = if of_hub { config_in(folder) } else { None };
         let name = if config.is_some() { own(folder) } else { stem(&own(&whole)) };
@@ -82,7 +82,7 @@ pub fn locate(path: &Path) -> Result<Location, CheckpointError> {
     Ok(Location { weights, config: config_in(path), name: own(&whole) })
 }
 
-/// A file's name without what says its kind.
+/// A file name without its extensions.
 fn stem(name: &str) -> String {
     let mut name = name;
     for end in [INDEX, ".tar", ".safetensors", ".bin", ".pth", ".pt", ".ckpt"] {
@@ -91,7 +91,7 @@ fn stem(name: &str) -> String {
     name.to_string()
 }
 
-/// Reads a small text file. A pointer of Git LFS is named for what it is.
+/// Reads a small text file. A Git LFS pointer is an error of its own.
 pub fn text(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     let bytes = regular_file::read(path, LARGEST_TEXT).map_err(read(path))?;
     if is_pointer(&bytes) { Err(CheckpointError::LfsPointer(path.into())) } else { Ok(bytes) }
@@ -101,7 +101,7 @@ fn is_pointer(bytes: &[u8]) -> bool {
     bytes.starts_with(b"version https://git-lfs")
 }
 
-/// Opens weights of any kind.
+/// Opens weights of any supported format.
 pub fn open(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
     if is_index(&path.to_string_lossy()) {
         return shards(path, use_ema);
@@ -153,7 +153,7 @@ fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, Checkp
     Ok(opened)
 }
 
-/// Formats that people mistake for checkpoints.
+/// Formats that users mistake for checkpoints.
 fn other_kind(start: &[u8]) -> Option<&'static str> {
     let kinds: [(&[u8], &str); 7] = [
         (b"\xff\xd8\xff", "an image; `nfold classify` takes images"),
@@ -164,7 +164,7 @@ fn other_kind(start: &[u8]) -> Option<&'static str> {
         (b"<!DOCTYPE", "a web page: the download went wrong"),
         (b"<html", "a web page: the download went wrong"),
     ];
-    // a protobuf message that begins with its format's version and who made it
+    // a protobuf message whose first fields are `ir_version` and `producer_name`
     if let [0x08, 1..=20, 0x12, ..] = start {
         return Some("an ONNX graph; give the checkpoint that it was made from");
     }
@@ -196,22 +196,22 @@ impl Index {
     }
 }
 
-/// Whether a folder is a checkpoint as the hub lays it out.
+/// Whether a folder has the hub's checkpoint layout.
 pub fn is_folder(path: &Path) -> bool {
     path.join(CONFIG_FILE).is_file() && HUB_WEIGHTS.iter().any(|file| path.join(file).is_file())
 }
 
-/// Whether a file of weights is an index of shards.
+/// Whether a weights file is a shard index.
 pub fn is_index(file: &str) -> bool {
     file.ends_with(INDEX)
 }
 
-/// Names of the shards that an index lists: files beside it, in order.
+/// Names of the shards that an index lists, sorted; the files lie beside it.
 pub fn shards_of(text: &[u8]) -> Result<Vec<String>, String> {
     Ok(Index::parse(text)?.shards().into_iter().cloned().collect())
 }
 
-/// Shards: every tensor is where the index says it is.
+/// Opens shards. Every tensor must be in the shard that the index names.
 fn shards(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
     let bad = |reason: String| CheckpointError::Config { path: path.into(), reason };
     let index = Index::parse(&text(path)?).map_err(bad)?;
@@ -239,7 +239,7 @@ fn shards(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
     Ok(all)
 }
 
-/// A file's own name, for messages.
+/// File name of a path, for messages.
 pub fn shown(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
 }

@@ -1,5 +1,5 @@
-//! Fresh checkpoints in timm's layout, initialised as timm initialises them, so that benchmarks and tests need no
-//! download.
+//! Writes checkpoints in timm's layout with newly initialised weights (timm's initialisation), so that benchmarks and
+//! tests need no download.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::{CONFIG_FILE, CheckpointError, WEIGHTS_FILE};
 use crate::files::DraftFolder;
 use crate::nets::{self, Init, NetError, Network, TensorSpec};
 
-/// What to initialise.
+/// What to initialise, and how.
 #[derive(Debug, Clone)]
 pub struct InitOptions {
     /// Architecture by timm's name, without a tag.

@@ -1,36 +1,36 @@
-//! Class names in every form that checkpoints carry them: a list, a dictionary by class number (gaps keep their number),
-//! names that descriptions explain; and ImageNet's own, for checkpoints that are tagged with it.
+//! Class names in the forms that checkpoints use: a list, a dictionary by class number (which may have gaps), names
+//! with descriptions; and ImageNet's class names, for checkpoints tagged with it.
 
 use std::io::Read as _;
 
 use flate2::read::GzDecoder;
 use serde_json::{Map, Value};
 
-/// ImageNet's 1000 classes in logit order, one a line: WordNet lemmas as timm has them (`imagenet-1k.LICENSE` beside).
+/// ImageNet's 1000 classes in logit order, one per line: WordNet lemmas as in timm (licence in `imagenet-1k.LICENSE`).
 const IMAGENET_1K: &str = include_str!("labels/imagenet-1k.txt");
-/// Their WordNet synsets, in the same order, which is that of their names.
+/// WordNet synsets of the 1000 classes, in the same order, which is ascending.
 const SYNSETS_1K: &str = include_str!("labels/imagenet-1k.synsets.txt");
-/// All classes of the larger lists, ordered by synset, one a line: a letter whose bits, counted from `a`, say which lists have
-/// it (1: 12k, 2: 22k, 4: 21k), then its lemmas.
+/// Classes of the larger lists, ordered by synset, one per line: a letter whose bits, counted from `a`, say which lists
+/// have the class (1: 12k, 2: 22k, 4: 21k), then the lemmas.
 const IMAGENET_21K: &[u8] = include_bytes!("labels/imagenet-21k.txt.gz");
-/// Most bytes that a file of names may have.
+/// Most bytes of a file of class names.
 const LARGEST_FILE: usize = 16 << 20;
 
-/// A list of ImageNet's classes that classifiers are trained on, as timm tells them apart.
+/// A list of ImageNet classes, as timm's tags distinguish them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageNet {
-    /// The 1000 classes of the competition.
+    /// The 1000 classes of ILSVRC 2012.
     In1k,
-    /// Those of the 22k that have images enough.
+    /// The subset of the 22k that has enough images per class.
     In12k,
-    /// Google's choice of all.
+    /// Google's selection of the full set.
     In21k,
-    /// Nearly the same.
+    /// The full set; nearly the same as 21k.
     In22k,
 }
 
 impl ImageNet {
-    /// All of them.
+    /// All lists.
     pub const ALL: [Self; 4] = [Self::In1k, Self::In12k, Self::In21k, Self::In22k];
 
     /// Name on the command line.
@@ -53,7 +53,7 @@ impl ImageNet {
         }
     }
 
-    /// The list that a pretrained tag says the classifier was trained on last, as in `ra2_in1k`.
+    /// The list of the classifier's last training data, by a pretrained tag such as `ra2_in1k`.
     pub fn of_tag(tag: &str) -> Option<Self> {
         match tag.rsplit('_').next()? {
             "in1k" => Some(Self::In1k),
@@ -73,7 +73,7 @@ impl ImageNet {
             Self::In21k => 4,
         };
         let mut text = String::new();
-        // part of the program: a test reads it
+        // embedded data, which can't fail; a test reads it
         let _ = GzDecoder::new(IMAGENET_21K).read_to_string(&mut text);
         let mut entries = text.lines().filter_map(|line| line.split_at_checked(1));
         let all = entries.by_ref().filter(|(lists, _)| lists.as_bytes()[0].wrapping_sub(b'a') & list != 0);
@@ -86,9 +86,9 @@ pub fn imagenet_1k_synset(name: &str) -> Option<usize> {
     SYNSETS_1K.lines().position(|synset| synset == name)
 }
 
-/// Names as a configuration writes them: `names` in a list or a dictionary by class number, each looked up in
-/// `descriptions` where there are some. The number of classes is not known yet: a dictionary's names end with its highest
-/// number, and [`Names::complete`] fills up. `what` names the field in messages.
+/// Reads class names of a configuration: a list or a dictionary by class number, each name looked up in `descriptions`
+/// if these are given. The number of classes is unknown here: a dictionary's names end at its highest number, and
+/// [`Names::complete`] adds the rest. `what` names the field in messages.
 pub fn read(names: &Value, descriptions: Option<&Value>, what: &str) -> Result<Names, String> {
     let mut found = match names {
         Value::Array(list) => {
@@ -107,7 +107,7 @@ pub fn read(names: &Value, descriptions: Option<&Value>, what: &str) -> Result<N
                 }
             }
         }
-        // by class number, like the names
+        // descriptions in a list are by class number, like the names
         Some(Value::Array(list)) if list.len() == found.names.len() => {
             for (name, description) in found.names.iter_mut().zip(list) {
                 *name = Some(text(description, "label_descriptions")?);
@@ -126,24 +126,24 @@ pub fn read(names: &Value, descriptions: Option<&Value>, what: &str) -> Result<N
 /// Class names before the number of classes is known.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Names {
-    /// By class number; `None` where a dictionary has a gap.
+    /// By class number; `None` for a gap in a dictionary.
     names: Vec<Option<String>>,
-    /// From a dictionary, which need not reach the last class.
+    /// Read from a dictionary, which need not cover the last class.
     sparse: bool,
 }
 
 impl Names {
-    /// Whether nothing is named.
+    /// Whether there are no names.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
     }
 
-    /// How many classes the names reach to.
+    /// Number of classes up to the highest named one.
     pub fn len(&self) -> usize {
         self.names.len()
     }
 
-    /// Names of all `classes`, in logit order: a class without a name has its number. A list must name every class.
+    /// Names of all `classes`, in logit order; a class without a name gets its number. A list must name every class.
     pub fn complete(self, classes: usize) -> Result<Vec<String>, String> {
         if self.names.len() > classes || (!self.sparse && !self.names.is_empty() && self.names.len() != classes) {
             return Err(format!("{} label_names for {classes} classes", self.names.len()));
@@ -157,7 +157,7 @@ impl Names {
     }
 }
 
-/// Names in a file: JSON (a list or a dictionary by class number), or one a line.
+/// Reads a file of class names: JSON (a list or a dictionary by class number), or one name per line.
 pub fn from_file(bytes: &[u8]) -> Result<Names, String> {
     if bytes.len() > LARGEST_FILE {
         return Err(format!("has {} bytes, too many for a list of names", bytes.len()));
@@ -195,7 +195,7 @@ fn by_number(map: &Map<String, Value>, what: &str) -> Result<Names, String> {
     Ok(Names { names, sparse: true })
 }
 
-/// A name; whole numbers are names, too.
+/// A name; whole numbers are valid names.
 fn text(value: &Value, what: &str) -> Result<String, String> {
     match value {
         Value::String(name) => Ok(name.clone()),
@@ -204,7 +204,7 @@ fn text(value: &Value, what: &str) -> Result<String, String> {
     }
 }
 
-/// What a JSON value is, for messages.
+/// Type of a JSON value, for messages.
 pub fn kind(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),
@@ -270,7 +270,7 @@ mod tests {
         assert_eq!(ImageNet::In1k.labels()[0], "tench, Tinca tinca");
         assert_eq!(imagenet_1k_synset("n01440764"), Some(0));
         assert_eq!((SYNSETS_1K.lines().count(), SYNSETS_1K.lines().is_sorted()), (1000, true));
-        // of timm 1.0.31: SHA-256 of the lemmas of its synsets, joined by line ends
+        // of timm 1.0.31: SHA-256 of the lemmas of its synsets, joined by line feeds
         for (list, digest) in [
             (ImageNet::In12k, "5ebe3dde6550d38e4a45d3dfd5b60fd5684940f4393932616d73f4a8097cdc2c"),
             (ImageNet::In21k, "1cc12d5969905d8d13e02c7db8f075bfb34f9cdf8fb6fe7608d34da5c4306f49"),

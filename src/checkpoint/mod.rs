@@ -1,10 +1,11 @@
-//! Reads untrusted checkpoints of any kind. Everything is validated when a checkpoint is opened; a [`Reader`] then hands out each
-//! tensor once, with the shape that the network's plan expects, and names what is left over.
+//! Reads untrusted checkpoints in all supported formats. Headers are validated when a checkpoint is opened; a
+//! [`Reader`] then returns each tensor once, with the shape that the network's plan expects, and refuses unread
+//! tensors.
 //!
-//! `files` finds and opens the files: a folder as the model hub lays it out, shards, one file; `safetensors_file`
-//! and `torch` index their tensors, which `store` reads one at a time. `config` reads `config.json`, `settings` resolves
-//! preprocessing, `labels` class names, `prefix` what wrappers put before names. `init` writes fresh checkpoints. Knows
-//! nothing of graphs.
+//! `files` finds and opens the files: a folder in the model hub's layout, shards, one file; `safetensors_file` and
+//! `torch` index their tensors, which `store` reads one at a time. `config` reads `config.json`; `settings` resolves
+//! preprocessing; `labels` reads class names; `prefix` removes wrappers' prefixes from tensor names. `init` writes
+//! newly initialised checkpoints. Doesn't know ONNX graphs.
 
 pub mod config;
 mod files;
@@ -39,11 +40,11 @@ pub const CONFIG_FILE: &str = "config.json";
 /// File name of the weights inside a checkpoint folder.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 
-/// What to look at where tensors don't fit.
+/// Hint for errors about tensors that don't match the architecture.
 const DESCRIBE: &str =
     "do `architecture` and `model_args` of config.json (or --arch and --model-args) describe these weights?";
 
-/// What can be wrong with a checkpoint.
+/// Why a checkpoint can't be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The folder or one of its files is missing or unreadable.
@@ -53,7 +54,7 @@ pub enum CheckpointError {
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// A file could not be written.
@@ -61,13 +62,13 @@ pub enum CheckpointError {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The folder to write into exists.
+    /// The output folder exists.
     #[error("`{0}` exists already; choose another --out, or remove it first")]
     Exists(PathBuf),
-    /// `config.json` is not what timm writes.
+    /// `config.json` is not in a format that timm writes.
     #[error("`{path}`: {reason}")]
     Config {
         /// The file.
@@ -75,37 +76,37 @@ pub enum CheckpointError {
         /// What is wrong, and where.
         reason: String,
     },
-    /// The architecture or its arguments can't be planned.
+    /// The architecture or its arguments are not supported.
     #[error(transparent)]
     Network(#[from] NetError),
-    /// `model.safetensors` is damaged or hostile.
+    /// `model.safetensors` is malformed.
     #[error("`{path}` is not a sound safetensors file: {reason}; download or save the checkpoint again")]
     Weights {
         /// The file.
         path: PathBuf,
-        /// What the format's reader said.
+        /// Message of the safetensors reader.
         reason: String,
     },
-    /// A file of torch.save is damaged, hostile or something else.
+    /// A torch.save file is malformed or of another kind.
     #[error("`{path}`: {reason}")]
     Torch {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong.
         reason: String,
     },
-    /// The file is of another kind.
+    /// The file has another format.
     #[error("`{path}` is {what}")]
     Kind {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The format.
         what: &'static str,
     },
-    /// The file only says where Git LFS keeps the real one.
+    /// The file is a Git LFS pointer.
     #[error("`{0}` is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")]
     LfsPointer(PathBuf),
-    /// The folder has weights under another name than the hub's.
+    /// The folder has weights, but under other names than the hub's.
     #[error("`{folder}` has no `{WEIGHTS_FILE}`; to fold `{first}`, name that file itself")]
     OtherNames {
         /// The folder.
@@ -113,49 +114,49 @@ pub enum CheckpointError {
         /// The first file that may hold weights.
         first: PathBuf,
     },
-    /// Nothing says which network the weights are of.
+    /// No file names the weights' architecture.
     #[error("`{0}` does not say which network its weights are of; name it by timm's name with --arch")]
     NoArchitecture(PathBuf),
     /// An option contradicts the checkpoint.
     #[error("--arch {given} contradicts `{path}`, which says {found}; leave --arch out")]
     OtherArchitecture {
-        /// The option.
+        /// Value of the option.
         given: String,
         /// The checkpoint's architecture.
         found: String,
-        /// Where it says so.
+        /// File that names it.
         path: PathBuf,
     },
-    /// Class names that can't be used.
+    /// Class names can't be used.
     #[error("labels `{path}`: {reason}")]
     Labels {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong.
         reason: String,
     },
-    /// Preprocessing that no image can go through.
+    /// The preprocessing settings are invalid.
     #[error("preprocessing can't be used: {0}")]
     Preprocessing(String),
-    /// A tensor that the architecture needs is not in the file.
+    /// A tensor of the architecture is not in the file.
     #[error("tensor `{0}` is missing; {DESCRIBE}")]
     Missing(String),
-    /// A tensor has another shape than the architecture gives it.
+    /// A tensor has another shape than in the architecture.
     #[error("tensor `{name}` has shape {found:?}, but the network's is {expected:?}; {DESCRIBE}")]
     Shape {
         /// The tensor.
         name: String,
         /// Its shape in the file.
         found: Vec<usize>,
-        /// Its shape by the plan.
+        /// Shape in the plan.
         expected: Vec<usize>,
     },
-    /// A tensor holds another kind of number than weights.
+    /// A tensor's data type can't be a weight's.
     #[error("tensor `{name}` has data type {dtype}, not F64, F32, F16 or BF16")]
     DataType {
         /// The tensor.
         name: String,
-        /// Its type in the file.
+        /// Data type in the file.
         dtype: String,
     },
     /// A weight is NaN or infinite.
@@ -163,63 +164,63 @@ pub enum CheckpointError {
     NotFinite {
         /// The tensor.
         name: String,
-        /// Position of the first such element, row-major.
+        /// Index of the first such element, row-major.
         index: usize,
         /// `NaN`, `inf` or `-inf`.
         value: f64,
     },
-    /// Tensors that the architecture has no use for.
+    /// The file has tensors that the architecture doesn't have.
     #[error("{count} tensors are not part of `{architecture}`, first `{first}`; {DESCRIBE}")]
     Leftover {
-        /// How many.
+        /// Number of such tensors.
         count: usize,
-        /// The first by name.
+        /// Name of the first, in alphabetical order.
         first: String,
         /// The architecture.
         architecture: String,
     },
 }
 
-/// What the user says about a checkpoint. It overrides what the files say.
+/// Options of the user, which override what the files say.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct OpenOptions {
-    /// Architecture by timm's name, for files that don't tell.
+    /// Architecture by timm's name, for files that don't name one.
     pub architecture: Option<String>,
-    /// Arguments laid over those that the checkpoint has for its network (timm's `model_kwargs`).
+    /// Arguments that override the checkpoint's own (timm's `model_kwargs`).
     pub model_args: Map<String, Value>,
-    /// Preprocessing.
+    /// Preprocessing settings.
     pub settings: Settings,
     /// Class names.
     pub labels: Option<LabelChoice>,
-    /// Take the averaged weights that training kept beside the others.
+    /// Use the EMA weights that training saved beside the plain ones.
     pub use_ema: bool,
 }
 
-/// Which class names to use.
+/// Source of class names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LabelChoice {
-    /// A list of ImageNet's.
+    /// A list of ImageNet classes.
     ImageNet(ImageNet),
-    /// Those of a file: one a line, or JSON.
+    /// A file: one name per line, or JSON.
     File(PathBuf),
 }
 
-/// A checkpoint, its headers read and validated, its network planned. Tensors are taken through a [`Reader`].
+/// A checkpoint with validated headers and a planned network. A [`Reader`] returns the tensors.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// Architecture by timm's name, with the tag of its weights unless they were trained further for other classes.
+    /// Architecture by timm's name, with the tag of the weights unless they were retrained for other classes.
     pub architecture: String,
-    /// The network.
+    /// Plan of the network.
     pub network: Network,
-    /// Class names in logit order; empty when there are none.
+    /// Class names in logit order; empty if there are none.
     pub labels: Vec<String>,
-    /// What makes scores of logits, and where it says so; none: it says nothing.
+    /// Function that turns logits into scores, and the field that names it; `None` if no field does.
     pub scores: Option<(ScoreFunction, String)>,
-    /// SHA-256 of the weights' file, in hexadecimal; of shards, of the list of theirs.
+    /// SHA-256 of the weights file in hexadecimal; of shards, SHA-256 of their digests.
     pub sha256: String,
-    /// SHA-256 of all else that was read about it: its configuration, and a file of class names.
+    /// SHA-256 of the other files that were read: configuration and class names.
     pub told_sha256: String,
-    /// What to call it: the folder's name, or the file's.
+    /// Name of the model: the folder's name, or the file's.
     pub name: String,
     layers: Vec<Layer>,
     source: Source,
@@ -227,15 +228,15 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a folder or file of any kind. Headers are validated here; values when a [`Reader`] hands them out.
+    /// Opens a folder or file. Validates headers; a [`Reader`] validates values.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         Self::open_with(path, &OpenOptions::default())
     }
 
-    /// As [`open`](Self::open), with the user's overrides.
+    /// As [`open`](Self::open), with the user's options.
     pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
         let at = files::locate(path)?;
-        // a configuration that can't be read is the first thing to know
+        // read first, so that an unreadable configuration is the first error
         let text = at.config.as_deref().map(files::text).transpose()?.unwrap_or_default();
         let mut config = match &at.config {
             Some(file) => Some(
@@ -251,7 +252,7 @@ impl Checkpoint {
         }
         if let Some(config) = &mut config {
             config.model_args.extend(options.model_args.clone());
-            // so is a network that nfold does not know
+            // report an unsupported network before the weights are read
             Network::plan(&config.architecture, &config.model_args)?;
         }
         let opened = files::open(&at.weights, options.use_ema)?;
@@ -272,7 +273,7 @@ impl Checkpoint {
         checkpoint.finish(at.name, told)
     }
 
-    /// Whether a configuration alone tells of a network that can be opened: the first thing to know, before weights are there.
+    /// Checks whether a configuration alone describes a supported network, before weights are downloaded.
     pub fn check_config(text: &[u8], options: &OpenOptions) -> Result<(), CheckpointError> {
         let bad = |reason| CheckpointError::Config { path: CONFIG_FILE.into(), reason: brief(reason) };
         let mut config = Config::parse(text).map_err(bad)?;
@@ -280,8 +281,8 @@ impl Checkpoint {
         Ok(Network::plan(&config.architecture, &config.model_args).map(drop)?)
     }
 
-    /// Preprocessing as timm resolves it for evaluation, and where every setting came from. `size` (height, width)
-    /// overrides the size alone.
+    /// Preprocessing as timm resolves it for evaluation, with the origin of every setting. `size` (height, width)
+    /// overrides only the input size.
     pub fn preprocessing(&self, size: Option<(u32, u32)>) -> Result<(Preprocessing, Source), String> {
         let (preprocessing, origins) = settings::resolve(&self.layers, size, self.network.in_chans())?;
         let mut source = self.source.clone();
@@ -289,13 +290,13 @@ impl Checkpoint {
         Ok((preprocessing, source))
     }
 
-    /// Notes where it was fetched from, and calls it as it is called there.
+    /// Sets the name, and the origin that the checkpoint was downloaded from.
     pub fn set_origin(&mut self, name: &str, origin: String) {
         self.name = name.into();
         self.source.settings.insert(0, setting("checkpoint", origin));
     }
 
-    /// Starts taking tensors.
+    /// A reader of the checkpoint's tensors.
     pub fn reader(&self) -> Reader<'_> {
         Reader::new(&self.tensors, &self.architecture)
     }
@@ -305,8 +306,8 @@ fn setting(setting: &str, origin: String) -> SourceSetting {
     SourceSetting { setting: setting.into(), origin }
 }
 
-/// What a file without configuration says about itself, and what timm says about its architecture. Returns where the
-/// architecture's name came from, too.
+/// Configuration of a file without `config.json`: what the weights file says, completed by timm's settings of the
+/// architecture. Also returns the source of the architecture's name.
 fn without_config(
     path: &Path,
     options: &OpenOptions,
@@ -371,21 +372,22 @@ fn of_architecture(architecture: &str) -> Option<Layer> {
     Some(Layer { origin: Origin::Architecture(architecture.into()), settings })
 }
 
-/// A checkpoint's parts before they are checked against each other.
+/// Parts of a checkpoint before they are checked against each other.
 struct Assembly<'a> {
     path: &'a Path,
     options: &'a OpenOptions,
     config: Config,
     opened: files::Opened,
-    /// Bytes that say something about it, one file after the other.
+    /// Contents of the files that describe the weights, concatenated.
     told: Vec<u8>,
     source: Source,
 }
 
 impl Assembly<'_> {
-    /// `told`: the checkpoint has a configuration.
+    /// Checks the parts against each other. `told`: the checkpoint has a configuration.
     fn finish(mut self, name: String, told: bool) -> Result<Checkpoint, CheckpointError> {
-        // the plan's tensors tell which prefix theirs have, and an unplanned head how many classes there are
+        // the draft's tensor names show the prefix in the file; the head's shape in the file may set the number of
+        // classes
         let draft = Network::plan(&self.config.architecture, &self.config.model_args)?;
         self.unwrap(&draft)?;
         let network = self.size_head(draft)?;
@@ -425,7 +427,7 @@ impl Assembly<'_> {
         })
     }
 
-    /// What makes scores of logits, by the configuration or by the arguments of training.
+    /// The score function, from the configuration or the arguments of training.
     fn scores(&mut self, classes: usize) -> Option<(ScoreFunction, String)> {
         if let Some((function, field)) = self.config.scores {
             return Some((function, format!("{field} in {CONFIG_FILE}")));
@@ -464,7 +466,7 @@ impl Assembly<'_> {
         Ok(())
     }
 
-    /// The network with the head that the weights have, where nothing else says how many classes it has.
+    /// Plans the network with the number of classes of the weights' head, if nothing else gives it.
     fn size_head(&mut self, draft: Network) -> Result<Network, CheckpointError> {
         let args = &mut self.config.model_args;
         if args.contains_key("num_classes") {
@@ -526,7 +528,7 @@ impl Assembly<'_> {
         Ok(names)
     }
 
-    /// Warnings: what is probably wrong.
+    /// Adds warnings about settings that are probably wrong.
     fn warn(&mut self, network: &Network, labels: &[String], resolved: &Preprocessing, told: bool, own: bool) {
         let (classes, name) = (network.classes(), &self.config.architecture);
         let warnings = &mut self.source.warnings;
@@ -551,7 +553,7 @@ impl Assembly<'_> {
     }
 }
 
-/// Whether weights that began with `tag` have other classes than it names by now.
+/// Whether weights with the pretrained tag `tag` were retrained for another number of classes.
 fn is_retrained(tag: &str, classes: usize) -> bool {
     ImageNet::of_tag(tag).is_some_and(|list| list.classes() != classes)
 }

@@ -1,11 +1,11 @@
-//! Prefixes that wrappers put before a network's tensors (DDP, torch.compile, Lightning, transformers, EMA copies): finds
-//! the one that the network is under, and tells what lies outside it.
+//! Prefixes that wrappers put before a network's tensor names (DDP, torch.compile, Lightning, transformers, EMA
+//! copies): finds the network's prefix, and reports tensors outside of it.
 
 use std::collections::BTreeSet;
 
 use super::store::Tensors;
 
-/// Module names that wrappers give to the network inside them.
+/// Module names that wrappers give the network.
 const WRAPPERS: [&str; 12] = [
     "module",
     "_orig_mod",
@@ -20,7 +20,7 @@ const WRAPPERS: [&str; 12] = [
     "ema",
     "averaged_model",
 ];
-/// Modules beside a network that only training uses.
+/// Names of modules beside the network that only training uses.
 const TRAINING: [&str; 9] = [
     "criterion",
     "loss",
@@ -33,21 +33,21 @@ const TRAINING: [&str; 9] = [
     "train_loss",
 ];
 
-/// What was found around a network's tensors.
+/// The prefix of a network's tensors, and other tensors of the file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Unwrapped {
-    /// What was taken off every name.
+    /// Prefix that was removed from every name.
     pub prefix: String,
-    /// The prefix is that of averaged weights.
+    /// Whether the prefix is that of EMA weights.
     pub averaged: bool,
-    /// Prefix of averaged weights beside the others.
+    /// Prefix of EMA weights beside the plain ones.
     pub ema: Option<String>,
     /// Tensors that only training uses.
     pub unused: Vec<String>,
 }
 
-/// Takes the network's prefix off the names of its tensors. `first` is a tensor that the network has. The error says why
-/// no prefix can be chosen, or names a tensor outside it that is not known to be of training.
+/// Removes the network's prefix from its tensors' names. `first` is the name of one of the network's tensors. The error
+/// says why no prefix can be chosen, or names a tensor outside of it that is not known to be of training.
 pub fn unwrap(tensors: &mut Tensors, first: &str, use_ema: bool) -> Result<Unwrapped, String> {
     let known = |prefix: &str| prefix.split_terminator('.').all(|part| WRAPPERS.contains(&part));
     let prefixes = tensors.entries.keys().filter_map(|name| name.strip_suffix(first));
@@ -61,7 +61,7 @@ pub fn unwrap(tensors: &mut Tensors, first: &str, use_ema: bool) -> Result<Unwra
         ([one], _) => one.clone(),
         ([], [one]) => one.clone(),
         (several, _) | ([], several) if several.len() > 1 => {
-            // the bare name is what timm itself writes
+            // timm itself writes names without a prefix
             match several.iter().find(|p| p.is_empty()) {
                 Some(bare) => bare.clone(),
                 None => {
@@ -76,7 +76,7 @@ pub fn unwrap(tensors: &mut Tensors, first: &str, use_ema: bool) -> Result<Unwra
     if !use_ema {
         unwrapped.ema = ema.first().filter(|p| **p != prefix).cloned();
     }
-    // copies beside the chosen one
+    // other copies of the network
     let twins: Vec<&String> = ema.iter().chain(&plain).filter(|p| **p != prefix && !p.is_empty()).collect();
     let old = std::mem::take(&mut tensors.entries);
     for (name, entry) in old {

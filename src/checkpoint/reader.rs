@@ -1,4 +1,5 @@
-//! Hands out a checkpoint's tensors once each, with the shape that the network's plan expects, and names what is left.
+//! Returns each tensor of a checkpoint once, with the shape that the network's plan expects, and refuses unread
+//! tensors.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -6,7 +7,7 @@ use std::collections::BTreeSet;
 use super::CheckpointError;
 use super::store::{Number, Tensors};
 
-/// Hands out tensors, and remembers which are left.
+/// Returns tensors, and tracks the unread ones.
 #[derive(Debug)]
 pub struct Reader<'a> {
     tensors: &'a Tensors,
@@ -20,7 +21,7 @@ impl<'a> Reader<'a> {
         Self { tensors, left, architecture }
     }
 
-    /// Takes the tensor `name` of exactly `shape`, in double precision, every value finite.
+    /// Reads the tensor `name`, which must have `shape` and finite values, in double precision.
     pub fn take(&self, name: &str, shape: &[usize]) -> Result<Vec<f64>, CheckpointError> {
         let missing = || CheckpointError::Missing(name.into());
         if !self.left.borrow_mut().remove(name) {
@@ -43,18 +44,18 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Takes a scalar, stored with no dimension.
+    /// Reads a scalar, stored with no dimension.
     pub fn take_scalar(&self, name: &str) -> Result<f64, CheckpointError> {
         let values = self.take(name, &[])?;
         values.first().copied().ok_or_else(|| CheckpointError::Missing(name.into()))
     }
 
-    /// Passes over a training counter, if the file has it.
+    /// Marks a training counter as read, if the file has it.
     pub fn skip_counter(&self, name: &str) {
         self.left.borrow_mut().remove(name);
     }
 
-    /// Refuses a file with tensors that were not read.
+    /// Returns an error if tensors are unread.
     pub fn finish(self) -> Result<(), CheckpointError> {
         let left = self.left.into_inner();
         match left.first() {

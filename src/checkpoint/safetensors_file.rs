@@ -1,4 +1,4 @@
-//! Headers of safetensors files: names, shapes and places; no values.
+//! Reads headers of safetensors files: names, shapes and offsets; no values.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -9,33 +9,33 @@ use safetensors::tensor::Metadata;
 use super::store::{Entry, Number, SourceFile};
 use crate::printable::brief;
 
-/// Most bytes of a header: tens of thousands of tensors fit.
+/// Most bytes of a header: enough for tens of thousands of tensors.
 const LARGEST_HEADER: u64 = 16 << 20;
 
-/// Why a header is not read.
+/// Why a header can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
-    /// The system refused.
+    /// The system's error.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It is larger than that of any checkpoint.
+    /// The header is too large.
     #[error("its header has {0} bytes, more than the {LARGEST_HEADER} that are read")]
     TooLarge(u64),
-    /// The format's reader refuses it.
+    /// The safetensors reader refuses it.
     #[error("{0}")]
     Bad(String),
 }
 
-/// Tensors of a file, and the notes that the writer left.
+/// Tensors and metadata of a file.
 #[derive(Debug)]
 pub struct Header {
-    /// Tensors by name; each with this file's number.
+    /// Tensors by name; each has this file's index.
     pub entries: BTreeMap<String, Entry>,
-    /// The writer's notes.
+    /// The `__metadata__` of the header.
     pub metadata: HashMap<String, String>,
 }
 
-/// Reads the header of the checkpoint's file number `file`.
+/// Reads the header of the file with index `file` of the checkpoint.
 pub fn read(source: &SourceFile, file: usize) -> Result<Header, HeaderError> {
     let bad = |reason: String| HeaderError::Bad(reason);
     if source.len < 8 {
@@ -52,7 +52,7 @@ pub fn read(source: &SourceFile, file: usize) -> Result<Header, HeaderError> {
     }
     let mut header = vec![0; length as usize];
     source.read_at(8, &mut header)?;
-    // as the format's own reader does it: checks shapes, sizes, and that tensors follow each other without a hole
+    // as safetensors itself does: checks shapes and sizes, and that tensors are contiguous
     let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| bad(brief(e)))?;
     let start = 8 + length;
     let (mut entries, mut end) = (BTreeMap::new(), 0);

@@ -1,33 +1,34 @@
-//! Preprocessing settings in layers, the first that has a setting wins, as timm's `resolve_data_config` lets arguments win
-//! over a checkpoint's configuration and that over defaults. Every setting knows where it came from.
+//! Resolves preprocessing settings from layers: the first layer that has a setting wins, as in timm's
+//! `resolve_data_config`, where arguments override the checkpoint's configuration and that overrides defaults. Records
+//! each setting's origin.
 
 use crate::model::{CropMode, Interpolation, Preprocessing, SourceSetting};
 
-/// What one source says about preprocessing; `None` where it says nothing.
+/// Preprocessing settings of one source; `None` if it has no value.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Settings {
-    /// `[channels, height, width]` that evaluation uses, where it differs from training.
+    /// `[channels, height, width]` of evaluation, if it differs from training.
     pub test_input_size: Option<[u32; 3]>,
     /// `[channels, height, width]`.
     pub input_size: Option<[u32; 3]>,
-    /// Crop share at `test_input_size`.
+    /// Crop fraction at `test_input_size`.
     pub test_crop_pct: Option<f64>,
-    /// Crop share.
+    /// Crop fraction.
     pub crop_pct: Option<f64>,
-    /// How the image is brought to the input's aspect ratio.
+    /// How the image is fitted to the input's aspect ratio.
     pub crop_mode: Option<CropMode>,
     /// Resampling filter.
     pub interpolation: Option<Interpolation>,
-    /// Mean by channel, or one for all.
+    /// Mean per channel, or one for all.
     pub mean: Option<Vec<f64>>,
-    /// Standard deviation by channel, or one for all.
+    /// Standard deviation per channel, or one for all.
     pub std: Option<Vec<f64>>,
 }
 
-/// Settings and where they come from.
+/// Settings of one source, with their origin.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
-    /// What the settings come from.
+    /// Origin of the settings.
     pub origin: Origin,
     /// The settings.
     pub settings: Settings,
@@ -38,26 +39,26 @@ pub struct Layer {
 pub enum Origin {
     /// Options of the command line.
     CommandLine,
-    /// Fields of a file: the text before and after a field's name.
+    /// Fields of a file, described by the text around a field's name.
     File {
         /// Before the name, such as `pretrained_cfg.`.
         before: String,
         /// After it, such as ` in config.json`.
         after: String,
     },
-    /// Arguments of a training script, recorded in a file of this name.
+    /// Arguments of a training script, recorded in a checkpoint file.
     Training {
-        /// The file.
+        /// File name.
         file: String,
-        /// The size was given as one side (`img_size`).
+        /// Whether the size was given as one side (`img_size`).
         by_side: bool,
     },
-    /// What timm publishes for an architecture.
+    /// Settings that timm publishes for an architecture.
     Architecture(String),
 }
 
 impl Origin {
-    /// Where `field` came from.
+    /// Describes the origin of `field`.
     fn of(&self, field: &str) -> String {
         match self {
             Self::CommandLine => match field {
@@ -79,10 +80,9 @@ const DEFAULT_SIZE: u32 = 224;
 const DEFAULT_CROP_PCT: f64 = 0.875;
 const DEFAULT: &str = "timm's default";
 
-/// Preprocessing as timm resolves it for evaluation, as its `validate.py` does: a layer's test size and its crop share
-/// before its plain ones (`resolve_data_config(use_test_size=True)`). `size` (height, width) overrides the size alone;
-/// `channels` are those of the network's input.
-/// Returns the settings with their origins.
+/// Resolves preprocessing as timm's `validate.py` does for evaluation: a layer's test size and crop fraction come
+/// before its plain ones (`resolve_data_config(use_test_size=True)`). `size` (height, width) overrides only the input
+/// size; `channels` is the number of input channels of the network. Returns the settings with their origins.
 pub fn resolve(
     layers: &[Layer],
     size: Option<(u32, u32)>,
@@ -132,18 +132,18 @@ pub fn resolve(
     }
 }
 
-/// A field by its name, and how it is read from a layer.
+/// Name of a field, and its getter.
 type Field<'a, T> = (&'a str, &'a dyn Fn(&Settings) -> Option<T>);
 
-/// The first layer's first field that is there, and where it came from.
+/// The first field that is set in the first layer that has one, with its origin.
 fn first<T, const N: usize>(layers: &[Layer], fields: [Field<'_, T>; N]) -> Option<(T, String)> {
     layers
         .iter()
         .find_map(|layer| fields.iter().find_map(|(name, read)| Some((read(&layer.settings)?, layer.origin.of(name)))))
 }
 
-/// One value for each of the channels; a single one is all of them. Those of three colours become their average for a network
-/// of other channels, as timm's loader has it, and so it is said.
+/// One value per channel; a single value is repeated. For a network with other than 3 channels, values of three colours
+/// become their average, as in timm's loader, and the origin says so.
 fn by_channel(name: &str, values: Vec<f64>, channels: usize, from: String) -> Result<(Vec<f64>, String), String> {
     match values.len() {
         found if found == channels => Ok((values, from)),

@@ -1,5 +1,5 @@
-//! Tensors where their files keep them: an index of names, shapes and places, read one tensor at a time, so that a
-//! checkpoint is never in memory as a whole. Knows nothing of networks.
+//! Index of a checkpoint's tensors (names, shapes, offsets), which are read from the files one at a time, so that a
+//! checkpoint is never in memory as a whole. Doesn't know networks.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use crate::model::regular_file;
 
-/// How a tensor's values are stored, little-endian.
+/// Data type of a tensor's values, little-endian.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Number {
@@ -19,12 +19,12 @@ pub enum Number {
     F32,
     F16,
     Bf16,
-    /// Anything else, by its name: no weight has it.
+    /// Any other type, by name; never a weight's.
     Other(String),
 }
 
 impl Number {
-    /// Bytes of a value, where it can be a weight's.
+    /// Bytes per value; `None` for types that weights don't have.
     pub fn size(&self) -> Option<u64> {
         match self {
             Self::F64 => Some(8),
@@ -35,27 +35,27 @@ impl Number {
     }
 }
 
-/// A tensor in a file.
+/// Location and type of a tensor in a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
-    /// Which of the checkpoint's files.
+    /// Index of the checkpoint's file.
     pub file: usize,
-    /// How values are stored.
+    /// Data type.
     pub number: Number,
     /// Shape.
     pub shape: Vec<usize>,
-    /// Values between neighbours by dimension, where they don't simply follow each other row by row.
+    /// Strides by dimension, in values; `None` if the tensor is row-major and contiguous.
     pub strides: Option<Vec<usize>>,
-    /// Where the first value begins, in bytes.
+    /// Offset of the first value in the file, in bytes.
     pub offset: u64,
 }
 
 /// A file of a checkpoint.
 #[derive(Debug)]
 pub struct SourceFile {
-    /// Its path.
+    /// Path.
     pub path: PathBuf,
-    /// Its length in bytes when it was opened.
+    /// Length in bytes when it was opened.
     pub len: u64,
     file: Mutex<File>,
 }
@@ -68,19 +68,19 @@ impl SourceFile {
         Ok(Self { path: path.into(), len, file: Mutex::new(file) })
     }
 
-    /// Fills `bytes` from `offset` on.
+    /// Fills `bytes` from the file, starting at `offset`.
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let mut file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         file.seek(SeekFrom::Start(offset))?;
         file.read_exact(bytes)
     }
 
-    /// A reader of its own over the file, from the start.
+    /// An independent reader of the file, from the start.
     pub fn reader(&self) -> io::Result<File> {
         regular_file::open(&self.path)
     }
 
-    /// The first bytes, fewer where the file is shorter.
+    /// The first `count` bytes, or fewer if the file is shorter.
     pub fn start(&self, count: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; count.min(usize::try_from(self.len).unwrap_or(count))];
         self.read_at(0, &mut bytes)?;
@@ -100,23 +100,23 @@ impl SourceFile {
     }
 }
 
-/// Appends little-endian values in double precision.
+/// Converts little-endian values to double precision and appends them.
 type Convert = fn(&[u8], &mut Vec<f64>);
 
-/// Bytes that are read at a time.
+/// Bytes per read.
 const CHUNK: usize = 1 << 20;
 
-/// All tensors of a checkpoint, none read yet.
+/// All tensors of a checkpoint, unread.
 #[derive(Debug, Default)]
 pub struct Tensors {
-    /// Its files.
+    /// Files of the checkpoint.
     pub files: Vec<SourceFile>,
-    /// Its tensors by name.
+    /// Tensors by name.
     pub entries: BTreeMap<String, Entry>,
 }
 
 impl Tensors {
-    /// The values of `entry` in double precision, in row-major order. `None` where they are no weights.
+    /// The values of `entry` in double precision, row-major. `None` if the data type is not a weight's.
     pub fn values(&self, entry: &Entry) -> io::Result<Option<Vec<f64>>> {
         let (Some(size), Some(file)) = (entry.number.size(), self.files.get(entry.file)) else { return Ok(None) };
         let count: usize = entry.shape.iter().product();
@@ -150,7 +150,7 @@ impl Tensors {
     }
 }
 
-/// Values in row-major order, from where the strides put them.
+/// Values in row-major order, gathered by the strides.
 fn in_rows(values: &[f64], shape: &[usize], strides: &[usize]) -> Vec<f64> {
     let count: usize = shape.iter().product();
     let mut index = vec![0; shape.len()];
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn strides_are_followed() {
-        // [2, 3] stored by columns
+        // [2, 3] stored column-major
         assert_eq!(in_rows(&[0., 3., 1., 4., 2., 5.], &[2, 3], &[1, 2]), [0., 1., 2., 3., 4., 5.]);
     }
 

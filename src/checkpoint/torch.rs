@@ -1,6 +1,6 @@
-//! Files of torch.save: an archive (torch 1.6 and newer) or a run of pickles (older), with the state dictionary inside,
-//! bare or as training scripts wrap it. Nothing in them is run or unpacked: `pickle` reads plain nodes, and tensors stay
-//! where they are in the file.
+//! Reads torch.save files: a zip archive (torch 1.6 and newer) or a sequence of pickles (older), which hold a state
+//! dictionary, bare or wrapped by a training script. Nothing in them is executed or unpacked: `pickle` reads plain
+//! nodes, and tensors stay in the file.
 
 pub mod pickle;
 
@@ -13,75 +13,75 @@ use self::pickle::{Arena, Id, Node, PickleError};
 use super::store::{Entry, Number, SourceFile};
 use crate::printable::brief;
 
-/// Bytes of an archive that may be read to find its entries: thousands of tensors take a fiftieth.
+/// Most bytes of an archive that are read to find its entries; thousands of tensors need a fiftieth.
 const DIRECTORY: u64 = 8 << 20;
 
-/// Why a file is not read.
+/// Why a torch.save file can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TorchError {
-    /// Its pickle can't be read.
+    /// The pickle can't be read.
     #[error(transparent)]
     Pickle(#[from] PickleError),
-    /// Its archive can't be read.
+    /// The archive can't be read.
     #[error("the archive is damaged: {0}")]
     Archive(String),
-    /// The file is something else.
+    /// The file has another format.
     #[error("{0}")]
     Kind(String),
-    /// There is no state dictionary where training scripts put it.
+    /// No state dictionary was found under the keys that training scripts use.
     #[error("no state dictionary was found; the file holds {0}")]
     NoState(String),
-    /// `--use-ema`, and nothing to use.
+    /// EMA weights were requested, but the file has none.
     #[error("{NO_EMA}")]
     NoEma,
-    /// A tensor that lies outside its storage.
+    /// A tensor lies outside of its storage.
     #[error("tensor `{0}` does not lie in the file")]
     Outside(String),
-    /// The system refused.
+    /// The system's error.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// The error where averaged weights are asked for and missing.
+/// Message if EMA weights are requested but missing.
 pub const NO_EMA: &str = "it has no averaged weights (`state_dict_ema`, `model_ema`); leave --use-ema out";
 
-/// What a file holds.
+/// Contents of a torch.save file.
 #[derive(Debug, Default)]
 pub struct Contents {
-    /// Tensors by name, as the file names them.
+    /// Tensors by their names in the file.
     pub entries: BTreeMap<String, Entry>,
-    /// What training recorded.
+    /// What the training script recorded.
     pub training: Training,
-    /// What else was there.
+    /// Other contents.
     pub unused: Vec<String>,
-    /// Key of the EMA weights that were not asked for.
+    /// Key of EMA weights that the file has but the caller didn't ask for.
     pub ema: Option<String>,
-    /// The tensors are the EMA weights.
+    /// Whether the tensors are the EMA weights.
     pub averaged: bool,
 }
 
-/// What timm's train.py writes beside the weights.
+/// What timm's train.py saves beside the weights.
 #[derive(Debug, Default, PartialEq)]
 pub struct Training {
     /// `arch`, or `args.model`.
     pub architecture: Option<String>,
-    /// `args`: what the script was told.
+    /// `args`: arguments of the script.
     pub args: Map<String, Value>,
 }
 
-/// Where a storage's values are.
+/// Position of a storage in the file, in bytes.
 #[derive(Debug, Clone, Copy)]
 struct Span {
     offset: u64,
     len: u64,
 }
 
-/// Reads the file's index. `use_ema` asks for the averaged weights.
+/// Reads the file's index of tensors. `use_ema` requests the EMA weights.
 pub fn open(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     if source.start(4)? == b"PK\x03\x04" { archive(source, use_ema) } else { pickles(source, use_ema) }
 }
 
-/// A reader that fails after `left` bytes: a parser could follow a hostile file without end.
+/// A reader that fails after `left` bytes, since a hostile archive could make the parser read without end.
 struct Limited {
     file: std::fs::File,
     left: u64,
@@ -176,8 +176,8 @@ fn archive(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     })
 }
 
-/// torch before 1.6: magic number, version, system, the object, the keys of its storages; then each storage, its number
-/// of values in front.
+/// Reads files of torch before 1.6: magic number, version, system information, the object, the keys of its storages;
+/// then each storage, preceded by its number of values.
 fn pickles(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     let mut file = io::BufReader::new(source.reader()?);
     let mut budget = pickle::LARGEST;
@@ -224,11 +224,11 @@ fn pickles(source: &SourceFile, use_ema: bool) -> Result<Contents, TorchError> {
     contents(&arena, root, use_ema, &mut |key| Ok(spans.get(key).copied()))
 }
 
-/// Names that training scripts give to the plain weights and to the averaged ones, timm's first.
+/// Keys that training scripts use for plain and for EMA weights, timm's first.
 const PLAIN: [&str; 3] = ["state_dict", "model", "model_state_dict"];
 const AVERAGED: [&str; 4] = ["state_dict_ema", "model_ema", "ema_state_dict", "ema"];
 
-/// Finds a storage in the file by its key; none where the file has no such storage.
+/// Finds a storage in the file by its key; `None` if there is none.
 type FindStorage<'a> = &'a mut dyn FnMut(&str) -> Result<Option<Span>, TorchError>;
 
 fn contents(arena: &Arena, root: Id, use_ema: bool, find: FindStorage<'_>) -> Result<Contents, TorchError> {
@@ -245,7 +245,7 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, find: FindStorage<'_>) -> Re
     let plain = if holds_tensors(root) { Some(("", root)) } else { named(&PLAIN) };
     let (key, state) = match (use_ema, averaged, plain) {
         (true, Some(found), _) => found,
-        // averaged weights may still be told by their prefix
+        // EMA weights may still be recognised by their prefix
         (_, _, Some(found)) => found,
         (true, None, None) => return Err(TorchError::NoEma),
         (false, ..) => {
@@ -290,7 +290,7 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, find: FindStorage<'_>) -> Re
     Ok(out)
 }
 
-/// Where a tensor lies in the file; `None` where it reaches out of its storage, or that out of the file.
+/// A tensor's location in the file; `None` if it exceeds its storage, or the storage exceeds the file.
 fn entry(
     arena: &Arena,
     storage: Id,
@@ -310,7 +310,7 @@ fn entry(
             reach = reach.checked_add(dim.saturating_sub(1).checked_mul(*stride)?)?;
         }
         let end = if count == 0 { offset } else { reach.checked_add(offset)?.checked_add(1)? };
-        // a tensor has no more values than its storage: none is spread by strides of 0
+        // a tensor may not have more values than its storage, as strides of 0 would allow
         if end > held || count > held {
             return None;
         }
@@ -328,7 +328,7 @@ fn entry(
     Ok(Some(Entry { file: 0, number, shape, strides: (!in_rows).then_some(strides), offset: start }))
 }
 
-/// A storage's number format and its size in bytes.
+/// Data type of a storage, and bytes per value.
 fn number(kind: &str) -> (Number, u64) {
     let size = match kind {
         "DoubleStorage" => return (Number::F64, 8),
@@ -343,7 +343,7 @@ fn number(kind: &str) -> (Number, u64) {
     (Number::Other(kind.trim_end_matches("Storage").into()), size)
 }
 
-/// Plain nodes as JSON; what is no plain value, or too deep, as null.
+/// Plain nodes as JSON; other nodes, and those nested too deeply, become null.
 fn json(arena: &Arena, id: Id, depth: usize) -> Value {
     let inner = |id: Id| if depth > 0 { json(arena, id, depth - 1) } else { Value::Null };
     match arena.get(id) {

@@ -1,55 +1,55 @@
-//! Reads pickles without running anything: opcodes build plain nodes, and only globals of a short list are known, none of
-//! which is ever called. What a pickle may cost is bounded: bytes, nodes, and no recursion anywhere.
+//! Reads pickles without executing anything: opcodes build plain nodes, and only globals of a fixed list are accepted,
+//! none of which is called. Bytes and nodes are limited, and nothing recurses.
 
 mod globals;
 mod machine;
 
 use std::io::Read;
 
-/// Most bytes of a pickle that holds no weights itself: ImageNet training states stay below a hundredth of it.
+/// Most bytes of a pickle without weights; ImageNet training states need less than a hundredth.
 pub const LARGEST: u64 = 32 << 20;
-/// Most nodes: an unending list of small things is no checkpoint either.
+/// Most nodes of a pickle.
 const MOST_NODES: usize = 1 << 19;
 
-/// Why a pickle is not read.
+/// Why a pickle can't be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PickleError {
     /// The bytes end early or can't be read.
     #[error("the pickle ends early")]
     Truncated,
-    /// More than a state dictionary needs.
+    /// The pickle exceeds a limit.
     #[error("the pickle has more than {0}")]
     TooLarge(String),
-    /// A class or function beyond the list.
+    /// A global that is not on the list.
     #[error(
         "the pickle wants `{0}`, which is not part of a state dictionary and is never loaded; save the weights alone: torch.save(model.state_dict(), PATH)"
     )]
     Global(String),
-    /// An opcode that torch.save does not write.
+    /// An opcode that torch.save doesn't write.
     #[error("the pickle has opcode {0:#04x}, which torch.save does not write")]
     Opcode(u8),
-    /// Opcodes that don't fit together.
+    /// An invalid sequence of opcodes.
     #[error("the pickle is damaged: {0}")]
     Damaged(&'static str),
 }
 
-/// A node's index.
+/// Index of a node.
 pub type Id = usize;
 
-/// What a pickle builds.
+/// A value that a pickle builds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Node {
     /// None.
     None,
     /// True or False.
     Bool(bool),
-    /// A whole number.
+    /// An integer.
     Int(i64),
-    /// A real number.
+    /// A floating-point number.
     Float(f64),
     /// Text.
     Str(String),
-    /// Bytes, or a whole number of more than 64 bits: of no use here.
+    /// Bytes, or an integer of more than 64 bits; unused.
     Opaque,
     /// A tuple.
     Tuple(Vec<Id>),
@@ -57,35 +57,35 @@ pub enum Node {
     List(Vec<Id>),
     /// A dictionary of any kind, in order.
     Dict(Vec<(Id, Id)>),
-    /// A class or function of the list, `module.name`.
+    /// A class or function on the list, `module.name`.
     Global(String),
     /// An instance: its class, its arguments, its state.
     Object {
         /// Class or function.
         class: Id,
-        /// What it was made from.
+        /// Arguments of the constructor.
         args: Id,
-        /// What was set on it.
+        /// State that was set after construction.
         state: Option<Id>,
     },
-    /// A storage that the file keeps apart.
+    /// A storage, whose values are outside of the pickle.
     Storage {
-        /// Number format, by torch's name of the storage: `FloatStorage`.
+        /// torch's storage class, such as `FloatStorage`.
         kind: String,
-        /// Where the file keeps it.
+        /// Key of the values in the file.
         key: String,
-        /// Values (bytes of an untyped one).
+        /// Number of values (bytes for an untyped storage).
         count: u64,
     },
     /// A tensor over a storage.
     Tensor {
         /// The storage.
         storage: Id,
-        /// First value.
+        /// Index of the first value in the storage.
         offset: u64,
         /// Shape.
         shape: Vec<u64>,
-        /// Values between neighbours, by dimension.
+        /// Strides by dimension, in values.
         strides: Vec<u64>,
     },
 }
@@ -97,7 +97,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// A node by its index.
+    /// The node with this index; `None` if there is none.
     pub fn get(&self, id: Id) -> &Node {
         self.nodes.get(id).unwrap_or(&Node::None)
     }
@@ -107,7 +107,7 @@ impl Arena {
         &self.nodes
     }
 
-    /// A node's text.
+    /// A string node's text.
     pub fn text(&self, id: Id) -> Option<&str> {
         match self.get(id) {
             Node::Str(text) => Some(text),
@@ -115,7 +115,7 @@ impl Arena {
         }
     }
 
-    /// A whole number.
+    /// An integer node's value.
     pub fn int(&self, id: Id) -> Option<i64> {
         match self.get(id) {
             Node::Int(value) => Some(*value),
@@ -131,7 +131,7 @@ impl Arena {
         }
     }
 
-    /// A dictionary's pairs, or those of an object whose state is one (`argparse.Namespace`).
+    /// Pairs of a dictionary, or of an object whose state is one (`argparse.Namespace`).
     pub fn pairs(&self, id: Id) -> Option<&[(Id, Id)]> {
         match self.get(id) {
             Node::Dict(pairs) => Some(pairs),
@@ -143,7 +143,7 @@ impl Arena {
         }
     }
 
-    /// A dictionary's last value under a text key.
+    /// The last value that a dictionary has for a string key.
     pub fn value(&self, id: Id, key: &str) -> Option<Id> {
         self.pairs(id)?.iter().rev().find(|(k, _)| self.text(*k) == Some(key)).map(|(_, value)| *value)
     }
@@ -157,7 +157,7 @@ impl Arena {
     }
 }
 
-/// Reads one pickle from `input`, at most `budget` bytes of it, which are taken from the budget.
+/// Reads one pickle from `input`: at most `budget` bytes, which are deducted from the budget.
 pub fn read(input: &mut dyn Read, budget: &mut u64) -> Result<(Arena, Id), PickleError> {
     machine::read(input, budget)
 }
@@ -201,20 +201,20 @@ mod tests {
 
     #[test]
     fn bombs_are_bounded() {
-        // a list that is doubled by reference again and again: as many nodes as opcodes, nothing is copied
+        // a list doubled by reference many times: as many nodes as opcodes, no copies
         let laughs = [b"\x80\x02]q\x00".as_slice(), &b"](h\x00h\x00h\x00h\x00eq\x00".repeat(50_000), b"."].concat();
         assert!(parse(&laughs).is_ok());
-        // 400,000 tuples inside each other: no recursion, neither in reading nor in dropping
+        // 400,000 nested tuples: no recursion, neither in reading nor in dropping
         let deep = [b"\x80\x02".as_slice(), b")", &b"\x85".repeat(400_000), b"."].concat();
         assert!(parse(&deep).is_ok());
         let many = [b"\x80\x02(".as_slice(), &b"N".repeat(MOST_NODES + 1), b"t."].concat();
         assert!(matches!(parse(&many), Err(PickleError::TooLarge(_))));
-        // 2^63 bytes of text in a file of twelve
+        // 2^63 bytes of text in a file of twelve bytes
         let long = [b"\x80\x02\x8d".as_slice(), &(1u64 << 63).to_le_bytes(), b"a."].concat();
         assert!(matches!(parse(&long), Err(PickleError::TooLarge(_))));
         let short = [b"\x80\x02X".as_slice(), &(1u32 << 20).to_le_bytes(), b"a."].concat();
         assert_eq!(parse(&short).map(|_| ()), Err(PickleError::Truncated));
-        // a tensor that is rebuilt from itself
+        // a tensor rebuilt from itself
         let knot = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00h\x00h\x00h\x00\x87q\x01R.";
         assert!(parse(knot).is_err());
     }
@@ -225,7 +225,7 @@ mod tests {
             let _ = parse(&bytes);
         }
 
-        /// Bytes that are mostly opcodes.
+        /// Bytes of which most are opcodes.
         #[test]
         fn any_opcodes_are_answered(picks in prop::collection::vec((0usize..40, any::<u8>()), 0..80)) {
             const OPCODES: &[u8] = b".(012N\x88\x89JKM\x8a\x8bGX\x8c])}ltd\x85\x86\x87aesuqrhjcR\x81bQ";

@@ -1,7 +1,6 @@
-//! The classes and functions that a pickle may name.
+//! Classes and functions that a pickle may name.
 
-/// Classes and functions that state dictionaries and training checkpoints are made of. None is called: each stands for a
-/// node.
+/// Whether state dictionaries and training checkpoints use this class or function. None is called; each becomes a node.
 pub(super) fn known(name: &str) -> bool {
     const TORCH: [&str; 12] = [
         "torch._utils._rebuild_tensor",
@@ -48,7 +47,7 @@ pub(super) fn known(name: &str) -> bool {
     TORCH.contains(&name) || PLAIN.contains(&name) || TYPES.contains(&leaf) || storage_kind(leaf)
 }
 
-/// Names of torch's storage classes.
+/// Whether this is a name of a torch storage class.
 pub(super) fn storage_kind(leaf: &str) -> bool {
     const KINDS: [&str; 11] =
         ["Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat"];

@@ -1,4 +1,4 @@
-//! The machine that a pickle's opcodes run on: a stack, marks, a memo, and the nodes that come of it.
+//! The pickle machine: a stack, marks, a memo, and the nodes that opcodes build.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -9,7 +9,7 @@ use super::{Arena, Id, LARGEST, MOST_NODES, Node, PickleError};
 /// Most dimensions of a tensor.
 const MOST_DIMENSIONS: usize = 8;
 
-/// Reads one pickle from `input`, at most `budget` bytes of it, which are taken from the budget.
+/// Reads one pickle from `input`: at most `budget` bytes, which are deducted from the budget.
 pub(super) fn read(input: &mut dyn Read, budget: &mut u64) -> Result<(Arena, Id), PickleError> {
     let mut machine = Machine {
         input: Input { input, budget },
@@ -36,7 +36,7 @@ impl Input<'_> {
         Ok(bytes)
     }
 
-    /// Reads this many bytes: checked against the budget before memory is allocated.
+    /// Reads `count` bytes, checked against the budget before memory is allocated.
     fn read(&mut self, count: u64) -> Result<Vec<u8>, PickleError> {
         self.spend(count)?;
         let mut bytes = Vec::new();
@@ -45,7 +45,7 @@ impl Input<'_> {
     }
 
     fn text(&mut self, count: u64) -> Result<Node, PickleError> {
-        // torch's own text is UTF-8, Python's may hold lone surrogates
+        // torch's strings are UTF-8; Python's may hold lone surrogates
         Ok(Node::Str(String::from_utf8_lossy(&self.read(count)?).into_owned()))
     }
 
@@ -261,7 +261,7 @@ impl Machine<'_> {
         self.stack.pop().ok_or(EMPTY)
     }
 
-    /// What was pushed since the last mark.
+    /// Values pushed since the last mark.
     fn marked(&mut self) -> Result<Vec<Id>, PickleError> {
         let at = self.marks.pop().ok_or(PickleError::Damaged("no mark"))?;
         if at > self.stack.len() {
@@ -280,7 +280,7 @@ impl Machine<'_> {
                 whole[..bytes.len()].copy_from_slice(&bytes);
                 Node::Int(i64::from_le_bytes(whole))
             }
-            // the magic number of an old file
+            // magic number of files of torch before 1.6
             _ if bytes == MAGIC => Node::Str("torch.save".into()),
             _ => Node::Opaque,
         };
@@ -334,7 +334,7 @@ impl Machine<'_> {
         self.push(Node::Global(whole))
     }
 
-    /// What calling `class` with `args` would make.
+    /// Builds the node for a call of `class` with `args`.
     fn build(&mut self, class: Id, args: Id) -> Result<(), PickleError> {
         let Node::Global(name) = self.arena.get(class) else {
             return Err(PickleError::Damaged("a call of what is no class"));
@@ -352,7 +352,7 @@ impl Machine<'_> {
                 let (Some(&function), Some(&inner)) = (items.first(), items.get(2)) else {
                     return Err(PickleError::Damaged("a tensor without arguments"));
                 };
-                // a tensor of a subclass: as the function makes it. Not itself again, so that this ends
+                // a tensor subclass: build the inner tensor; this function itself is refused, so that recursion ends
                 match self.arena.get(function) {
                     Node::Global(name) if name.starts_with("torch._utils._rebuild_") => {}
                     _ => return Err(PickleError::Damaged("a tensor of unknown kind")),
@@ -405,11 +405,11 @@ impl Machine<'_> {
         Ok(Node::Tensor { storage, offset: number(offset)?, shape, strides })
     }
 
-    /// `('storage', torch.FloatStorage, key, location, count)`.
+    /// Reads a persistent ID: `('storage', torch.FloatStorage, key, location, count)`.
     fn storage(&self, id: Id) -> Result<Node, PickleError> {
         const BAD: PickleError = PickleError::Damaged("a reference that is no storage");
         let Some(&[word, kind, key, _location, count, ref view @ ..]) = self.arena.items(id) else { return Err(BAD) };
-        // old files may say that a storage is a part of another
+        // files of torch before 1.6 may declare a storage as a view of another
         if view.iter().any(|id| *self.arena.get(*id) != Node::None) {
             return Err(PickleError::Damaged("a storage inside another"));
         }
@@ -426,7 +426,7 @@ impl Machine<'_> {
 }
 
 const EMPTY: PickleError = PickleError::Damaged("the stack is empty");
-/// The number that files of torch before 1.6 begin with.
+/// Magic number of files of torch before 1.6, little-endian.
 const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 
 fn in_pairs(items: &[Id]) -> Result<Vec<(Id, Id)>, PickleError> {
