@@ -1,7 +1,7 @@
-//! Formats: which one a file is, what its header says about it, and its pixels as Pillow's `convert("RGB")` gives them.
+//! Image formats: detects a file's format, reads its header, and decodes it to the pixels of Pillow's `convert("RGB")`.
 //!
-//! Owns the choice by content and the order of checks: the file's length, its header's sizes, the memory that decoding
-//! takes, and only then the pixels. A file a format. Must not know what happens to the pixels, nor which protocol brought
+//! Owns the detection by content and the order of checks: file length, size in the header, memory for decoding, and
+//! only then the pixels. One file per format. Must not know what happens to the pixels, nor which protocol delivered
 //! the bytes.
 
 mod bmp;
@@ -25,16 +25,16 @@ use self::tiff::Page;
 use super::limits::{ImageError, ImageLimits, Need, RgbImage};
 use super::picture::Picture;
 
-/// Decodes images within limits. Copied freely, shared by threads.
+/// Decodes images within limits. Cheap to copy; shared by threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Decoder {
-    /// What an image may cost.
+    /// Limits that an image is refused above.
     pub limits: ImageLimits,
-    /// How large JPEGs are decoded.
+    /// Scale at which JPEGs are decoded.
     pub jpeg: Scale,
 }
 
-/// The formats that are read.
+/// The supported formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     Jpeg,
@@ -55,12 +55,12 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits, exif_orientation: bool) -> Res
 }
 
 impl Decoder {
-    /// Reads the header: what the image is, how it is to be turned (with `exif_orientation`, as its EXIF block says) and
-    /// what decoding will take. Takes microseconds, or a pass over the bytes for progressive JPEG.
+    /// Reads the header: format, size, orientation (from EXIF if `exif_orientation` is set), and the memory that
+    /// decoding needs. Runs in microseconds, or in one pass over the bytes for progressive JPEG.
     ///
     /// # Errors
     /// [`ImageError::Empty`] and [`ImageError::Unsupported`] by the first bytes, [`ImageError::TooLarge`] by the file's
-    /// length and header, [`ImageError::Invalid`] where the header is broken.
+    /// length and header, [`ImageError::Invalid`] if the header is broken.
     pub fn open<'a>(&self, bytes: &'a [u8], exif_orientation: bool) -> Result<Encoded<'a>, ImageError> {
         if bytes.is_empty() {
             return Err(ImageError::Empty);
@@ -84,7 +84,7 @@ impl Decoder {
             Header::Bmp => bmp::need(bytes, &self.limits)?,
         };
         let orientation = match &header {
-            // Pillow turns these whenever it loads one
+            // Pillow applies a TIFF's orientation on loading, without being asked
             Header::Tiff(page) => Some(page.orientation),
             _ if !exif_orientation => None,
             Header::Jpeg(markers) => markers.exif.and_then(Orientation::from_exif_chunk),
@@ -92,10 +92,10 @@ impl Decoder {
             Header::WebP => webp::orientation(bytes),
             Header::Gif | Header::Bmp => None,
         };
-        // broken metadata doesn't make the picture unreadable
+        // broken metadata doesn't make the image unreadable
         let orientation = orientation.unwrap_or(Orientation::NoTransforms);
         if orientation != Orientation::NoTransforms {
-            // turned as RGB, from one copy to another
+            // rotation copies from one RGB buffer to another
             let rgb = 3 * u64::from(need.width) * u64::from(need.height);
             need.bytes = (need.bytes + if need.rgb { 0 } else { rgb }).max(2 * rgb);
         }
@@ -103,10 +103,10 @@ impl Decoder {
         Ok(Encoded { decoder: *self, bytes, header, orientation, need })
     }
 
-    /// [`open`](Self::open) and [`Encoded::decode`] in one.
+    /// [`open`](Self::open) and [`Encoded::decode`] in one call.
     ///
     /// # Errors
-    /// As these.
+    /// Those of the two.
     pub fn decode(
         &self,
         bytes: &[u8],
@@ -127,7 +127,7 @@ pub struct Encoded<'a> {
     need: Need,
 }
 
-/// What of a header is kept for decoding.
+/// Parts of the header that decoding needs.
 #[derive(Debug)]
 enum Header<'a> {
     Jpeg(Markers<'a>),
@@ -139,20 +139,20 @@ enum Header<'a> {
 }
 
 impl Encoded<'_> {
-    /// What the header says.
+    /// Size of the image and memory to decode it, by the header.
     pub fn need(&self) -> Need {
         self.need
     }
 
-    /// Decodes the first frame to what becomes the pixels of Pillow's `convert("RGB")`: alpha is dropped, greyscale
-    /// repeated, palettes looked up.
+    /// Decodes the first frame to the pixels of Pillow's `convert("RGB")`: alpha is dropped, greyscale repeated,
+    /// palettes looked up.
     ///
-    /// `needed` tells to which width and height an (upright) image of a width and height will be resized; [`Scale::Fast`]
-    /// never decodes to less, [`Scale::Exact`] doesn't ask.
+    /// `needed` returns the width and height that an (upright) image of a width and height will be resized to;
+    /// [`Scale::Fast`] never decodes to a smaller size, [`Scale::Exact`] ignores it.
     ///
     /// # Errors
-    /// [`ImageError::Invalid`] when the pixels can't be decoded in full, [`ImageError::Unsupported`] when only the pixels
-    /// show that their kind is not read.
+    /// [`ImageError::Invalid`] if the pixels can't be decoded in full, [`ImageError::Unsupported`] if only the pixels
+    /// show that their kind is not supported.
     pub fn decode(&self, needed: impl Fn(u32, u32) -> [u32; 2]) -> Result<Picture, ImageError> {
         let Self { decoder, bytes, orientation, .. } = *self;
         let needed = |width: u32, height: u32| {
@@ -171,7 +171,7 @@ impl Encoded<'_> {
             Header::WebP => webp::decode(bytes),
             Header::Bmp => bmp::decode(bytes),
         };
-        // these decoders are libraries: a panic in one of them fails this file alone
+        // decoders are libraries: a panic in one must fail this image only
         let failed = |_| {
             let detail = "the decoder of its format fails on it".to_owned();
             Err(ImageError::Invalid { reason: "corrupt", detail })
@@ -181,14 +181,14 @@ impl Encoded<'_> {
     }
 }
 
-/// Whether width and height change places.
+/// Whether the orientation swaps width and height.
 fn is_turned(orientation: Orientation) -> bool {
     use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
     matches!(orientation, Rotate90 | Rotate90FlipH | Rotate270 | Rotate270FlipH)
 }
 
 impl Format {
-    /// The format by the first bytes.
+    /// Detects the format by the first bytes.
     fn of(bytes: &[u8]) -> Result<Self, ImageError> {
         match bytes {
             [0xFF, 0xD8, 0xFF, ..] => Ok(Self::Jpeg),
@@ -202,7 +202,7 @@ impl Format {
     }
 }
 
-/// What bytes are that are none of the formats that are read.
+/// Describes bytes in none of the supported formats.
 fn unknown(bytes: &[u8]) -> &'static str {
     let brand = bytes.get(4..12).unwrap_or_default();
     let text = bytes.trim_ascii_start();

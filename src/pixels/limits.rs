@@ -1,11 +1,11 @@
-//! What an untrusted image may cost, why one is refused, and the decoded image.
+//! Limits on untrusted images, errors for refused ones, and the decoded image.
 //!
-//! Owns the limits and the errors of this room. Must not know a format.
+//! Must not know a format.
 
 use std::error::Error;
 use std::io;
 
-/// What an image may cost before it is refused. Everything is checked before pixels are decoded.
+/// Limits above which an image is refused. All are checked before pixels are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageLimits {
     /// Largest encoded file, in bytes. Default 20 MiB.
@@ -14,7 +14,8 @@ pub struct ImageLimits {
     pub max_side: u32,
     /// Largest width × height, in pixels. Default 64 million.
     pub max_pixels: u64,
-    /// Most bytes that decoding may take, all buffers together. Default 224 MiB, what [`DecodeMemory`] leaves one image.
+    /// Most bytes of memory for decoding, all buffers together. Default 224 MiB, the most that [`DecodeMemory`] grants
+    /// one image.
     ///
     /// [`DecodeMemory`]: super::DecodeMemory
     pub max_decoded_bytes: u64,
@@ -26,49 +27,49 @@ impl Default for ImageLimits {
     }
 }
 
-/// A decoded image: rows from the top, pixels from the left, one byte each of red, green and blue.
+/// A decoded image: rows from top to bottom, pixels from left to right, one byte each of red, green and blue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RgbImage {
-    /// Pixels a row.
+    /// Pixels per row.
     pub width: u32,
     /// Rows.
     pub height: u32,
-    /// Samples, height × width × 3 of them.
+    /// Samples, height × width × 3.
     pub data: Vec<u8>,
 }
 
-/// Why bytes didn't become an image.
+/// Why an image can't be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
-    /// There are no bytes.
+    /// The image has 0 bytes.
     #[error("image is empty (0 bytes); send the encoded file as it is on disk")]
     Empty,
-    /// Not one of the formats that are read, or a kind of it that no decoder here knows.
+    /// The format, or this kind of it, is not supported.
     #[error("{detail}; send it as JPEG, PNG or WebP")]
     Unsupported {
-        /// What was found instead.
+        /// What the bytes are instead.
         detail: String,
     },
-    /// More than [`ImageLimits`] allow.
+    /// The image exceeds one of [`ImageLimits`].
     #[error("image is too large: {detail}; scale it down")]
     TooLarge {
         /// Label of the limit: see [`ImageError::reason`].
         reason: &'static str,
-        /// Which limit, the image's number and the limit's.
+        /// The limit, the image's value and the limit's value.
         detail: String,
     },
-    /// Corrupt or truncated.
+    /// The image is corrupt or truncated.
     #[error("image can't be decoded: {detail}; check that the file is whole and opens elsewhere")]
     Invalid {
         /// Label of the kind of damage: see [`ImageError::reason`].
         reason: &'static str,
-        /// What the decoder says.
+        /// Message of the decoder.
         detail: String,
     },
 }
 
 impl ImageError {
-    /// Every value of [`reason`](Self::reason).
+    /// All values of [`reason`](Self::reason).
     pub const REASONS: [&'static str; 8] = [
         "empty",
         "bad_format",
@@ -95,7 +96,7 @@ impl ImageLimits {
         over("too_large", "bytes", bytes as u64, self.max_bytes as u64)
     }
 
-    /// By the header alone.
+    /// Checks width and height from the header.
     pub(super) fn check_size(&self, width: u32, height: u32) -> Result<(), ImageError> {
         if width == 0 || height == 0 {
             let detail = format!("it is {width} pixels wide and {height} high");
@@ -106,13 +107,13 @@ impl ImageLimits {
         over("too_many_pixels", "pixels", u64::from(width) * u64::from(height), self.max_pixels)
     }
 
-    /// What decoding takes, by the header alone.
+    /// Checks the memory for decoding, computed from the header.
     pub(super) fn check_need(&self, bytes: u64) -> Result<(), ImageError> {
         over("too_much_memory", "bytes to be decoded in", bytes, self.max_decoded_bytes)
     }
 }
 
-/// Fails when `actual` is more than `limit`.
+/// Fails if `actual` is more than `limit`.
 pub(super) fn over(reason: &'static str, what: &str, actual: u64, limit: u64) -> Result<(), ImageError> {
     if actual <= limit {
         return Ok(());
@@ -120,20 +121,20 @@ pub(super) fn over(reason: &'static str, what: &str, actual: u64, limit: u64) ->
     Err(ImageError::TooLarge { reason, detail: format!("it has {actual} {what}, the limit is {limit}") })
 }
 
-/// What an image's header says.
+/// Size of an image, and memory for decoding it, by its header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
-    /// Pixels a row, before any turning.
+    /// Pixels per row, before the orientation is applied.
     pub width: u32,
-    /// Rows, before any turning.
+    /// Rows, before the orientation is applied.
     pub height: u32,
-    /// Bytes that decoding takes at its peak, the decoded image included.
+    /// Peak bytes of memory for decoding, including the decoded image.
     pub bytes: u64,
-    /// Whether `bytes` hold the image as RGB already.
+    /// Whether `bytes` include the image as RGB.
     pub(super) rgb: bool,
 }
 
-/// Whether a decoder's error comes from reading past the last byte.
+/// Whether a decoder's error is an unexpected end of the data.
 pub(super) fn ends_early(error: &(dyn Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {

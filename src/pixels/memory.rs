@@ -1,19 +1,19 @@
-//! How much memory the images that are being decoded may take, over all threads of the process.
+//! Budget of memory for images that are being decoded, over all threads of the process.
 //!
-//! The limits on one image can't bound their sum: every thread may decode one. An image's need is known from its header
-//! (see `Decoder::needs`), so it is claimed before anything is allocated and given back when the pixels are a tensor.
-//! Large images come one after the other where they don't fit together, in the order in which they asked; small ones keep
-//! a part that large ones can't take, and pass them. Knows no format and no queue.
+//! Limits on one image can't bound the sum, since every thread may decode one. An image's need is known from its header
+//! (see `Decoder::needs`), so it is claimed before anything is allocated, and released when the pixels have become a
+//! tensor. Large images that don't fit together are admitted in order of arrival; small images have a reserve that
+//! large ones can't use, and overtake them. Knows no format and no queue.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// An image that needs at most this part of the memory is small.
+/// An image is small if it needs at most this fraction of the memory: 1 / `SMALL`.
 const SMALL: u64 = 16;
-/// The part of the memory that large images leave to small ones.
+/// Fraction of the memory that is reserved for small images: 1 / `RESERVE`.
 const RESERVE: u64 = 8;
 
-/// The budget. Shared by every thread that decodes.
+/// The budget, shared by all threads that decode.
 #[derive(Debug)]
 pub struct DecodeMemory {
     total: u64,
@@ -25,13 +25,13 @@ pub struct DecodeMemory {
 struct State {
     small: u64,
     large: u64,
-    /// Large images that wait, first come first served.
+    /// Turns of waiting large images, first come, first served.
     waiting: VecDeque<u64>,
     next_turn: u64,
 }
 
 impl DecodeMemory {
-    /// What `nfold serve` and `nfold classify` begin with: 256 MiB.
+    /// Default of `nfold serve` and `nfold classify`: 256 MiB.
     pub const DEFAULT: u64 = 256 << 20;
 
     /// A budget of `bytes`.
@@ -39,18 +39,18 @@ impl DecodeMemory {
         Arc::new(Self { total: bytes.max(RESERVE), state: Mutex::default(), freed: Condvar::new() })
     }
 
-    /// Most bytes that one image may need: one that needs more could never be decoded.
+    /// Most bytes that one image may need; a larger one could never be decoded.
     pub fn largest(&self) -> u64 {
         self.total - self.total / RESERVE
     }
 
-    /// Bytes claimed at the moment.
+    /// Bytes claimed now.
     pub fn used(&self) -> u64 {
         let state = self.lock();
         state.small + state.large
     }
 
-    /// A claim on `bytes`, which holds nothing yet; on [`largest`](Self::largest), if they are more.
+    /// A claim on `bytes`, capped at [`largest`](Self::largest). It holds no memory yet.
     pub fn claim(self: &Arc<Self>, bytes: u64) -> Claim {
         Claim { memory: self.clone(), bytes: bytes.min(self.largest()), turn: None }
     }
@@ -60,29 +60,29 @@ impl DecodeMemory {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // no code that can panic runs under the lock
+        // no code that can panic runs under the lock, so a poisoned state is sound
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The memory that an image needs and does not hold yet. Dropped, it leaves the line.
+/// Memory that an image needs but doesn't hold yet. Dropping the claim gives up its turn.
 #[derive(Debug)]
 pub struct Claim {
     memory: Arc<DecodeMemory>,
     bytes: u64,
-    /// A large image's turn, once it waits.
+    /// A large image's turn, if it waits.
     turn: Option<u64>,
 }
 
 impl Claim {
-    /// Takes the memory if there is room and no other image's turn comes first; else a large image keeps its turn.
+    /// Takes the memory if it fits and no other large image is ahead; otherwise a large image keeps its turn.
     pub fn try_take(&mut self) -> Option<Share> {
         let memory = self.memory.clone();
         let mut state = memory.lock();
         self.try_claim(&mut state)
     }
 
-    /// Takes the memory, waiting for it as long as it needs. For threads that have nothing else to do.
+    /// Takes the memory, blocking until it fits.
     pub fn wait(mut self) -> Share {
         let memory = self.memory.clone();
         let mut state = memory.lock();
@@ -98,7 +98,7 @@ impl Claim {
         let (total, bytes) = (self.memory.total, self.bytes);
         let small = self.memory.is_small(bytes);
         let fits = if small {
-            // while a large image waits, small ones keep to their part, so that it gets its turn
+            // while a large image waits, small ones are limited to their reserve, so that it isn't starved
             let limit = if state.waiting.is_empty() { total - state.large } else { total / RESERVE };
             state.small + bytes <= limit
         } else {
@@ -123,7 +123,7 @@ impl Claim {
             state.large += bytes;
             state.waiting.pop_front();
             self.turn = None;
-            // there may be room for the next one too
+            // the next one may fit too
             self.memory.freed.notify_all();
         }
         Some(Share { memory: self.memory.clone(), bytes })
@@ -138,7 +138,7 @@ impl Drop for Claim {
     }
 }
 
-/// Memory that an image has; given back when dropped.
+/// Memory that an image holds; released on drop.
 #[derive(Debug)]
 pub struct Share {
     memory: Arc<DecodeMemory>,

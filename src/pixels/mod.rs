@@ -1,8 +1,8 @@
 //! Untrusted bytes → the network's input tensor. Knows no network, no request, no batch and no protocol.
 //!
-//! `limits` come first (with the errors and [`RgbImage`]) and `memory`, which all threads share; `formats` tells the format
-//! by its content and decodes to a `picture`; `resize` crops and normalises what `resample` makes of its rows, as timm
-//! does, to the bit; `tensor` reads what a client has prepared itself.
+//! `limits` (with the errors and [`RgbImage`]) and `memory`, which all threads share, come first; `formats` detects the
+//! format by content and decodes to a `picture`; `resample` resizes its rows as Pillow does, `resize` crops and
+//! normalises them as timm does, bit-exact; `tensor` reads inputs that a client has preprocessed.
 
 mod formats;
 mod limits;

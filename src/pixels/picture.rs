@@ -1,6 +1,6 @@
-//! A decoded image in the form in which its decoder left it; rows of RGB are made of it as they are needed.
+//! A decoded image in the decoder's own layout; rows of RGB are converted on demand.
 //!
-//! So an image lies in memory once, and often in less than three bytes a pixel. Must not know formats, nor what becomes
+//! So an image is in memory once, and often at less than three bytes per pixel. Must not know formats, nor what becomes
 //! of the rows.
 
 use std::ops::Range;
@@ -14,28 +14,28 @@ use super::limits::RgbImage;
 /// A decoded image.
 #[derive(Debug)]
 pub struct Picture {
-    /// Pixels a row.
+    /// Pixels per row.
     pub width: u32,
     /// Rows.
     pub height: u32,
     pub(super) samples: Samples,
 }
 
-/// Where the pixels are.
+/// The samples, in their layout.
 #[derive(Debug)]
 pub(super) enum Samples {
-    /// Three bytes a pixel, nothing between rows.
+    /// Three bytes per pixel, rows contiguous.
     Rgb(Vec<u8>),
-    /// `step` bytes a pixel, those of red, green and blue at `from`; nothing between rows.
+    /// `step` bytes per pixel, with red, green and blue at the indices `from`; rows contiguous.
     Strided { data: Vec<u8>, step: usize, from: [usize; 3] },
-    /// `bits` bits a pixel, the first in the highest, that name a colour; rows begin at whole bytes.
+    /// Palette indices of `bits` bits, most significant first; every row starts at a byte.
     Indexed { data: Vec<u8>, bits: u32, colors: Box<[[u8; 3]; 256]> },
-    /// Planes of a JPEG.
+    /// Component planes of a JPEG.
     Components(Components),
 }
 
 impl Picture {
-    /// Its RGB bytes, if it has them.
+    /// The bytes, if they are packed RGB.
     pub(super) fn rgb(&self) -> Option<&[u8]> {
         match &self.samples {
             Samples::Rgb(data) => Some(data),
@@ -43,7 +43,7 @@ impl Picture {
         }
     }
 
-    /// Bytes that it holds.
+    /// Bytes in memory.
     pub fn bytes(&self) -> u64 {
         match &self.samples {
             Samples::Rgb(data) | Samples::Strided { data, .. } | Samples::Indexed { data, .. } => data.len() as u64,
@@ -51,7 +51,7 @@ impl Picture {
         }
     }
 
-    /// Pixels of `columns` of row `y`, three bytes each, in `out`.
+    /// Writes the pixels of `columns` of row `y` to `out`, three bytes each.
     pub(super) fn row(&self, y: usize, columns: Range<usize>, scratch: &mut Scratch, out: &mut [u8]) {
         let width = self.width as usize;
         match &self.samples {
@@ -78,7 +78,7 @@ impl Picture {
         }
     }
 
-    /// All of it as RGB.
+    /// Converts the whole image to RGB.
     pub fn into_rgb(self) -> RgbImage {
         let (width, height) = (self.width, self.height);
         if let Samples::Rgb(data) = self.samples {
@@ -92,7 +92,7 @@ impl Picture {
         RgbImage { width, height, data }
     }
 
-    /// Turned and mirrored.
+    /// Rotates and mirrors the image by its orientation.
     pub(super) fn upright(self, orientation: Orientation) -> Self {
         if orientation == Orientation::NoTransforms {
             return self;
@@ -110,12 +110,12 @@ impl From<RgbImage> for Picture {
     }
 }
 
-/// Pixels of 1, 2, 4 or 8 bits that name a colour each.
+/// Samples that are palette indices of 1, 2, 4 or 8 bits.
 pub(super) fn indexed(data: Vec<u8>, bits: u32, colors: Box<[[u8; 3]; 256]>) -> Samples {
     Samples::Indexed { data, bits, colors }
 }
 
-/// Shades of grey, from black to white in the number of steps that `bits` count.
+/// A grey palette from black to white, with 2^`bits` levels.
 pub(super) fn ramp(bits: u32) -> Box<[[u8; 3]; 256]> {
     let most = (1usize << bits) - 1;
     let mut colors = Box::new([[0; 3]; 256]);

@@ -1,7 +1,7 @@
-//! Pillow's resampling, to the bit: its fixed-point coefficients, both of its pass orders, and only the rows and columns
-//! that the window keeps.
+//! Pillow's resampling, bit-exact: its fixed-point coefficients, both of its pass orders, and only the rows and columns
+//! inside a window.
 //!
-//! Owns which pixels an output needs and with which coefficients; `kernels` multiplies. Must not know crops, tensors, nor
+//! Owns which pixels an output needs and their coefficients; `kernels` multiplies. Must not know crops, tensors, nor
 //! how an image was encoded.
 
 #[cfg(target_arch = "x86_64")]
@@ -15,15 +15,15 @@ use super::formats::components::Scratch;
 use super::picture::Picture;
 use crate::model::{Colors, Interpolation};
 
-/// Fixed-point precision of Pillow's coefficients: 32 bits less 8 for the sample and 2 for overshoot.
+/// Fractional bits of Pillow's coefficients: 32, less 8 for the sample and 2 for overshoot.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
-/// Bytes of one RGB pixel.
+/// Bytes per RGB pixel.
 pub(super) const RGB: usize = 3;
 
-/// Most bytes of RGB that are made of an image's rows at a time: they stay in the second-level cache.
+/// Most bytes of RGB rows that are converted at a time, so that they fit the L2 cache.
 const BAND: usize = 192 << 10;
 
-/// The window (columns, rows) of `image` resized to `target` (width, height), as packed RGB rows.
+/// A window (columns, rows) of `image` resized to `target` (width, height), as packed RGB rows.
 pub(super) fn resample(
     image: &Picture,
     target: [usize; 2],
@@ -41,11 +41,11 @@ pub(super) fn resample(
     }
     let horizontal = (size[0] != target[0]).then(|| Taps::new(filter, size[0], target[0], columns.clone()));
     let vertical = (size[1] != target[1]).then(|| Taps::new(filter, size[1], target[1], rows.clone()));
-    // what each pass needs of its input; a pass that is not needed copies
+    // input that each pass needs; a pass that isn't needed copies
     let needed_columns = horizontal.as_ref().map_or(columns, Taps::span);
     let needed_rows = vertical.as_ref().map_or(rows, Taps::span);
     let mut source = Source::new(image, needed_columns.clone(), colors);
-    // Pillow since 13: the vertical pass goes first where it shrinks the image by more than twice what the other does
+    // Pillow since 13: vertical pass first if it removes more than twice as many pixels as the horizontal one
     let shrink = [0, 1].map(|axis| size[axis] as i64 - target[axis] as i64);
     let vertical_first = shrink[1] > 0 && shrink[1] > 2 * shrink[0];
     let across = horizontal.map(|taps| kernels::Horizontal::new(&taps, needed_columns.start));
@@ -65,13 +65,13 @@ pub(super) fn resample(
     }
 }
 
-/// The columns of an image that are needed, a band of rows at a time.
+/// The needed columns of an image, converted to RGB in bands of rows.
 struct Source<'a> {
     image: &'a Picture,
     columns: Range<usize>,
-    /// Grey: all three bytes of a pixel are its shade.
+    /// If grey, all three bytes of a pixel are its luma.
     colors: Colors,
-    /// Where an image that isn't RGB becomes so.
+    /// RGB rows of an image that isn't packed RGB.
     band: Vec<u8>,
     scratch: Scratch,
 }
@@ -81,7 +81,7 @@ impl<'a> Source<'a> {
         Source { image, columns, colors, band: Vec::new(), scratch: Scratch::default() }
     }
 
-    /// Bytes of a row.
+    /// Bytes per row.
     fn line(&self) -> usize {
         RGB * self.columns.len()
     }
@@ -102,12 +102,12 @@ impl<'a> Source<'a> {
         View::packed(&self.band, line)
     }
 
-    /// The image's bytes, where they are what is resized.
+    /// The image's own bytes, if no conversion is needed.
     fn plain(&self) -> Option<&'a [u8]> {
         self.image.rgb().filter(|_| self.colors == Colors::Rgb)
     }
 
-    /// Rows that are made at a time.
+    /// Rows per band.
     fn band_rows(&self) -> usize {
         match self.plain() {
             Some(_) => usize::MAX,
@@ -115,7 +115,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// `rows` after the horizontal pass.
+    /// Resamples `rows` horizontally.
     fn resampled(&mut self, rows: Range<usize>, across: &kernels::Horizontal) -> Vec<u8> {
         let mut out = Vec::with_capacity(RGB * across.outputs() * rows.len());
         let (mut from, most) = (rows.start, self.band_rows());
@@ -127,7 +127,7 @@ impl<'a> Source<'a> {
         out
     }
 
-    /// What the vertical pass makes of the image.
+    /// Resamples the image vertically.
     fn reduced(&mut self, down: &Taps) -> Vec<u8> {
         let most = self.band_rows();
         if most == usize::MAX {
@@ -137,7 +137,7 @@ impl<'a> Source<'a> {
         let mut out = Vec::with_capacity(self.line() * down.len());
         let mut from = 0;
         while from < down.len() {
-            // as many outputs as one band feeds, and one at least
+            // outputs that one band suffices for, at least one
             let first = down.bounds[from].0;
             let fed = down.bounds[from..].iter().take_while(|(start, count)| start + count <= first + most).count();
             let part = down.part(from..from + fed.max(1));
@@ -149,7 +149,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Pillow's `convert("L")` of RGB pixels, in place: ITU-R 601 luma in 16-bit fixed point, in all three bytes.
+/// Pillow's `convert("L")` of RGB pixels, in place: ITU-R 601 luma in 16-bit fixed point, written to all three bytes.
 fn grey(pixels: &mut [u8]) {
     for pixel in pixels.as_chunks_mut::<RGB>().0 {
         let [red, green, blue] = pixel.map(u32::from);
@@ -157,7 +157,7 @@ fn grey(pixels: &mut [u8]) {
     }
 }
 
-/// A rectangle of packed RGB rows in a larger image. All in bytes but `top` and `rows`.
+/// A rectangle of packed RGB rows in a larger image. All fields are in bytes except `top` and `rows`.
 #[derive(Clone, Copy)]
 struct View<'a> {
     data: &'a [u8],
@@ -185,7 +185,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// Pillow's nearest neighbour: positions by repeated addition, as its affine transform walks.
+/// Pillow's nearest neighbour: positions by repeated addition, as in its affine transform.
 fn nearest(
     image: &Picture,
     size: [usize; 2],
@@ -215,7 +215,7 @@ fn nearest(
     for y in positions(1, rows) {
         let row = y.map(|y| source.view(y..y + 1));
         for x in &columns {
-            // an accumulated rounding error may step past the border: Pillow leaves black there
+            // a position may step past the border by accumulated rounding errors: Pillow leaves black there
             match (x, row) {
                 (Some(x), Some(row)) => out.extend_from_slice(&row.row(0)[RGB * x..][..RGB]),
                 _ => out.extend_from_slice(&[0; RGB]),
@@ -229,13 +229,13 @@ fn nearest(
 struct Taps {
     /// First input position and number of coefficients, for each output position.
     bounds: Vec<(usize, usize)>,
-    /// Fixed-point coefficients, `stride` for each output position, zero beyond its count.
+    /// Fixed-point coefficients: `stride` per output position, zero-padded.
     weights: Vec<i32>,
     stride: usize,
 }
 
 impl Taps {
-    /// Pillow's coefficients to resize `from` positions to `to`, for the output positions in `range` (not empty).
+    /// Pillow's coefficients for resizing `from` positions to `to`, for the output positions in `range` (not empty).
     fn new(filter: Interpolation, from: usize, to: usize, range: Range<usize>) -> Self {
         let scale = from as f64 / to as f64;
         let stretch = scale.max(1.0);
@@ -266,13 +266,13 @@ impl Taps {
         self.bounds.len()
     }
 
-    /// Those of some of the output positions.
+    /// The coefficients of a range of the output positions.
     fn part(&self, range: Range<usize>) -> Taps {
         let weights = self.weights[range.start * self.stride..range.end * self.stride].to_vec();
         Taps { bounds: self.bounds[range].to_vec(), weights, stride: self.stride }
     }
 
-    /// The input positions that any output position uses.
+    /// The input positions that the output positions use.
     fn span(&self) -> Range<usize> {
         let (first, _) = self.bounds[0];
         let (last, count) = self.bounds[self.bounds.len() - 1];
@@ -280,7 +280,7 @@ impl Taps {
     }
 }
 
-/// Half the width of the filter in output pixels (input pixels when enlarging).
+/// Half the filter's width, in output pixels when shrinking, in input pixels when enlarging.
 fn support(filter: Interpolation) -> f64 {
     match filter {
         Interpolation::Nearest | Interpolation::Box => 0.5,
@@ -290,7 +290,7 @@ fn support(filter: Interpolation) -> f64 {
     }
 }
 
-/// The filter's value at `x`, operation by operation as Pillow computes it.
+/// The filter's value at `x`, computed with Pillow's operations in the same order.
 fn weight(filter: Interpolation, x: f64) -> f64 {
     const A: f64 = -0.5;
     let sinc = |x: f64| {

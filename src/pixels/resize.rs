@@ -1,7 +1,7 @@
-//! From decoded pixels to the network's input tensor: timm's resize, crop, padding and normalisation, to the bit.
+//! Decoded pixels → the network's input tensor: timm's resize, crop, padding and normalisation, bit-exact.
 //!
-//! Owns the geometry (torchvision's and timm's rounding) and the normalisation tables; `resample` does the arithmetic of
-//! resizing. Must not know how an image was encoded, nor what a network, a request or a batch is.
+//! Owns the geometry (torchvision's and timm's rounding) and the normalisation tables; `resample` computes the pixels.
+//! Must not know how an image was encoded, nor what a network, a request or a batch is.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use super::picture::Picture;
 use super::resample::{RGB, resample};
 use crate::model::{Colors, CropMode, Interpolation, Preprocessing};
 
-/// Turns decoded images into input tensors as one [`Preprocessing`] says; built once, shared by threads.
+/// Turns decoded images into input tensors by a [`Preprocessing`]; built once, shared by threads.
 #[derive(Debug, Clone)]
 pub struct Preprocessor {
     height: usize,
@@ -19,25 +19,25 @@ pub struct Preprocessor {
     scale: [u64; 2],
     crop_mode: CropMode,
     filter: Interpolation,
-    /// What of an image the network sees; nothing where it can see none.
+    /// Colours of the tensor; `None` if no image can become it.
     colors: Option<Colors>,
-    /// Sample → normalised value, for each channel.
+    /// Normalised value of each sample, per channel.
     tables: Vec<[f32; 256]>,
-    /// Colour of padding where the resized image is smaller than the crop, for each channel.
+    /// Padding colour per channel, for a resized image smaller than the crop.
     fill: Vec<u8>,
 }
 
-/// Where the crop lies in the resized image, which never exists as a whole.
+/// Position of the crop in the resized image, which is never computed as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Placement {
     /// Width and height of the resized image.
     target: [usize; 2],
-    /// Left and top of the crop in it; negative where padding comes first.
+    /// Left and top of the crop in the resized image; negative if it starts with padding.
     offset: [i64; 2],
 }
 
 impl Preprocessor {
-    /// Tables and sizes for `p`; as timm's `create_transform(is_training=False)` derives them.
+    /// Derives tables and sizes from `p`, as timm's `create_transform(is_training=False)` does.
     pub fn new(p: &Preprocessing) -> Self {
         let scale = [p.height, p.width].map(|side| ((f64::from(side) / p.crop_pct).floor() as u64).max(1));
         let table = |(&mean, &std): (&f64, &f64)| {
@@ -75,12 +75,12 @@ impl Preprocessor {
         self.tables.len()
     }
 
-    /// Whether an image can become the tensor: one of 1 or 3 channels.
+    /// Whether an image can become the tensor, which then has 1 or 3 channels.
     pub fn takes_images(&self) -> bool {
         self.colors.is_some()
     }
 
-    /// Number of values of one image's tensor: channels · height · width.
+    /// Number of values in one image's tensor: channels · height · width.
     pub fn tensor_len(&self) -> usize {
         self.channels() * self.height * self.width
     }
@@ -90,8 +90,8 @@ impl Preprocessor {
         self.placement(width, height).target.map(|side| u32::try_from(side).unwrap_or(u32::MAX))
     }
 
-    /// Bytes that [`apply`](Self::apply) takes beside an image of `width` × `height` pixels and the tensor: the image
-    /// between the two passes of resizing, and what comes out of them.
+    /// Bytes that [`apply`](Self::apply) allocates for an image of `width` × `height` pixels, besides image and tensor:
+    /// the image between the two resizing passes, and their result.
     pub fn scratch(&self, width: u32, height: u32) -> u64 {
         let [across, down] = self.placement(width, height).target;
         let (columns, rows) = (across.min(self.width), down.min(self.height));
@@ -99,12 +99,12 @@ impl Preprocessor {
         (RGB * (between + 2 * self.width * self.height)) as u64
     }
 
-    /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: channels first (R, G, B, or
-    /// grey), row-major, each value `(sample / 255 − mean) / std` in single precision.
+    /// Resizes, crops, pads and normalises `image` into `out`, one image's part of a batch: `[channels, height, width]`
+    /// (R, G, B, or grey), each value `(sample / 255 − mean) / std` in single precision.
     ///
     /// # Panics
-    /// When `out` is not [`tensor_len`](Self::tensor_len) long, or no image [can](Self::takes_images) become it: the
-    /// caller's mistake, never the image's.
+    /// If `out` is not [`tensor_len`](Self::tensor_len) long, or no image [can](Self::takes_images) become the tensor:
+    /// both are mistakes of the caller, never of the image.
     pub fn apply(&self, image: &Picture, out: &mut [f32]) {
         assert_eq!(out.len(), self.tensor_len(), "the output must hold one image's tensor");
         let Some(colors) = self.colors else { panic!("no image can become {} channels", self.channels()) };
@@ -112,7 +112,7 @@ impl Preprocessor {
         let columns = overlap(place.offset[0], self.width, place.target[0]);
         let rows = overlap(place.offset[1], self.height, place.target[1]);
         let pixels = resample(image, place.target, [columns.clone(), rows.clone()], self.filter, colors);
-        // where the crop of the resized image lies in the output
+        // position in the output of the part of the crop that the resized image covers
         let left = (columns.start as i64 - place.offset[0]) as usize;
         let top = (rows.start as i64 - place.offset[1]) as usize;
         if columns.len() < self.width || rows.len() < self.height {
@@ -142,8 +142,8 @@ impl Preprocessor {
         }
     }
 
-    /// Normalises an image that has the tensor's size already, `[height, width, channels]`: no resize, no crop. The same values
-    /// that [`apply`](Self::apply) gives those pixels.
+    /// Normalises an image of the tensor's size, `[height, width, channels]`, without resize or crop. Gives the same
+    /// values as [`apply`](Self::apply) for the same pixels.
     pub fn normalise(&self, pixels: &[u8]) -> Vec<f32> {
         let mut out = Vec::with_capacity(pixels.len());
         for (channel, table) in self.tables.iter().enumerate() {
@@ -152,7 +152,7 @@ impl Preprocessor {
         out
     }
 
-    /// timm's geometry for a `width` × `height` image: to which size it is resized and where the crop starts.
+    /// timm's geometry for a `width` × `height` image: size after resizing, and start of the crop.
     fn placement(&self, width: u32, height: u32) -> Placement {
         let [scale_h, scale_w] = self.scale;
         let (w, h) = (f64::from(width), f64::from(height));
@@ -171,14 +171,14 @@ impl Preprocessor {
                 [w, h].map(|side| (side / ratio).round_ties_even() as u64)
             }
         };
-        // Pillow refuses to resize a side to nothing (a 1000:1 image under `border`); a service answers it
+        // Pillow refuses to resize a side to 0 (a 1000:1 image under `border`); a service must answer
         let target = target.map(|side| side.max(1) as usize);
         Placement { target, offset: [crop_offset(target[0], self.width), crop_offset(target[1], self.height)] }
     }
 }
 
-/// Start of a centred crop of `crop` in `size` pixels: half to even as Python's `round`; negative when it must be
-/// padded, with the smaller half first, as torchvision does.
+/// Start of a centred crop of `crop` in `size` pixels, rounded half to even as Python's `round`; negative for padding,
+/// whose smaller half comes first, as in torchvision.
 fn crop_offset(size: usize, crop: usize) -> i64 {
     let spare = size as i64 - crop as i64;
     if spare < 0 { -(-spare / 2) } else { (spare as f64 / 2.0).round_ties_even() as i64 }
@@ -191,7 +191,7 @@ fn overlap(offset: i64, len: usize, size: usize) -> Range<usize> {
     start.min(end)..end
 }
 
-/// `image` resized to `width` × `height`: equal to Pillow 13's `Image.resize` on the same RGB pixels.
+/// `image` resized to `width` × `height`; equals Pillow 13's `Image.resize` of the same RGB pixels.
 pub fn resize(image: &Picture, width: u32, height: u32, filter: Interpolation) -> RgbImage {
     let (w, h) = (width as usize, height as usize);
     RgbImage { width, height, data: resample(image, [w, h], [0..w, 0..h], filter, Colors::Rgb) }

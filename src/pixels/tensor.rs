@@ -1,25 +1,26 @@
-//! Inputs that a client has prepared itself, as they travel: bytes that become one image's tensor on a compute thread.
+//! Inputs that a client has preprocessed: bytes of a request that become one image's tensor on a compute thread.
 //!
-//! Owns the number formats that are taken in place of an encoded image. Knows no protocol.
+//! Owns the element types that are accepted in place of an encoded image. Knows no protocol.
 
 use bytes::Bytes;
 use half::f16;
 
 use super::resize::Preprocessor;
 
-/// One image without its encoding. Multi-byte values are little-endian.
+/// One image, not encoded. Multi-byte values are little-endian.
 #[derive(Debug, Clone)]
 pub enum RawTensor {
-    /// `[channels, height, width]` of 4-byte floating point, normalised.
+    /// `[channels, height, width]` in single precision, normalised.
     Fp32(Bytes),
-    /// `[channels, height, width]` of 2-byte (IEEE half precision) floating point, normalised.
+    /// `[channels, height, width]` in IEEE half precision, normalised.
     Fp16(Bytes),
-    /// `[height, width, channels]` bytes (red, green, blue, or grey), of the network's size: normalised here, not resized.
+    /// `[height, width, channels]` bytes (red, green, blue, or grey) at the network's input size; nfold normalises
+    /// them, but doesn't resize.
     Pixels(Bytes),
 }
 
 impl RawTensor {
-    /// Values it holds; none if its bytes are no whole number of them.
+    /// Number of values; `None` if the bytes are not a whole number of values.
     pub fn values(&self) -> Option<usize> {
         let (bytes, size) = match self {
             Self::Fp32(bytes) => (bytes, 4),
@@ -29,7 +30,7 @@ impl RawTensor {
         bytes.len().is_multiple_of(size).then_some(bytes.len() / size)
     }
 
-    /// The network's input. Its length is the caller's business.
+    /// Converts to the network's input. The caller checks the length.
     pub(crate) fn tensor(&self, preprocessor: &Preprocessor) -> Vec<f32> {
         match self {
             Self::Fp32(bytes) => bytes.as_chunks().0.iter().map(|&value: &[u8; 4]| f32::from_le_bytes(value)).collect(),

@@ -1,4 +1,4 @@
-//! BMP through the `image` crate, with the few bits of old files spread as Pillow spreads them.
+//! BMP through the `image` crate, with 5- and 6-bit samples scaled to 8 bits as Pillow does.
 
 use std::io::Cursor;
 
@@ -8,7 +8,7 @@ use image::{ColorType, ImageDecoder as _};
 use super::super::limits::{ImageError, ImageLimits, Need, ends_early};
 use super::super::picture::{Picture, Samples};
 
-/// Bytes that a decoder needs beside the pixels: rows, and the palette.
+/// Bytes that the decoder allocates besides the pixels: rows, and the palette.
 const WORKING: u64 = 1 << 20;
 
 pub(super) fn need(bytes: &[u8], limits: &ImageLimits) -> Result<Need, ImageError> {
@@ -36,7 +36,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     Ok(Picture { width, height, samples })
 }
 
-/// Samples of 5 or 6 bits, spread over 8 by the decoder, as Pillow spreads them: by division, rounded down.
+/// Rescales samples of 5 or 6 bits, which the decoder scaled to 8, as Pillow scales them: by division, rounded down.
 fn rescale(bytes: &[u8], data: &mut [u8]) {
     let mask = bytes.get(58..62).map_or(0, |green| u32::from_le_bytes([green[0], green[1], green[2], green[3]]));
     let fields = bytes.get(30..34) == Some(&[3, 0, 0, 0]);
@@ -53,7 +53,7 @@ fn refusal(error: image::ImageError) -> ImageError {
     if ends_early(&error) {
         return ImageError::Invalid { reason: "truncated", detail: "BMP ends before its pixels do".to_owned() };
     }
-    // decoders quote what they read: keep a hostile file from writing the message
+    // decoders quote the file in messages: drop control characters and limit the length
     let said: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
     match error {
         image::ImageError::Unsupported(_) => ImageError::Unsupported { detail: said },

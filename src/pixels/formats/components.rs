@@ -1,44 +1,44 @@
-//! Planes of a JPEG's components → rows of RGB, as libjpeg-turbo does it for Pillow: smooth upsampling, then the
-//! conversion of colours, and Pillow's of inks.
+//! Component planes of a JPEG → RGB rows, as libjpeg-turbo does for Pillow: fancy upsampling, then colour conversion,
+//! and Pillow's conversion of CMYK.
 //!
-//! Rows are made as they are asked for, so that the image never lies in memory twice. Must not know how planes are decoded.
+//! Rows are converted on demand, so that the image is never in memory twice. Must not know how planes are decoded.
 
 use std::ops::Range;
 
 use fearless_simd::{Level, dispatch, prelude::*};
 
-/// The components of an image, and what they mean.
+/// Component planes of an image, and their colour space.
 #[derive(Debug)]
 pub(crate) struct Components {
     pub(super) planes: Vec<Plane>,
     pub(super) conversion: Conversion,
 }
 
-/// One component's samples.
+/// Samples of one component.
 #[derive(Debug)]
 pub(super) struct Plane {
     pub(super) data: Vec<u8>,
-    /// Samples from one row to the next.
+    /// Distance between rows, in samples.
     pub(super) stride: usize,
-    /// Samples that belong to the image.
+    /// Size without padding, in samples.
     pub(super) width: usize,
     pub(super) height: usize,
-    /// Pixels that a sample stands for.
+    /// Pixels per sample, horizontally and vertically.
     pub(super) across: usize,
     pub(super) down: usize,
 }
 
-/// What the components of a pixel are.
+/// Colour space of the components.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Conversion {
     Grey,
     Rgb,
     YCbCr,
-    /// Inks, stored inverted.
+    /// CMYK, stored inverted (Adobe).
     Cmyk,
-    /// Inks as they are.
+    /// CMYK, not inverted.
     PlainCmyk,
-    /// The same with the first three as YCbCr.
+    /// YCCK, stored inverted: CMYK with the first three as YCbCr.
     Ycck,
 }
 
@@ -48,7 +48,7 @@ impl Components {
         self.planes.iter().map(|plane| plane.data.len() as u64).sum()
     }
 
-    /// Pixels of `columns` of row `y`, three bytes each.
+    /// Writes the pixels of `columns` of row `y` to `out`, three bytes each.
     pub(crate) fn row(&self, y: usize, columns: Range<usize>, scratch: &mut Scratch, out: &mut [u8]) {
         let len = columns.len();
         scratch.lines.resize(4 * (len + 2 * MARGIN), 0);
@@ -96,7 +96,7 @@ impl Components {
     }
 }
 
-/// Buffers that are used again from row to row.
+/// Buffers that are reused from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     lines: Vec<u8>,
@@ -104,7 +104,7 @@ pub(crate) struct Scratch {
     rgb: Vec<u8>,
 }
 
-/// Pixels that upsampling may make before and after those that were asked for.
+/// Pixels that upsampling may write before and after the requested ones.
 const MARGIN: usize = 8;
 
 impl Plane {
@@ -112,12 +112,12 @@ impl Plane {
         &self.data[y.min(self.height - 1) * self.stride..][..self.width]
     }
 
-    /// Puts the samples for `columns` of row `y` of the image into `out`, and tells where in it they start.
+    /// Upsamples `columns` of row `y` of the image into `out`; returns the index in `out` at which they start.
     fn row(&self, y: usize, columns: Range<usize>, sums: &mut Vec<u16>, out: &mut [u8]) -> usize {
         let own = y / self.down;
         let row = self.samples(own);
         let level = Level::new();
-        // the row that this one lies towards: pixels are halfway between samples
+        // the nearer neighbouring row: image rows lie between two sample rows
         let towards = || if y.is_multiple_of(2) { self.samples(own.saturating_sub(1)) } else { self.samples(own + 1) };
         let first = columns.start / self.across;
         let samples = first..columns.end.div_ceil(self.across).min(self.width);
@@ -137,7 +137,7 @@ impl Plane {
                 return 0;
             }
             (2, 1) if self.width > 2 => {
-                // sums of one row only, at the same scale as below
+                // a single row, at the scale that `widen` expects
                 sums.clear();
                 sums.extend(row.iter().map(|&sample| u16::from(sample)));
                 dispatch!(level, simd => simd.vectorize(#[inline(always)] || widen(sums, samples, [1, 2], 2, out)));
@@ -160,7 +160,7 @@ impl Plane {
     }
 }
 
-/// Two pixels for each of `samples`: a quarter of the neighbour on their side and three of their own, by `biases` rounded.
+/// Writes two pixels per sample: 3/4 of the sample and 1/4 of its neighbour on that side, rounded by `biases`.
 #[inline(always)]
 fn widen(line: &[u16], samples: Range<usize>, biases: [u16; 2], shift: u32, out: &mut [u8]) {
     let last = line.len() - 1;
@@ -169,7 +169,7 @@ fn widen(line: &[u16], samples: Range<usize>, biases: [u16; 2], shift: u32, out:
     };
     let inner = samples.start.max(1)..samples.end.min(last);
     if samples.start == 0 {
-        // at the border a sample is its own neighbour
+        // a sample at the border is its own neighbour
         let [_, right] = pair(line[0], line[0], line[1]);
         out[..2].copy_from_slice(&[((4 * line[0] + biases[0]) >> shift) as u8, right]);
     }
@@ -190,7 +190,7 @@ fn widen(line: &[u16], samples: Range<usize>, biases: [u16; 2], shift: u32, out:
     }
 }
 
-/// libjpeg's fixed-point conversion: 16 fractional bits, rounded.
+/// libjpeg's fixed-point conversion of YCbCr: 16 fractional bits, rounded.
 #[inline(always)]
 fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [u8]) {
     const fn fixed(value: f64) -> i32 {
@@ -206,7 +206,7 @@ fn to_rgb(y: &[u8], cb: &[u8], cr: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Pillow's `convert("RGB")` of inks, which are stored inverted: `(255 − c)(255 − k) / 255`, rounded.
+/// Pillow's `convert("RGB")` of CMYK, which is stored inverted: `(255 − c)(255 − k) / 255`, rounded.
 fn inks(colors: [&[u8]; 3], black: &[u8], out: &mut [u8]) {
     for (x, (pixel, &light)) in out.chunks_exact_mut(3).zip(black).enumerate() {
         let light = u32::from(light);
@@ -217,7 +217,7 @@ fn inks(colors: [&[u8]; 3], black: &[u8], out: &mut [u8]) {
     }
 }
 
-/// The same of pixels of four bytes.
+/// Converts CMYK pixels of four bytes to RGB, in the same way.
 pub(super) fn packed_inks(pixels: &[u8]) -> Vec<u8> {
     let mut rgb = vec![0; pixels.len() / 4 * 3];
     for (to, from) in rgb.chunks_exact_mut(3).zip(pixels.chunks_exact(4)) {

@@ -1,14 +1,14 @@
-//! The first directory of a TIFF: its tags, with nothing taken on trust.
+//! The first image file directory (IFD) of a TIFF, with every offset and count checked.
 //!
-//! Owns byte orders and both sizes of offsets. Must not know what tags mean.
+//! Owns byte order, and the offset sizes of TIFF and BigTIFF. Must not know what tags mean.
 
 use super::super::limits::ImageError;
 
-/// Most entries that are looked at, and most values of one of them.
+/// Most entries that are read, and most values of one entry.
 const MAX_ENTRIES: u64 = 4096;
 const MAX_VALUES: u64 = 1 << 20;
 
-/// A directory and the file that it is in.
+/// A directory, and the file that contains it.
 #[derive(Debug)]
 pub(super) struct Directory<'a> {
     pub(super) bytes: &'a [u8],
@@ -19,10 +19,10 @@ pub(super) struct Directory<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     tag: u16,
-    /// Bytes of a value.
+    /// Bytes per value.
     size: u8,
     count: u64,
-    /// Where the values are.
+    /// Offset of the values in the file.
     at: u64,
 }
 
@@ -30,7 +30,7 @@ impl<'a> Directory<'a> {
     /// Reads the first directory.
     ///
     /// # Errors
-    /// [`ImageError::Invalid`] when it lies outside of the file.
+    /// [`ImageError::Invalid`] if it lies outside of the file.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, ImageError> {
         let mut directory = Self { bytes, big_endian: bytes.starts_with(b"MM"), entries: Vec::new() };
         let big = directory.integer(2, 2)? == 43;
@@ -56,7 +56,7 @@ impl<'a> Directory<'a> {
         Ok(directory)
     }
 
-    /// A whole number of `size` bytes somewhere in the file.
+    /// An unsigned integer of `size` bytes at offset `at`.
     fn integer(&self, at: u64, size: u64) -> Result<u64, ImageError> {
         let end =
             || ImageError::Invalid { reason: "truncated", detail: "TIFF ends before its directory does".to_owned() };
@@ -70,17 +70,17 @@ impl<'a> Directory<'a> {
         self.entries.iter().copied().find(|entry| entry.tag == tag)
     }
 
-    /// The first value of a tag.
+    /// The first value of a tag, if the tag is there.
     pub(super) fn one(&self, tag: u16) -> Result<Option<u64>, ImageError> {
         let Some(entry) = self.entry(tag).filter(|entry| entry.count > 0) else { return Ok(None) };
         self.integer(entry.at, entry.size.into()).map(Some)
     }
 
-    /// All values of a tag; none if it is missing.
+    /// All values of a tag; empty if the tag is missing.
     pub(super) fn all(&self, tag: u16) -> Result<Vec<u64>, ImageError> {
         let Some(entry) = self.entry(tag) else { return Ok(Vec::new()) };
         let size = u64::from(entry.size);
-        // as many as the file can hold, whatever it says
+        // no more values than the file can hold, whatever the count says
         let most = (self.bytes.len() as u64 / size).min(MAX_VALUES);
         if entry.count > most {
             let detail = format!("TIFF is broken: tag {tag} has {} values", entry.count);
@@ -89,7 +89,7 @@ impl<'a> Directory<'a> {
         (0..entry.count).map(|i| self.integer(entry.at.saturating_add(i * size), size)).collect()
     }
 
-    /// The bytes of a tag.
+    /// The bytes of a tag's values.
     pub(super) fn raw(&self, tag: u16) -> Option<&'a [u8]> {
         let entry = self.entry(tag)?;
         let at = usize::try_from(entry.at).ok()?;

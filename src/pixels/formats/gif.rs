@@ -1,5 +1,5 @@
-//! GIF's first frame on its screen, as Pillow shows it: what the frame leaves open has its transparent colour, or the
-//! first of its palette.
+//! GIF's first frame on its logical screen, as Pillow renders it: pixels outside of the frame have its transparent
+//! colour, or the first of its palette.
 
 use std::io::{ErrorKind, Read as _};
 
@@ -8,19 +8,19 @@ use gif::{ColorOutput, DecodeOptions, DecodingError, MemoryLimit};
 use super::super::limits::{ImageError, ImageLimits, Need};
 use super::super::picture::{Picture, indexed, ramp};
 
-/// Bytes that a decoder needs beside the pixels: tables of codes.
+/// Bytes that the decoder allocates besides the pixels: LZW tables.
 const WORKING: u64 = 256 << 10;
 
-/// Where the first frame lies, and on what.
+/// Position of the first frame, and size of the screen.
 #[derive(Debug)]
 struct Layout {
-    /// Width and height of the picture: the screen, and as much more as the frame needs.
+    /// Width and height of the image: the logical screen, enlarged to hold the frame.
     size: [u32; 2],
     at: [u32; 2],
     frame: [u32; 2],
 }
 
-/// Walks over the blocks before the first frame.
+/// Reads the blocks before the first frame.
 fn layout(bytes: &[u8]) -> Result<Layout, ImageError> {
     let truncated = || ImageError::Invalid { reason: "truncated", detail: "GIF ends before its pixels do".to_owned() };
     let corrupt = |detail: &str| ImageError::Invalid { reason: "corrupt", detail: format!("GIF is broken: {detail}") };
@@ -69,13 +69,13 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     let Layout { size: [width, height], at, frame: [columns, rows] } = layout(bytes)?;
     let mut options = DecodeOptions::new();
     options.set_color_output(ColorOutput::Indexed);
-    // the frame's size was checked
+    // the frame's size was checked above
     options.set_memory_limit(MemoryLimit::Unlimited);
     let without = bytes[10] & 0x80 == 0;
     let mut screen = [0; 13];
     screen.copy_from_slice(&bytes[..13]);
     let shades = if without {
-        // the decoder wants a palette of its own
+        // the decoder requires a palette: give it a grey ramp
         screen[10] |= 0x87;
         ramp(8).as_flattened().to_vec()
     } else {
@@ -91,7 +91,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     let mut pixels = vec![0; columns as usize * rows as usize];
     decoder.read_into_buffer(&mut pixels).map_err(refusal)?;
     let colors = match (local.as_deref(), decoder.global_palette()) {
-        // as Pillow: a palette of nothing but shades in order counts for none
+        // as Pillow: a palette that is a grey ramp counts as absent
         (Some(local), _) if !is_ramp(local) => colors_of(local),
         (_, Some(global)) if !is_ramp(global) => colors_of(global),
         _ => ramp(8),
@@ -109,12 +109,12 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     Ok(Picture { width, height, samples: indexed(data, 8, colors) })
 }
 
-/// Whether every colour is the shade of its number.
+/// Whether every colour is the grey level of its index.
 fn is_ramp(palette: &[u8]) -> bool {
     palette.chunks_exact(3).enumerate().all(|(i, color)| color.iter().all(|&sample| usize::from(sample) == i))
 }
 
-/// A palette; colours that it lacks are black.
+/// A palette of 256 colours; missing ones are black.
 fn colors_of(palette: &[u8]) -> Box<[[u8; 3]; 256]> {
     let mut colors = Box::new([[0; 3]; 256]);
     for (color, entry) in colors.iter_mut().zip(palette.as_chunks().0) {

@@ -1,6 +1,7 @@
-//! JPEG, to the bits of Pillow's decoder: which files it takes, what they cost, and planes of components from them.
+//! JPEG, bit-exact with Pillow's decoder: which files it accepts, the memory that they need, and decoding to component
+//! planes.
 //!
-//! Owns how the decoder (`libjpeg-turbo-rs`) is called, its limits, and what its complaints mean; `markers` reads the
+//! Owns calls of the decoder (`libjpeg-turbo-rs`), its limits, and the meaning of its errors; `markers` reads the
 //! structure of a file, `components` turns planes into RGB rows. Must not know what happens to the pixels.
 
 use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder as Jpeg, JpegError, PixelFormat, RawImage, ScalingFactor};
@@ -10,48 +11,48 @@ use super::super::picture::{Picture, Samples};
 use super::components::{Components, Conversion, Plane, packed_inks};
 use super::markers::{Component, End, Markers};
 
-/// Whether large JPEGs are decoded in full.
+/// Scale at which large JPEGs are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scale {
-    /// In full, as `Image.open` does.
+    /// Full size, as `Image.open` does.
     #[default]
     Exact,
-    /// At 1/2, 1/4 or 1/8 where the image is that much larger than it will be resized to, as Pillow's `draft` does: faster,
-    /// and other pixels.
+    /// 1/2, 1/4 or 1/8 if the image is that much larger than the size it will be resized to, as Pillow's `draft` does:
+    /// faster, but with different pixels.
     Fast,
 }
 
-/// Most scans of a file; encoders make about ten.
+/// Most scans of a file; encoders write about ten.
 const MAX_SCANS: usize = 100;
-/// Most blocks of 64 samples in all scans of a file together, as a multiple of those in the largest image that the limits
-/// allow: a scan costs time for each, whether it says something about them or not.
+/// Most 8x8 blocks in all scans together, as a multiple of the blocks in the largest allowed image: a scan costs time
+/// per block, even without data for it.
 const MAX_PASSES: u64 = 16;
-/// Bytes of a block's coefficients, which are kept where they come in several scans, and of what is known of it.
+/// Bytes per block: coefficients, which a file of several scans needs in memory, and one byte of state.
 const BLOCK: u64 = 64 * 2 + 1;
-/// How many bytes must follow the last pixel's where the marker of the end is missing: so many the decoder looks ahead.
+/// Bytes that must follow the last pixel's data if the end marker (EOI) is missing: the decoder's look-ahead.
 const LOOK_AHEAD: usize = 4;
 
-/// What decoding costs, by the structure of the file.
+/// Size and memory for decoding, by the structure of the file.
 pub(super) fn need(bytes: &[u8], markers: &Markers<'_>) -> Need {
     let (width, height) = (markers.width, markers.height);
     let blocks = markers.blocks();
     let coefficients = if markers.progressive { blocks * BLOCK } else { 0 };
     if markers.lossless {
-        // planes of two bytes a sample, and what comes out
+        // planes of two bytes per sample, and the result
         let bytes = blocks * 64 * 2 + 3 * u64::from(width) * u64::from(height) + bytes.len() as u64;
         return Need { width, height, bytes, rgb: true };
     }
     let rgb = if smoothed(markers) { 3 * u64::from(width) * u64::from(height) } else { 0 };
-    // what is not pixels (text, profiles) is copied once at most
+    // metadata (text, profiles) is copied at most once
     Need { width, height, bytes: blocks * 64 + coefficients + rgb + bytes.len() as u64, rgb: rgb > 0 }
 }
 
-/// Whether the decoder smooths: where a progressive file leaves low frequencies open.
+/// Whether libjpeg's block smoothing applies: a progressive file without all bits of the low frequencies.
 fn smoothed(markers: &Markers<'_>) -> bool {
     markers.progressive && markers.leaves_open()
 }
 
-/// The structure of a file that Pillow would open and that is within the limits.
+/// Reads the structure of a file. Fails if Pillow would not open it, or if it exceeds the limits.
 pub(super) fn read<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Markers<'a>, ImageError> {
     let markers = Markers::read(bytes, limits)?;
     if markers.lossless && markers.components.len() == 4 {
@@ -74,8 +75,8 @@ pub(super) fn read<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Markers<
     Ok(markers)
 }
 
-/// Decodes all components, to planes or, `scale` allowing and the image being much larger than `needed`, to RGB at 1/2,
-/// 1/4 or 1/8.
+/// Decodes all components, to planes, or to RGB at 1/2, 1/4 or 1/8 if `scale` allows it and the image is that much
+/// larger than `needed`.
 pub(super) fn decode(
     bytes: &[u8],
     markers: &Markers<'_>,
@@ -87,7 +88,7 @@ pub(super) fn decode(
         if markers.progressive || markers.arithmetic || markers.lossless || markers.scans.len() > 1 {
             return Err(truncated());
         }
-        // Pillow needs the marker of the end, or something that its decoder may read ahead
+        // Pillow needs an end marker, or bytes for the decoder's look-ahead
         let filled = bytes.iter().rposition(|&byte| byte != 0xFF).unwrap_or(0) + 1;
         let pixels = &bytes[..filled.saturating_sub(LOOK_AHEAD)];
         decoder(pixels, limits)?.decode_raw().map_err(|_| truncated())?;
@@ -99,7 +100,7 @@ pub(super) fn decode(
         Scale::Fast => draft(width, height, needed(width, height)),
     };
     let components = markers.components.len();
-    // inks: only where the smaller transforms leave nothing to be upsampled
+    // CMYK only if the scaled transforms leave no component to upsample
     let even = |c: &Component| markers.max_across / c.across == markers.max_down / c.down;
     let absorbed = |c: &Component| even(c) && markers.max_across / c.across <= divisor as usize;
     if divisor > 1 && components == 4 && markers.components.iter().all(absorbed) {
@@ -112,7 +113,7 @@ pub(super) fn decode(
     Ok(Picture { width, height, samples })
 }
 
-/// A JPEG inside another file, which says what its components mean.
+/// A JPEG inside another file, which defines the colour space of the components.
 pub(super) fn components(
     bytes: &[u8],
     limits: &ImageLimits,
@@ -131,7 +132,7 @@ pub(super) fn components(
     Ok(([markers.width, markers.height], planes(bytes, &markers, limits, Some(conversion))?))
 }
 
-/// The planes of all components; what they mean is told, or read from the file.
+/// The planes of all components; their colour space is given, or read from the file.
 fn planes(
     bytes: &[u8],
     markers: &Markers<'_>,
@@ -149,7 +150,7 @@ fn planes(
     let conversion = told.unwrap_or(read);
     let raw = match strict.decode_raw() {
         Ok(raw) => raw,
-        // what the decoder of Pillow only warns of
+        // errors that Pillow's decoder only warns about
         Err(JpegError::CorruptData(_) | JpegError::UnexpectedEof) => {
             let mut lenient = decoder(bytes, limits)?;
             lenient.set_lenient(true);
@@ -170,7 +171,7 @@ fn planes(
     Ok(Components { planes: planes.collect(), conversion })
 }
 
-/// By the decoder's own last steps: smoothing, or a smaller inverse transform.
+/// Decodes to packed pixels with the decoder's own last steps: smoothing, or a scaled inverse transform.
 fn whole(bytes: &[u8], limits: &ImageLimits, divisor: u32, format: PixelFormat) -> Result<Picture, ImageError> {
     let scaling = ScalingFactor::try_new(1, divisor).map_err(refusal)?;
     let open = || -> Result<Jpeg<'_>, ImageError> {
@@ -197,7 +198,7 @@ fn whole(bytes: &[u8], limits: &ImageLimits, divisor: u32, format: PixelFormat) 
     Ok(Picture { width, height, samples: Samples::Rgb(data) })
 }
 
-/// Pillow's `draft`: the largest reduction that still leaves as many pixels as are needed on both sides.
+/// Pillow's `draft`: the largest reduction that leaves at least the needed width and height.
 fn draft(width: u32, height: u32, needed: [u32; 2]) -> u32 {
     let divisor = (width / needed[0].max(1)).min(height / needed[1].max(1));
     [8, 4, 2].into_iter().find(|&factor| factor <= divisor).unwrap_or(1)
@@ -218,7 +219,7 @@ fn truncated() -> ImageError {
     ImageError::Invalid { reason: "truncated", detail: "JPEG ends before its pixels do".to_owned() }
 }
 
-/// An error of the decoder, in terms of the image.
+/// A decoder error as an error of the image.
 fn refusal(error: JpegError) -> ImageError {
     let said: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
     match error {

@@ -1,6 +1,6 @@
-//! The structure of a JPEG: its frame, its scans and how it ends, as Pillow and libjpeg read them.
+//! The structure of a JPEG: frame, scans and end marker, as Pillow and libjpeg read them.
 //!
-//! Nothing is decoded and nothing allocated but a list of scans, so that limits can be checked first.
+//! Decodes nothing and allocates only a list of scans, so that limits can be checked first.
 
 use super::super::limits::{ImageError, ImageLimits};
 
@@ -8,28 +8,28 @@ const START_OF_IMAGE: u8 = 0xD8;
 const END_OF_IMAGE: u8 = 0xD9;
 const START_OF_SCAN: u8 = 0xDA;
 const EXIF: &[u8] = b"Exif\0\0";
-/// Scans that are listed; a file with more is refused anyway.
+/// Most scans that are listed; a file with more is refused anyway.
 const LISTED: usize = 1000;
 
-/// Most blocks of all components together that the format allows in a unit of a scan.
+/// Most blocks in an MCU, by the specification.
 const MAX_UNIT: usize = 10;
 
-/// What the markers say.
+/// Contents of the markers.
 #[derive(Debug)]
 pub(super) struct Markers<'a> {
     pub(super) width: u32,
     pub(super) height: u32,
     pub(super) components: Vec<Component>,
-    /// Largest sampling factors.
+    /// Largest sampling factors, horizontal and vertical.
     pub(super) max_across: usize,
     pub(super) max_down: usize,
     pub(super) progressive: bool,
-    /// Coded arithmetically, not by Huffman.
+    /// Arithmetic instead of Huffman coding.
     pub(super) arithmetic: bool,
-    /// Predicted from neighbours, not transformed.
+    /// Lossless (predictive) instead of DCT.
     pub(super) lossless: bool,
     pub(super) scans: Vec<Scan>,
-    /// The EXIF block, from its byte order on.
+    /// The EXIF block, starting at its byte order mark.
     pub(super) exif: Option<&'a [u8]>,
     pub(super) end: End,
 }
@@ -37,12 +37,12 @@ pub(super) struct Markers<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Component {
     id: u8,
-    /// Sampling factors, 1 to 4.
+    /// Sampling factors, 1 to 4, horizontal and vertical.
     pub(super) across: usize,
     pub(super) down: usize,
 }
 
-/// A scan: which components, and for progressive ones which coefficients down to which bit.
+/// A scan: its components, and for progressive files its spectral selection and successive approximation.
 #[derive(Debug)]
 pub(super) struct Scan {
     components: Vec<u8>,
@@ -51,12 +51,12 @@ pub(super) struct Scan {
     low_bit: u8,
 }
 
-/// How the file ends.
+/// End of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
-    /// With the marker of the end; what follows is not read.
+    /// With an end marker (EOI); bytes after it are ignored.
     Marked,
-    /// In the pixels of a scan, or after something else.
+    /// Without one: inside a scan, or after another marker.
     Missing,
 }
 
@@ -64,7 +64,7 @@ impl<'a> Markers<'a> {
     /// Reads all markers, up to the end of the image.
     ///
     /// # Errors
-    /// [`ImageError::Unsupported`] for kinds that Pillow does not open, [`ImageError::TooLarge`] by the size,
+    /// [`ImageError::Unsupported`] for kinds that Pillow doesn't open, [`ImageError::TooLarge`] by the size,
     /// [`ImageError::Invalid`] for broken files.
     pub(super) fn read(bytes: &'a [u8], limits: &ImageLimits) -> Result<Self, ImageError> {
         let mut frame: Option<Frame> = None;
@@ -94,7 +94,7 @@ impl<'a> Markers<'a> {
                         break;
                     }
                 }
-                // C4: Huffman tables, C8: reserved, CC: arithmetic conditioning
+                // C4: DHT (Huffman tables), C8: reserved, CC: DAC (arithmetic conditioning)
                 0xC0..=0xCF if !matches!(marker, 0xC4 | 0xC8 | 0xCC) => {
                     if frame.is_some() {
                         return Err(corrupt("there are two headers of frames"));
@@ -130,7 +130,7 @@ impl<'a> Markers<'a> {
         Ok(markers)
     }
 
-    /// What the decoder can't do, or would do in another way than Pillow's.
+    /// Refuses kinds that the decoder doesn't support, or decodes differently from Pillow.
     fn check(&self) -> Result<(), ImageError> {
         let unsupported = |detail: &str| Err(ImageError::Unsupported { detail: detail.to_owned() });
         let ids = |i: usize| self.components[i].id;
@@ -157,7 +157,7 @@ impl<'a> Markers<'a> {
         Ok(())
     }
 
-    /// Blocks of 64 samples in all components, as the decoder lays them out.
+    /// 8x8 blocks in all components, including padding to whole MCUs.
     pub(super) fn blocks(&self) -> u64 {
         let across = self.width.div_ceil(8 * self.max_across as u32);
         let down = self.height.div_ceil(8 * self.max_down as u32);
@@ -165,7 +165,7 @@ impl<'a> Markers<'a> {
         u64::from(across) * u64::from(down) * in_unit as u64
     }
 
-    /// Blocks that a scan goes over.
+    /// Blocks in a scan.
     pub(super) fn scan_blocks(&self, scan: &Scan) -> u64 {
         let of = |component: &Component| {
             (self.samples_across(component).div_ceil(8) * self.samples_down(component).div_ceil(8)) as u64
@@ -173,19 +173,19 @@ impl<'a> Markers<'a> {
         self.components.iter().filter(|c| scan.components.contains(&c.id)).map(of).sum()
     }
 
-    /// Samples of a component from left to right.
+    /// Width of a component, in samples.
     pub(super) fn samples_across(&self, component: &Component) -> usize {
         (self.width as usize * component.across).div_ceil(self.max_across)
     }
 
-    /// Samples of a component from top to bottom.
+    /// Height of a component, in samples.
     pub(super) fn samples_down(&self, component: &Component) -> usize {
         (self.height as usize * component.down).div_ceil(self.max_down)
     }
 
-    /// Whether the scans of a progressive file leave bits of the lowest frequencies open.
+    /// Whether a progressive file lacks bits of the lowest frequencies.
     pub(super) fn leaves_open(&self) -> bool {
-        /// The constant coefficient and those that smoothing estimates.
+        /// The DC coefficient and those that block smoothing estimates.
         const LOWEST: usize = 10;
         self.components.iter().any(|component| {
             let mut open = [true; LOWEST];
@@ -201,7 +201,7 @@ impl<'a> Markers<'a> {
     }
 }
 
-/// The header of the frame.
+/// The frame header (SOF).
 struct Frame {
     width: u32,
     height: u32,
@@ -261,19 +261,19 @@ impl Scan {
     }
 }
 
-/// A marker and what belongs to it, cut short by the end of the file.
+/// A marker segment; its body may be cut short by the end of the file.
 struct Segment<'a> {
     marker: u8,
     body: &'a [u8],
 }
 
-/// Walks over the markers; bytes between them, the pixels among them, are passed over.
+/// Iterates over marker segments; skips bytes between them, such as entropy-coded data.
 struct Segments<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Segments<'a> {
-    /// From behind the start of the image.
+    /// Starts after the SOI marker.
     fn new(bytes: &'a [u8]) -> Self {
         Self { rest: bytes.get(2..).unwrap_or_default() }
     }
@@ -287,7 +287,7 @@ impl<'a> Iterator for Segments<'a> {
         let marker = loop {
             from += self.rest.get(from..)?.iter().position(|&byte| byte == 0xFF)? + 1;
             match self.rest.get(from)? {
-                // a fill byte: the marker's own FF follows; a stuffed one; restarts, which have no length
+                // a fill byte, whose marker's own FF follows; a stuffed byte; RST markers, which have no length
                 0xFF => {}
                 0x00 | 0x01 | 0xD0..=0xD7 => from += 1,
                 &marker => break marker,

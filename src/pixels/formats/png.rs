@@ -1,4 +1,4 @@
-//! PNG, as Pillow reads it: samples in the depth of the file, no gamma, no profile, transparency dropped.
+//! PNG as Pillow reads it: samples at the file's bit depth, no gamma, no colour profile, transparency dropped.
 
 use std::io::{self, BufRead, ErrorKind, Read, Seek, SeekFrom};
 
@@ -8,14 +8,14 @@ use png::{BitDepth, ColorType, DecodeOptions, Decoder, DecodingError, Reader, Tr
 use super::super::limits::{ImageError, ImageLimits, Need};
 use super::super::picture::{Picture, Samples, indexed, ramp};
 
-/// What the decoder says when the compressed data end in good order before the pixels are complete.
+/// Part of the decoder's message if a complete zlib stream holds too few rows.
 const TOO_FEW: &str = "does not have enough data for image";
-/// Bytes that a decoder needs beside the pixels: rows, and a window of compressed data.
+/// Bytes that the decoder allocates besides the pixels: rows, and the zlib window.
 const WORKING: u64 = 256 << 10;
 
 pub(super) fn need(bytes: &[u8], limits: &ImageLimits) -> Result<Need, ImageError> {
     let broken = || ImageError::Invalid { reason: "truncated", detail: "PNG ends before its header does".to_owned() };
-    // a signature of 8 bytes, then the first chunk: its length, its name, and the header
+    // signature of 8 bytes, then the IHDR chunk: length, type, data
     let header = bytes.get(16..26).ok_or_else(broken)?;
     let [width, height] = [&header[..4], &header[4..8]].map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
     limits.check_size(width, height)?;
@@ -29,10 +29,10 @@ pub(super) fn need(bytes: &[u8], limits: &ImageLimits) -> Result<Need, ImageErro
     Ok(Need { width, height, bytes: row * u64::from(height) + WORKING + 4 * row, rgb: false })
 }
 
-/// The chunk that ends a file: its length, its name, its checksum.
+/// The IEND chunk: length, type, CRC.
 const END: [u8; 12] = [0, 0, 0, 0, b'I', b'E', b'N', b'D', 0xAE, 0x42, 0x60, 0x82];
 
-/// A file, and after it the chunk that should have been its last: without it the pixels may be whole nevertheless.
+/// A file followed by an IEND chunk, since the pixels may be complete without one.
 struct Ended<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -70,7 +70,7 @@ impl Seek for Ended<'_> {
     }
 }
 
-/// Fails where a chunk before the pixels has a wrong checksum: Pillow minds these, and no others.
+/// Fails if a chunk before the pixels has a wrong CRC: Pillow checks these, and no others.
 fn check_sums(bytes: &[u8]) -> Result<(), ImageError> {
     let mut rest = bytes.get(8..).unwrap_or_default();
     while let Some((length, after)) = rest.split_first_chunk::<4>() {
@@ -100,7 +100,7 @@ fn open(bytes: &[u8]) -> Result<Reader<Ended<'_>>, DecodingError> {
     decoder.read_info()
 }
 
-/// The orientation that the file's EXIF chunk asks for, if that comes before the pixels.
+/// The orientation in the file's eXIf chunk, if that comes before the pixels.
 pub(super) fn orientation(bytes: &[u8]) -> Option<Orientation> {
     let reader = open(bytes).ok()?;
     Orientation::from_exif_chunk(reader.info().exif_metadata.as_ref()?)
@@ -114,12 +114,12 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     let size = reader.output_buffer_size().ok_or_else(|| corrupt("it is too large".into()))?;
     let mut data = vec![0; size];
     match reader.next_frame(&mut data) {
-        // as Pillow: a whole stream of too few rows leaves the others black
+        // as Pillow: missing rows of a complete zlib stream are black
         Err(DecodingError::Format(error)) if error.to_string().contains(TOO_FEW) => {}
         Err(error) => return Err(refusal(error)),
         Ok(_) => {}
     }
-    // of 16 bits Pillow keeps the upper eight, but clips greys
+    // of 16-bit samples, Pillow keeps the upper 8 bits, but clips grey
     let wide = usize::from(depth == BitDepth::Sixteen) + 1;
     let samples = match color {
         ColorType::Grayscale if depth == BitDepth::Sixteen => {
@@ -147,7 +147,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Picture, ImageError> {
     Ok(Picture { width, height, samples })
 }
 
-/// Big-endian values of 16 bits as Pillow converts them: everything from 255 on is white.
+/// Big-endian 16-bit samples, clipped as in Pillow: 255 and above is white.
 pub(super) fn clipped(mut data: Vec<u8>) -> Vec<u8> {
     let pixels = data.len() / 2;
     for i in 0..pixels {

@@ -1,6 +1,6 @@
-//! Compressed strips and tiles of a TIFF → their bytes.
+//! Decompresses strips and tiles of a TIFF.
 //!
-//! Owns the compression schemes. Each fills a buffer of known length; what is missing at its end is told, never guessed.
+//! Owns the compression schemes. Each fills a buffer of known length, and fails if data is missing.
 
 use std::io::Read as _;
 
@@ -8,22 +8,22 @@ use fax::decoder::{DecodeStatus, Group3Decoder, Group4Decoder, pels};
 use flate2::read::ZlibDecoder;
 use weezl::{BitOrder, LzwStatus, decode};
 
-/// How pixels are compressed.
+/// Compression scheme.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
     None,
     Lzw,
     Deflate,
     PackBits,
-    /// One-dimensional, with a mark after every line.
+    /// CCITT Group 3, one-dimensional, with an end-of-line code after every row.
     Group3,
     Group4,
-    /// A JPEG each.
+    /// One JPEG per strip or tile.
     Jpeg,
 }
 
-/// Fills `out` with the bytes of one strip or tile whose rows have `row` bytes and `width` pixels; nothing when `input` ends
-/// early or is broken.
+/// Decompresses one strip or tile into `out`; its rows have `row` bytes and `width` pixels. Returns `None` if `input`
+/// ends early or is broken.
 pub(super) fn fill(compression: Compression, input: &[u8], (row, width): (usize, usize), out: &mut [u8]) -> Option<()> {
     match compression {
         Compression::None => out.copy_from_slice(input.get(..out.len())?),
@@ -87,7 +87,7 @@ pub(super) fn fill(compression: Compression, input: &[u8], (row, width): (usize,
     Some(())
 }
 
-/// A line of black and white; black is 1, as fax has it.
+/// Draws a bi-level row; black is 1, as in fax.
 fn draw(transitions: &[u16], width: usize, line: &mut [u8]) {
     line.fill(0);
     let Ok(width16) = u16::try_from(width) else { return };

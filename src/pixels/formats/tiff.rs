@@ -1,7 +1,7 @@
-//! TIFF's first page, as Pillow reads it: strips and tiles, palettes, any number of bits, upright.
+//! TIFF's first page, as Pillow reads it: strips and tiles, palettes, all bit depths, with its orientation.
 //!
-//! Owns which kinds are read and what their samples mean; `directory` reads tags, `strips` decompresses. Must not know what
-//! happens to the pixels.
+//! Owns which kinds are supported and what their samples mean; `directory` reads tags, `strips` decompresses. Must not
+//! know what happens to the pixels.
 
 use image::metadata::Orientation;
 
@@ -12,10 +12,10 @@ use super::directory::Directory;
 use super::jpeg;
 use super::strips::{Compression, fill};
 
-/// Bytes that decoding takes beside the pixels: tables of codes.
+/// Bytes that decoding allocates besides the pixels: LZW tables.
 const WORKING: u64 = 256 << 10;
 
-/// What a page is made of.
+/// Layout of a page.
 #[derive(Debug)]
 pub(super) struct Page<'a> {
     directory: Directory<'a>,
@@ -23,13 +23,13 @@ pub(super) struct Page<'a> {
     pub(super) height: u32,
     compression: Compression,
     kind: Kind,
-    /// Bits of each sample.
+    /// Bits per sample.
     bits: u64,
-    /// Samples a pixel.
+    /// Samples per pixel.
     count: u64,
-    /// Whether each sample has planes of its own.
+    /// Planar configuration: each sample has planes of its own.
     planar: bool,
-    /// Whether the first bit is the lowest.
+    /// FillOrder 2: the first pixel is in the lowest bit.
     mirrored: bool,
     predictor: u64,
     /// Width and height of a strip or tile.
@@ -40,21 +40,21 @@ pub(super) struct Page<'a> {
     pub(super) orientation: Orientation,
 }
 
-/// What samples mean.
+/// Meaning of the samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Unsigned, of up to 8 bits; white is 0 if inverted.
+    /// Unsigned grey of up to 8 bits; white is 0 if inverted.
     Grey {
         inverted: bool,
     },
-    /// Unsigned, of 16 bits: Pillow clips at 255.
+    /// Unsigned 16-bit grey; Pillow clips at 255.
     Grey16,
-    /// Signed, of 16 or 32 bits: clipped.
+    /// Signed grey of 16 or 32 bits, clipped.
     Signed,
     Float,
     Palette,
     Rgb,
-    /// Colours were multiplied by the alpha that follows.
+    /// RGB, multiplied by the alpha that follows.
     Premultiplied,
     YCbCr,
     Cmyk,
@@ -98,7 +98,7 @@ fn truncated() -> ImageError {
     ImageError::Invalid { reason: "truncated", detail: "TIFF ends before its pixels do".to_owned() }
 }
 
-/// Reads the first directory, and everything about its page that can be checked before pixels are.
+/// Reads the first directory, and checks the page as far as possible without its pixels.
 pub(super) fn read<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Page<'a>, ImageError> {
     let directory = Directory::read(bytes)?;
     let one = |tag: u16, default: u64| directory.one(tag).map(|value| value.unwrap_or(default));
@@ -147,7 +147,7 @@ pub(super) fn read<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Page<'a>
         return Err(corrupt("its strips or tiles have no pixels"));
     }
     limits.check_size(chunk[0], chunk[1])?;
-    // Pillow reads strips where a file without tiles calls them so, and the other way round
+    // like Pillow, accept strip tags for tiles and the reverse
     let either = |strips: u16, tiles: u16| -> Result<Vec<u64>, ImageError> {
         let (first, second) = if tiled { (tiles, strips) } else { (strips, tiles) };
         let values = directory.all(first)?;
@@ -197,7 +197,7 @@ fn compression(scheme: u64, fax_options: u64) -> Result<Compression, ImageError>
     unsupported(format!("TIFF compressed by {name} is not read"))
 }
 
-/// Pillow's table of the kinds that it opens, without those that no program writes.
+/// The kinds that Pillow opens, without those that no program writes.
 fn kind(photometric: u64, bits: u64, count: u64, format: u64, extra: &[u64]) -> Result<Kind, ImageError> {
     let colors = count - (extra.len() as u64).min(count - 1);
     let small = matches!(bits, 1 | 2 | 4 | 8);
@@ -230,7 +230,7 @@ fn kind(photometric: u64, bits: u64, count: u64, format: u64, extra: &[u64]) -> 
 }
 
 impl Page<'_> {
-    /// Bytes of a pixel in the result.
+    /// Bytes per pixel of the result.
     fn stored(&self) -> u64 {
         match self.kind {
             Kind::Grey { .. } | Kind::Grey16 | Kind::Signed | Kind::Float | Kind::Palette => 1,
@@ -238,12 +238,12 @@ impl Page<'_> {
         }
     }
 
-    /// Samples of a pixel in one chunk.
+    /// Samples per pixel in one chunk.
     fn in_chunk(&self) -> u64 {
         if self.planar { 1 } else { self.count }
     }
 
-    /// Bytes of a chunk's row.
+    /// Bytes per row of a chunk.
     fn row(&self) -> u64 {
         (u64::from(self.chunk[0]) * self.in_chunk() * self.bits).div_ceil(8)
     }
@@ -252,7 +252,7 @@ impl Page<'_> {
         let pixels = u64::from(self.width) * u64::from(self.height);
         let area = u64::from(self.chunk[0]) * u64::from(self.chunk[1]);
         let chunk = match self.compression {
-            // planes at the worst of samplings, coefficients, and tables put before each
+            // planes at the largest sampling, coefficients, and a copy of the chunk with its tables
             Compression::Jpeg => area * 9 + self.directory.bytes.len() as u64,
             Compression::None if !self.mirrored => 0,
             _ => self.row() * u64::from(self.chunk[1]),
@@ -263,7 +263,7 @@ impl Page<'_> {
         Need { width: self.width, height: self.height, bytes, rgb: self.stored() == 3 }
     }
 
-    /// What one strip or tile holds in the file.
+    /// Bytes of one strip or tile in the file.
     fn input(&self, number: usize) -> Result<&[u8], ImageError> {
         let at = usize::try_from(*self.offsets.get(number).ok_or_else(truncated)?).map_err(|_| truncated())?;
         let rest = self.directory.bytes.get(at..).ok_or_else(truncated)?;
@@ -286,7 +286,7 @@ impl Page<'_> {
                     number % across as usize * self.chunk[0] as usize,
                     number / across as usize * self.chunk[1] as usize,
                 );
-                // the last strip ends with the image, tiles don't
+                // the last strip ends with the image; tiles are always whole
                 let rows = if self.tiled { self.chunk[1] as usize } else { (height - top).min(self.chunk[1] as usize) };
                 let position = Position { left, top, rows, plane };
                 let input = self.input(number + plane * (across * down) as usize)?;
@@ -335,7 +335,7 @@ impl Page<'_> {
         Ok(Picture { width, height, samples })
     }
 
-    /// Sums of differences to the pixel before, in each row.
+    /// Undoes horizontal differencing (predictor 2) in each row.
     fn undo_differences(&self, buffer: &mut [u8], row: usize) {
         let step = self.in_chunk() as usize * (self.bits / 8) as usize;
         for line in buffer.chunks_exact_mut(row) {
@@ -363,7 +363,7 @@ impl Page<'_> {
         if self.directory.big_endian { u32::from_be_bytes(four) } else { u32::from_le_bytes(four) }
     }
 
-    /// Puts a chunk's pixels into the image.
+    /// Copies a chunk's pixels into the image.
     fn paste(&self, chunk: &[u8], row: usize, position: Position, data: &mut [u8]) {
         let (width, stored) = (self.width as usize, self.stored() as usize);
         let pixels = (width - position.left).min(self.chunk[0] as usize);
@@ -403,7 +403,7 @@ impl Page<'_> {
                 }
                 Kind::Float => {
                     for (x, out) in line.iter_mut().enumerate() {
-                        // cast as Pillow's: cut off, nothing for what is no number
+                        // cast as in Pillow: truncated, 0 for NaN
                         *out = f32::from_bits(self.thirty_two(samples(x))) as u8;
                     }
                 }
@@ -422,14 +422,14 @@ impl Page<'_> {
         }
     }
 
-    /// Sample number `at` of a row, of up to 8 bits.
+    /// Sample `at` of a row, of up to 8 bits.
     fn small(&self, row: &[u8], at: usize) -> u8 {
         let bits = self.bits as usize;
         let mask = ((1u32 << bits) - 1) as u8;
         (row[at * bits / 8] >> (8 - bits - at * bits % 8)) & mask
     }
 
-    /// A strip or tile that is a JPEG of its own, with the tables of all before it.
+    /// Decodes a strip or tile that is a JPEG, with the tables of the JPEGTables tag.
     fn paste_jpeg(
         &self,
         input: &[u8],
@@ -470,7 +470,7 @@ impl Page<'_> {
     }
 }
 
-/// Where a strip or tile belongs.
+/// Position of a strip or tile in the image.
 #[derive(Clone, Copy)]
 struct Position {
     left: usize,
@@ -479,7 +479,7 @@ struct Position {
     plane: usize,
 }
 
-/// Colours that were multiplied by their alpha, as Pillow divides them.
+/// RGB divided by its alpha, as Pillow does.
 fn divided(color: [u8; 3], alpha: u8) -> [u8; 3] {
     match alpha {
         0 => [0; 3],
@@ -488,7 +488,7 @@ fn divided(color: [u8; 3], alpha: u8) -> [u8; 3] {
     }
 }
 
-/// Pillow's conversion of inks: `(255 − k) − c (255 − k) / 255`, rounded.
+/// Pillow's conversion of CMYK: `(255 − k) − c (255 − k) / 255`, rounded.
 fn inked(color: [u8; 3], black: u8) -> [u8; 3] {
     let light = u32::from(255 - black);
     color.map(|ink| {
@@ -497,11 +497,11 @@ fn inked(color: [u8; 3], black: u8) -> [u8; 3] {
     })
 }
 
-/// Pillow's own conversion of YCbCr, which is coarser than libjpeg's: 6 fractional bits.
+/// Pillow's conversion of YCbCr, which is coarser than libjpeg's: 6 fractional bits.
 fn pillows_rgb([y, cb, cr]: [u8; 3]) -> [u8; 3] {
     const BITS: i32 = 6;
     let part = |factor: f64, sample: u8| {
-        // as in Pillow's tables: factor times the distance from 128, half added and cut off
+        // as Pillow's tables: factor × (sample − 128), plus one half, truncated
         (factor * f64::from(1 << BITS) * f64::from(i32::from(sample) - 128) + 0.5) as i32
     };
     let y = i32::from(y);

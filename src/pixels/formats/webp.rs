@@ -1,4 +1,4 @@
-//! WebP through the `image` crate, whose decoder allocates by the size in a frame's header: that size is checked first.
+//! WebP through the `image` crate. Its decoder allocates by the size in a frame header, which is checked first.
 
 use std::io::Cursor;
 
@@ -9,13 +9,13 @@ use image::{ColorType, ImageDecoder as _};
 use super::super::limits::{ImageError, ImageLimits, Need, ends_early};
 use super::super::picture::{Picture, Samples};
 
-/// Bytes that a decoder needs beside the pixels.
+/// Bytes that the decoder allocates besides the pixels.
 const WORKING: u64 = 1 << 20;
-/// Flags of an extended file.
+/// Flags of the VP8X chunk.
 const ANIMATED: u8 = 2;
 const ALPHA: u8 = 16;
 
-/// Chunks of a RIFF, each with its name; the last may be cut short.
+/// Chunks of a RIFF, each with its FourCC; the last may be cut short.
 fn chunks(mut rest: &[u8]) -> impl Iterator<Item = ([u8; 4], &[u8])> {
     std::iter::from_fn(move || {
         let (head, after) = rest.split_first_chunk::<8>()?;
@@ -27,7 +27,7 @@ fn chunks(mut rest: &[u8]) -> impl Iterator<Item = ([u8; 4], &[u8])> {
     })
 }
 
-/// Width and height that compressed pixels say they have.
+/// Width and height in the header of a VP8 or VP8L bitstream.
 fn size_of(name: [u8; 4], body: &[u8]) -> Option<[u32; 2]> {
     match (&name, body) {
         (b"VP8 ", [_, _, _, _, _, _, w0, w1, h0, h1, ..]) => {
@@ -41,12 +41,12 @@ fn size_of(name: [u8; 4], body: &[u8]) -> Option<[u32; 2]> {
     }
 }
 
-/// Three bytes of a frame's header, and one more.
+/// A side in a frame's header, which stores side − 1 in 24 bits.
 fn side(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 3).map_or(0, |three| 1 + u32::from_le_bytes([three[0], three[1], three[2], 0]))
 }
 
-/// Fails where compressed pixels have another size than the image, or than the frame that they are in.
+/// Fails if a bitstream has another size than the image, or than its animation frame.
 fn check_frames(bytes: &[u8]) -> Result<(), ImageError> {
     let file = bytes.get(12..).unwrap_or_default();
     let Some((first, extended)) = chunks(file).next() else { return Ok(()) };
@@ -78,12 +78,12 @@ pub(super) fn need(bytes: &[u8], limits: &ImageLimits) -> Result<Need, ImageErro
     limits.check_size(width, height)?;
     check_frames(bytes)?;
     let pixels = u64::from(width) * u64::from(height);
-    // planes, what is known of 16 × 16 pixels, and copies of the file's parts
+    // planes, state per macroblock, and copies of the file's parts
     let lossy = 7 * pixels / 4 + 3 * bytes.len() as u64;
     let beside = match (bytes.get(12..16), bytes.get(20).copied().unwrap_or(0)) {
         (Some(b"VP8 "), _) => lossy,
         (Some(b"VP8L"), _) => 4 * pixels,
-        // a frame of an animation, and what it is drawn on
+        // a frame of an animation, and its canvas
         (_, flags) if flags & ANIMATED != 0 => 8 * pixels + 3 * bytes.len() as u64,
         (_, flags) if flags & ALPHA != 0 => lossy + 5 * pixels,
         _ => 4 * pixels + 3 * bytes.len() as u64,
@@ -91,7 +91,7 @@ pub(super) fn need(bytes: &[u8], limits: &ImageLimits) -> Result<Need, ImageErro
     Ok(Need { width, height, bytes: decoder.total_bytes() + beside + WORKING, rgb: false })
 }
 
-/// The orientation that the file's EXIF chunk asks for.
+/// The orientation in the file's EXIF chunk.
 pub(super) fn orientation(bytes: &[u8]) -> Option<Orientation> {
     let (_, exif) = chunks(bytes.get(12..)?).find(|(name, _)| name == b"EXIF")?;
     Orientation::from_exif_chunk(exif.strip_prefix(b"Exif\0\0").unwrap_or(exif))

@@ -1,4 +1,5 @@
-//! The multiply-add loops of resampling for x86-64 with AVX2, where the lanes of `kernels` can be laid cheaper.
+//! The multiply-add loops of resampling for x86-64 with AVX2, where `kernels`' lanes can be arranged with fewer
+//! instructions.
 //!
 //! Owns shuffles within 128-bit blocks, which portable vectors lack. Must not know where coefficients come from.
 
@@ -10,22 +11,22 @@ use fearless_simd::{Avx2, kernel, u8x16, u8x32};
 use super::fixed_point::{HALF, Pair, SPLIT_BITS, vertical_sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
-/// Rows that the horizontal kernel takes side by side, one a 32-bit lane.
+/// Rows that the horizontal kernel processes together, one per 32-bit lane.
 const ROWS: usize = 8;
-/// Columns that one step of laying rows side by side takes, and outputs that are stored at once.
+/// Columns that one interleaving step loads, and outputs that are stored at once.
 const STEP: usize = 4;
-/// Bytes that such a step loads or stores, of which `RGB * STEP` count.
+/// Bytes that one step loads or stores, of which `RGB * STEP` are used.
 const BYTES: usize = 16;
-/// Outputs between two layings: their columns stay in the first-level cache.
+/// Outputs per tile: the columns for them fit the L1 cache.
 const TILE: usize = 64;
 /// Samples of one row that the vertical kernel keeps in registers.
 const BLOCK: usize = 32;
-/// The shift of a finished sum.
+/// Shift of a finished sum.
 const SHIFT: i32 = PRECISION_BITS as i32;
-/// The shift of the upper sum.
+/// Shift of the sum of upper parts.
 const SPLIT: i32 = SPLIT_BITS as i32;
 
-/// A sum whose coefficients are in two parts.
+/// A sum over coefficients that are split in two parts.
 #[derive(Clone, Copy)]
 struct Sum {
     upper: __m256i,
@@ -46,7 +47,7 @@ impl Sum {
         self.lower = _mm256_add_epi32(self.lower, _mm256_madd_epi16(samples, lower));
     }
 
-    /// Not yet clipped.
+    /// The shifted sum, not clipped.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn shifted(self) -> __m256i {
@@ -54,14 +55,14 @@ impl Sum {
     }
 }
 
-/// The same 16 bytes in both blocks.
+/// The same 16 bytes in both 128-bit blocks.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn both(avx2: Avx2, bytes: [u8; BYTES]) -> __m256i {
     _mm256_broadcastsi128_si256(u8x16::load_array(avx2, bytes).into())
 }
 
-/// 16 bytes of `row` from `at`, zeros beyond its end.
+/// 16 bytes of `row` from `at`, zero-padded beyond its end.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load(avx2: Avx2, row: &[u8], at: usize) -> __m128i {
@@ -76,12 +77,12 @@ fn load(avx2: Avx2, row: &[u8], at: usize) -> __m128i {
     }
 }
 
-/// Lays rows side by side, from column `from`: for each pair of columns and each channel both columns of the first row,
-/// of the second …, in 16 bits each.
+/// Interleaves rows, starting at column `from`: for each pair of columns and each channel, both columns of the first
+/// row, of the second row …, 16 bits each.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn lay(avx2: Avx2, rows: [&[u8]; ROWS], from: usize, columns: &mut [[[__m256i; RGB]; 2]]) {
-    // channel by channel, the four columns in such an order that a mask finds two of them and a shift the others
+    // by channel, with the four columns in an order that lets a mask select two and a shift the other two
     let order = both(avx2, [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11, 15, 15, 15, 15]);
     let mask = _mm256_set1_epi16(0xFF);
     for (step, columns) in columns.iter_mut().enumerate() {
@@ -105,7 +106,7 @@ fn lay(avx2: Avx2, rows: [&[u8]; ROWS], from: usize, columns: &mut [[[__m256i; R
     }
 }
 
-/// One output of all rows: red, green and blue in the bytes of each row's lane.
+/// One output pixel of all rows: red, green and blue in the bytes of each row's lane.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn pixel(columns: &[[__m256i; RGB]], pairs: &[Pair], order: __m256i) -> __m256i {
@@ -122,19 +123,19 @@ fn pixel(columns: &[[__m256i; RGB]], pairs: &[Pair], order: __m256i) -> __m256i 
 }
 
 kernel!(
-    /// The horizontal kernel: `starts` says at which pair of columns each output starts, `pairs` has equally many
+    /// The horizontal kernel: `starts` is the first pair of columns of each output, `pairs` has the same number of
     /// coefficients for each.
     pub(super) fn horizontal(avx2: Avx2, view: View<'_>, starts: &[usize], pairs: &[Pair], out: &mut [u8]) {
         let run = pairs.len() / starts.len();
         let line = RGB * starts.len();
         let zero = _mm256_setzero_si256();
-        // from planes of four rows to pixels of four bytes, and from these to packed ones
+        // from planes of four rows to four-byte pixels, and from these to packed RGB
         let plane = both(avx2, [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]);
         let packed = both(avx2, [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15]);
         let widest = starts.chunks(TILE).map(|starts| starts[starts.len() - 1] - starts[0]).max().unwrap_or(0);
         let mut columns = vec![[[zero; RGB]; 2]; (widest + 1 + run).div_ceil(2)];
         for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
-            // below the last row it is repeated, and not stored
+            // below the last row, repeat it and don't store it
             let mut rows = [view.row(0); ROWS];
             for (n, row) in rows.iter_mut().enumerate() {
                 *row = view.row((block * ROWS + n).min(view.rows - 1));
@@ -148,7 +149,7 @@ kernel!(
                 for (starts, pairs) in starts.chunks(STEP).zip(pairs.chunks(STEP * run)) {
                     let mut pixels = [zero; STEP];
                     for (pixels, (start, pairs)) in pixels.iter_mut().zip(starts.iter().zip(pairs.chunks_exact(run))) {
-                        // most outputs need a pair less than the longest
+                        // most outputs need one pair less than the longest
                         let used = if pairs[run - 1].is_zero() { run - 1 } else { run };
                         *pixels = pixel(&columns[start - first..][..used], &pairs[..used], plane);
                     }
@@ -170,7 +171,7 @@ kernel!(
                     for (out, pixels) in out.chunks_exact_mut(line).zip(halves) {
                         let pixels: u8x16<Avx2> = pixels.simd_into(avx2);
                         match out.get_mut(at..at + BYTES) {
-                            // the idle bytes are overwritten by the next step
+                            // the unused bytes are overwritten by the next step
                             Some(out) => pixels.store_slice(out),
                             None => {
                                 let out = &mut out[at..at + RGB * starts.len()];
@@ -187,7 +188,7 @@ kernel!(
 );
 
 kernel!(
-    /// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
+    /// The vertical kernel, in blocks of columns, so that the sums stay in registers.
     pub(super) fn vertical(avx2: Avx2, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
         let zero = _mm256_setzero_si256();
         let mut pairs = Vec::with_capacity(taps.stride / 2 + 1);
@@ -210,7 +211,7 @@ kernel!(
                     sums[2].add(_mm256_unpacklo_epi8(high, zero), upper, lower);
                     sums[3].add(_mm256_unpackhi_epi8(high, zero), upper, lower);
                 }
-                // packing undoes the order of unpacking
+                // packing restores the order that unpacking changed
                 let low = _mm256_packs_epi32(sums[0].shifted(), sums[1].shifted());
                 let high = _mm256_packs_epi32(sums[2].shifted(), sums[3].shifted());
                 let samples: u8x32<Avx2> = _mm256_packus_epi16(low, high).simd_into(avx2);

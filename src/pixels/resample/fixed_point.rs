@@ -1,21 +1,21 @@
-//! Pillow's fixed-point arithmetic: how a 22-bit coefficient is multiplied exactly with 16-bit instructions, and how a sum
-//! becomes a sample. Knows no processor.
+//! Pillow's fixed-point arithmetic: exact products with 22-bit coefficients from 16-bit instructions, and rounding of
+//! sums to samples. Knows no processor.
 
 use super::{PRECISION_BITS, View};
 
-/// Half a unit in the last place: the sums start here, so that the shift rounds.
+/// Half a unit in the last place: sums start here, so that the shift rounds.
 pub(super) const HALF: i32 = 1 << (PRECISION_BITS - 1);
-/// Where a coefficient is split in two, so that either part fits 16 bits with its sign.
+/// Bits of a coefficient's lower part; both parts fit signed 16 bits.
 pub(super) const SPLIT_BITS: u32 = 12;
 
-/// A fixed-point sum as a sample.
+/// Rounds and clips a fixed-point sum to a sample.
 #[inline(always)]
 pub(super) fn sample(sum: i32) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
-/// The coefficients of two neighbouring positions, each in an upper and a lower part of 16 bits with sign:
-/// `coefficient = upper << SPLIT_BITS + lower`. One 32-bit lane holds the same part of both, the first one below.
+/// Coefficients of two adjacent positions, each split into two signed 16-bit parts: `coefficient = upper << SPLIT_BITS
+/// + lower`. A 32-bit lane holds the same part of both, the first position in the low half.
 #[derive(Clone, Copy)]
 pub(super) struct Pair {
     pub(super) upper: i32,
@@ -29,8 +29,8 @@ impl Pair {
         Pair { upper: join(first >> SPLIT_BITS, second >> SPLIT_BITS), lower: join(lower(first), lower(second)) }
     }
 
-    /// The rows of a vertical sum in pairs with their coefficients, `first` being the first row. An odd last row is paired with
-    /// itself and a coefficient of zero.
+    /// The rows of a vertical sum in pairs with their coefficients, starting at row `first`. An odd last row is paired
+    /// with itself and a zero coefficient.
     pub(super) fn rows<'a>(
         view: View<'a>,
         first: usize,
@@ -50,7 +50,8 @@ impl Pair {
     }
 }
 
-/// One sample of a vertical sum over the rows from `first` on, without vectors: what is left of a row beside whole blocks.
+/// One sample of a vertical sum over the rows from `first` on, in scalar code for the columns after the last whole
+/// block.
 #[inline(always)]
 pub(super) fn vertical_sample(view: View<'_>, first: usize, weights: &[i32], column: usize) -> u8 {
     let sum = weights

@@ -1,6 +1,6 @@
-//! The multiply-add loops of resampling, in vector instructions of whatever width the processor has.
+//! The multiply-add loops of resampling, in vectors of the processor's width.
 //!
-//! Owns how samples lie in lanes. Must not know where coefficients come from.
+//! Owns the arrangement of samples in lanes. Must not know where coefficients come from.
 
 use fearless_simd::prelude::*;
 use fearless_simd::{Level, dispatch, i16x16, i32x8, u8x16, u16x8, u32x8};
@@ -10,19 +10,19 @@ use super::avx2;
 use super::fixed_point::{HALF, Pair, SPLIT_BITS, vertical_sample};
 use super::{PRECISION_BITS, RGB, Taps, View};
 
-/// Columns that one step of laying rows side by side takes.
+/// Columns that one interleaving step loads.
 const STEP: usize = 4;
-/// Bytes that such a step loads, of which it uses `RGB * STEP`.
+/// Bytes that one step loads, of which `RGB * STEP` are used.
 const BYTES: usize = 16;
-/// Rows that the horizontal kernel takes side by side.
+/// Rows that the horizontal kernel processes together.
 pub(super) const ROWS: usize = 8;
-/// Samples of one pair of columns in these rows, of one channel.
+/// Samples of a pair of columns in these rows, for one channel.
 const LANES: usize = 2 * ROWS;
 /// Samples of one row that the vertical kernel keeps in registers.
 const BLOCK: usize = 32;
 
-/// The sums of one vector of outputs. Products of 8-bit samples and 24-bit coefficients don't fit the instruction that
-/// multiplies and adds pairs of 16 bits; with the coefficients in two parts they do.
+/// Sums of one vector of outputs. Products of 8-bit samples and 24-bit coefficients don't fit the instruction that
+/// multiplies and adds 16-bit pairs, so coefficients are split in two parts.
 #[derive(Clone, Copy)]
 struct Sums<S: Simd> {
     upper: i32x8<S>,
@@ -35,14 +35,14 @@ impl<S: Simd> Sums<S> {
         Sums { upper: i32x8::splat(simd, 0), lower: i32x8::splat(simd, HALF) }
     }
 
-    /// Adds two neighbouring samples for each output.
+    /// Adds two adjacent samples to each output.
     #[inline(always)]
     fn add(&mut self, samples: i16x16<S>, upper: i16x16<S>, lower: i16x16<S>) {
         self.upper += samples.pairwise_dot_product(upper);
         self.lower += samples.pairwise_dot_product(lower);
     }
 
-    /// The outputs, 0 to 255.
+    /// The outputs, clipped to 0..=255.
     #[inline(always)]
     fn samples(self, simd: S) -> i32x8<S> {
         let sum = ((self.upper << SPLIT_BITS) + self.lower) >> PRECISION_BITS;
@@ -50,23 +50,23 @@ impl<S: Simd> Sums<S> {
     }
 }
 
-/// The horizontal pass, ready for any number of rows.
+/// The horizontal pass, prepared for any number of rows.
 pub(super) struct Horizontal {
-    /// At which pair of columns each output starts.
+    /// First pair of columns of each output.
     starts: Vec<usize>,
-    /// Equally many coefficients for each.
+    /// Coefficients, the same number for each output.
     pairs: Vec<Pair>,
     level: Level,
 }
 
 impl Horizontal {
-    /// For rows whose first column is column `origin` of the positions in `taps`.
+    /// Prepares `taps` for rows whose first column has position `origin`.
     pub(super) fn new(taps: &Taps, origin: usize) -> Self {
         Self::on(Level::new(), taps, origin)
     }
 
     fn on(level: Level, taps: &Taps, origin: usize) -> Self {
-        // runs start at even columns and are equally long: coefficients of zero before and after make up for it
+        // runs start at even columns and have equal lengths: zero coefficients pad them at both ends
         let lead = |first: usize| (first - origin) % 2;
         let longest = taps.bounds.iter().map(|(first, count)| lead(*first) + count).max().unwrap_or(0);
         let run = longest.div_ceil(2).max(1);
@@ -85,7 +85,7 @@ impl Horizontal {
         Horizontal { starts, pairs, level }
     }
 
-    /// Pixels of an output row.
+    /// Pixels per output row.
     pub(super) fn outputs(&self) -> usize {
         self.starts.len()
     }
@@ -110,17 +110,17 @@ impl Horizontal {
     }
 }
 
-/// The horizontal kernel: `starts` says at which pair of columns each output starts, `pairs` has equally many
+/// The horizontal kernel: `starts` is the first pair of columns of each output, `pairs` has the same number of
 /// coefficients for each.
 ///
-/// Rows lie side by side in the lanes, so that every output has its own coefficients and no lane is idle.
+/// Rows are interleaved in lanes, so that every output has its own coefficients and no lane is idle.
 #[inline(always)]
 fn horizontal<S: Simd>(simd: S, view: View<'_>, starts: &[usize], pairs: &[Pair], columns: &mut [i16], out: &mut [u8]) {
     let run = pairs.len() / starts.len();
     let line = RGB * starts.len();
     let width = (view.len / RGB).next_multiple_of(STEP) / 2 * RGB * LANES;
     for (block, out) in out.chunks_mut(ROWS * line).enumerate() {
-        // below the last row it is repeated, and not stored
+        // below the last row, repeat it and don't store it
         let rows: [&[u8]; ROWS] = std::array::from_fn(|n| view.row((block * ROWS + n).min(view.rows - 1)));
         transpose(simd, rows, &mut columns[..width]);
         for (group, (starts, pairs)) in starts.chunks(STEP).zip(pairs.chunks(STEP * run)).enumerate() {
@@ -152,7 +152,7 @@ fn horizontal<S: Simd>(simd: S, view: View<'_>, starts: &[usize], pairs: &[Pair]
     }
 }
 
-/// From columns of pixels, one a 32-bit lane, to rows of RGB bytes with four idle bytes at their end.
+/// Transposes columns of pixels, one pixel per 32-bit lane, to rows of RGB bytes with four unused bytes at the end.
 #[inline(always)]
 fn transpose_pixels<S: Simd>(simd: S, columns: [i32x8<S>; STEP]) -> [[u8; BYTES]; ROWS] {
     const PACKED: [u8; BYTES] = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15];
@@ -170,11 +170,11 @@ fn transpose_pixels<S: Simd>(simd: S, columns: [i32x8<S>; STEP]) -> [[u8; BYTES]
     rows
 }
 
-/// Lays rows of RGB bytes side by side: for each pair of columns and each channel, `LANES` values, both columns of the
-/// first row, of the second …
+/// Interleaves rows of RGB bytes: for each pair of columns and each channel, `LANES` values: both columns of the first
+/// row, of the second row …
 #[inline(always)]
 fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
-    // four columns as pairs of bytes: RR GG BB and two idle, twice
+    // four columns as pairs of bytes: RR GG BB and two unused, twice
     const PAIRS: [u8; BYTES] = [0, 3, 1, 4, 2, 5, 2, 5, 6, 9, 7, 10, 8, 11, 8, 11];
     let order = u8x16::load_array(simd, PAIRS);
     for (step, columns) in columns.chunks_exact_mut(STEP / 2 * RGB * LANES).enumerate() {
@@ -192,7 +192,7 @@ fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
             };
             *line = bytes.swizzle_dyn_within_blocks(order).bitcast();
         }
-        // three perfect shuffles transpose eight by eight
+        // three perfect shuffles transpose an 8x8 matrix
         for _ in 0..3 {
             let half = lines;
             for i in 0..ROWS / 2 {
@@ -209,7 +209,7 @@ fn transpose<S: Simd>(simd: S, rows: [&[u8]; ROWS], columns: &mut [i16]) {
     }
 }
 
-/// Resamples every column of `view`, whose first row is row `origin` of the positions in `taps`.
+/// Resamples every column of `view`, whose first row has position `origin` in `taps`.
 pub(super) fn run_vertical(view: View<'_>, taps: &Taps, origin: usize) -> Vec<u8> {
     vertical_on(Level::new(), view, taps, origin)
 }
@@ -225,7 +225,7 @@ fn vertical_on(level: Level, view: View<'_>, taps: &Taps, origin: usize) -> Vec<
     out
 }
 
-/// The vertical kernel: a block of columns at a time, so that the sums stay in registers.
+/// The vertical kernel, in blocks of columns, so that the sums stay in registers.
 #[inline(always)]
 fn vertical<S: Simd>(simd: S, view: View<'_>, taps: &Taps, origin: usize, out: &mut [u8]) {
     let mut pairs = Vec::with_capacity(taps.stride / 2 + 1);
@@ -269,7 +269,7 @@ mod tests {
     use super::*;
     use crate::model::Interpolation;
 
-    /// Machines with AVX2 would never try the others' kernels otherwise.
+    /// Machines with AVX2 would otherwise never run the other kernels.
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn all_kernels_give_the_same_bits() {
@@ -278,7 +278,7 @@ mod tests {
         let mut seed = 1_u32;
         let mut byte = || {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            // full ranges overshoot, which has to be clipped
+            // extreme values overshoot, which has to be clipped
             [0, 255, (seed >> 24) as u8][(seed >> 20) as usize % 3]
         };
         for (from, to) in [(1, 1), (1, 9), (7, 3), (33, 64), (500, 131), (131, 500), (67, 66), (1000, 7)] {
