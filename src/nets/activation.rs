@@ -1,4 +1,4 @@
-//! Activation functions and their γ: what a unit Gaussian's variance is divided by on the way through.
+//! Activation functions and their γ, the factor that gives the output for a unit Gaussian unit variance.
 
 use super::gamma;
 
@@ -21,7 +21,7 @@ pub enum Activation {
     Tanh,
 }
 
-/// Every activation that can be folded.
+/// All activations that nfold folds.
 pub const ACTIVATIONS: [Activation; 13] = [
     Activation::Celu,
     Activation::Elu,
@@ -39,7 +39,7 @@ pub const ACTIVATIONS: [Activation; 13] = [
 ];
 
 impl Activation {
-    /// The activation of this name in timm.
+    /// The activation with timm's name `name`.
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "swish" => Some(Self::Silu),
@@ -67,8 +67,8 @@ impl Activation {
         }
     }
 
-    /// γ that a timm checkpoint was trained with: timm's simulated constant (`nfnet.py`), or, for an activation timm
-    /// has none for, 1/√Var[f(Z)] of a unit Gaussian Z by quadrature (Brock et al. 2021, section 4.2).
+    /// γ that a timm checkpoint was trained with: timm's simulated constant (`nfnet.py`), or, for an activation without
+    /// one, 1/√Var[f(Z)] of a unit Gaussian Z by quadrature (Brock et al. 2021, section 4.2).
     pub fn gamma(self) -> f64 {
         let known = gamma::find(self.name());
         known.map_or(1.0, |n| n.timm.unwrap_or_else(|| n.quadrature().gamma))

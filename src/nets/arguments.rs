@@ -1,4 +1,4 @@
-//! timm's `model_args`: taken one by one by name, and checked before anything is sized by them.
+//! timm's `model_args`: removed one by one by name, and checked before anything is sized by them.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::activation::{ACTIVATIONS, Activation};
 use super::{NetError, Pool};
 
-/// A network's `model_args`, taken one by one; what is left at the end is refused.
+/// A network's `model_args`, removed one by one; the rest is refused at the end.
 pub(super) struct Arguments<'a> {
     architecture: &'a str,
     left: Map<String, Value>,
@@ -19,22 +19,22 @@ impl<'a> Arguments<'a> {
         Self { architecture, left: args.clone() }
     }
 
-    /// Takes an argument and reads it as `T` into `target`. Absent leaves `target` alone, and so does null: timm's
-    /// `create_model` drops it.
+    /// Removes an argument and stores it in `target` as `T`. If it is absent or null, `target` stays as it is: timm's
+    /// `create_model` drops null arguments.
     pub(super) fn set<T: serde::de::DeserializeOwned>(&mut self, name: &str, target: &mut T) -> Result<(), NetError> {
         let Some(value) = self.left.remove(name).filter(|v| !v.is_null()) else { return Ok(()) };
         *target = serde_json::from_value(value.clone()).map_err(|e| bad_argument(name, &value, e.to_string()))?;
         Ok(())
     }
 
-    /// Takes arguments that don't change inference.
+    /// Removes arguments that don't affect inference.
     pub(super) fn ignore(&mut self, names: &[&str]) {
         for name in names {
             self.left.remove(*name);
         }
     }
 
-    /// Takes what all families share: input channels, classes, pooling.
+    /// Reads the arguments of all families: input channels, classes, pooling.
     pub(super) fn ends(&mut self) -> Result<Ends, NetError> {
         let (mut classes, mut in_chans, mut pool) = (1000usize, 3usize, "avg".to_string());
         self.set("num_classes", &mut classes)?;
@@ -66,7 +66,7 @@ impl<'a> Arguments<'a> {
     }
 }
 
-/// Input and output of every network.
+/// Input and output of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ends {
     pub(super) in_chans: usize,
@@ -78,7 +78,7 @@ pub(super) fn bad_argument(name: &str, value: &Value, reason: String) -> NetErro
     NetError::BadArgument { name: name.into(), value: value.to_string(), reason }
 }
 
-/// Takes the stride of the last map: where it is less than 32, later stages are dilated instead.
+/// Reads the output stride, 32 by default. If it is less, later stages are dilated instead of strided.
 pub(super) fn output_stride(args: &mut Arguments<'_>) -> Result<usize, NetError> {
     let mut stride = 32usize;
     args.set("output_stride", &mut stride)?;
@@ -88,7 +88,7 @@ pub(super) fn output_stride(args: &mut Arguments<'_>) -> Result<usize, NetError>
     }
 }
 
-/// Refuses stage lists that no real network has, before anything is sized by them.
+/// Refuses lists of stages that are out of range, before anything is sized by them.
 pub(super) fn check_stages(names: [&str; 2], depths: &[usize], channels: &[usize]) -> Result<(), NetError> {
     let as_json = |list: &[usize]| Value::from(list.to_vec());
     if depths.is_empty() || depths.len() != channels.len() || depths.len() > 16 {
@@ -104,7 +104,7 @@ pub(super) fn check_stages(names: [&str; 2], depths: &[usize], channels: &[usize
     Ok(())
 }
 
-/// Refuses numbers outside of their ranges; each comes with the argument's name.
+/// Refuses numbers outside of their ranges; the error names the argument.
 pub(super) fn check_ranges<T, const N: usize>(numbers: [(&str, T, RangeInclusive<T>); N]) -> Result<(), NetError>
 where
     T: PartialOrd + Display + Into<Value>,
@@ -118,7 +118,7 @@ where
     Ok(())
 }
 
-/// The activation that `act_layer` names.
+/// The activation that the argument `act_layer` names.
 pub(super) fn activation_argument(act_layer: &str) -> Result<Activation, NetError> {
     Activation::parse(act_layer).ok_or_else(|| {
         let known = ACTIVATIONS.map(Activation::name).join(", ");

@@ -1,10 +1,10 @@
-//! The shape that RegNet and EfficientNet share: every convolution followed by batch normalisation, blocks of a
-//! straight branch with channel attention before its last convolution. Knows neither family's numbers.
+//! Structure that RegNet and EfficientNet share: batch normalisation after every convolution, blocks of one branch with
+//! channel attention before its last convolution. Knows no configuration of either family.
 
 use super::activation::Activation;
 use super::{Attention, Conv, Init, Norm, Pool, TensorSpec};
 
-/// A network of either family, every convolution named and sized.
+/// Plan of a network of either family: every convolution with name and shape.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BatchNormedPlan {
     /// `regnet` or `efficientnet`.
@@ -17,38 +17,38 @@ pub struct BatchNormedPlan {
     pub blocks: Vec<BatchNormedBlock>,
     /// Convolution after the blocks, followed by the activation.
     pub final_conv: Option<Conv>,
-    /// The activation once more before the classifier, where the last block ends without one.
+    /// Whether the activation runs before the classifier, for networks whose last block ends without one.
     pub final_act: bool,
     /// Module path of the classifier.
     pub classifier: &'static str,
-    /// How a fresh classifier's weights are filled; its bias is zero.
+    /// Initialisation of the classifier's weights; its bias starts at zero.
     pub classifier_init: Init,
-    /// A fresh branch starts at zero: the scale after its last convolution is zero.
+    /// Whether the norm after a branch's last convolution starts with scale 0.
     pub zero_init_last: bool,
-    /// TensorFlow's SAME padding, asymmetric where it must be.
+    /// TensorFlow's SAME padding, which may be asymmetric.
     pub same_padding: bool,
-    /// Channels of the last map.
+    /// Channels of the last feature map.
     pub num_features: usize,
-    /// What the classifier sees of them.
+    /// Pooling before the classifier.
     pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
 }
 
-/// A block: `f(x) + shortcut`, the activation after it where the family has one.
+/// A block: `f(x) + shortcut`, followed by the activation in some families.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BatchNormedBlock {
     /// Module path.
     pub name: String,
     /// Convolutions of the branch; the activation runs between them, not after the last.
     pub convs: Vec<Conv>,
-    /// Gates the input of the last convolution.
+    /// Attention on the input of the last convolution.
     pub attention: Option<Attention>,
     /// What is added to the branch.
     pub shortcut: Shortcut,
-    /// The activation runs on the sum.
+    /// Whether the activation runs on the sum.
     pub activated: bool,
-    /// The activation runs on the branch, before the sum.
+    /// Whether the activation runs on the branch, before the sum.
     pub branch_activated: bool,
 }
 
@@ -64,7 +64,7 @@ pub enum Shortcut {
 }
 
 impl BatchNormedPlan {
-    /// Every tensor of a checkpoint, in module order.
+    /// All tensors of a checkpoint, in module order.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut out = Vec::new();
         conv(&mut out, &self.stem, 1.0);
@@ -90,8 +90,8 @@ impl BatchNormedPlan {
     }
 }
 
-/// Weights as both families start them (normal, variance 2 / outputs that read an input), then what the convolution's
-/// norm holds; `scale` is the norm's own weight.
+/// Adds a convolution's weights in both families' initialisation (normal, variance 2 / fan-out), then the tensors of
+/// its norm; `scale` is the initial weight of the norm.
 fn conv(out: &mut Vec<TensorSpec>, c: &Conv, scale: f32) {
     let fan_out = c.kernel * c.kernel * c.out_chs / c.groups;
     let std = (2.0 / fan_out as f64).sqrt();

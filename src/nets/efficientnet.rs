@@ -1,6 +1,6 @@
-//! EfficientNet as timm builds it (`_gen_efficientnet`; Tan and Le 2019, "EfficientNet", table 1 and section 4):
-//! baselines of the benchmark. A table of stages for each generation, scaled in width and depth (by an architecture's own multipliers;
-//! timm's entry points take no others, nfold does).
+//! EfficientNet as timm builds it (`_gen_efficientnet`; Tan and Le 2019, "EfficientNet", table 1 and section 4), as
+//! baselines of the benchmark. One table of stages per generation, scaled in width and depth by an architecture's
+//! multipliers, which arguments may override (timm's entry points don't allow that).
 
 use serde_json::{Map, Value};
 
@@ -11,7 +11,7 @@ use super::{
     check_ranges, make_divisible, output_stride,
 };
 
-/// A stage of the unscaled network.
+/// A stage of the network before scaling.
 #[derive(Debug, Clone, Copy)]
 struct Stage {
     kind: Kind,
@@ -23,16 +23,16 @@ struct Stage {
     squeeze: bool,
 }
 
-/// What a stage's blocks are made of.
+/// Kind of a stage's blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Depthwise convolution, then a pointwise one.
+    /// Depthwise-separable: depthwise, then pointwise convolution.
     Separable,
-    /// Expansion, depthwise convolution, projection.
+    /// Inverted residual: expansion, depthwise convolution, projection.
     Inverted,
-    /// Expansion by the spatial convolution itself, projection.
+    /// Fused: expansion by the spatial convolution itself, then projection.
     Fused,
-    /// One convolution, its activation before the sum.
+    /// One convolution, with the activation before the sum.
     Plain,
 }
 
@@ -41,7 +41,7 @@ const fn stage(kind: Kind, sizes: [usize; 5], squeeze: bool) -> Stage {
     Stage { kind, depth, kernel, stride, expansion, channels, squeeze }
 }
 
-/// Which table of stages a network has.
+/// Table of stages of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Generation {
@@ -125,7 +125,7 @@ impl Generation {
                 stages[5].channels = 272;
                 stages.to_vec()
             }
-            // its later stages are deepened by more than the others
+            // scales depth by more than the other sizes do, in later stages
             Self::V2RwM => {
                 let depths = [3, 5, 5, 8, 15, 24];
                 let stages = Self::V2Rw.stages().into_iter().zip(depths);
@@ -137,7 +137,7 @@ impl Generation {
         }
     }
 
-    /// Channels of the stem, and before the classifier; whether each is scaled with the others.
+    /// Channels of the stem, and before the classifier; whether each is scaled by the width multiplier.
     fn ends(self) -> [(usize, bool); 2] {
         match self {
             Self::B | Self::V2Base => [(32, true), (1280, true)],
@@ -150,10 +150,10 @@ impl Generation {
     }
 }
 
-/// Squeezed channels by the block's input channels.
+/// Reduced channels of squeeze-and-excitation, as a share of the block's input channels.
 const SQUEEZE: f64 = 0.25;
 
-/// What makes one architecture of the family.
+/// Configuration of an architecture.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct EfficientNetConfig {
@@ -163,12 +163,12 @@ pub struct EfficientNetConfig {
     pub act_layer: String,
     pub bn_eps: f64,
     pub generation: Generation,
-    /// `same` or nothing.
+    /// `same`, or empty.
     pub pad_type: String,
 }
 
 impl EfficientNetConfig {
-    /// Lays `args` over the configuration and plans the network.
+    /// Overrides the configuration with `args` and plans the network.
     pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
         let mut args = Arguments::new(architecture, args);
         let ends = args.ends()?;
@@ -250,8 +250,8 @@ impl EfficientNetConfig {
         Norm::BatchNorm { layer, eps: self.bn_eps }
     }
 
-    /// An inverted residual (`conv_pw`, `conv_dw`, `conv_pwl`), a depthwise-separable block (`conv_dw`, `conv_pw`), a fused one
-    /// (`conv_exp`, `conv_pwl`), or one convolution (`conv`).
+    /// Plans an inverted residual block (`conv_pw`, `conv_dw`, `conv_pwl`), a depthwise-separable one (`conv_dw`,
+    /// `conv_pw`), a fused one (`conv_exp`, `conv_pwl`), or a single convolution (`conv`).
     fn block(&self, shape: BlockShape, activation: Activation) -> BatchNormedBlock {
         let BlockShape { name, chs: (in_chs, out_chs), stride, dilation, stage } = shape;
         let Stage { kind, kernel, expansion, squeeze, .. } = stage;
@@ -283,7 +283,7 @@ impl EfficientNetConfig {
     }
 }
 
-/// What a block's place in the network decides.
+/// Parameters that depend on a block's position in the network.
 struct BlockShape {
     name: String,
     chs: (usize, usize),
@@ -344,7 +344,7 @@ pub const VARIANTS: [&str; 45] = [
 /// timm's configuration of an architecture.
 pub fn variant(name: &str) -> Option<EfficientNetConfig> {
     let name = VARIANTS.into_iter().find(|v| *v == name)?;
-    // the weights of TensorFlow's own have its padding and its epsilon
+    // weights ported from TensorFlow need its padding and its epsilon
     let (tensorflow, size) = match name.strip_prefix("tf_") {
         Some(rest) => (true, rest),
         None => (false, name),

@@ -1,7 +1,7 @@
-//! γ of a non-linearity: 1/√Var\[f(Z)\] of a unit Gaussian Z (Brock, De & Smith 2021, section 4.2), by closed form, by
-//! quadrature and by simulation, beside the constant that timm's checkpoints were trained with.
+//! γ of a non-linearity: 1/√Var\[f(Z)\] of a unit Gaussian Z (Brock, De & Smith 2021, section 4.2), in closed form, by
+//! quadrature and by simulation, and the constant that timm's checkpoints were trained with.
 //!
-//! Owns the scalar functions themselves and the integrals over them. Must not know where a network applies a γ.
+//! Owns the scalar functions and the integrals over them. Must not know where a network applies a γ.
 
 use std::f64::consts::PI;
 
@@ -13,30 +13,30 @@ use rand_distr::{Distribution as _, StandardNormal};
 /// SELU's constants (Klambauer et al. 2017), as PyTorch has them.
 const SELU_SCALE: f64 = 1.050_700_987_355_480_5;
 const SELU_ALPHA: f64 = 1.673_263_242_354_377_2;
-/// Slope of leaky ReLU below zero, PyTorch's and timm's default.
+/// Slope of leaky ReLU below zero: default of PyTorch and timm.
 const LEAK: f64 = 0.01;
-/// The density of a unit Gaussian beyond this is below 1e-52: nothing of double precision is left.
+/// Limit of integration: beyond it, a unit Gaussian's density is below 1e-52, too small to matter in double precision.
 const REACH: f64 = 15.5;
-/// Longest piece that one Gauss-Legendre rule covers.
+/// Longest interval for one Gauss-Legendre rule.
 const PIECE: f64 = 0.5;
 
-/// A scalar non-linearity, with what is known of its γ.
+/// A scalar non-linearity, and data about its γ.
 #[derive(Debug, Clone, Copy)]
 pub struct NonLinearity {
-    /// timm's name, or PyTorch's where timm has none.
+    /// timm's name, or PyTorch's if timm has none.
     pub name: &'static str,
-    /// f itself.
+    /// The function f.
     pub f: fn(f64) -> f64,
-    /// Where f or its derivative jumps; quadrature never integrates across these.
+    /// Points where f or its derivative jumps; quadrature never integrates across them.
     pub kinks: &'static [f64],
     /// timm's simulated constant (`nfnet.py`).
     pub timm: Option<f64>,
-    /// Var\[f(Z)\] in closed form, where there is one.
+    /// Var\[f(Z)\] in closed form, if there is one.
     closed_variance: Option<fn() -> f64>,
 }
 
-/// Every non-linearity whose γ can be asked for: those that networks are folded with, the rest of timm's table of
-/// constants (softmax aside, which is no scalar function), and timm's other smooth and hard ones.
+/// All non-linearities whose γ is available: the activations that networks are folded with, the rest of timm's table of
+/// constants (except softmax, which is no scalar function), and timm's other smooth and hard ones.
 pub const NON_LINEARITIES: [NonLinearity; 19] = [
     entry("celu", elu, &[0.0], Some(1.270_926_833_152_771), Some(|| elu_variance(1.0, 1.0))),
     entry("elu", elu, &[0.0], Some(1.271_600_484_848_022_5), Some(|| elu_variance(1.0, 1.0))),
@@ -69,7 +69,7 @@ const fn entry(
     NonLinearity { name, f, kinks, timm, closed_variance }
 }
 
-/// The non-linearity of this name; spellings with and without underscores, and `swish`, are known.
+/// The non-linearity with this name; also accepts spellings with or without underscores, and `swish`.
 pub fn find(name: &str) -> Option<NonLinearity> {
     let plain = |name: &str| name.replace(['_', '-'], "").to_ascii_lowercase();
     let asked = match plain(name).as_str() {
@@ -88,7 +88,7 @@ pub struct Quadrature {
     pub relative_error: f64,
 }
 
-/// γ from random numbers, as the paper and timm obtained theirs.
+/// γ from random samples, as the paper and timm computed it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Simulation {
     /// γ.
@@ -100,31 +100,31 @@ pub struct Simulation {
 }
 
 impl NonLinearity {
-    /// γ in closed form, where there is one.
+    /// γ in closed form, if there is one.
     pub fn closed_form(&self) -> Option<f64> {
         self.closed_variance.map(|variance| variance().sqrt().recip())
     }
 
-    /// γ by composite Gauss-Legendre quadrature on ±15.5, pieces of at most 0.5 that end at the kinks. Accurate to
-    /// about 1e-14 for every function of [`NON_LINEARITIES`].
+    /// γ by composite Gauss-Legendre quadrature on ±15.5, in intervals of at most 0.5 that end at the kinks. Accurate
+    /// to about 1e-14 for every function of [`NON_LINEARITIES`].
     pub fn quadrature(&self) -> Quadrature {
         let gamma = |order| self.variance(order).sqrt().recip();
         let (lower, higher) = (gamma(20), gamma(32));
         Quadrature { gamma: higher, relative_error: (lower / higher - 1.0).abs() }
     }
 
-    /// E\[f(Z)²\], by the same quadrature: its inverse is what He initialisation multiplies 1/fan-in by.
+    /// E\[f(Z)²\] by the same quadrature. He initialisation multiplies 1/fan-in by its inverse.
     pub fn second_moment(&self) -> f64 {
         self.expectation(32, &|x| (self.f)(x).powi(2))
     }
 
     fn variance(&self, order: usize) -> f64 {
-        // centred: no cancellation of nearly equal numbers
+        // centred, which avoids cancellation
         let mean = self.expectation(order, &|x| (self.f)(x));
         self.expectation(order, &|x| ((self.f)(x) - mean).powi(2))
     }
 
-    /// E\[g(Z)\] for a g that is smooth where f is.
+    /// E\[g(Z)\] for a function g that is smooth between f's kinks.
     fn expectation(&self, order: usize, g: &dyn Fn(f64) -> f64) -> f64 {
         let rule = gauss_legendre(order);
         let mut ends: Vec<f64> = self.kinks.iter().copied().filter(|k| k.abs() < REACH).collect();
@@ -143,7 +143,7 @@ impl NonLinearity {
         pieces.map(piece).sum()
     }
 
-    /// γ of `samples` (at least 2) unit Gaussians drawn with `seed`.
+    /// γ from `samples` (at least 2) unit Gaussian values drawn with `seed`.
     pub fn simulation(&self, samples: u64, seed: u64) -> Simulation {
         let samples = samples.max(2);
         let values = || {
@@ -164,20 +164,20 @@ impl NonLinearity {
     }
 }
 
-/// What a squeeze-and-excitation gate does to the variance at initialisation.
+/// Effect of a squeeze-and-excitation gate on the variance at initialisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateSimulation {
     /// Mean of the sigmoid's output.
     pub mean_gate: f64,
     /// Standard error of `mean_gate`, over independent networks.
     pub standard_error: f64,
-    /// Factor that gives the gated map the variance it had before the gate: 1/√E\[gate²\].
+    /// Factor that restores the gated map's variance: 1/√E\[gate²\].
     pub factor: f64,
 }
 
 /// Simulates squeeze-and-excitation gates at initialisation (Brock et al. 2021, section 4.4: the gate's expected value
-/// is 0.5, so the branch is multiplied by 2): `networks` fresh gates on one unit Gaussian map each, `channels`
-/// channels of `pixels` pixels, weights of variance 1/fan-in, biases 0.
+/// is 0.5, so the branch is multiplied by 2). Each of `networks` initialised gates runs on one unit Gaussian map of
+/// `channels` channels of `pixels` pixels; weights have variance 1/fan-in, biases are 0.
 pub fn simulate_gate(networks: u32, channels: usize, reduced: usize, pixels: usize, seed: u64) -> GateSimulation {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut normals = |count: usize, deviation: f64| -> Vec<f64> {
@@ -191,7 +191,7 @@ pub fn simulate_gate(networks: u32, channels: usize, reduced: usize, pixels: usi
     let deviation = |fan_in: usize| (fan_in.max(1) as f64).sqrt().recip();
     let (mut means, mut squares) = (Vec::new(), 0.0);
     for _ in 0..networks.max(2) {
-        // the mean of a unit Gaussian map is itself Gaussian
+        // the mean over a unit Gaussian map is Gaussian
         let pooled = normals(channels, deviation(pixels));
         let (w1, w2) =
             (normals(reduced * channels, deviation(channels)), normals(channels * reduced, deviation(reduced)));
@@ -207,12 +207,12 @@ pub fn simulate_gate(networks: u32, channels: usize, reduced: usize, pixels: usi
     GateSimulation { mean_gate, standard_error: (variance / n).sqrt(), factor: (squares / n).sqrt().recip() }
 }
 
-/// Density of a unit Gaussian.
+/// Probability density of a unit Gaussian.
 fn density(x: f64) -> f64 {
     (-0.5 * x * x).exp() / (2.0 * PI).sqrt()
 }
 
-/// Distribution function of a unit Gaussian.
+/// Cumulative distribution function of a unit Gaussian.
 fn phi(x: f64) -> f64 {
     0.5 * erfc(-x / 2f64.sqrt())
 }
@@ -241,12 +241,12 @@ fn hard_sigmoid(x: f64) -> f64 {
     ((x + 3.0) / 6.0).clamp(0.0, 1.0)
 }
 
-/// Halves of a Gaussian: E\[f²\] = (1 + a²)/2, E\[f\] = (1 − a)/√(2π).
+/// Variance of leaky ReLU with slope `a`: E\[f²\] = (1 + a²)/2, E\[f\] = (1 − a)/√(2π).
 fn leaky_relu_variance(a: f64) -> f64 {
     (1.0 + a * a) / 2.0 - (1.0 - a) * (1.0 - a) / (2.0 * PI)
 }
 
-/// `scale · (x above 0, a·(eˣ − 1) below)`: E\[eˣ; x < 0\] = √e·Φ(−1), E\[e²ˣ; x < 0\] = e²·Φ(−2).
+/// Variance of `scale · (x above 0, a·(eˣ − 1) below)`: E\[eˣ; x < 0\] = √e·Φ(−1), E\[e²ˣ; x < 0\] = e²·Φ(−2).
 fn elu_variance(scale: f64, a: f64) -> f64 {
     let (once, twice) = (0.5f64.exp() * phi(-1.0), 2f64.exp() * phi(-2.0));
     let mean = density(0.0) + a * (once - 0.5);
@@ -254,12 +254,12 @@ fn elu_variance(scale: f64, a: f64) -> f64 {
     scale * scale * (square - mean * mean)
 }
 
-/// By Stein's lemma: E\[ZΦ\] = 1/(2√π), E\[Z²Φ²\] = 1/3 + 1/(2π√3).
+/// Variance of GELU by Stein's lemma: E\[ZΦ\] = 1/(2√π), E\[Z²Φ²\] = 1/3 + 1/(2π√3).
 fn gelu_variance() -> f64 {
     1.0 / 3.0 + 1.0 / (2.0 * PI * 3f64.sqrt()) - 1.0 / (4.0 * PI)
 }
 
-/// E\[Zᵏ; a < Z < b\] for k = 0 … 4, by parts.
+/// E\[Zᵏ; a < Z < b\] for k = 0 … 4, integrated by parts.
 fn moments(a: f64, b: f64) -> [f64; 5] {
     let edge = |k: i32| b.powi(k) * density(b) - a.powi(k) * density(a);
     let mass = 0.5 * (erf(b / 2f64.sqrt()) - erf(a / 2f64.sqrt()));
@@ -274,14 +274,14 @@ fn relu6_variance() -> f64 {
     square + 36.0 * above - mean * mean
 }
 
-/// (Z + 3)/6 between its kinks, 1 above.
+/// Variance of hard sigmoid: (Z + 3)/6 between its kinks, 1 above.
 fn hard_sigmoid_variance() -> f64 {
     let [mass, _, square, ..] = moments(-3.0, 3.0);
     // E[f] = 1/2 by symmetry
     (square + 9.0 * mass) / 36.0 + phi(-3.0) - 0.25
 }
 
-/// Z(Z + 3)/6 between its kinks, Z above.
+/// Variance of hard swish: Z(Z + 3)/6 between its kinks, Z above.
 fn hard_swish_variance() -> f64 {
     let [_, _, second, _, fourth] = moments(-3.0, 3.0);
     let mean = second / 6.0 + density(3.0);
@@ -289,7 +289,7 @@ fn hard_swish_variance() -> f64 {
     square - mean * mean
 }
 
-/// Nodes and weights on \[−1, 1\], by Newton's method on the Legendre polynomial.
+/// Gauss-Legendre nodes and weights on \[−1, 1\], by Newton's method on the Legendre polynomial.
 fn gauss_legendre(order: usize) -> Vec<(f64, f64)> {
     let n = order as f64;
     (1..=order)
@@ -330,12 +330,12 @@ mod tests {
             }
         }
         assert_eq!(closed_forms, 10);
-        // the paper's own: section 4.2
+        // the paper's closed form: section 4.2
         let relu = find("relu").and_then(|n| n.closed_form()).expect("has one");
         assert!((relu - 2f64.sqrt() / (1.0 - 1.0 / PI).sqrt()).abs() < 1e-15);
     }
 
-    /// timm drew 1024 × 256 numbers for each of its constants.
+    /// timm drew 1024 × 256 values for each of its constants.
     #[test]
     fn timm_is_within_the_noise_of_its_own_simulation() {
         for n in NON_LINEARITIES {

@@ -1,7 +1,7 @@
-//! What a network is: configurations, plans, activations. Pure data and maths: no files, no graphs, no runtime.
+//! Networks: configurations, plans, activations. Pure data and maths: no files, no graphs, no runtime.
 //!
-//! An architecture's name and `model_args` give a [`Network`]: a plan that lists every convolution with its name in
-//! the checkpoint, its shape and its scalars. Folding walks the plan; so does `nfold init`, through [`Network::tensors`].
+//! An architecture's name and `model_args` give a [`Network`]: a plan that lists every convolution with its name in the
+//! checkpoint, its shape and its scalars. Folding follows the plan; so does `nfold init`, through [`Network::tensors`].
 
 pub mod activation;
 mod arguments;
@@ -22,49 +22,49 @@ use arguments::{Arguments, Ends, activation_argument, bad_argument, check_ranges
 /// Why an architecture can't be planned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NetError {
-    /// Not an architecture that nfold knows.
+    /// The architecture is not supported.
     #[error("architecture `{name}` is not supported; the nearest that are: {nearest} (`nfold init --help` lists all)")]
     UnknownArchitecture {
-        /// The name asked for, tag removed.
+        /// Name in the request, without the tag.
         name: String,
-        /// The three supported names most like it, comma-separated.
+        /// The three supported names most similar to it, comma-separated.
         nearest: String,
     },
-    /// A model argument that nfold does not know.
+    /// The architecture has no such argument.
     #[error("model_args: `{name}` is not supported for `{architecture}`; remove it, or fold a checkpoint without it")]
     UnknownArgument {
         /// The argument.
         name: String,
-        /// For which architecture.
+        /// The architecture.
         architecture: String,
     },
-    /// A model argument whose value can't be used.
+    /// The value of a model argument is invalid.
     #[error("model_args: `{name}` = {value} can't be used: {reason}")]
     BadArgument {
         /// The argument.
         name: String,
-        /// Its value as JSON.
+        /// The value, as JSON.
         value: String,
         /// What was expected.
         reason: String,
     },
 }
 
-/// What follows (or precedes) a convolution's weights in the checkpoint.
+/// Normalisation of a convolution, and its tensors in the checkpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Norm {
     /// Scaled Weight Standardization (Brock et al. 2021, section 4; timm `ScaledStdConv2d`): `weight`, `bias`, `gain`.
     ScaledWs {
-        /// γ in the convolution: 1 when the network carries γ in its activations.
+        /// γ in the convolution; 1 if the network applies γ in its activations.
         gamma: f64,
-        /// Added to the variance under the root.
+        /// Added to the variance under the square root.
         eps: f64,
     },
-    /// Batch normalisation with running statistics: `weight` without bias, then the layer of this name.
+    /// Batch normalisation with running statistics: `weight` without bias, then the tensors of `layer`.
     BatchNorm {
-        /// Module path of the layer.
+        /// Module path of the batch normalisation.
         layer: String,
-        /// Added to the variance under the root.
+        /// Added to the variance under the square root.
         eps: f64,
     },
     /// A plain convolution with weights and bias.
@@ -88,7 +88,7 @@ pub struct Conv {
     pub dilation: usize,
     /// Groups.
     pub groups: usize,
-    /// Normalisation of weights or output.
+    /// Normalisation of the weights, or of the output.
     pub norm: Norm,
 }
 
@@ -108,22 +108,22 @@ impl Conv {
         [self.out_chs, self.in_chs / self.groups, self.kernel, self.kernel]
     }
 
-    /// Weights that one output value sums over.
+    /// Number of inputs that an output value is summed over.
     pub fn fan_in(&self) -> usize {
         self.in_chs / self.groups * self.kernel * self.kernel
     }
 }
 
-/// Channel attention: gates a `[N, C, H, W]` map by `[N, C, 1, 1]`.
+/// Channel attention: multiplies a `[N, C, H, W]` map by a gate `[N, C, 1, 1]`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Attention {
     /// Squeeze-and-excitation: mean → `fc1` → activation → `fc2` → sigmoid.
     SqueezeExcite {
-        /// Reduction, `[reduced, C, 1, 1]`.
+        /// Reducing layer, `[reduced, C, 1, 1]`.
         fc1: Conv,
-        /// Expansion, `[C, reduced, 1, 1]`.
+        /// Expanding layer, `[C, reduced, 1, 1]`.
         fc2: Conv,
-        /// Between the two.
+        /// Activation between the two layers.
         activation: Activation,
     },
     /// Efficient channel attention: mean → 1-D convolution over channels → sigmoid.
@@ -138,14 +138,14 @@ pub enum Attention {
 }
 
 impl Attention {
-    /// timm's `SEModule` over `chs` channels, `reduced` between its two layers: ReLU, whatever the network's own
-    /// activation is.
+    /// timm's `SEModule` over `chs` channels, with `reduced` channels between its two layers. Its activation is ReLU,
+    /// whatever the network's is.
     fn squeeze_excite(module: &str, chs: usize, reduced: usize) -> Self {
         let fc = |leaf: &str, from, to| Conv::pointwise(format!("{module}.{leaf}"), from, to, Norm::Plain);
         Self::SqueezeExcite { fc1: fc("fc1", chs, reduced), fc2: fc("fc2", reduced, chs), activation: Activation::Relu }
     }
 
-    /// timm's `EcaModule` over `chs` channels: the kernel's length follows from those.
+    /// timm's `EcaModule` over `chs` channels, which determine the kernel's length.
     fn efficient(module: &str, chs: usize) -> Self {
         let t = (((chs as f64).log2() + 1.0).abs() / 2.0) as usize;
         let kernel = (if t.is_multiple_of(2) { t + 1 } else { t }).max(3);
@@ -153,27 +153,27 @@ impl Attention {
     }
 }
 
-/// How a pooling layer on the shortcut works before its 1x1 convolution.
+/// Pooling on the shortcut before its 1x1 convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShortcutPool {
     /// No pooling.
     None,
-    /// 2x2 average, stride 2, partial windows at the far border averaged over what they cover.
+    /// 2x2 average, stride 2; windows at the far border average only the pixels that they cover.
     Average2,
-    /// 2x2 average, stride 1, zero padding at the far border counted (dilated networks, timm `AvgPool2dSame`).
+    /// 2x2 average, stride 1; zero padding at the far border counts (dilated networks, timm `AvgPool2dSame`).
     AverageSame,
 }
 
-/// How a tensor of a fresh checkpoint is filled (timm's initialisation).
+/// Initialisation of a tensor, as in timm.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
-    /// Every element this value.
+    /// All elements have this value.
     Constant(f32),
-    /// Normal, mean 0, this standard deviation.
+    /// Normal distribution with mean 0 and this standard deviation.
     Normal(f64),
-    /// Uniform on ± this bound.
+    /// Uniform distribution on ± this bound.
     Uniform(f64),
-    /// A zero counter stored as a 64-bit integer (`num_batches_tracked`).
+    /// A counter of 0, stored as a 64-bit integer (`num_batches_tracked`).
     Counter,
 }
 
@@ -184,9 +184,9 @@ pub struct TensorSpec {
     pub name: String,
     /// Shape.
     pub shape: Vec<usize>,
-    /// How a fresh one is filled.
+    /// Initialisation.
     pub init: Init,
-    /// Counts as a parameter (running statistics don't).
+    /// Whether it counts as a parameter (running statistics don't).
     pub trainable: bool,
 }
 
@@ -199,7 +199,7 @@ impl TensorSpec {
         Self { trainable: false, ..Self::new(name, shape, init) }
     }
 
-    /// A fresh batch normalisation over `chs` channels: its own weight is `scale`.
+    /// Batch normalisation over `chs` channels with initial weight `scale`.
     fn batch_norm(layer: &str, chs: usize, scale: f32) -> [Self; 5] {
         let name = |leaf: &str| format!("{layer}.{leaf}");
         [
@@ -212,7 +212,7 @@ impl TensorSpec {
     }
 }
 
-/// A planned network of any family.
+/// Plan of a network of any family.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Network {
     /// Normalizer-Free (timm `NormFreeNet`).
@@ -224,7 +224,7 @@ pub enum Network {
 }
 
 impl Network {
-    /// Plans `architecture` (a tag after a dot is ignored) with timm's `model_args` laid over its configuration.
+    /// Plans `architecture` (a tag after a dot is ignored) with timm's `model_args` overriding its configuration.
     pub fn plan(architecture: &str, model_args: &Map<String, Value>) -> Result<Self, NetError> {
         let name = base_name(architecture);
         if let Some(config) = nf::variants::variant(name) {
@@ -251,7 +251,7 @@ impl Network {
         }
     }
 
-    /// Channels of the input.
+    /// Number of input channels.
     pub fn in_chans(&self) -> usize {
         let first = match self {
             Self::NormFree(plan) => plan.stem.first(),
@@ -261,7 +261,7 @@ impl Network {
         first.map_or(3, |conv| conv.in_chs)
     }
 
-    /// Whether convolutions pad as TensorFlow's SAME does.
+    /// Whether convolutions use TensorFlow's SAME padding.
     pub fn same_padding(&self) -> bool {
         match self {
             Self::NormFree(plan) => plan.same_padding,
@@ -270,7 +270,7 @@ impl Network {
         }
     }
 
-    /// Name of the classifier's weights, `[classes, features]`.
+    /// Name of the classifier's weights, of shape `[classes, features]`.
     pub fn classifier(&self) -> String {
         let module = match self {
             Self::NormFree(_) => "head.fc",
@@ -280,7 +280,7 @@ impl Network {
         format!("{module}.weight")
     }
 
-    /// Every tensor of a checkpoint of this network.
+    /// All tensors of a checkpoint of this network.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         match self {
             Self::NormFree(plan) => plan.tensors(),
@@ -296,27 +296,27 @@ impl Network {
     }
 }
 
-/// Evaluation settings that timm publishes for an architecture: what `nfold init` writes into `pretrained_cfg`.
+/// Evaluation settings that timm publishes for an architecture; `nfold init` writes them into `pretrained_cfg`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Evaluation {
-    /// Side that the network is trained at, in pixels.
+    /// Side of the input in training, in pixels.
     pub input: u32,
-    /// Side that it is evaluated at, where it differs.
+    /// Side of the input in evaluation, if it differs.
     pub test_input: Option<u32>,
-    /// Crop share at `input`.
+    /// Crop fraction at `input`.
     pub crop_pct: f64,
-    /// Crop share at `test_input`, where it differs.
+    /// Crop fraction at `test_input`, if it differs.
     pub test_crop_pct: Option<f64>,
     /// `center` or `squash`.
     pub crop_mode: &'static str,
     /// `bicubic` or `bilinear`.
     pub interpolation: &'static str,
-    /// Mean and standard deviation that images are normalised with.
+    /// Mean and standard deviation for normalisation.
     pub norm: Colours,
 }
 
 impl Evaluation {
-    /// What most architectures have; sizes are to be filled in.
+    /// Settings of most architectures, without sizes.
     const USUAL: Self = Self {
         input: 224,
         test_input: None,
@@ -328,17 +328,17 @@ impl Evaluation {
     };
 }
 
-/// Mean and standard deviation of colours, as training took them.
+/// Mean and standard deviation of colours in training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colours {
     /// ImageNet's own.
     ImageNet,
-    /// 0.5 for all ("Inception").
+    /// 0.5 for all channels ("Inception").
     Half,
 }
 
 impl Colours {
-    /// Mean by channel (R, G, B) on the 0..1 scale.
+    /// Mean per channel (R, G, B) on the 0..1 scale.
     pub fn mean(self) -> [f64; 3] {
         match self {
             Self::ImageNet => [0.485, 0.456, 0.406],
@@ -346,7 +346,7 @@ impl Colours {
         }
     }
 
-    /// Standard deviation by channel (R, G, B) on the 0..1 scale.
+    /// Standard deviation per channel (R, G, B) on the 0..1 scale.
     pub fn std(self) -> [f64; 3] {
         match self {
             Self::ImageNet => [0.229, 0.224, 0.225],
@@ -368,7 +368,7 @@ pub fn architectures() -> Vec<&'static str> {
     [&nf::variants::VARIANTS[..], &resnet::VARIANTS, &regnet::VARIANTS, &efficientnet::VARIANTS].concat()
 }
 
-/// The three supported names most like `name`, comma-separated.
+/// The three supported names most similar to `name`, comma-separated.
 pub fn nearest(name: &str) -> String {
     let mut names = architectures();
     let likeness = |other: &str| strsim::normalized_damerau_levenshtein(name, other);
@@ -377,33 +377,33 @@ pub fn nearest(name: &str) -> String {
     names.join(", ")
 }
 
-/// `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.
+/// Removes the tag: `nf_regnet_b1.ra2_in1k` → `nf_regnet_b1`.
 pub fn base_name(architecture: &str) -> &str {
     architecture.split('.').next().unwrap_or(architecture)
 }
 
-/// timm's `make_divisible`: nearest multiple of `divisor`, at least one of it, not below `round_limit · value`.
+/// timm's `make_divisible`: nearest multiple of `divisor`, at least `divisor`, not below `round_limit · value`.
 fn make_divisible(value: f64, divisor: usize, round_limit: f64) -> usize {
     let d = divisor as f64;
     let rounded = (((value + d / 2.0) / d).floor() * d).max(d);
     (if rounded < round_limit * value { rounded + d } else { rounded }) as usize
 }
 
-/// How the last map becomes the classifier's input (timm `SelectAdaptivePool2d`).
+/// Pooling of the last feature map to the classifier's input (timm `SelectAdaptivePool2d`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pool {
     /// Mean.
     Average,
     /// Maximum.
     Max,
-    /// Half the sum of both.
+    /// Half the sum of mean and maximum (`avgmax`).
     AverageMax,
-    /// Both, the means first: twice as many inputs.
+    /// Mean and maximum concatenated, means first: twice as many features (`catavgmax`).
     Both,
 }
 
 impl Pool {
-    /// By timm's name; `fast…` computes the same.
+    /// The pooling with timm's name `name`; the `fast` variants compute the same.
     fn parse(name: &str) -> Option<Self> {
         match name.strip_prefix("fast").unwrap_or(name) {
             "avg" => Some(Self::Average),
@@ -415,7 +415,7 @@ impl Pool {
         }
     }
 
-    /// Inputs of the classifier by the last map's channels.
+    /// Number of features for the classifier, for a last map of `channels`.
     pub fn features(self, channels: usize) -> usize {
         if self == Self::Both { 2 * channels } else { channels }
     }
@@ -431,7 +431,7 @@ mod tests {
         assert_eq!(make_divisible(44.0, 8, 0.9), 48);
         assert_eq!(make_divisible(43.9, 8, 0.9), 40);
         assert_eq!(make_divisible(3.0, 8, 0.9), 8);
-        // 0.9 rule: 19.9 would round to 16, which loses more than a tenth
+        // 0.9 rule: 16 would lose more than a tenth of 19.9
         assert_eq!(make_divisible(19.9, 8, 0.9), 24);
         assert_eq!(make_divisible(19.9, 8, 0.0), 16);
     }

@@ -14,7 +14,7 @@ use super::{
     bad_argument, check_ranges, check_stages, make_divisible, output_stride,
 };
 
-/// timm's `NfCfg`: what makes one architecture of the family.
+/// timm's `NfCfg`: configuration of an architecture.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct NfConfig {
@@ -50,14 +50,14 @@ pub struct AttnKwargs {
     pub rd_divisor: Option<usize>,
 }
 
-/// A Normalizer-Free network, every convolution named and sized.
+/// Plan of a Normalizer-Free network: every convolution with name and shape.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NfPlan {
-    /// Activation everywhere but inside attention.
+    /// Activation, except inside attention.
     pub activation: Activation,
-    /// γ that multiplies the activation's output; 1 when γ sits in the convolutions.
+    /// γ that multiplies the activation's output; 1 if the convolutions apply γ.
     pub gamma_in_act: f64,
-    /// TensorFlow's SAME padding, asymmetric where it must be.
+    /// TensorFlow's SAME padding, which may be asymmetric.
     pub same_padding: bool,
     /// Stem convolutions; the activation runs between them, not after the last.
     pub stem: Vec<Conv>,
@@ -67,9 +67,9 @@ pub struct NfPlan {
     pub blocks: Vec<NfBlock>,
     /// 1x1 convolution before the last activation.
     pub final_conv: Option<Conv>,
-    /// Channels of the last map.
+    /// Channels of the last feature map.
     pub num_features: usize,
-    /// What the classifier sees of them.
+    /// Pooling before the classifier.
     pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
@@ -82,31 +82,31 @@ pub struct NfBlock {
     pub name: String,
     /// Scale of the residual branch.
     pub alpha: f64,
-    /// 1/√(expected variance before the block).
+    /// 1/√(expected variance of the block's input).
     pub beta: f64,
-    /// Variance expected after the block.
+    /// Expected variance of the block's output.
     pub expected_variance: f64,
     /// Pooling on the shortcut, before `downsample`.
     pub pool: ShortcutPool,
-    /// 1x1 convolution on the shortcut; absent where input and output agree.
+    /// 1x1 convolution on the shortcut; absent for an identity shortcut.
     pub downsample: Option<Conv>,
-    /// 1x1, to the bottleneck.
+    /// 1x1 convolution to the bottleneck.
     pub conv1: Conv,
-    /// 3x3, grouped.
+    /// 3x3 convolution, grouped.
     pub conv2: Conv,
-    /// Second 3x3 of the NFNets.
+    /// Second 3x3 convolution, of NFNets.
     pub conv2b: Option<Conv>,
-    /// 1x1, back from the bottleneck.
+    /// 1x1 convolution from the bottleneck.
     pub conv3: Conv,
-    /// Attention and where it sits.
+    /// Attention, and its position.
     pub attention: Option<(AttentionPoint, Attention)>,
     /// Gain after attention; 1 without attention.
     pub attn_gain: f64,
-    /// Whether the block has a learnt `skipinit_gain` (a scalar).
+    /// Whether the block has a learnable `skipinit_gain` (a scalar).
     pub skipinit: bool,
 }
 
-/// Where a block's attention sits.
+/// Position of attention in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttentionPoint {
     /// After the 3x3 convolutions (`reg`, timm `attn`).
@@ -116,7 +116,7 @@ pub enum AttentionPoint {
 }
 
 impl NfPlan {
-    /// Lays `args` over `config` and plans the network.
+    /// Overrides `config` with `args` and plans the network.
     pub fn new(architecture: &str, mut config: NfConfig, args: &Map<String, Value>) -> Result<Self, NetError> {
         let mut args = Arguments::new(architecture, args);
         let ends = args.ends()?;
@@ -126,7 +126,7 @@ impl NfPlan {
         config.plan(ends, output_stride)
     }
 
-    /// Every tensor of a checkpoint, in module order.
+    /// All tensors of a checkpoint, in module order.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut out = Vec::new();
         let conv = |out: &mut Vec<TensorSpec>, c: &Conv, gain: f32| {
@@ -240,7 +240,7 @@ impl NfConfig {
                     bottle_ratio: if self.reg && stage == 0 && index == 0 { 1.0 } else { self.bottle_ratio },
                 };
                 let beta = variance.sqrt().recip();
-                // the first block of a stage has no identity shortcut to carry variance through
+                // the first block of a stage has no identity shortcut, so variance restarts at 1
                 variance = if index == 0 { 1.0 } else { variance } + self.alpha * self.alpha;
                 in_chs = shape.out_chs;
                 blocks.push(self.block(shape, &norm, (beta, variance))?);
@@ -359,7 +359,7 @@ impl NfConfig {
     }
 }
 
-/// What differs from block to block of a network.
+/// Parameters that depend on a block's position in the network.
 struct BlockShape {
     name: String,
     in_chs: usize,

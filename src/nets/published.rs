@@ -1,9 +1,9 @@
-//! timm's evaluation settings of architectures whose families have no rule for them.
+//! timm's evaluation settings of architectures that no rule of their family gives.
 
 use super::Colours::{self, Half, ImageNet};
 use super::Evaluation;
 
-/// Name, side in training, side in evaluation, crop share at each, crop mode, filter, colours.
+/// Name, side in training, side in evaluation, crop fraction of each, crop mode, interpolation, colours.
 type Row = (&'static str, u32, Option<u32>, f64, Option<f64>, &'static str, &'static str, Colours);
 
 #[rustfmt::skip]

@@ -1,5 +1,5 @@
-//! RegNetX and RegNetY as timm builds it (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces", section 3.3):
-//! baselines of the benchmark. Widths come from the paper's linear rule.
+//! RegNetX and RegNetY as timm builds them (`RegNet`; Radosavovic et al. 2020, "Designing Network Design Spaces",
+//! section 3.3), as baselines of the benchmark. Widths follow the paper's linear rule.
 
 use serde_json::{Map, Value};
 
@@ -10,12 +10,12 @@ use super::{
     check_ranges, make_divisible, output_stride,
 };
 
-/// PyTorch's default of `BatchNorm2d`.
+/// PyTorch's default for `BatchNorm2d`.
 const EPS: f64 = 1e-5;
-/// Every network has as many.
+/// Number of stages of every network.
 const STAGES: usize = 4;
 
-/// What makes one architecture of the family (timm `RegNetCfg`).
+/// Configuration of an architecture (timm `RegNetCfg`).
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct RegNetConfig {
@@ -26,7 +26,7 @@ pub struct RegNetConfig {
     pub group_size: usize,
     pub bottle_ratio: f64,
     pub se_ratio: f64,
-    /// Above 0 rounds bottleneck widths as torchvision does.
+    /// If above 0, bottleneck widths are rounded as torchvision does.
     pub group_min_ratio: f64,
     pub stem_width: usize,
     pub linear_out: bool,
@@ -34,7 +34,7 @@ pub struct RegNetConfig {
     pub act_layer: String,
 }
 
-/// A stage: width, depth and channels in a group of its 3x3 convolutions.
+/// A stage: width, depth, and channels per group of its 3x3 convolutions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stage {
     width: usize,
@@ -43,7 +43,7 @@ struct Stage {
 }
 
 impl RegNetConfig {
-    /// Lays `args` over the configuration and plans the network.
+    /// Overrides the configuration with `args` and plans the network.
     pub fn plan(mut self, architecture: &str, args: &Map<String, Value>) -> Result<BatchNormedPlan, NetError> {
         let mut args = Arguments::new(architecture, args);
         let ends = args.ends()?;
@@ -92,7 +92,7 @@ impl RegNetConfig {
                     in_chs,
                     stage,
                     stride: if index == 0 { stage_stride } else { 1 },
-                    // a stage's first block still has the dilation of the stage before
+                    // a stage's first block has the dilation of the previous stage
                     first_dilation: match index {
                         0 if dilation <= 2 => 1,
                         0 => 2,
@@ -145,8 +145,8 @@ impl RegNetConfig {
         activation_argument(&self.act_layer)
     }
 
-    /// Blocks' widths by the paper's rule (equations 2 to 4), in single precision as timm computes them; equal widths
-    /// make a stage; each stage's width is then made to fit its groups.
+    /// Widths of blocks by the paper's rule (equations 2 to 4), in single precision as in timm. Blocks of equal width
+    /// form a stage, whose width is then adjusted to its groups.
     fn stages(&self) -> Result<Vec<Stage>, NetError> {
         let (w0, wm) = (self.w0 as f32, self.wm.ln() as f32);
         let width = |block: usize| {
@@ -224,15 +224,15 @@ impl RegNetConfig {
     }
 }
 
-/// What a block's place in the network decides.
+/// Parameters that depend on a block's position in the network.
 struct BlockShape {
     name: String,
     in_chs: usize,
     stage: Stage,
     stride: usize,
-    /// Of its 3x3 convolution.
+    /// Dilation of its 3x3 convolution.
     first_dilation: usize,
-    /// Of the stage.
+    /// Dilation of the stage.
     dilation: usize,
 }
 
@@ -342,7 +342,7 @@ mod tests {
         variant(name).expect("known").plan(name, &args)
     }
 
-    /// The paper's table of final networks (figure 16 and appendix): widths and depths.
+    /// The paper's final networks (figure 16 and appendix): widths and depths.
     #[test]
     fn widths_are_the_papers() {
         for (name, widths, depths) in [

@@ -1,4 +1,4 @@
-//! Batch-normalised residual networks as timm builds them (`ResNet`): baselines of the benchmark.
+//! Batch-normalised residual networks as timm builds them (`ResNet`), as baselines of the benchmark.
 
 use serde_json::{Map, Value};
 
@@ -8,10 +8,10 @@ use super::{
     activation_argument, bad_argument, check_ranges, check_stages, make_divisible, output_stride,
 };
 
-/// PyTorch's default of `BatchNorm2d`.
+/// PyTorch's default for `BatchNorm2d`.
 const EPS: f64 = 1e-5;
 
-/// What makes one architecture of the family.
+/// Configuration of an architecture.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct ResNetConfig {
@@ -24,11 +24,11 @@ pub struct ResNetConfig {
     pub cardinality: usize,
     pub base_width: usize,
     pub act_layer: String,
-    /// `se`, `eca` or none, after a branch's last convolution.
+    /// Attention after a branch's last convolution: `se`, `eca` or none.
     pub attn_layer: Option<String>,
-    /// Squeezed channels by a map's own.
+    /// Reduced channels of squeeze-and-excitation, as a share of the map's channels.
     pub se_ratio: f64,
-    /// A convolution of stride 2 where others pool after the stem.
+    /// A convolution of stride 2 instead of pooling after the stem.
     pub replace_stem_pool: bool,
 }
 
@@ -39,7 +39,7 @@ struct BlockArgs {
     attn_layer: Option<String>,
 }
 
-/// A residual network, every convolution named and sized.
+/// Plan of a residual network: every convolution with name and shape.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResNetPlan {
     /// Activation.
@@ -50,9 +50,9 @@ pub struct ResNetPlan {
     pub stem_pool: bool,
     /// Residual blocks in order.
     pub blocks: Vec<ResNetBlock>,
-    /// Channels of the last map.
+    /// Channels of the last feature map.
     pub num_features: usize,
-    /// What the classifier sees of them.
+    /// Pooling before the classifier.
     pub pool: Pool,
     /// Number of classes.
     pub classes: usize,
@@ -65,11 +65,11 @@ pub struct ResNetBlock {
     pub name: String,
     /// Convolutions of the branch; the activation runs between them, not after the last.
     pub convs: Vec<Conv>,
-    /// Gates the last convolution's output.
+    /// Attention on the output of the last convolution.
     pub attention: Option<Attention>,
     /// Pooling on the shortcut, before `downsample`.
     pub pool: ShortcutPool,
-    /// Convolution on the shortcut; absent where input and output agree.
+    /// Convolution on the shortcut; absent for an identity shortcut.
     pub downsample: Option<Conv>,
 }
 
@@ -78,7 +78,7 @@ fn norm(layer: String) -> Norm {
 }
 
 impl ResNetPlan {
-    /// Lays `args` over `config` and plans the network.
+    /// Overrides `config` with `args` and plans the network.
     pub fn new(architecture: &str, mut config: ResNetConfig, args: &Map<String, Value>) -> Result<Self, NetError> {
         let mut args = Arguments::new(architecture, args);
         let ends = args.ends()?;
@@ -102,7 +102,7 @@ impl ResNetPlan {
         config.plan(ends, output_stride)
     }
 
-    /// Every tensor of a checkpoint, in module order.
+    /// All tensors of a checkpoint, in module order.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut out = Vec::new();
         let conv = |out: &mut Vec<TensorSpec>, c: &Conv, scale: f32| {
@@ -115,7 +115,7 @@ impl ResNetPlan {
         self.stem.iter().for_each(|c| conv(&mut out, c, 1.0));
         for block in &self.blocks {
             let last = block.convs.len() - 1;
-            // timm starts every branch at zero: the last layer's weight
+            // timm initialises every branch to zero, by the weight of its last norm
             block.convs.iter().enumerate().for_each(|(i, c)| conv(&mut out, c, if i == last { 0.0 } else { 1.0 }));
             match &block.attention {
                 Some(Attention::SqueezeExcite { fc1, fc2, .. }) => {
@@ -247,7 +247,7 @@ impl ResNetConfig {
         }
     }
 
-    /// The third argument: stride and dilation of the first 3x3, dilation of the second.
+    /// Plans the branch. The third argument: stride and dilation of the first 3x3 convolution, dilation of the second.
     fn branch(
         &self,
         name: &str,
@@ -345,7 +345,7 @@ pub const VARIANTS: [&str; 63] = [
     "ecaresnet269d",
 ];
 
-/// timm's configuration of an architecture, which its name spells: attention, width, depth, stem, groups.
+/// timm's configuration of an architecture, parsed from its name: attention, width, depth, stem, groups.
 pub fn variant(name: &str) -> Option<ResNetConfig> {
     let name = VARIANTS.into_iter().find(|v| *v == name)?;
     let (attention, rest) = match name {

@@ -1,7 +1,7 @@
 //! Scaled Weight Standardization → plain weights (Brock, De & Smith 2021, section 4; timm `ScaledStdConv2d`).
 
-/// Replaces `weight` (`[out_chs, fan_in]`, row-major) by what the convolution multiplies with:
-/// `gain · γ/√fan_in · (W − mean) / √(variance + eps)`, mean and biased variance over each output channel's fan-in.
+/// Replaces `weight` (`[out_chs, fan_in]`, row-major) by the weights that the convolution uses: `gain · γ/√fan_in · (W
+/// − mean) / √(variance + eps)`, with mean and biased variance over each output channel's fan-in.
 pub fn standardise(weight: &mut [f64], gain: &[f64], gamma: f64, eps: f64) {
     if gain.is_empty() {
         return;
@@ -22,7 +22,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// At eps 0 a standardised row has mean 0 and variance γ²·gain²/fan_in, whatever the weights were.
+        /// At eps 0, a standardised row has mean 0 and variance γ²·gain²/fan_in, whatever the weights were.
         #[test]
         fn rows_have_the_variance_that_the_analysis_asks_for(
             rows in prop::collection::vec(prop::collection::vec(-3.0f64..3.0, 12), 1..4), gain in 0.1f64..2.0,

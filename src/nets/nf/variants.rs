@@ -1,4 +1,4 @@
-//! timm's named configurations of Normalizer-Free networks, and the settings that timm evaluates them with.
+//! timm's named configurations of Normalizer-Free networks, and timm's evaluation settings for them.
 
 use super::{AttnKwargs, NfConfig};
 use crate::nets::{Colours, Evaluation};
@@ -65,7 +65,7 @@ pub fn variant(name: &str) -> Option<NfConfig> {
     Some(config)
 }
 
-/// What every configuration starts from (timm `NfCfg`'s defaults).
+/// Common base of all configurations (defaults of timm's `NfCfg`).
 fn base(depths: &[usize], channels: [usize; 4]) -> NfConfig {
     NfConfig {
         depths: depths.to_vec(),
