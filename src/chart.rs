@@ -1,11 +1,11 @@
 //! Charts as self-contained SVG: panels with labelled axes, lines and points. Must not know what is plotted.
 //!
-//! Readable in light and dark (the colours follow `prefers-color-scheme`), by the colour-blind (hues after Okabe & Ito
-//! 2008; series also differ by dash and mark) and without a script. The same figure gives the same bytes.
+//! Readable in light and dark (colours follow `prefers-color-scheme`), with colour blindness (hues after Okabe & Ito
+//! 2008; series also differ by dash and marker), and without scripts. The same figure gives the same bytes.
 
 use std::fmt::Write as _;
 
-/// A figure: panels in rows of `columns`, one legend above them.
+/// A figure: panels in rows of `columns`, with one legend above them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figure {
     /// Heading.
@@ -14,13 +14,13 @@ pub struct Figure {
     pub subtitle: String,
     /// The panels, in reading order.
     pub panels: Vec<Panel>,
-    /// Panels a row.
+    /// Panels per row.
     pub columns: usize,
-    /// Width and height of one panel in pixels, its axes and labels included.
+    /// Width and height of one panel in pixels, including axes and labels.
     pub panel_size: (f64, f64),
 }
 
-/// One pair of axes and what is drawn in it.
+/// One pair of axes and its data.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Panel {
     /// Heading.
@@ -29,7 +29,7 @@ pub struct Panel {
     pub x: Axis,
     /// Vertical axis.
     pub y: Axis,
-    /// Data, drawn in this order. Series of one name share a look and a line of the legend across panels.
+    /// Data, drawn in this order. Series of the same name share a style and a legend entry across panels.
     pub series: Vec<Series>,
     /// Horizontal reference lines: value and label.
     pub rules: Vec<(f64, String)>,
@@ -38,23 +38,23 @@ pub struct Panel {
 /// One axis.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Axis {
-    /// What it measures, with its unit.
+    /// Quantity and unit.
     pub label: String,
-    /// How values become lengths.
+    /// Mapping of values to lengths.
     pub scale: Scale,
-    /// Ends of the axis; from the data where there is none.
+    /// Ends of the axis; derived from the data if absent.
     pub range: Option<(f64, f64)>,
-    /// On a linear axis without a range: begin at zero.
+    /// Whether a linear axis without a range starts at zero.
     pub from_zero: bool,
 }
 
-/// How values become lengths.
+/// Mapping of values to lengths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scale {
-    /// Proportionally.
+    /// Proportional.
     #[default]
     Linear,
-    /// By their logarithm; values that have none are not drawn.
+    /// Logarithmic; values without a logarithm are not drawn.
     Log,
 }
 
@@ -63,31 +63,31 @@ pub enum Scale {
 pub struct Series {
     /// Name in the legend.
     pub name: String,
-    /// (x, y); a value that is not finite interrupts the line.
+    /// (x, y); a non-finite value interrupts the line.
     pub points: Vec<(f64, f64)>,
-    /// Connect the points.
+    /// Whether points are connected.
     pub line: bool,
-    /// Which points get a mark.
+    /// Points with a marker.
     pub marks: Marks,
-    /// Lower and upper end of each point's interval (vertical); empty for none.
+    /// Lower and upper end of each point's vertical interval; may be empty.
     pub intervals: Vec<(f64, f64)>,
-    /// Text beside each point; empty for none.
+    /// Text beside each point; may be empty.
     pub labels: Vec<String>,
 }
 
-/// Which points of a series get a mark.
+/// Points of a series with a marker.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Marks {
-    /// None of them.
+    /// No points.
     #[default]
     None,
-    /// Every one.
+    /// All points.
     All,
-    /// Those at these positions.
+    /// Points with these indices.
     At(Vec<usize>),
 }
 
-/// Colours on light and on dark ground, and the dash of each series in turn.
+/// Colour on a light and on a dark background, and dash pattern of each series, repeated.
 const LOOKS: [(&str, &str, &str); 8] = [
     ("#0072b2", "#5ab4f0", ""),
     ("#d55e00", "#ff8c42", "7 3"),
@@ -99,13 +99,13 @@ const LOOKS: [(&str, &str, &str); 8] = [
     ("#5f6b76", "#b4bec8", "4 4"),
 ];
 const FONT: &str = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
-/// Room around the plotting area of a panel: left, top, right, bottom.
+/// Margins around the plotting area of a panel: left, top, right, bottom.
 const MARGIN: [f64; 4] = [62.0, 30.0, 16.0, 46.0];
 const PADDING: f64 = 12.0;
 const LEGEND_LINE: f64 = 20.0;
 
 impl Figure {
-    /// The figure as an SVG document, which HTML can hold as it is.
+    /// The figure as an SVG document, which can be embedded in HTML.
     pub fn svg(&self) -> String {
         let columns = self.columns.clamp(1, self.panels.len().max(1));
         let rows = self.panels.len().div_ceil(columns);
@@ -137,7 +137,7 @@ impl Figure {
         out + "</svg>\n"
     }
 
-    /// Names of all series in order of appearance: the position decides the look.
+    /// Names of all series in order of appearance; the index determines the style.
     fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = Vec::new();
         for series in self.panels.iter().flat_map(|p| &p.series) {
@@ -177,7 +177,7 @@ struct Legend {
     lines: usize,
 }
 
-/// A panel with its scales fixed.
+/// A panel with fixed scales.
 struct Drawing<'a> {
     panel: &'a Panel,
     x: Ruler,
@@ -282,7 +282,7 @@ impl<'a> Drawing<'a> {
                 *out += &mark(look, x, y, 4.0);
             }
             if let Some(label) = series.labels.get(i).filter(|l| !l.is_empty()) {
-                // a label that would leave the panel goes to the left of its point
+                // a label that would leave the panel is put left of its point
                 let fits = x + 8.0 + text_width(label, 11.0) < self.x.pixels.1 + MARGIN[2];
                 let (class, x) = if fits { ("quiet", x + 8.0) } else { ("quiet end", x - 8.0) };
                 let _ =
@@ -293,7 +293,7 @@ impl<'a> Drawing<'a> {
     }
 }
 
-/// An axis with the values and the pixels at its ends.
+/// An axis, with the values and pixels at its ends.
 #[derive(Debug, Clone)]
 struct Ruler {
     scale: Scale,
@@ -319,7 +319,7 @@ impl Ruler {
             (None, Scale::Linear) => {
                 let grows_from_zero = axis.from_zero && low >= 0.0;
                 let low = if grows_from_zero { 0.0 } else { low };
-                // a constant gets an axis around it, never one that magnifies rounding
+                // a constant gets a range around it, so that rounding errors aren't magnified
                 let least = high.abs().max(low.abs()).max(1e-300) * 0.05;
                 let widen = ((least - (high - low)) / 2.0).max(0.0);
                 let room = (high - low + 2.0 * widen) * air + widen;
@@ -333,10 +333,10 @@ impl Ruler {
         Self { scale: axis.scale, ends, pixels }
     }
 
-    /// Where a value lies, if it can be drawn.
+    /// Pixel position of a value, if it can be drawn.
     fn drawn_at(&self, value: f64) -> Option<f64> {
         let drawable = value.is_finite() && (self.scale == Scale::Linear || value > 0.0);
-        // far outside a given range: keep the document's numbers small
+        // clamp values far outside of a given range, to keep numbers in the document small
         drawable.then(|| self.at(value).clamp(-9999.0, 9999.0))
     }
 
@@ -377,7 +377,7 @@ impl Ruler {
             return "0".into();
         }
         let text = if (1e-4..1e5).contains(&magnitude) {
-            // enough digits to tell neighbours apart, no trailing noise
+            // enough digits to distinguish neighbours, without trailing zeros
             let rounded = format!("{value:.6}");
             rounded.trim_end_matches('0').trim_end_matches('.').to_string()
         } else {
@@ -394,12 +394,12 @@ fn look_class(i: usize) -> String {
     format!("s{}", i % LOOKS.len())
 }
 
-/// After the last style the next series start again, with thicker lines.
+/// Line width of series `i`: styles repeat after the last one, with thicker lines.
 fn thickness(i: usize) -> &'static str {
     if i < LOOKS.len() { "" } else { " style=\"stroke-width:4\"" }
 }
 
-/// The mark of series `i`: circle, square, diamond, triangle in turn.
+/// Marker of series `i`: circle, square, diamond and triangle in turn.
 fn mark(i: usize, x: f64, y: f64, r: f64) -> String {
     let class = look_class(i);
     let path = match i % 4 {
@@ -445,12 +445,12 @@ fn style() -> String {
     format!("<style>\n{rules}</style>\n")
 }
 
-/// About how wide a text is, in pixels.
+/// Approximate width of a text, in pixels.
 fn text_width(text: &str, size: f64) -> f64 {
     text.chars().map(|c| if "ijlt.,:;|'()[] ".contains(c) { 0.34 } else { 0.6 }).sum::<f64>() * size
 }
 
-/// Text that HTML and SVG take as text.
+/// Escapes text for HTML and SVG; drops control characters.
 pub fn escape(text: &str) -> String {
     let printable = text.chars().filter(|c| !c.is_control());
     let mut out = String::with_capacity(text.len());

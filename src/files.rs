@@ -1,9 +1,9 @@
-//! Whole-or-nothing writing: the one way by which the program writes files and folders.
+//! Atomic writing: the only code by which the program writes files and folders.
 //!
-//! What is written is a draft first: under a temporary name beside its target, synced, and then renamed, so that a reader
-//! finds the old content or the new one at any instant, and a crash at any point leaves one of the two. Owns the names of
-//! drafts, their removal when a write fails or a signal ends the program ([`abandon`]), and the sweeping of drafts that a
-//! killed process left behind ([`sweep`]). Knows no contents.
+//! Contents are first written to a draft, under a temporary name beside the target, synced, and renamed, so that
+//! readers see either the old or the new content at any instant, and a crash leaves one of the two. Owns the names of
+//! drafts, their removal if a write fails or a signal ends the program ([`abandon`]), and the removal of drafts of
+//! killed processes ([`sweep`]). Knows no contents.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
@@ -14,43 +14,43 @@ use std::time::Duration;
 
 use tempfile::{NamedTempFile, TempDir};
 
-/// How the name of every draft begins.
+/// Prefix of the names of drafts.
 const DRAFT: &str = ".nfold-draft-";
-/// How the name of a folder begins that is out of the way while it is replaced, on file systems that can't exchange two
-/// folders; the name of its target follows.
+/// Prefix of the name of a folder that is set aside while it is replaced, on file systems that can't exchange two
+/// folders; the target's name follows.
 const ASIDE: &str = ".nfold-aside-";
-/// Age past which a draft is taken for left behind where its lock can't tell.
+/// Age above which a draft counts as abandoned if its lock can't tell.
 const OLD: Duration = Duration::from_secs(24 * 3600);
 
-/// The drafts of this process; none once it ends.
+/// Drafts of this process; `None` once it ends.
 static LIVE: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
 
 fn live() -> MutexGuard<'static, Option<BTreeSet<PathBuf>>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes a whole file, in place of one of that name if there is one. What is no file (a pipe, `/dev/stdout`) is written
-/// to directly.
+/// Writes a file atomically, replacing an existing one. If the path is no regular file (a pipe, `/dev/stdout`), writes
+/// to it directly.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut draft = DraftFile::create(path)?;
     draft.write_all(bytes)?;
     draft.publish()
 }
 
-/// A file being written. Gone when dropped, unless it is published.
+/// A file that is being written; removed on drop unless it is published.
 #[derive(Debug)]
 pub struct DraftFile(Destination);
 
 #[derive(Debug)]
 enum Destination {
-    /// Renamed to its target when complete.
+    /// Will be renamed to its target.
     Draft { file: BufWriter<File>, draft: Live<NamedTempFile>, target: PathBuf },
-    /// A pipe or device: it can't be replaced.
+    /// A pipe or device, which can't be replaced.
     Direct(BufWriter<File>),
 }
 
 impl DraftFile {
-    /// A draft of the file `path`, in its folder. A link is followed: its target is what will be replaced.
+    /// Creates a draft of the file `path`, in its folder. Follows a symbolic link, whose target will be replaced.
     pub fn create(path: &Path) -> io::Result<Self> {
         let there = fs::metadata(path).ok();
         if let Some(there) = &there {
@@ -73,7 +73,7 @@ impl DraftFile {
         Ok(Self(Destination::Draft { file, draft, target }))
     }
 
-    /// Syncs the file and gives it its name.
+    /// Syncs the file and renames it to its target.
     pub fn publish(self) -> io::Result<()> {
         match self.0 {
             Destination::Direct(mut file) => file.flush(),
@@ -101,24 +101,24 @@ impl Write for DraftFile {
     }
 }
 
-/// A folder being written. Gone when dropped, unless it is published.
+/// A folder that is being written; removed on drop unless it is published.
 #[derive(Debug)]
 pub struct DraftFolder(Live<TempDir>);
 
 impl DraftFolder {
-    /// An empty draft in the folder `parent`, which must be on the file system of its target.
+    /// Creates an empty draft in the folder `parent`, which must be on the target's file system.
     pub fn create_in(parent: &Path) -> io::Result<Self> {
         sweep(parent);
         Self::with_mode(parent, 0o777)
     }
 
-    /// A folder for private files that are never renamed, in the system's temporary folder, or
-    /// in shared memory where that can't be written: containers run on read-only roots.
+    /// Creates a folder for temporary files that are never published, in the system's temporary folder, or in shared
+    /// memory if that isn't writable: containers run with read-only root file systems.
     pub fn scratch() -> io::Result<Self> {
         Self::scratch_in(&[std::env::temp_dir(), PathBuf::from("/dev/shm")])
     }
 
-    /// In the first of these that can be written; else the error of the first.
+    /// Creates it in the first of `parents` that is writable; otherwise returns the error of the first.
     fn scratch_in(parents: &[PathBuf]) -> io::Result<Self> {
         let make = |parent: &PathBuf| {
             sweep(parent);
@@ -134,25 +134,25 @@ impl DraftFolder {
         Live::create(create, |draft| draft.path().to_path_buf(), |draft| File::open(draft.path())).map(Self)
     }
 
-    /// Where it is.
+    /// Path of the draft.
     pub fn path(&self) -> &Path {
         self.0.inner.path()
     }
 
-    /// Writes a file in it and syncs it.
+    /// Writes a file in the draft and syncs it.
     pub fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let mut file = File::create(self.path().join(name))?;
         file.write_all(bytes)?;
         file.sync_all()
     }
 
-    /// Gives the folder the name `target`. A folder there that holds anything is an error, unless `replace`: then the two
-    /// change their names in one step, and the old one is removed.
+    /// Renames the folder to `target`. If a folder with contents exists there, returns an error, unless `replace` is
+    /// set: then the two are exchanged atomically, and the old one is removed.
     pub fn publish(self, target: &Path, replace: bool) -> io::Result<()> {
         File::open(self.path()).and_then(|folder| folder.sync_all())?;
         self.0.publish(|draft| {
             if replace && target.symlink_metadata().is_ok() {
-                // what was replaced has the draft's name now, and goes with it
+                // the replaced folder has the draft's name now, and is removed with it
                 return swap(draft.path(), target);
             }
             fs::rename(draft.path(), target)?;
@@ -163,23 +163,22 @@ impl DraftFolder {
     }
 }
 
-/// A draft on the list of those that this process removes when it ends, locked so that other processes see that it is in
-/// use.
+/// A draft, registered for removal when the process ends, and locked so that other processes see that it is in use.
 #[derive(Debug)]
 struct Live<T> {
     inner: T,
     listed: Listed,
 }
 
-/// The place on the list, left when dropped.
+/// Registration of a draft, removed on drop.
 #[derive(Debug)]
 struct Listed {
     path: PathBuf,
-    /// Held open: the lock ends with it.
+    /// Held open, since closing releases the lock.
     _lock: Option<File>,
 }
 
-/// What the system said, without the name of a draft that nobody has heard of, which `tempfile` puts behind it.
+/// Removes from an error the temporary path that `tempfile` appends, which means nothing to the user.
 fn plain(error: io::Error) -> io::Error {
     let text = error.to_string();
     let said = text.split(" at path \"").next().unwrap_or(&text);
@@ -199,10 +198,10 @@ impl<T> Live<T> {
             let path = path(&inner);
             list.insert(path.clone());
             drop(live);
-            // where nothing can be locked, age decides
+            // if the file system has no locks, age decides
             let lock = open(&inner).ok().filter(|file| file.lock().is_ok());
             let listed = Listed { path, _lock: lock };
-            // a sweeper may have come between creation and lock
+            // a sweep may have removed it between creation and lock
             if listed.path.exists() {
                 return Ok(Self { inner, listed });
             }
@@ -230,11 +229,11 @@ impl Drop for Listed {
     }
 }
 
-/// Removes every draft of this process and refuses further ones: for a process that ends now, whatever its other threads do.
+/// Removes all drafts of this process and refuses new ones, for a process that ends now, whatever its other threads do.
 pub fn abandon() {
     let drafts = live().take().unwrap_or_default();
     for path in drafts {
-        // a thread that still writes into a folder may bring a file back
+        // a thread that still writes into the folder may create a file again
         for _ in 0..3 {
             remove(&path);
             if path.symlink_metadata().is_err() {
@@ -245,13 +244,13 @@ pub fn abandon() {
 }
 
 /// Removes drafts in `folder` whose process is gone. A draft is in use while its lock is held; on file systems without
-/// locks, and for drafts that another machine made, a day's age decides. What can't be removed stays.
+/// locks, and for drafts of other machines, an age of one day decides. Ignores failures.
 pub fn sweep(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        // only what is a file or a folder itself: opening a pipe would wait, and a link leads elsewhere
+        // regular files and folders only: opening a pipe would block, and a symbolic link leads elsewhere
         let plain = entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir());
         if plain && name.strip_prefix(DRAFT).is_some_and(|rest| is_left(&entry.path(), rest)) {
             remove(&entry.path());
@@ -259,7 +258,7 @@ pub fn sweep(folder: &Path) {
     }
 }
 
-/// Whether the process of a draft is gone; `made` is its name without what all drafts begin with.
+/// Whether the process of a draft is gone; `made` is the draft's name without `DRAFT`.
 fn is_left(path: &Path, made: &str) -> bool {
     let aged = || {
         let modified = path.metadata().and_then(|m| m.modified());
@@ -283,8 +282,8 @@ fn remove(path: &Path) {
     };
 }
 
-/// Exchanges a folder and its replacement in one step, where the system can; else in two, between which [`recover`] knows
-/// what to do.
+/// Exchanges a folder with its replacement atomically if the system can; otherwise by two renames, between which
+/// [`recover`] can restore the folder.
 fn swap(fresh: &Path, target: &Path) -> io::Result<()> {
     #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
     {
@@ -292,7 +291,7 @@ fn swap(fresh: &Path, target: &Path) -> io::Result<()> {
         use rustix::io::Errno;
         match renameat_with(CWD, fresh, CWD, target, RenameFlags::EXCHANGE) {
             Ok(()) => return Ok(()),
-            // the file system, or the kernel, has no such call
+            // the file system or the kernel doesn't support the call
             Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
             Err(error) => return Err(error.into()),
         }
@@ -309,7 +308,7 @@ fn swap_in_two(fresh: &Path, target: &Path) -> io::Result<()> {
         fs::rename(target, &aside)?;
         match fs::rename(fresh, target) {
             Ok(()) => break,
-            // a reader has taken this for left half done, and put it back
+            // a reader took this for an interrupted exchange and restored the folder
             Err(_) if tries > 0 && target.exists() => tries -= 1,
             Err(error) => {
                 fs::rename(&aside, target)?;
@@ -322,14 +321,14 @@ fn swap_in_two(fresh: &Path, target: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Finishes what a process that was killed while it replaced a folder of `parent` left half done: a folder that was put
-/// aside gets its name back where nothing has taken it.
+/// Completes exchanges of folders in `parent` that a killed process left half done: a folder that was set aside gets
+/// its name back, unless that is taken.
 pub fn recover(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
         if let Some(name) = entry.file_name().to_string_lossy().strip_prefix(ASIDE) {
             let target = parent.join(name);
-            // a rename onto a folder that holds anything fails, so that a newer one stays
+            // renaming onto a folder with contents fails, so that a newer one stays
             if fs::rename(entry.path(), &target).is_err() && target.exists() {
                 remove(&entry.path());
             }
@@ -341,13 +340,14 @@ pub fn recover(parent: &Path) {
 fn sync_folder_of(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match File::open(folder).and_then(|folder| folder.sync_all()) {
-        // ignored: a folder without read permission can't be opened, and some file systems sync none; the rename is done
+        // ignored: a folder without read permission can't be opened, and some file systems can't sync folders; the
+        // rename is done
         Err(e) if !matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput) => Err(e),
         _ => Ok(()),
     }
 }
 
-/// Names of this machine's drafts, with the permissions of any other file: another user may read the result.
+/// Builder of this machine's drafts, with the usual permissions, since other users may read the result.
 fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     static PREFIX: OnceLock<String> = OnceLock::new();
     let mut builder = tempfile::Builder::new();
@@ -357,8 +357,8 @@ fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-/// An id that tells machines which share a file system apart: locks of one may not be seen by the others. The same in all
-/// containers of a machine; it changes when the machine restarts.
+/// ID that distinguishes machines which share a file system, since they may not see each other's locks. The same in all
+/// containers of a machine; changes when it restarts.
 fn machine() -> &'static str {
     static MACHINE: OnceLock<String> = OnceLock::new();
     MACHINE.get_or_init(|| {

@@ -1,11 +1,11 @@
-//! Log lines: where they go and how they look. Knows nothing of what is logged.
+//! Log output: destination and format. Knows nothing of what is logged.
 //!
-//! Everything goes to stderr; stdout is for machine output. Bodies, images and secrets are never logged.
+//! Everything goes to stderr; stdout is for machine-readable output. Bodies, images and secrets are never logged.
 //!
-//! No thread that logs waits for stderr: lines wait in a bounded queue for a thread of their own that writes them, whole
-//! and in order. What does not fit (nobody reads the pipe) or can't be written (its reader has left) is dropped and
-//! counted. `tracing-appender` has such a queue, but at shutdown it prints to the stream that is stuck, and it bounds lines,
-//! not bytes.
+//! No thread that logs blocks on stderr: lines go to a bounded queue, and one thread writes them, whole and in order.
+//! Lines that don't fit (nobody reads the pipe) or can't be written (its reader is gone) are dropped and counted.
+//! `tracing-appender` has such a queue, but at shutdown it prints to the blocked stream, and it bounds lines, not
+//! bytes.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
@@ -18,32 +18,32 @@ use std::time::{Duration, Instant};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Most lines that wait to be written.
+/// Most lines in the queue.
 const LINES: usize = 8192;
-/// Most bytes of them.
+/// Most bytes in the queue.
 const BYTES: usize = 4 << 20;
-/// Longest the end of the process waits for lines to be written.
+/// Longest that the process waits at its end for lines to be written.
 const LAST_LINES: Duration = Duration::from_millis(500);
 
-/// How a log line looks.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
-    /// For people; in colour on a terminal.
+    /// For people; coloured on a terminal.
     #[default]
     Text,
-    /// One JSON object a line, fields at the top level.
+    /// One JSON object per line, with fields at the top level.
     Json,
 }
 
 /// The process's queue, once logging has started.
 static QUEUE: OnceLock<Queue> = OnceLock::new();
-/// Bytes of the lines that wait.
+/// Bytes of the queued lines.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
-/// Lines that were never written.
+/// Number of lines that were dropped.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// Starts logging. `filter` is a list of directives as `RUST_LOG` takes them, such as `info,ort=warn`; the error says
-/// what is wrong with it, or that the system refused a thread. Only the first call in a process takes effect.
+/// Starts logging. `filter` is a list of directives in the syntax of `RUST_LOG`, such as `info,ort=warn`; the error
+/// says what is wrong with it, or that the system refused a thread. Only the first call in a process has an effect.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|e| format!("log filter `{filter}` is not valid: {e}"))?;
     let queue = Queue::start().map_err(|e| format!("can't start the thread that writes log lines: {e}"))?;
@@ -58,12 +58,12 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Log lines that were dropped since the process started.
+/// Number of log lines dropped since the process started.
 pub fn dropped_lines() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// Writes a line to stderr after all queued log lines, and waits for it for half a second at most. Failures are ignored.
+/// Writes a line to stderr after all queued lines, waiting for at most half a second. Ignores failures.
 pub fn last_line(text: &str) {
     match QUEUE.get() {
         Some(queue) => queue.push(format!("{text}\n").into_bytes()),
@@ -72,7 +72,7 @@ pub fn last_line(text: &str) {
     flush();
 }
 
-/// Waits until all lines are written, for half a second at most.
+/// Waits until all queued lines are written, for at most half a second.
 pub fn flush() {
     let Some(queue) = QUEUE.get() else { return };
     let deadline = Instant::now() + LAST_LINES;
@@ -88,7 +88,7 @@ pub fn flush() {
     let _ = done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
 }
 
-/// The standard hook prints, and would wait for a reader that may never come.
+/// Logs a panic. The standard hook prints to stderr, and would block if nobody reads it.
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let text = panic.payload_as_str().unwrap_or("no text");
     let thread = std::thread::current();
@@ -98,17 +98,17 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
 
 enum Message {
     Line(Vec<u8>),
-    /// Answered when everything before it is written.
+    /// Answered when all earlier lines are written.
     Flush(SyncSender<()>),
 }
 
-/// The sender to the thread that writes.
+/// Sender to the writing thread.
 struct Queue(SyncSender<Message>);
 
 impl Queue {
     fn start() -> io::Result<Self> {
         let (queue, lines) = mpsc::sync_channel(LINES);
-        // not through the standard library's handle: a writer that is stuck would hold its lock
+        // not the standard library's handle: a blocked writer would hold its lock
         let stderr = stderr()?;
         std::thread::Builder::new().name("nfold-log".into()).spawn(move || write(&lines, stderr))?;
         Ok(Self(queue))
@@ -144,7 +144,7 @@ fn write(lines: &Receiver<Message>, mut stderr: File) {
                 WAITING.fetch_sub(line.len(), Ordering::Relaxed);
                 if write_line(&mut stderr, &line).is_err() {
                     DROPPED.fetch_add(1, Ordering::Relaxed);
-                    // not logged: its own line would be dropped as well
+                    // not logged: that line would be dropped as well
                     said = dropped_lines();
                 }
             }
@@ -158,7 +158,7 @@ fn write(lines: &Receiver<Message>, mut stderr: File) {
     }
 }
 
-/// Writes all of it, also where the stream is non-blocking.
+/// Writes the whole line, even to a non-blocking stream.
 fn write_line(stderr: &mut File, mut line: &[u8]) -> io::Result<()> {
     while !line.is_empty() {
         match stderr.write(line) {
@@ -172,7 +172,7 @@ fn write_line(stderr: &mut File, mut line: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes one event: the formatter writes each at once.
+/// Writer of one event, which the formatter writes in one call.
 struct Line<'a>(&'a Queue);
 
 impl Write for Line<'_> {

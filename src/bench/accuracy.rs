@@ -1,23 +1,23 @@
-//! Published ImageNet-1k accuracy of timm's weights, to set latency against. Nothing here was measured by nfold.
+//! Published ImageNet-1k accuracy of timm's weights, to compare with latency. nfold measured none of it.
 
 use serde::{Deserialize, Serialize};
 
-/// Where a figure comes from: `results/results-imagenet.csv` of huggingface/pytorch-image-models.
+/// Source of a figure: `results/results-imagenet.csv` of huggingface/pytorch-image-models.
 const AUGUST: &str = "timm results/results-imagenet.csv, snapshot aa4b585 (8 Aug 2026)";
 const OLDER: &str = "timm results/results-imagenet.csv, commit 0173a139";
 
 /// A published accuracy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Published {
-    /// Top-1 accuracy on the ImageNet-1k validation set, per cent.
+    /// Top-1 accuracy on the ImageNet-1k validation set, in per cent.
     pub top1: f64,
-    /// timm's tag of the weights that reach it.
+    /// timm's tag of the weights with this accuracy.
     pub weights: String,
-    /// Where it is published.
+    /// Source of the figure.
     pub source: String,
 }
 
-/// Architecture, side in pixels, top-1, weights, source: of an architecture's ImageNet-1k weights the best at that size.
+/// Architecture, side in pixels, top-1, weights, source: the best ImageNet-1k weights of an architecture at that size.
 const TABLE: [(&str, u32, f64, &str, &str); 27] = [
     ("nf_regnet_b1", 256, 78.71, "ra2_in1k", AUGUST),
     ("nf_regnet_b1", 288, 79.37, "ra2_in1k", AUGUST),
@@ -48,7 +48,7 @@ const TABLE: [(&str, u32, f64, &str, &str); 27] = [
     ("efficientnet_b3", 320, 82.242, "ra2_in1k", OLDER),
 ];
 
-/// What timm publishes for an architecture (no tag) at a square size, where nfold knows it.
+/// Accuracy that timm publishes for an architecture (without tag) at a square size, if the table has it.
 pub fn published(architecture: &str, height: usize, width: usize) -> Option<Published> {
     let found = TABLE.iter().find(|row| row.0 == architecture && row.1 as usize == height && height == width)?;
     Some(Published { top1: found.2, weights: found.3.into(), source: found.4.into() })

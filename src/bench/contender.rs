@@ -1,4 +1,4 @@
-//! What is timed: a graph, and how its session is opened.
+//! Contenders of the benchmark: a graph, and settings of its session.
 
 use super::accuracy::Published;
 use crate::engine::EngineOptions;
@@ -6,11 +6,11 @@ use crate::engine::EngineOptions;
 /// A graph to time.
 #[derive(Debug, Clone)]
 pub struct Contender {
-    /// Name: the architecture, or what the user called it.
+    /// Name of the model: the architecture, or the user's name for it.
     pub model: String,
     /// `folded`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
     pub variant: String,
-    /// How its session differs from the others'.
+    /// Settings of the session that differ from the default.
     pub settings: Vec<Setting>,
     /// Channels of its input.
     pub channels: usize,
@@ -24,14 +24,14 @@ pub struct Contender {
     pub pad_channels: bool,
     /// Trainable parameters, where known.
     pub parameters: Option<u64>,
-    /// Billions of multiply-accumulates an image, where known.
+    /// Billions of multiply-accumulates per image, if known.
     pub gmacs: Option<f64>,
-    /// Published accuracy, where known.
+    /// Published accuracy, if known.
     pub published: Option<Published>,
 }
 
 impl Contender {
-    /// `model@size`, with variant and settings where it isn't plainly folded.
+    /// `model@size`, with variant and settings unless they are the default.
     pub fn label(&self) -> String {
         let Self { model, height, width, .. } = self;
         let size = if height == width { height.to_string() } else { format!("{height}x{width}") };
@@ -41,22 +41,22 @@ impl Contender {
         }
     }
 
-    /// The variant and every setting, as the command line names them.
+    /// The variant followed by all settings, in the command line's syntax.
     pub fn variant(&self) -> String {
         self.settings.iter().fold(self.variant.clone(), |text, setting| text + "+" + setting.name())
     }
 }
 
-/// How a session differs from the others'.
+/// A setting of a session that differs from the default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Setting {
-    /// Input and output are bound, and stay on the device: on a GPU always so.
+    /// I/O binding: input and output stay on the device. Always used on a GPU.
     Bound,
-    /// Kernels are replayed as a CUDA graph; bound as well.
+    /// Kernels are replayed as a CUDA graph; implies I/O binding.
     Graph,
     /// TensorFloat-32.
     Tf32,
-    /// Channels last.
+    /// Channels-last layout (NHWC).
     Nhwc,
 }
 
@@ -64,7 +64,7 @@ impl Setting {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Bound, Self::Graph, Self::Tf32, Self::Nhwc];
 
-    /// As the command line names it.
+    /// Name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Bound => "bound",
@@ -74,7 +74,7 @@ impl Setting {
         }
     }
 
-    /// Whether it means something to GPUs only.
+    /// Whether it affects GPUs only.
     pub fn is_for_gpu(self) -> bool {
         matches!(self, Self::Tf32 | Self::Nhwc)
     }

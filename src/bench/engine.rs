@@ -1,5 +1,5 @@
-//! Times graphs in process, against each other: every round runs every contender in a fresh order, so that whatever
-//! the machine does meanwhile falls on all of them. Knows graphs as bytes, not how they came to be.
+//! Times graphs in process against each other. Every round runs every contender, in random order, so that disturbances
+//! of the machine affect all of them. Knows graphs as bytes, not their origin.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,68 +21,68 @@ use crate::engine::{
     Provider,
 };
 
-/// Version of the report's layout, documented in `docs/benchmarks.md`.
+/// Version of the report's format, documented in `docs/benchmarks.md`.
 pub const SCHEMA: &str = "nfold-bench-engine/1";
-/// Longest that pools of several sessions are given to stop spinning before another session is timed.
+/// Longest wait for the thread pools of other sessions to stop spinning before a session is timed.
 const SETTLE: Duration = Duration::from_millis(80);
-/// A GPU raises its clock while it warms up: the warm-up goes on until a stretch of runs of this length is no faster than the one
-/// before it, for at most this many stretches.
+/// A GPU raises its clock under load, so warm-up continues until a stretch of runs of this length is no faster than the
+/// previous one, for at most this many stretches.
 const STRETCH: Duration = Duration::from_millis(100);
 const STRETCHES: usize = 20;
-/// Largest relative difference of two stretches that counts as none.
+/// Largest relative difference between two stretches of a steady clock.
 const STEADY: f64 = 0.01;
 
-/// How contenders are timed.
+/// Settings of a measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
-    /// Images in a run.
+    /// Batch sizes, in images per run.
     pub batches: Vec<usize>,
-    /// Threads inside one operator.
+    /// Numbers of threads inside one operator.
     pub threads: Vec<usize>,
-    /// Hardware.
+    /// Hardware that runs the graphs.
     #[serde(default)]
     pub provider: Provider,
-    /// Number of the GPU.
+    /// Index of the GPU.
     #[serde(default)]
     pub device: u16,
-    /// On a GPU: images are moved to it and logits from it in every run that is timed.
+    /// On a GPU: whether timed runs include copying images to it and logits from it.
     #[serde(default)]
     pub transfers: bool,
     /// Rounds; each gives every contender one turn.
     pub rounds: usize,
-    /// How long a turn lasts at least, milliseconds; at least one run.
+    /// Shortest duration of a turn, in milliseconds; a turn has at least one run.
     pub turn_ms: u64,
-    /// How long each contender is warmed up at least, milliseconds.
+    /// Shortest warm-up of each contender, in milliseconds.
     pub warmup_ms: u64,
-    /// Runs of its warm-up at least.
+    /// Fewest warm-up runs of each contender.
     pub warmup_runs: usize,
-    /// Let the threads of a pool spin between operators, as one session alone on the machine would.
+    /// Whether the threads of a pool spin between operators, as those of a session alone on the machine would.
     pub spinning: bool,
-    /// Label of the contender that ratios are taken to; the first where absent.
+    /// Label of the contender that speeds are relative to; the first if absent.
     pub reference: Option<String>,
     /// Seed of images, orders and bootstrap.
     pub seed: u64,
 }
 
-/// Everything that was measured.
+/// Results of a measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
-    /// [`SCHEMA`].
+    /// Always [`SCHEMA`].
     pub schema: String,
-    /// Where and with what.
+    /// Machine and versions.
     pub machine: Machine,
-    /// How it was measured.
+    /// Settings of the measurement.
     pub plan: Plan,
-    /// Share of processor time that a hypervisor gave to others meanwhile.
+    /// Share of processor time that the hypervisor gave to other machines during the measurement (steal time).
     pub stolen_share: Option<f64>,
-    /// Measured single-precision peaks of the CPU, where that is what runs.
+    /// Measured single-precision peaks of the CPU; empty on a GPU.
     pub peaks: Vec<Peak>,
     /// One for every contender, batch and thread count.
     pub rows: Vec<Row>,
 }
 
 impl Report {
-    /// What of the figures can't be, where something can't.
+    /// Describes a figure that is impossible, if there is one.
     pub fn implausible(&self) -> Option<&'static str> {
         let above = self.rows.iter().filter_map(|row| row.peak_share).any(|share| share > 1.0);
         above.then_some(
@@ -92,7 +92,7 @@ impl Report {
     }
 }
 
-/// One contender at one batch size and thread count.
+/// Results of one contender at one batch size and thread count.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Row {
@@ -105,30 +105,30 @@ pub struct Row {
     pub threads: usize,
     pub parameters: Option<u64>,
     pub gmacs: Option<f64>,
-    /// Bytes of the graph.
+    /// Size of the graph, in bytes.
     pub onnx_bytes: usize,
-    /// Opening the session, milliseconds.
+    /// Time to open the session, in milliseconds.
     pub load_ms: f64,
-    /// Latency of a run, milliseconds.
+    /// Latency of a run, in milliseconds.
     pub latency_ms: Summary,
-    /// Medians of the rounds, milliseconds.
+    /// Median latency of each round, in milliseconds.
     pub rounds_ms: Vec<f64>,
-    /// Latency at 0, 1, … 100 per cent of the runs, milliseconds.
+    /// Latency at the percentiles 0, 1, … 100 of the runs, in milliseconds.
     pub percentiles_ms: Vec<f64>,
     pub images_per_s: f64,
-    /// Achieved arithmetic at the median, GFLOP/s; a multiply-accumulate counts as two.
+    /// Arithmetic throughput at the median, in GFLOP/s; a multiply-accumulate counts as two operations.
     pub gflops: Option<f64>,
-    /// Its share of the measured peak of as many threads.
+    /// `gflops` as a share of the measured peak of the same number of threads.
     pub peak_share: Option<f64>,
-    /// Speed against the reference at the same batch size and thread count: above 1 is faster.
+    /// Speed relative to the reference at the same batch size and thread count; above 1 is faster.
     pub speed: Option<Ratio>,
     pub published: Option<Published>,
 }
 
-/// A contender's session, and where its tensors lie.
+/// A contender's session, by where its tensors are.
 enum Timed {
     Plain(OrtBackend),
-    /// Whether each run moves them.
+    /// Whether each run copies them.
     Bound(BoundBackend, bool),
 }
 
@@ -167,7 +167,7 @@ impl Lane<'_> {
         let (started, mut runs) = (Instant::now(), 0);
         let (model, batch) = (self.contender.label(), self.batch.images);
         if let Timed::Bound(backend, transfers) = &mut self.backend {
-            // what the logits are is seen while they are still fetched
+            // check the logits here, while they are still copied from the device
             let logits = backend.run(&self.batch).map(Some);
             if !*transfers {
                 backend.keep_on_device();
@@ -195,7 +195,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// One untimed run (the caches held another contender), then timed ones.
+    /// One untimed run, since the caches hold another contender's data, then timed runs.
     fn turn(&mut self, plan: &Plan) -> Result<(), BenchError> {
         self.run()?;
         let (started, first) = (Instant::now(), self.samples.len());
@@ -208,7 +208,7 @@ impl Lane<'_> {
     }
 }
 
-/// Times all contenders. `progress` is called after each round with what is measured and the share done (0 to 1).
+/// Times all contenders. `progress` is called after each round with a description and the share done (0 to 1).
 pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f64)) -> Result<Report, BenchError> {
     if let Some(name) = &plan.reference
         && !contenders.iter().any(|c| c.label() == *name)

@@ -1,51 +1,52 @@
-//! What a figure was measured on, so that it can be judged and repeated. Reads the system; measures nothing.
+//! Describes the machine of a measurement, so that figures can be judged and reproduced. Reads the system; measures
+//! nothing.
 
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// Vector extensions that decide how fast convolutions can be.
+/// CPU flags that determine the speed of convolutions, and `hypervisor`.
 const EXTENSIONS: [&str; 8] = ["avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "asimd", "hypervisor"];
 
-/// The machine and the versions.
+/// Machine and versions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Processor by its own name.
+    /// Model name of the processor.
     pub processor: String,
-    /// Cores that this process may use.
+    /// Cores available to this process.
     pub cores: usize,
-    /// Of the vector extensions that matter, those it has; `hypervisor` says that it is a virtual machine.
+    /// CPU flags that it has; `hypervisor` marks a virtual machine.
     pub extensions: Vec<String>,
     /// Memory in GiB.
     pub memory_gib: f64,
-    /// Frequency governor; virtual machines show none.
+    /// Frequency governor; absent on virtual machines.
     pub governor: Option<String>,
     /// Operating system.
     pub system: String,
     /// Kernel release.
     pub kernel: String,
-    /// ONNX Runtime's build line, where it ran in this process.
+    /// Build information of ONNX Runtime, if it ran in this process.
     pub onnxruntime: Option<String>,
     /// nfold's version.
     pub nfold: String,
-    /// The command, program name first.
+    /// Command line, program name first.
     pub command: Vec<String>,
-    /// When, seconds since 1970 UTC.
+    /// Time of the measurement, in seconds since 1970-01-01 UTC.
     pub unix_time: u64,
-    /// Load average of the minute before: above 0.5 the machine was not quiet.
+    /// Load average of the minute before; above 0.5 the machine was not idle.
     pub load_average: Option<f64>,
 }
 
 impl Machine {
-    /// When it was measured, as a date: `2026-11-26 14:05 UTC`.
+    /// Time of the measurement as text: `2026-11-26 14:05 UTC`.
     pub fn date(&self) -> String {
         let at = i64::try_from(self.unix_time).ok().and_then(|s| time::OffsetDateTime::from_unix_timestamp(s).ok());
         let written = |at: time::OffsetDateTime| format!("{} {:02}:{:02} UTC", at.date(), at.hour(), at.minute());
         at.map_or_else(|| format!("{} s after 1970", self.unix_time), written)
     }
 
-    /// Looks at this machine now. `onnxruntime` is its build line.
+    /// Describes this machine now. `onnxruntime` is ONNX Runtime's build information.
     pub fn look(onnxruntime: Option<String>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, key: &str| {
@@ -82,7 +83,7 @@ impl Machine {
     }
 }
 
-/// Processor time since boot: what all asked for, and what a hypervisor gave to others.
+/// Processor time since boot: total, and stolen by the hypervisor for other machines.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ProcessorTime {
     total: f64,
@@ -90,7 +91,7 @@ pub struct ProcessorTime {
 }
 
 impl ProcessorTime {
-    /// Reads the counters; `None` where the system has none.
+    /// Reads the counters; `None` on systems without them.
     pub fn now() -> Option<Self> {
         Self::parse(&fs::read_to_string("/proc/stat").ok()?)
     }
@@ -98,11 +99,11 @@ impl ProcessorTime {
     fn parse(stat: &str) -> Option<Self> {
         let line = stat.lines().next()?.strip_prefix("cpu ")?;
         let ticks: Vec<f64> = line.split_whitespace().map_while(|t| t.parse().ok()).collect();
-        // user nice system idle iowait irq softirq steal; guests are counted in user already
+        // user nice system idle iowait irq softirq steal; user already includes guest
         Some(Self { total: ticks.iter().take(8).sum(), stolen: *ticks.get(7)? })
     }
 
-    /// Share of processor time since `earlier` that the hypervisor gave to others: above 0.01 the figures suffered.
+    /// Share of processor time since `earlier` that the hypervisor stole; above 0.01 the figures are affected.
     pub fn stolen_since(self, earlier: Self) -> f64 {
         let total = self.total - earlier.total;
         if total > 0.0 { (self.stolen - earlier.stolen) / total } else { 0.0 }

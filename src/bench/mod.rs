@@ -1,9 +1,9 @@
 //! The benchmark: graphs in process, and load on a server. A client: knows the engine and the protocols, not the
 //! server, nor how a graph was folded.
 //!
-//! `engine` times `contender`s against each other in interleaved rounds; `load` asks a server; `statistics` says how sure the figures are;
-//! `machine` and `peak` describe what they were measured on; `accuracy` has the published top-1 of the networks. `report`
-//! writes JSON and CSV, `page` an HTML page with charts.
+//! `engine` times `contender`s against each other in interleaved rounds; `load` sends requests to a server;
+//! `statistics` computes medians and confidence intervals; `machine` and `peak` describe the hardware; `accuracy` has
+//! the published top-1 of the networks. `report` writes JSON and CSV, `page` an HTML page with charts.
 
 pub mod accuracy;
 pub mod contender;
@@ -19,34 +19,34 @@ use std::path::PathBuf;
 
 use crate::engine::{BackendError, EngineError};
 
-/// What can go wrong while measuring.
+/// Why a measurement fails.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// A graph can't be opened.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// A graph fails while it runs.
+    /// A graph fails to run.
     #[error("`{model}` with batch {batch}: {source}")]
     Run {
-        /// Which contender.
+        /// Label of the contender.
         model: String,
-        /// Images in a run.
+        /// Images per run.
         batch: usize,
-        /// What the engine said.
+        /// Error of the engine.
         source: BackendError,
     },
-    /// A graph answers NaN or infinity: its timings would mean nothing.
+    /// A graph returns NaN or infinity, which makes its timings meaningless.
     #[error("`{model}` answers numbers that are not finite; check the graph, or fold it with --precision fp32")]
     NotFinite {
-        /// Which contender.
+        /// Label of the contender.
         model: String,
     },
     /// The reference is not among the contenders.
     #[error("reference `{name}` is not measured; measured are: {measured}")]
     NoReference {
-        /// The name asked for.
+        /// Name of the reference.
         name: String,
-        /// Every contender, comma-separated.
+        /// Labels of all contenders, comma-separated.
         measured: String,
     },
     /// A report can't be written.
@@ -54,7 +54,7 @@ pub enum BenchError {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }

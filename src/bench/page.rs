@@ -1,4 +1,4 @@
-//! The report as one self-contained page: tables and charts, in light and dark, no script.
+//! The report as one self-contained HTML page: tables and charts, in light and dark, without scripts.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ font-size:.86rem;width:100%}th,td{padding:.25rem .55rem;text-align:right;border-
 white-space:nowrap}th:first-child,td:first-child{text-align:left}code{font-size:.88em;overflow-wrap:anywhere}\
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0}";
 
-/// The page for the reports that exist.
+/// The page for the available reports.
 pub fn html(engine: Option<&Report>, load: Option<&load::Report>) -> String {
     let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold bench</title>");
@@ -120,7 +120,7 @@ fn table(out: &mut String, rows: &[&Row]) {
     }
 }
 
-/// Families, so that the front of each can be seen.
+/// Family of a model, which shares a series in the chart.
 fn family(model: &str) -> &'static str {
     let prefixes = [
         ("nf_regnet", "NF-RegNet"),
@@ -134,7 +134,7 @@ fn family(model: &str) -> &'static str {
 }
 
 fn front(rows: &[&Row], batch: usize) -> Figure {
-    // the other variants of a network reach the same accuracy
+    // other variants of a network have the same accuracy
     let rows: Vec<&&Row> = rows.iter().filter(|r| r.variant == "folded").collect();
     let families: BTreeSet<&str> = rows.iter().map(|r| family(&r.model)).collect();
     let point = |r: &&&Row| Some((r.latency_ms.median, r.published.as_ref()?.top1, r.label.clone()));
@@ -180,7 +180,7 @@ fn distribution(rows: &[&Row]) -> Figure {
     )
 }
 
-/// An axis that says so where it is logarithmic.
+/// An axis whose label says if it is logarithmic.
 fn axis(label: impl Into<String>, scale: Scale) -> Axis {
     let mut label = label.into();
     if scale == Scale::Log {
@@ -198,7 +198,7 @@ fn figure(out: &mut String, chart: &Figure, caption: &str) {
     let _ = write!(out, "<figure>{}<figcaption>{}</figcaption></figure>", chart.svg(), escape(caption));
 }
 
-/// Where and with what a report was measured.
+/// Writes the machine and versions of a report.
 fn machine(out: &mut String, m: &Machine, stolen: Option<f64>) {
     out.push_str("<h3>Machine and versions</h3><dl>");
     let mut entry = |key: &str, value: String| {
@@ -256,7 +256,7 @@ fn load_section(out: &mut String, report: &load::Report) {
     );
 }
 
-/// A step as the charts and tables call it.
+/// Name of a step in charts and tables.
 fn name(step: &Step) -> String {
     match (step.connections, step.rate) {
         (Some(n), _) => format!("closed, {n} connection{}", if n == 1 { "" } else { "s" }),
@@ -359,7 +359,7 @@ fn latencies(steps: &[Step]) -> Figure {
     )
 }
 
-/// A number without needless digits.
+/// Formats a number with at most two decimals, none from 100 on.
 fn number(v: f64) -> String {
     let digits = if v.abs() >= 100.0 { 0 } else { 2 };
     let text = format!("{v:.digits$}");

@@ -1,5 +1,5 @@
-//! The machine's single-precision peak, measured: independent fused multiply-adds that never leave the registers. A
-//! bound that no convolution can pass, to set achieved arithmetic against.
+//! Measures the machine's single-precision peak by independent fused multiply-adds that never leave the registers: an
+//! upper bound for the throughput of convolutions.
 
 use std::hint::black_box;
 use std::thread;
@@ -9,23 +9,23 @@ use fearless_simd::prelude::*;
 use fearless_simd::{Level, dispatch};
 use serde::{Deserialize, Serialize};
 
-/// Accumulators: enough that neither of two units with a latency of four or five cycles waits.
+/// Accumulators: enough to hide a latency of four or five cycles in two units.
 const CHAINS: usize = 12;
-/// Multiply-adds of each accumulator between two readings of the clock.
+/// Multiply-adds per accumulator between two clock readings.
 const STEPS: usize = 20_000;
 const SAMPLES: usize = 9;
 const SAMPLE: Duration = Duration::from_millis(60);
 
-/// The measured peak of a number of threads together.
+/// Measured peak of several threads together.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Peak {
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// GFLOP/s; a multiply-add counts as two.
+    /// GFLOP/s; a multiply-add counts as two operations.
     pub gflops: f64,
 }
 
-/// Measures the peak of `threads` threads: the median of several short samples, after a first that is thrown away.
+/// Measures the peak of `threads` threads: the median of several short samples, without the first.
 pub fn measure(threads: usize) -> Peak {
     let mut samples: Vec<f64> = (0..=SAMPLES)
         .map(|_| {
@@ -40,7 +40,7 @@ pub fn measure(threads: usize) -> Peak {
     Peak { threads, gflops: samples[samples.len() / 2] }
 }
 
-/// One thread's rate over one sample, GFLOP/s.
+/// Throughput of one thread over one sample, in GFLOP/s.
 fn rate() -> f64 {
     let (start, mut flops) = (Instant::now(), 0.0);
     while start.elapsed() < SAMPLE {
@@ -49,7 +49,7 @@ fn rate() -> f64 {
     flops / start.elapsed().as_secs_f64() / 1e9
 }
 
-/// Runs every chain; returns the operations done.
+/// Runs all accumulators; returns the number of operations.
 #[inline(always)]
 fn multiply_add<S: Simd>(simd: S) -> f64 {
     let (factor, term) = (S::f32s::splat(simd, black_box(0.5)), S::f32s::splat(simd, black_box(1.0)));
@@ -65,7 +65,7 @@ fn multiply_add<S: Simd>(simd: S) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    /// Any machine of this century does more than 0.1 and less than 10,000 GFLOP/s on one core, even unoptimised.
+    /// Any machine of this century has more than 0.1 and less than 10,000 GFLOP/s per core, even with unoptimised code.
     #[test]
     fn peak_is_plausible() {
         let gflops = super::rate();

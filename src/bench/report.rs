@@ -1,4 +1,4 @@
-//! Writes what was measured: JSON (whole), CSV (one line a row), and the page. Files appear whole or not at all.
+//! Writes reports: JSON (complete), CSV (one line per row), and the HTML page. Files are written atomically.
 
 use std::fs;
 use std::path::Path;
@@ -13,11 +13,11 @@ use super::load::answer::Outcome;
 use super::{BenchError, engine, load, page};
 use crate::files;
 
-/// File name of the engine's report, without extension.
+/// File name of the engine report, without extension.
 pub const ENGINE: &str = "engine";
 /// File name of the load report, without extension.
 pub const LOAD: &str = "load";
-/// The page that shows every report of the folder.
+/// File name of the page with all reports of the folder.
 pub const PAGE: &str = "index.html";
 
 /// Writes `folder/engine.json`, `folder/engine.csv` and the page.
@@ -27,15 +27,15 @@ pub fn write_engine(folder: &Path, report: &engine::Report) -> Result<(), BenchE
     write_page(folder)
 }
 
-/// The page from the reports that the folder holds.
+/// Writes the page from the reports in the folder.
 pub fn write_page(folder: &Path) -> Result<(), BenchError> {
     let engine: Option<engine::Report> = read(folder, ENGINE, engine::SCHEMA);
     let load: Option<load::Report> = read(folder, LOAD, load::SCHEMA);
     write(folder, PAGE, page::html(engine.as_ref(), load.as_ref()).as_bytes())
 }
 
-/// Writes `folder/load.json`, `folder/load.csv`, `folder/load.hlog` (HdrHistogram's interval log, one histogram a step,
-/// microseconds) and the page.
+/// Writes `folder/load.json`, `folder/load.csv`, `folder/load.hlog` (HdrHistogram's interval log, one histogram per
+/// step, in microseconds) and the page.
 pub fn write_load(folder: &Path, report: &load::Report) -> Result<(), BenchError> {
     write_json(folder, LOAD, report)?;
     write(folder, &format!("{LOAD}.csv"), load_csv(report).as_bytes())?;
@@ -61,7 +61,7 @@ fn histograms(report: &load::Report) -> Vec<u8> {
     out
 }
 
-/// One line a step; empty fields where a figure is not known.
+/// One line per step; empty fields for unknown figures.
 pub fn load_csv(report: &load::Report) -> String {
     let outcomes = [
         Outcome::Ok,
@@ -90,7 +90,7 @@ pub fn load_csv(report: &load::Report) -> String {
     csv_of(lines)
 }
 
-/// A report of this folder, where it is there and of this layout.
+/// A report in the folder, if it exists and has this schema.
 fn read<T: DeserializeOwned>(folder: &Path, name: &str, schema: &str) -> Option<T> {
     let value: serde_json::Value = serde_json::from_slice(&fs::read(folder.join(format!("{name}.json"))).ok()?).ok()?;
     (value["schema"] == schema).then(|| serde_json::from_value(value).ok()).flatten()
@@ -103,14 +103,14 @@ pub fn write_json(folder: &Path, name: &str, report: &impl Serialize) -> Result<
     write(folder, &format!("{name}.json"), (text + "\n").as_bytes())
 }
 
-/// Writes a file of the folder, which is made where missing; whole or not at all.
+/// Writes a file atomically; creates the folder if it is missing.
 pub fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> {
     let path = folder.join(name);
     let written = fs::create_dir_all(folder).and_then(|()| files::write(&path, bytes));
     written.map_err(|source| BenchError::Write { path, source })
 }
 
-/// One line a row; empty fields where a figure is not known.
+/// One line per row; empty fields for unknown figures.
 pub fn engine_csv(report: &engine::Report) -> String {
     let header = "model,variant,height,width,batch,threads,parameters,gmacs,onnx_bytes,load_ms,runs,median_ms,p90_ms,p99_ms,\
          images_per_s,gflops,peak_share,speed,speed_low,speed_high,top1,top1_weights";
@@ -147,7 +147,7 @@ pub fn engine_csv(report: &engine::Report) -> String {
     csv_of(lines)
 }
 
-/// Lines as comma-separated values (RFC 4180).
+/// Formats lines as comma-separated values (RFC 4180).
 fn csv_of(lines: Vec<Vec<String>>) -> String {
     let mut writer = csv::Writer::from_writer(Vec::new());
     for line in lines {

@@ -4,14 +4,14 @@ use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-/// Fewest samples at which a 99th percentile is reported: below, it is close to the maximum.
+/// Fewest samples for which a 99th percentile is reported; with fewer, it is close to the maximum.
 pub const FEWEST_FOR_P99: usize = 100;
 const RESAMPLES: usize = 10_000;
 
-/// Latencies of one contender, milliseconds.
+/// Latencies of one contender, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
-    /// Timed runs.
+    /// Number of timed runs.
     pub runs: usize,
     /// Fastest run.
     pub min: f64,
@@ -26,7 +26,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Summarises samples in any order; `None` without samples.
+    /// Summarises samples in any order; `None` if there are none.
     pub fn of(samples: &[f64]) -> Option<Self> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -37,8 +37,7 @@ impl Summary {
     }
 }
 
-/// Quantile `q` of ascending samples, linear between neighbours (Hyndman and Fan 1996, definition 7); NaN without
-/// samples.
+/// Quantile `q` of ascending samples, interpolated linearly (Hyndman and Fan 1996, definition 7); NaN without samples.
 pub fn quantile(sorted: &[f64], q: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
     let rank = q.clamp(0.0, 1.0) * last as f64;
@@ -53,7 +52,7 @@ pub fn median(samples: &[f64]) -> f64 {
     quantile(&sorted, 0.5)
 }
 
-/// A ratio and its 95 % interval.
+/// A ratio and its 95 % confidence interval.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ratio {
     /// Point estimate: the ratio of the two medians over rounds.
@@ -64,8 +63,8 @@ pub struct Ratio {
     pub high: f64,
 }
 
-/// `median(above) / median(below)` of figures taken in the same rounds, with a percentile bootstrap over rounds (Efron
-/// and Tibshirani 1993, chapter 13): rounds are drawn whole, so that what disturbed both in one round stays paired.
+/// `median(above) / median(below)` of figures from the same rounds, with a percentile bootstrap over rounds (Efron and
+/// Tibshirani 1993, chapter 13). Whole rounds are resampled, so that disturbances of both in one round stay paired.
 pub fn ratio(above: &[f64], below: &[f64], seed: u64) -> Option<Ratio> {
     let rounds = above.len().min(below.len());
     let value = median(&above[..rounds]) / median(&below[..rounds]);
@@ -107,7 +106,7 @@ mod tests {
         assert_eq!(Summary::of(&[]), None);
     }
 
-    /// The interval holds the true ratio about as often as it says, and is paired: a round that slows both leaves it
+    /// The interval's coverage is near its nominal level, and samples are paired: rounds that slow both leave it
     /// narrow.
     #[test]
     fn intervals_cover_and_stay_paired() {

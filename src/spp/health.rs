@@ -1,40 +1,40 @@
-//! What is wrong with a network's signals: not finite, exploding, vanishing, or other than they should be.
+//! Finds unhealthy signals: not finite, exploding, vanishing, or different from a reference.
 
 use serde::Serialize;
 
 use super::{Profile, Signal};
 use crate::model::OUTPUT;
 
-/// Limits beyond which a statistic is unhealthy.
+/// Limits of healthy statistics.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Largest healthy second moment of a block's output, and of its residual branch.
+    /// Largest healthy second moment of a block's output and of its residual branch.
     pub explode: f64,
     /// Smallest healthy second moment of a block's output.
     pub vanish: f64,
 }
 
 impl Default for Limits {
-    /// Scales that single precision carries with ease, but that no healthy network shows: 10⁶ and 10⁻⁶.
+    /// 10⁶ and 10⁻⁶: values that single precision still represents well, but that no healthy network has.
     fn default() -> Self {
         Self { explode: 1e6, vanish: 1e-6 }
     }
 }
 
-/// One finding.
+/// An unhealthy signal.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Problem {
-    /// The network.
+    /// Name of the network.
     pub network: String,
-    /// The block where it shows first; `logits` after the last one.
+    /// The first block with the problem; `logits` after the last block.
     pub block: String,
     /// `not_finite`, `exploding`, `vanishing`, `differs` or `not_representable`.
     pub kind: &'static str,
-    /// What was measured.
+    /// The measured values.
     pub detail: String,
 }
 
-/// The first block of each kind of problem: the blocks after it have the problem as well.
+/// The first block with each kind of problem; later blocks have it as well.
 pub fn examine(profile: &Profile, limits: &Limits) -> Vec<Problem> {
     let problem = |signal: &Signal, kind, detail: String| Problem {
         network: profile.network.clone(),
@@ -65,8 +65,8 @@ pub fn examine(profile: &Profile, limits: &Limits) -> Vec<Problem> {
     found
 }
 
-/// Largest relative difference of any statistic of blocks that both have, and the block; squared means are measured
-/// against the second moment, since a mean of zero has no relative error.
+/// Largest relative difference of any statistic of blocks that both profiles have, and the block. Squared means are
+/// compared relative to the second moment, since a mean of zero has no relative error.
 pub fn largest_difference(reference: &Profile, other: &Profile) -> Option<(f64, String)> {
     let pairs = reference.blocks.iter().filter_map(|a| Some((a, other.blocks.iter().find(|b| b.block == a.block)?)));
     let of_pair = |(a, b): (&Signal, &Signal)| {
@@ -86,7 +86,7 @@ pub fn largest_difference(reference: &Profile, other: &Profile) -> Option<(f64, 
     pairs.map(of_pair).max_by(|a, b| a.0.total_cmp(&b.0))
 }
 
-/// [`largest_difference`] beyond `tolerance` as a problem of `other`.
+/// A [`largest_difference`] above `tolerance`, as a problem of `other`.
 pub fn compare(reference: &Profile, other: &Profile, tolerance: f64) -> Option<Problem> {
     let (difference, block) = largest_difference(reference, other)?;
     (difference > tolerance).then(|| Problem {

@@ -1,9 +1,9 @@
-//! Signal propagation plots: the scale of a network's hidden activations, block by block (Brock, De & Smith 2021,
-//! section 3), at initialisation or trained, on Gaussian noise or photographs.
+//! Signal propagation plots: mean and variance of a network's hidden activations, block by block (Brock, De & Smith
+//! 2021, section 3), at initialisation or trained, on Gaussian noise or photographs.
 //!
 //! `resnet_v2` runs the paper's own networks at initialisation, one layer at a time; `taps` runs a classifier's graph
-//! with its blocks exposed; `statistics` accumulates; `health` judges; `render` prints. Must not know checkpoints or how
-//! a network is folded: it takes graphs.
+//! with its residual blocks as outputs; `statistics` accumulates; `health` finds problems; `render` prints. Must not
+//! know checkpoints or how a network is folded: it receives graphs.
 
 pub mod health;
 pub mod render;
@@ -20,7 +20,7 @@ use crate::engine::{BackendError, Batch, EngineError};
 use crate::graph::GraphError;
 use statistics::ChannelMoments;
 
-/// Why there are no statistics.
+/// Why statistics can't be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum SppError {
     /// ONNX Runtime can't open a graph.
@@ -35,38 +35,38 @@ pub enum SppError {
     /// The bytes are no ONNX graph.
     #[error("`{name}` is not an ONNX graph: {reason}; fold the checkpoint again")]
     NotOnnx {
-        /// The network.
+        /// Name of the network.
         name: String,
-        /// What the reader said.
+        /// Message of the parser.
         reason: String,
     },
-    /// Nothing to look at.
+    /// The graph has no residual block.
     #[error("`{0}` has no residual block; signal propagation plots need a residual network")]
     NoBlocks(String),
-    /// A specification that no network can have.
+    /// The specification of a network is invalid.
     #[error("network `{spec}`: {reason}")]
     BadSpec {
-        /// What was asked for.
+        /// The specification.
         spec: String,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and what is valid.
         reason: String,
     },
 }
 
-/// One network's statistics.
+/// Statistics of one network.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Profile {
-    /// What the network is called in reports.
+    /// Name of the network in reports.
     pub network: String,
-    /// What it was run on.
+    /// Description of the input.
     pub input: String,
-    /// Images.
+    /// Number of images.
     pub images: usize,
     /// Height and width of the input, in pixels.
     pub size: (usize, usize),
     /// Residual blocks in order.
     pub blocks: Vec<Signal>,
-    /// Whether every logit was finite; none where the network has no classifier.
+    /// Whether all logits were finite; `None` if the network has no classifier.
     pub finite_logits: Option<bool>,
     /// Wall-clock time, in seconds.
     pub seconds: f64,
@@ -77,7 +77,7 @@ pub struct Profile {
 pub struct Signal {
     /// The block's name, such as `stages.2.0`.
     pub block: String,
-    /// The last block of its stage.
+    /// Whether it is the last block of its stage.
     pub ends_stage: bool,
     /// Average channel squared mean of the block's output (shortcut + residual branch).
     pub squared_mean: f64,
@@ -87,15 +87,15 @@ pub struct Signal {
     pub residual_squared_mean: Option<f64>,
     /// Average channel variance at the end of the residual branch, before SkipInit's gain and α.
     pub residual_variance: Option<f64>,
-    /// Variance that the block plan expects after the block; none for batch-normalised networks.
+    /// Variance after the block that the plan expects; `None` for batch-normalised networks.
     pub expected_variance: Option<f64>,
     /// Largest magnitude in the block's output.
     pub max_abs: f64,
 }
 
 impl Signal {
-    /// From the moments of a block's output and of its residual branch times `scale` (none when the graph has no
-    /// branch, or a scale of 0).
+    /// Builds the statistics from the moments of a block's output and of its residual branch multiplied by `scale`
+    /// (`None` if the graph has no branch, or for a scale of 0).
     fn new(block: &str, output: &ChannelMoments, residual: Option<(&ChannelMoments, f64)>) -> Self {
         let before_scale = |value: f64, scale: f64| value / (scale * scale);
         Self {
@@ -116,7 +116,7 @@ impl Signal {
     }
 }
 
-/// Marks the last block of each stage: a block's name without its last part is its stage.
+/// Marks the last block of each stage. A block's stage is its name without the last component.
 fn mark_stages(blocks: &mut [Signal]) {
     let stage = |name: &str| name.rsplit_once('.').map(|(stage, _)| stage.to_string());
     for i in 0..blocks.len() {
@@ -125,7 +125,7 @@ fn mark_stages(blocks: &mut [Signal]) {
     }
 }
 
-/// Unit Gaussian images, always the same for the same seed, whatever the piece they are asked for in.
+/// Writes unit Gaussian image number `image` to position `at` of `batch`. It depends only on seed and number.
 pub fn gaussian_image(seed: u64, image: usize, batch: &mut Batch, at: usize) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(1 + image as u64);

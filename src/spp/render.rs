@@ -1,11 +1,11 @@
-//! Profiles as CSV, as a table with sparklines, and as a figure of the paper's three panels.
+//! Renders profiles as CSV, as a table with sparklines, and as a figure with the paper's three panels.
 
 use std::fmt::Write as _;
 
 use super::{Profile, Signal};
 use crate::chart::{Axis, Figure, Marks, Panel, Scale, Series};
 
-/// A statistic: its short name, the paper's name, and how to read it.
+/// A statistic: short name, the paper's name, and getter.
 type Statistic = (&'static str, &'static str, fn(&Signal) -> Option<f64>);
 
 /// The three statistics of the paper's section 3, in the order of its panels.
@@ -14,12 +14,12 @@ const STATISTICS: [Statistic; 3] = [
     ("variance", "Average channel variance", |s| Some(s.variance)),
     ("residual variance", "Residual average channel variance", |s| s.residual_variance),
 ];
-/// Data further apart than this, largest to smallest, are drawn on a logarithmic axis.
+/// Ratio of largest to smallest value above which an axis is logarithmic.
 const WIDE: f64 = 1e4;
 /// Characters of a sparkline.
 const SPARK_WIDTH: usize = 60;
 
-/// Comma-separated values (RFC 4180), one line a block, for all networks; empty where a value doesn't exist.
+/// Comma-separated values (RFC 4180) of all networks, one line per block; missing values are empty.
 pub fn csv(profiles: &[Profile]) -> String {
     let header = [
         "network",
@@ -56,8 +56,8 @@ pub fn csv(profiles: &[Profile]) -> String {
     String::from_utf8(writer.into_inner().expect("memory needs no flushing")).expect("fields are text")
 }
 
-/// Each network as three sparklines with their ends, then a line a block (the last of each stage only, when there are
-/// many).
+/// A table of each network: three sparklines with their ends, then a line per block (only the last of each stage if
+/// there are many).
 pub fn table(profiles: &[Profile]) -> String {
     let mut out = String::new();
     for p in profiles {
@@ -106,7 +106,7 @@ pub fn table(profiles: &[Profile]) -> String {
     out
 }
 
-/// Five significant digits, or so.
+/// Formats a number with about five significant digits.
 fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".into(),
@@ -117,15 +117,15 @@ fn number(value: f64) -> String {
     }
 }
 
-/// Eight heights from the smallest to the largest value (by logarithm when they lie far apart); `!` for what is not
-/// finite. Long series are thinned.
+/// A sparkline with eight heights from the smallest to the largest value (logarithmic if they are far apart); `!` for
+/// non-finite values. Long series are thinned.
 fn sparkline(values: &[f64]) -> String {
     const HEIGHTS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let finite = || values.iter().copied().filter(|v| v.is_finite());
     let log = wide(finite());
     let length = |v: f64| if log { v.max(f64::MIN_POSITIVE).ln() } else { v };
     let (low, high) = finite().map(length).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-    // rounding noise is drawn flat
+    // so that rounding noise looks flat
     let span = (high - low).max(1e-6 * high.abs()).max(f64::MIN_POSITIVE);
     let shown = values.len().min(SPARK_WIDTH);
     (0..shown)
@@ -136,7 +136,7 @@ fn sparkline(values: &[f64]) -> String {
         .collect()
 }
 
-/// Whether positive values lie so far apart that only their logarithms can be drawn.
+/// Whether positive values are so far apart that they need a logarithmic axis.
 fn wide(values: impl Iterator<Item = f64>) -> bool {
     let (mut low, mut high) = (f64::INFINITY, 0.0);
     for v in values.filter(|v| *v > 0.0) {
@@ -145,7 +145,7 @@ fn wide(values: impl Iterator<Item = f64>) -> bool {
     high > WIDE * low
 }
 
-/// The paper's three panels, every network overlaid; marks end the stages.
+/// The paper's three panels with all networks overlaid; markers show the ends of stages.
 pub fn figure(profiles: &[Profile], title: &str) -> Figure {
     let all = |read: fn(&Signal) -> Option<f64>| {
         profiles.iter().flat_map(move |p| p.blocks.iter().filter_map(read)).filter(|v| v.is_finite())
@@ -154,9 +154,9 @@ pub fn figure(profiles: &[Profile], title: &str) -> Figure {
     let panel = |(short, name, read): Statistic| {
         let is_mean = short == "squared mean";
         let largest = all(read).fold(0.0, f64::max);
-        // squared means near zero are not far apart: they are all zero
+        // squared means near zero need no logarithmic axis
         let scale = if wide(all(read)) && !(is_mean && largest < 1e3) { Scale::Log } else { Scale::Linear };
-        // nor are means that are negligible beside the variance
+        // nor do means that are negligible beside the variance
         let least = 0.02 * largest_variance;
         let range = (is_mean && scale == Scale::Linear && largest < least).then_some((0.0, least));
         let series = |p: &Profile| Series {

@@ -1,9 +1,9 @@
-//! The paper's networks at initialisation: pre-activation ResNets (He et al. 2016b) of any depth, with batch
-//! normalisation or normalizer-free, fresh weights, run on Gaussian noise. The stem is two convolutions without pooling.
+//! The paper's networks at initialisation: pre-activation ResNets (He et al. 2016b) of any depth, batch-normalised or
+//! normalizer-free, run on Gaussian noise. The stem is two convolutions without pooling.
 //!
-//! A network of 600 layers with every block exposed needs tens of gigabytes as one graph. So each convolution is a graph
-//! of its own, run once on the whole batch: memory holds a few layers, and batch normalisation gets the statistics of
-//! the batch itself, as in training, in double precision.
+//! As one graph, a network of 600 layers with every block as an output needs tens of gigabytes. So each convolution is
+//! a graph of its own, run once on the whole batch: memory holds a few layers, and batch normalisation uses the batch's
+//! own statistics, as in training, in double precision.
 
 use std::time::Instant;
 
@@ -19,24 +19,24 @@ use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, gamma, scaled_ws};
 
-/// Channels of the stages, and of the stem, at full width.
+/// Channels of the stages and of the stem, at width 1.
 const CHANNELS: [usize; 4] = [256, 512, 1024, 2048];
 const STEM: usize = 64;
-/// PyTorch's default of `BatchNorm2d`, and timm's of `ScaledStdConv2d`.
+/// PyTorch's default for `BatchNorm2d`, and timm's for `ScaledStdConv2d`.
 const EPS: f64 = 1e-5;
 
-/// How a block orders and scales its layers.
+/// Order and scaling of a block's layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
     /// Batch normalisation, activation, convolution; He initialisation.
     BnReluConv,
     /// Activation, batch normalisation, convolution; weights of variance 1/fan-in, since the input has unit variance.
     ReluBnConv,
-    /// Normalizer-free, α and β, He initialisation.
+    /// Normalizer-free with α and β; He initialisation.
     NfHe,
-    /// Normalizer-free, α and β, Scaled Weight Standardization.
+    /// Normalizer-free with α and β; Scaled Weight Standardization.
     NfWs,
-    /// Neither normalised nor scaled; He initialisation.
+    /// Without normalisation and scaling; He initialisation.
     Plain,
 }
 
@@ -65,31 +65,31 @@ impl Variant {
     }
 }
 
-/// One network at initialisation.
+/// A network at initialisation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResNetV2 {
-    /// Order and scales.
+    /// Order and scaling of layers.
     pub variant: Variant,
     /// Activation.
     pub activation: Activation,
-    /// Layers: three a residual block, shared as equally as possible by the stages.
+    /// Layers: three per residual block, distributed over the stages as equally as possible.
     pub depth: usize,
-    /// Stages, 1 to 4, of 256, 512, 1024 and 2048 channels times `width`.
+    /// Stages, 1 to 4, with 256, 512, 1024 and 2048 channels times `width`.
     pub stages: usize,
-    /// Factor on all channels.
+    /// Factor on the channels of all layers.
     pub width: f64,
     /// α of the normalizer-free variants.
     pub alpha: f64,
     /// Side of the input, in pixels.
     pub size: usize,
-    /// Images; batch statistics are theirs.
+    /// Images in the batch, which batch normalisation takes its statistics from.
     pub images: usize,
     /// Seed of weights and noise.
     pub seed: u64,
 }
 
 impl ResNetV2 {
-    /// Blocks of each stage.
+    /// Number of blocks in each stage.
     pub fn blocks(&self) -> Vec<usize> {
         let blocks = self.depth / 3;
         (0..self.stages).map(|s| blocks / self.stages + usize::from(s < blocks % self.stages)).collect()
@@ -109,7 +109,7 @@ impl ResNetV2 {
         if !self.alpha.is_finite() || self.alpha <= 0.0 || self.alpha > 1e3 {
             return bad("α must be above 0, 1000 at most");
         }
-        // the last stage sees the input divided by 32
+        // the last stage has 1/32 of the input's resolution
         if !(32..=4096).contains(&self.size) {
             return bad("the input must have 32 to 4096 pixels a side");
         }
@@ -119,8 +119,8 @@ impl ResNetV2 {
         Ok(())
     }
 
-    /// Runs the network. `spec` names it in the profile and in errors; `progress` is called after each block with
-    /// the number done and the number of all.
+    /// Runs the network. `spec` names it in the profile and in errors; `progress` is called after each block with the
+    /// number of finished blocks and of all.
     pub fn profile(&self, spec: &str, mut progress: impl FnMut(usize, usize)) -> Result<Profile, SppError> {
         self.check(spec)?;
         let started = Instant::now();
@@ -157,13 +157,13 @@ impl ResNetV2 {
     }
 }
 
-/// Maps of the whole batch, with their moments.
+/// Feature maps of the whole batch, with their moments.
 struct Layer {
     /// `[images, chs, height, width]`.
     shape: [usize; 4],
     data: Vec<f32>,
     moments: ChannelMoments,
-    /// What the next layer's normalisation sees, where that is the activation of these maps.
+    /// The activated maps, if the next layer normalises these.
     activated: Option<Box<Layer>>,
 }
 
@@ -174,7 +174,7 @@ impl Layer {
         Self { shape: view.shape, data: view.data.to_vec(), moments, activated: None }
     }
 
-    /// What a convolution reads, and its name in the graph.
+    /// The maps that a convolution reads.
     fn source(&self) -> &Self {
         self.activated.as_deref().unwrap_or(self)
     }
@@ -184,7 +184,7 @@ struct Run<'a> {
     net: &'a ResNetV2,
     rng: ChaCha8Rng,
     options: EngineOptions,
-    /// He initialisation generalised: 1/E\[f(Z)²\], which is 2 for ReLU and 1 without activation.
+    /// Generalised He initialisation: 1/E\[f(Z)²\], which is 2 for ReLU and 1 without activation.
     he_gain: f64,
     gamma: f64,
 }
@@ -193,7 +193,7 @@ impl<'a> Run<'a> {
     fn new(net: &'a ResNetV2) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let mut rng = ChaCha8Rng::seed_from_u64(net.seed);
-        // stream 0 is the weights', the others are the images'
+        // stream 0 is for weights, the others are for images
         rng.set_stream(0);
         let known = gamma::find(net.activation.name());
         Self {
@@ -209,8 +209,9 @@ impl<'a> Run<'a> {
         ((channels as f64 * self.net.width).round() as usize).max(4)
     }
 
-    /// 7x7 convolution of stride 2, and a 3x3 one of stride 2 where ResNets have max pooling: pooling would shift every
-    /// mean, where the analysis begins with unit Gaussians. Weights of variance 1/fan-in: nothing is activated before.
+    /// 7x7 convolution of stride 2, and a 3x3 one of stride 2 instead of ResNet's max pooling: pooling would shift
+    /// every mean, but the analysis starts with unit Gaussians. Weights have variance 1/fan-in, since no activation
+    /// comes before.
     fn stem(&mut self) -> Result<Layer, SppError> {
         let net = self.net;
         let mut batch = Batch::zeros(net.images, net.size, net.size);
@@ -229,8 +230,8 @@ impl<'a> Run<'a> {
         self.run(graph, "the stem", &[view], outputs).map(Finished::last)
     }
 
-    /// One block: the output, and the moments of its residual branch before α. `transition` is the stride of a block
-    /// whose shortcut is a convolution (on the normalised, activated input).
+    /// Runs one block: returns its output, and the moments of its residual branch before α. `transition` is the stride
+    /// of a block whose shortcut is a convolution (of the normalised, activated input).
     fn block(
         &mut self,
         x: Layer,
@@ -280,7 +281,7 @@ impl<'a> Run<'a> {
         Ok((finished.last(), residual))
     }
 
-    /// A graph that reads `x` and does what comes before a convolution: normalisation, β, activation.
+    /// Starts a graph that reads `x` and applies what precedes a convolution: normalisation, β, activation.
     fn open(&self, x: &Layer, beta: f64) -> Result<(GraphBuilder, Map), SppError> {
         let [_, chs, height, width] = x.shape;
         let mut graph = empty_graph();
@@ -300,7 +301,7 @@ impl<'a> Run<'a> {
         if beta != 1.0 {
             map = graph.scale(&map, beta)?;
         }
-        // where the activation comes first, the layer before has applied it
+        // if the activation comes first, the previous layer's graph has applied it
         if self.net.variant != Variant::ReluBnConv {
             map = graph.activation(&map, self.net.activation, "act");
         }
@@ -316,8 +317,8 @@ impl<'a> Run<'a> {
         convolve(graph, x, conv, &weight)
     }
 
-    /// Normal weights of variance `gain`/fan-in, or standardised to γ: then from unit variance, where eps takes nothing
-    /// away (of fresh weights of variance 1/fan-in it takes 4 % at a fan-in of 4608).
+    /// Normal weights of variance `gain`/fan-in, or weights standardised to γ. The latter are drawn with unit variance,
+    /// so that eps doesn't shrink them (at variance 1/fan-in, it removes 4 % at a fan-in of 4608).
     fn weights(&mut self, conv: &Conv, gain: f64, standardised: bool) -> Vec<f64> {
         let deviation = if standardised { 1.0 } else { (gain / conv.fan_in() as f64).sqrt() };
         let count = conv.weight_shape().iter().product();
@@ -329,7 +330,7 @@ impl<'a> Run<'a> {
         weight
     }
 
-    /// Declares `maps` as outputs, with their activations where the next normalisation needs these.
+    /// Declares `maps` as outputs, with their activations if the next normalisation needs these.
     fn outputs(&self, graph: &mut GraphBuilder, maps: Vec<Map>) -> Outputs {
         let activation = self.net.activation;
         let mut names = Vec::new();
@@ -384,10 +385,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What a graph gives out: maps by name, each with the name of its activation.
+/// Outputs of a graph: maps by name, each with the name of its activation.
 struct Outputs {
     names: Vec<(String, Option<String>)>,
-    /// A map that only its moments are wanted of.
+    /// A map of which only the moments are needed.
     statistics_only: Option<String>,
 }
 
@@ -398,7 +399,7 @@ struct Finished {
 }
 
 impl Finished {
-    /// The layer of this name: one that the graph was told to give out.
+    /// The layer of this name, which the graph declared as an output.
     fn take(&mut self, name: &str) -> Layer {
         let at = self.layers.iter().position(|(n, _)| n == name);
         self.layers.swap_remove(at.expect("the graph gives out what it was told to")).1

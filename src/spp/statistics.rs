@@ -1,14 +1,14 @@
-//! Mean and variance of each channel of feature maps that arrive in pieces, accumulated in double precision.
+//! Mean and variance per channel of feature maps that arrive in pieces, accumulated in double precision.
 
 use std::thread;
 
-/// Running moments of the channels of `[N, C, H, W]` maps, over N, H and W.
+/// Running moments per channel of `[N, C, H, W]` maps, over N, H and W.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ChannelMoments {
     channels: Vec<Moments>,
 }
 
-/// Count, mean, sum of squared deviations and largest magnitude of a stream of numbers.
+/// Count, mean, sum of squared deviations and largest magnitude of numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Moments {
     count: f64,
@@ -18,7 +18,7 @@ struct Moments {
 }
 
 impl Moments {
-    /// Two passes over values that fit the cache: exact, and open to vector instructions.
+    /// Two passes over values that fit the cache: exact, and vectorisable.
     fn of(values: &[f32]) -> Self {
         let count = values.len() as f64;
         let mut sums = [0.0f64; 8];
@@ -49,7 +49,7 @@ impl Moments {
         Self { count, mean, deviations: squares.iter().sum(), max_abs }
     }
 
-    /// Chan, Golub & LeVeque 1979: the moments of both streams together.
+    /// Combines the moments of two sets of numbers (Chan, Golub & LeVeque 1979).
     fn merge(&mut self, other: Self) {
         if self.count == 0.0 {
             *self = other;
@@ -65,10 +65,10 @@ impl Moments {
 }
 
 impl ChannelMoments {
-    /// Adds maps `[images, chs, height, width]`, row-major. The first call decides the number of channels.
+    /// Adds maps `[images, chs, height, width]`, row-major. The first call sets the number of channels.
     ///
     /// # Panics
-    /// When `data` is not as long as `shape` says, or the channels change: the caller's mistake.
+    /// If `data` is not as long as `shape` says, or the number of channels changes: both are mistakes of the caller.
     pub fn add(&mut self, shape: [usize; 4], data: &[f32]) {
         let [images, chs, height, width] = shape;
         assert_eq!(data.len(), shape.iter().product::<usize>(), "data as long as its shape {shape:?}");
@@ -90,7 +90,7 @@ impl ChannelMoments {
                 }
             }
         };
-        // threads cost more than small maps
+        // threads cost more than they save on small maps
         if data.len() < 1 << 16 {
             return work(0, &mut self.channels);
         }
@@ -101,27 +101,27 @@ impl ChannelMoments {
         });
     }
 
-    /// Mean of each channel.
+    /// Mean per channel.
     pub fn means(&self) -> Vec<f64> {
         self.channels.iter().map(|m| m.mean).collect()
     }
 
-    /// Biased variance of each channel.
+    /// Biased variance per channel.
     pub fn variances(&self) -> Vec<f64> {
         self.channels.iter().map(|m| m.deviations / m.count).collect()
     }
 
-    /// Average channel squared mean: the square of each channel's mean, averaged over the channels.
+    /// Average channel squared mean: the squared mean of each channel, averaged over channels.
     pub fn squared_mean(&self) -> f64 {
         self.average(|m| m.mean * m.mean)
     }
 
-    /// Average channel variance: each channel's biased variance, averaged over the channels.
+    /// Average channel variance: the biased variance of each channel, averaged over channels.
     pub fn variance(&self) -> f64 {
         self.average(|m| m.deviations / m.count)
     }
 
-    /// Largest magnitude of any value. NaN is not counted: it shows in the mean.
+    /// Largest magnitude of any value. Ignores NaN, which the mean shows.
     pub fn max_abs(&self) -> f64 {
         self.channels.iter().map(|m| m.max_abs).fold(0.0, f64::max)
     }
@@ -135,7 +135,7 @@ impl ChannelMoments {
 mod tests {
     use super::*;
 
-    /// Pieces of any size give what one pass over everything in double precision gives, even far from zero.
+    /// Pieces of any size give the same result as one pass in double precision, even far from zero.
     #[test]
     fn pieces_add_up() {
         let shape = [6usize, 5, 7, 9];

@@ -1,8 +1,8 @@
-//! Runs a classifier's graph, folded or not, with the ends of its residual blocks exposed.
+//! Runs a classifier's graph, folded or not, with the ends of its residual blocks as outputs.
 //!
-//! A residual block ends in an `Add` of its branch and its shortcut, in this order: that sum is the block's output (in a
-//! batch-normalised ResNet before the activation that follows), its first input is the branch, scaled by what folding
-//! left in it.
+//! A residual block ends in an `Add` of its branch and its shortcut, in this order: the sum is the block's output (in a
+//! batch-normalised ResNet, before the activation that follows), its first input is the branch, multiplied by the scale
+//! that folding left in it.
 
 use std::time::Instant;
 
@@ -15,18 +15,18 @@ use crate::graph::{FLOAT, FLOAT16};
 use crate::model::OUTPUT;
 use crate::pb::onnx::{GraphProto, ModelProto, TensorTypeProto, TypeProto, ValueInfoProto};
 
-/// What is known of a residual block before it runs.
+/// Data about a residual block from its plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockFacts {
     /// The block's name.
     pub block: String,
-    /// What the residual branch is multiplied by before it is added: α times SkipInit's gain.
+    /// Factor on the residual branch before the sum: α times SkipInit's gain.
     pub scale: f64,
-    /// Variance expected after the block.
+    /// Expected variance after the block.
     pub expected_variance: f64,
 }
 
-/// A graph, ready to be looked into.
+/// A session of a graph with its residual blocks as outputs.
 #[derive(Debug)]
 pub struct Exposed {
     network: String,
@@ -44,7 +44,7 @@ struct Tap {
 }
 
 impl Exposed {
-    /// Opens `onnx` with every residual block exposed. `facts` of blocks that the graph doesn't have are passed over.
+    /// Opens `onnx` with every residual block as an output. Ignores `facts` of blocks that the graph doesn't have.
     pub fn open(onnx: &[u8], network: &str, facts: &[BlockFacts]) -> Result<Self, SppError> {
         let not_onnx = |reason: String| SppError::NotOnnx { name: network.into(), reason };
         let mut model = ModelProto::decode(onnx).map_err(|e| not_onnx(e.to_string()))?;
@@ -68,7 +68,7 @@ impl Exposed {
         Ok(Self { network: network.into(), backend, taps, input })
     }
 
-    /// Statistics over all `batches`, run one by one. `input` says what they are.
+    /// Statistics over all `batches`, run one by one. `input` describes them.
     pub fn profile<'a>(&mut self, input: &str, batches: impl Iterator<Item = &'a Batch>) -> Result<Profile, SppError> {
         let started = Instant::now();
         let mut moments: Vec<[ChannelMoments; 2]> = self.taps.iter().map(|_| Default::default()).collect();
@@ -112,9 +112,9 @@ impl Exposed {
     }
 }
 
-/// Every residual sum, in the graph's order.
+/// All residual sums, in the graph's order.
 fn taps(graph: &GraphProto, facts: &[BlockFacts]) -> Vec<Tap> {
-    // an unfolded graph adds inside its weight arithmetic too
+    // an unfolded graph also has sums in the computation of weights
     let sums = graph.node.iter().filter(|n| n.op_type == "Add" && !n.name.contains(".weight"));
     sums.filter_map(|node| {
         let (output, residual) = (node.output.first()?, node.input.first()?);

@@ -1,34 +1,34 @@
-//! What a server made of one request: data, whichever transport carried it.
+//! Response of a server to one request, independent of the transport.
 
 use serde::{Deserialize, Serialize};
 
-/// How a request ended.
+/// Outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Answered as asked.
+    /// A successful response.
     Ok,
-    /// Overloaded or unavailable, to be tried again: 429 and 503, or their gRPC codes.
+    /// Overloaded or unavailable, to be retried: HTTP 429 and 503, or their gRPC codes.
     Refused,
-    /// The server gave up at its deadline: 504, or its gRPC code.
+    /// The server's deadline passed: HTTP 504, or its gRPC code.
     Deadline,
-    /// The server says that the request is wrong.
+    /// The server says that the request is invalid.
     ClientError,
-    /// The server failed.
+    /// An error of the server.
     ServerError,
     /// No connection, or a broken one.
     Transport,
-    /// No answer within the client's timeout.
+    /// No response within the client's timeout.
     Timeout,
 }
 
 impl Outcome {
-    /// The server answered.
+    /// Whether the server responded.
     pub fn is_answer(self) -> bool {
         !matches!(self, Self::Transport | Self::Timeout)
     }
 
-    /// What an HTTP status means.
+    /// The outcome for an HTTP status.
     pub fn of_http(status: u16) -> Self {
         match status {
             200..300 => Self::Ok,
@@ -40,17 +40,17 @@ impl Outcome {
     }
 }
 
-/// How a request ended, and what the server told of its own time.
+/// Outcome of a request, and the server's own timings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
-    /// How it ended.
+    /// Outcome.
     pub outcome: Outcome,
-    /// Phases of `server-timing`, milliseconds.
+    /// Phases of the `Server-Timing` header, in milliseconds.
     pub phases: Vec<(String, f64)>,
 }
 
 impl Answer {
-    /// No phases are known.
+    /// A response without timings.
     pub fn without(outcome: Outcome) -> Self {
         Self { outcome, phases: Vec::new() }
     }

@@ -1,5 +1,5 @@
-//! Sends requests: over kept HTTP/1.1 connections, of which a request takes an idle one or opens one, so that it never
-//! waits for another's answer; or over gRPC's one connection, which requests share.
+//! Sends requests: over a pool of HTTP/1.1 connections, from which each request takes an idle one or opens a new one,
+//! so that no request waits for another's response; or over one gRPC connection, which requests share.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::request::{Payload, Request as Wanted};
 
 type Connection = SendRequest<Full<Bytes>>;
 
-/// An answer to one request outside the measurement.
+/// Response to a request outside the measurement.
 pub struct Reply {
     /// HTTP status.
     pub status: u16,
@@ -25,7 +25,7 @@ pub struct Reply {
     pub body: Bytes,
 }
 
-/// A client of one server, by what its requests speak.
+/// Client of one server, by the protocol of its requests.
 #[derive(Debug)]
 pub enum Client {
     /// HTTP/1.1.
@@ -35,7 +35,7 @@ pub enum Client {
 }
 
 impl Client {
-    /// A client for these requests. `server` is `HOST:PORT`.
+    /// Creates the client for requests such as `wanted`. `server` is `HOST:PORT`.
     pub fn new(server: &str, wanted: &Wanted) -> Result<Self, String> {
         match wanted {
             Wanted::Http(_) => Ok(Self::Http(Pool::new(server.into()))),
@@ -43,7 +43,7 @@ impl Client {
         }
     }
 
-    /// Sends one request and reads the whole answer.
+    /// Sends one request and reads the whole response.
     pub async fn send(&self, wanted: &Wanted, timeout: Duration) -> Answer {
         match (self, wanted) {
             (Self::Http(pool), Wanted::Http(payload)) => pool.send(payload, timeout).await,
@@ -53,7 +53,7 @@ impl Client {
     }
 }
 
-/// Connections to one server.
+/// Pool of connections to one server.
 #[derive(Debug)]
 pub struct Pool {
     server: String,
@@ -61,12 +61,12 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// No connection yet. `server` is `HOST:PORT`.
+    /// An empty pool. `server` is `HOST:PORT`.
     pub fn new(server: String) -> Self {
         Self { server, idle: Mutex::new(Vec::new()) }
     }
 
-    /// Sends one request and reads the whole answer.
+    /// Sends one request and reads the whole response.
     pub async fn send(&self, payload: &Payload, timeout: Duration) -> Answer {
         match tokio::time::timeout(timeout, self.exchange("POST", payload)).await {
             Err(_) => Answer::without(Outcome::Timeout),
@@ -77,7 +77,7 @@ impl Pool {
         }
     }
 
-    /// Sends one request outside the measurement, for what must be known before it.
+    /// Sends one request outside the measurement, such as one for metadata.
     pub async fn ask(&self, method: &str, payload: &Payload) -> Result<Reply, String> {
         let (status, _, body) = self.exchange(method, payload).await?;
         Ok(Reply { status, body })
@@ -117,7 +117,7 @@ impl Pool {
     }
 }
 
-/// `decode;dur=1.2, queue;dur=0.3` (Server Timing, W3C).
+/// Parses `decode;dur=1.2, queue;dur=0.3` (Server Timing, W3C).
 fn server_timing(headers: &HeaderMap) -> Vec<(String, f64)> {
     let Some(text) = headers.get("server-timing").and_then(|v| v.to_str().ok()) else { return Vec::new() };
     let phase = |entry: &str| {

@@ -1,4 +1,4 @@
-//! The Open Inference Protocol over gRPC: a float32 tensor in `raw_input_contents`, as Triton's clients send it.
+//! The Open Inference Protocol over gRPC: a tensor in `raw_input_contents`, as Triton's clients send it.
 
 use std::time::Duration;
 
@@ -10,24 +10,24 @@ use super::answer::{Answer, Outcome};
 use crate::pb::open_inference as oip;
 use oip::grpc_inference_service_client::GrpcInferenceServiceClient;
 
-/// Largest answer taken: a thousand logits are 4 kB, a server's error text less.
+/// Largest response in bytes; a thousand logits have 4 kB, an error text less.
 const MOST: usize = 64 << 20;
 
-/// One HTTP/2 connection to a server; requests share it.
+/// One HTTP/2 connection to a server, shared by all requests.
 #[derive(Debug, Clone)]
 pub struct Grpc {
     client: GrpcInferenceServiceClient<Channel>,
 }
 
 impl Grpc {
-    /// Connects when first used. `server` is `HOST:PORT`.
+    /// Connects on first use. `server` is `HOST:PORT`.
     pub fn new(server: &str) -> Result<Self, String> {
         let endpoint = Endpoint::from_shared(format!("http://{server}")).map_err(|e| e.to_string())?;
         let channel = endpoint.tcp_nodelay(true).connect_lazy();
         Ok(Self { client: GrpcInferenceServiceClient::new(channel).max_decoding_message_size(MOST) })
     }
 
-    /// A model's inputs: name, datatype, shape.
+    /// Inputs of a model: name, datatype, shape.
     pub async fn metadata(&self, model: &str) -> Result<Vec<(String, String, Vec<i64>)>, String> {
         let question = oip::ModelMetadataRequest { name: model.into(), ..Default::default() };
         let answer = self.client.clone().model_metadata(question).await.map_err(|e| e.to_string())?;
@@ -35,7 +35,7 @@ impl Grpc {
         Ok(inputs.map(|i| (i.name, i.datatype, i.shape)).collect())
     }
 
-    /// Sends one request and reads the whole answer.
+    /// Sends one request and reads the whole response.
     pub async fn send(&self, request: &oip::ModelInferRequest, timeout: Duration) -> Answer {
         let outcome = match tokio::time::timeout(timeout, self.infer(request)).await {
             Err(_) => Outcome::Timeout,
@@ -45,17 +45,17 @@ impl Grpc {
         Answer { outcome, phases: Vec::new() }
     }
 
-    /// Sends one request; the error is the server's.
+    /// Sends one request; the error is the server's status.
     pub async fn infer(&self, request: &oip::ModelInferRequest) -> Result<(), Status> {
         self.client.clone().model_infer(request.clone()).await.map(drop)
     }
 }
 
-/// What a gRPC status means.
+/// The outcome for a gRPC status.
 fn of_status(status: &Status) -> Outcome {
     match status.code() {
         Code::Ok => Outcome::Ok,
-        // tonic tells a broken connection by this code too, then with a source
+        // tonic reports a broken connection by these codes too, but with a source
         Code::Unavailable | Code::Unknown if std::error::Error::source(status).is_some() => Outcome::Transport,
         Code::ResourceExhausted | Code::Unavailable => Outcome::Refused,
         Code::DeadlineExceeded => Outcome::Deadline,

@@ -1,9 +1,9 @@
-//! Load on a server, measured without coordinated omission. Knows the protocols, not the server.
+//! Load generator without coordinated omission. Knows the protocols, not the server.
 //!
-//! Closed loop: N connections, each with one request in flight. Open loop: arrivals drawn before the run, sent whether
-//! or not earlier ones were answered, and timed from when they were *due* (MLPerf Inference rules, "latency"): a server
-//! that stalls is charged for everyone who had to wait. Whether the generator itself kept up is measured, and a step in
-//! which it did not is marked.
+//! Closed loop: N connections, each with one request in flight. Open loop: requests are sent at arrival times drawn
+//! before the run, whether or not earlier ones were answered, and latency counts from when a request was *due* (MLPerf
+//! Inference rules, "latency"), so that a stall of the server counts for all requests that wait. The generator's own
+//! lag is measured, and a step with too much of it is marked as invalid.
 
 pub mod answer;
 pub mod client;
@@ -29,67 +29,67 @@ use record::{Recorder, Step, Window};
 use request::Request;
 use schedule::Arrivals;
 
-/// Version of the report's layout, documented in `docs/benchmarks.md`.
+/// Version of the report's format, documented in `docs/benchmarks.md`.
 pub const SCHEMA: &str = "nfold-bench-load/1";
-/// Offered rates of a sweep, as multiples of the measured capacity: up to the knee, and past it.
+/// Offered rates of a sweep, as multiples of the measured capacity: below saturation and beyond it.
 pub const SWEEP: [f64; 9] = [0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 5.0];
 
-/// How to load.
+/// Settings of a measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     /// Server, `HOST:PORT`.
     pub server: String,
-    /// What is spoken.
+    /// Protocol.
     pub protocol: Protocol,
-    /// What the tensors are, where tensors are spoken.
+    /// Tensors, for protocols that send tensors.
     #[serde(default)]
     pub tensors: Tensors,
-    /// Model asked for; the server's own where absent.
+    /// Model to request; the server's only one if absent.
     pub model: Option<String>,
-    /// Closed-loop steps: connections of each.
+    /// Closed-loop steps: number of connections of each.
     pub connections: Vec<usize>,
-    /// Open-loop steps: requests a second of each.
+    /// Open-loop steps: requests per second of each.
     pub rates: Vec<f64>,
-    /// After the closed-loop steps, open-loop steps at [`SWEEP`] of the best throughput that these reached.
+    /// Whether to add open-loop steps at the multiples [`SWEEP`] of the best closed-loop throughput.
     pub sweep: bool,
-    /// How open-loop requests arrive.
+    /// Distribution of open-loop arrivals.
     pub arrivals: Arrivals,
-    /// Unmeasured part at the start of each step, seconds.
+    /// Unmeasured start of each step, in seconds.
     pub warmup_s: f64,
-    /// Measured part of each step, seconds.
+    /// Measured part of each step, in seconds.
     pub window_s: f64,
-    /// Client timeout, seconds: a later answer counts as a failure.
+    /// Client timeout, in seconds; a later response counts as a failure.
     pub timeout_s: f64,
-    /// Answers within this count as goodput, milliseconds.
+    /// Responses within this latency count as goodput, in milliseconds.
     pub slo_ms: f64,
-    /// Largest 99th percentile of the generator's own lag at which a step is valid, milliseconds.
+    /// Largest 99th percentile of the generator's own lag in a valid step, in milliseconds.
     pub max_lag_ms: f64,
     /// Seed of arrivals and of the order of payloads.
     pub seed: u64,
 }
 
-/// Everything that was measured.
+/// Results of a measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
-    /// [`SCHEMA`].
+    /// Always [`SCHEMA`].
     pub schema: String,
-    /// Where the generator ran.
+    /// Machine that ran the generator.
     pub machine: Machine,
-    /// How.
+    /// Settings of the measurement.
     pub plan: Plan,
-    /// Different request bodies.
+    /// Number of different request bodies.
     pub payloads: usize,
     /// Mean bytes of a request body.
     pub payload_bytes: f64,
-    /// Share of processor time that a hypervisor gave to others meanwhile.
+    /// Share of processor time that the hypervisor gave to other machines during the measurement (steal time).
     pub stolen_share: Option<f64>,
-    /// Best closed-loop throughput, requests a second; what a sweep's multiples are of.
+    /// Best closed-loop throughput, in requests per second; the base of a sweep's multiples.
     pub capacity: Option<f64>,
-    /// One for every number of connections and rate, in order.
+    /// One step per number of connections and per rate, in order.
     pub steps: Vec<Step>,
 }
 
-/// Runs every step of the plan with at least one payload. `tell` is called with a description before each step.
+/// Runs every step of the plan with at least one payload. Calls `tell` with a description before each step.
 pub async fn run(plan: &Plan, payloads: Vec<Request>, tell: impl Fn(&str)) -> Report {
     let machine = Machine::look(None);
     let before = ProcessorTime::now();
@@ -124,7 +124,7 @@ fn window(plan: &Plan, start: Instant) -> Window {
     Window { from, until: from + Duration::from_secs_f64(plan.window_s) }
 }
 
-/// Each connection sends its next request when the last is answered.
+/// Runs a closed loop: each connection sends its next request when the previous one was answered.
 async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> Step {
     let window = window(plan, Instant::now());
     let recorder = Arc::new(Mutex::new(Recorder::new(window, plan.slo_ms)));
@@ -143,7 +143,7 @@ async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> S
                     let answer = send(&client, &payloads[rng.random_range(0..payloads.len())], timeout).await;
                     lock(&recorder).record(sent, Duration::ZERO, Instant::now(), &answer);
                     if !answer.outcome.is_answer() {
-                        // back off: a server that is gone would be asked a million times a second
+                        // back off, or a server that is down would get a million requests per second
                         tokio::time::sleep(Duration::from_millis(10)).await;
                     }
                 }
@@ -156,19 +156,19 @@ async fn closed(plan: &Plan, payloads: &Arc<[Request]>, connections: usize) -> S
     lock(&recorder).step("closed", None, Some(connections), plan.max_lag_ms)
 }
 
-/// Requests go out when they are due, whatever happened to those before.
+/// Runs an open loop: requests are sent when they are due, whatever happened to earlier ones.
 async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> Step {
     let span = Duration::from_secs_f64(plan.warmup_s + plan.window_s);
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ (1 << 63));
     let due = schedule::draw(plan.arrivals, rate, span, seed).into_iter();
     let due: Vec<(Duration, usize)> = due.map(|offset| (offset, rng.random_range(0..payloads.len()))).collect();
     let timeout = Duration::from_secs_f64(plan.timeout_s);
-    // connections and the generator's thread are up before the first arrival
+    // time to start connections and the generator's thread before the first arrival
     let start = Instant::now() + Duration::from_millis(50);
     let recorder = Arc::new(Mutex::new(Recorder::new(window(plan, start), plan.slo_ms)));
     let client = Arc::new(Client::new(&plan.server, &payloads[0]));
     let (handle, payloads, shared) = (Handle::current(), payloads.clone(), recorder.clone());
-    // a thread of its own: the runtime's timer counts in milliseconds, and its workers may be busy with answers
+    // a thread of its own: the runtime's timer has millisecond resolution, and its workers may be busy with responses
     let generator = tokio::task::spawn_blocking(move || {
         let mut calls = Vec::with_capacity(due.len());
         for (offset, pick) in due {
@@ -191,12 +191,12 @@ async fn open(plan: &Plan, payloads: &Arc<[Request]>, rate: f64, seed: u64) -> S
     lock(&recorder).step("open", Some(rate), None, plan.max_lag_ms)
 }
 
-/// The result of a task. A panic in it continues here: figures without it would be wrong.
+/// The result of a task. Resumes its panic, since figures without it would be wrong.
 fn unless_panicked<T>(joined: Result<T, tokio::task::JoinError>) -> Option<T> {
     joined.map_err(|error| error.try_into_panic().map(|panic| std::panic::resume_unwind(panic))).ok()
 }
 
-/// An address that no client can be made for counts as an unreachable server.
+/// Sends one request. A server address that no client can be created for counts as unreachable.
 async fn send(client: &Result<Client, String>, request: &Request, timeout: Duration) -> Answer {
     match client {
         Ok(client) => client.send(request, timeout).await,

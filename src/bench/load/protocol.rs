@@ -1,5 +1,5 @@
-//! What a request looks like in each protocol: `/v1/classify` with an encoded image, or the Open Inference Protocol with
-//! a tensor, binary over HTTP or raw over gRPC (as Triton's clients send them).
+//! Requests of each protocol: `/v1/classify` with an encoded image, or the Open Inference Protocol with a tensor, in
+//! the binary extension over HTTP or raw over gRPC (as Triton's clients send them).
 
 use std::time::Duration;
 
@@ -14,26 +14,27 @@ use super::client::Pool;
 use super::grpc::{self, Grpc};
 use super::request::{Payload, Request};
 
-/// What is spoken.
+/// Protocol of the requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
-    /// `POST /v1/classify`, an encoded image as the body.
+    /// `POST /v1/classify` with an encoded image as the body.
     Classify,
-    /// `POST /v2/models/M/infer`, a tensor in the binary extension.
+    /// `POST /v2/models/M/infer` with a tensor in the binary extension.
     OipHttp,
-    /// `ModelInfer`, a tensor raw.
+    /// `ModelInfer` with a raw tensor.
     OipGrpc,
 }
 
-/// What a tensor of the Open Inference Protocol holds.
+/// Elements of a tensor of the Open Inference Protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Datatype {
     /// `[N, 3, H, W]`, normalised.
     #[default]
     Fp32,
-    /// `[N, H, W, 3]`, pixels: a quarter of the bytes, normalised by the server (nfold's own, which metadata doesn't name).
+    /// `[N, H, W, 3]` pixels: a quarter of the bytes, normalised by the server. An extension of nfold that metadata
+    /// doesn't show.
     Uint8,
 }
 
@@ -46,12 +47,12 @@ impl Datatype {
     }
 }
 
-/// The tensors of a request.
+/// Tensors of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tensors {
-    /// What they hold.
+    /// Elements.
     pub datatype: Datatype,
-    /// Images in each.
+    /// Images per tensor.
     pub images: usize,
 }
 
@@ -61,7 +62,7 @@ impl Default for Tensors {
     }
 }
 
-/// Why there is nothing to send.
+/// Why no requests can be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     /// No image was given.
@@ -70,39 +71,39 @@ pub enum ProtocolError {
     /// No model was named.
     #[error("the Open Inference Protocol needs a model's name; give --model NAME")]
     NoModel,
-    /// The server does not answer.
+    /// The server doesn't respond.
     #[error("no answer from {server}: {reason}; is a server running there (--server)?")]
     NoServer {
-        /// Where it was asked.
+        /// Address of the server.
         server: String,
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
-    /// The server refuses even one request.
+    /// The server refuses the first request.
     #[error("{server} answers {status} to {target}: {text}")]
     Refused {
-        /// Where it was asked.
+        /// Address of the server.
         server: String,
         /// Path and query.
         target: String,
         /// HTTP status or gRPC code.
         status: String,
-        /// Start of the body.
+        /// Start of the response's body.
         text: String,
     },
-    /// The server doesn't describe the model as the protocol has it.
+    /// The model's metadata is not as the protocol defines it.
     #[error("{server} says of `{model}`: {reason}")]
     Metadata {
-        /// Where it was asked.
+        /// Address of the server.
         server: String,
         /// The model.
         model: String,
-        /// Status or what is missing.
+        /// Status, or what is missing.
         reason: String,
     },
 }
 
-/// Sends the first request once: a benchmark of errors would measure nothing.
+/// Sends the first request once, since a benchmark of errors would measure nothing.
 pub async fn check(server: &str, requests: &[Request], patience: Duration) -> Result<(), ProtocolError> {
     let Some(request) = requests.first() else { return Err(ProtocolError::NoImage) };
     let unheard = |reason: String| ProtocolError::NoServer { server: server.into(), reason };
@@ -133,7 +134,7 @@ pub async fn check(server: &str, requests: &[Request], patience: Duration) -> Re
     answer.map_err(|_| unheard(format!("none within {patience:?}")))?
 }
 
-/// One request for each image.
+/// One classify request per image.
 pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Request>, ProtocolError> {
     if images.is_empty() {
         return Err(ProtocolError::NoImage);
@@ -146,7 +147,7 @@ pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Request
     Ok(images.into_iter().map(request).collect())
 }
 
-/// `count` requests with a tensor of noise each, in the shape that the server's metadata gives.
+/// `count` requests with a noise tensor each, shaped by the server's metadata.
 pub async fn oip_http(
     server: &str,
     model: Option<&str>,
@@ -173,7 +174,7 @@ pub async fn oip_http(
     Ok((0..count.max(1)).map(payload).collect())
 }
 
-/// The same over gRPC.
+/// As `oip_http`, over gRPC.
 pub async fn oip_grpc(
     server: &str,
     model: Option<&str>,
@@ -198,7 +199,7 @@ pub async fn oip_grpc(
     Ok((0..count.max(1)).map(request).collect())
 }
 
-/// Standard normal values as little-endian float32, or pixels of every shade.
+/// Standard normal values as little-endian float32, or uniformly random pixels.
 fn noise(datatype: Datatype, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<u8> {
     let elements: usize = shape.iter().product();
     match datatype {
@@ -214,7 +215,7 @@ fn noise(datatype: Datatype, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<u8> {
     }
 }
 
-/// Name of a model's input and the shape of its tensors; open dimensions other than that of the images become 1.
+/// Name of a model's input, and shape of its tensors; dynamic dimensions other than the batch become 1.
 fn input(metadata: &Value, tensors: Tensors) -> Result<(String, Vec<usize>), String> {
     let inputs = metadata["inputs"].as_array().ok_or("its metadata names no inputs")?;
     let input = inputs.iter().find(|i| i["datatype"] == "FP32").ok_or("it has no FP32 input")?;
@@ -235,7 +236,7 @@ fn input(metadata: &Value, tensors: Tensors) -> Result<(String, Vec<usize>), Str
     }
 }
 
-/// JSON head, then the tensor's bytes, little-endian, row-major.
+/// A JSON header followed by the tensor's bytes, little-endian, row-major.
 fn tensor(model: &str, name: &str, datatype: Datatype, shape: &[usize], raw: &[u8]) -> Payload {
     let head = json!({
         "inputs": [{

@@ -1,4 +1,4 @@
-//! What came of the requests of one step: outcomes, latencies, the generator's own lag. Knows no protocol.
+//! Records the requests of one step: outcomes, latencies, the generator's own lag. Knows no protocol.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use super::answer::{Answer, Outcome};
 
-/// Fewest answers at which a percentile can be claimed with 99 % confidence (MLPerf Inference rules, early stopping).
+/// Fewest responses for which a percentile can be claimed with 99 % confidence (MLPerf Inference rules, early
+/// stopping).
 const FEWEST_FOR_P99: u64 = 459;
 const FEWEST_FOR_P999: u64 = 4603;
 
-/// The measured part of a step.
+/// Measured part of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Window {
     /// Start.
@@ -31,22 +32,23 @@ impl Window {
     }
 }
 
-/// Collects one step.
+/// Recorder of one step.
 #[derive(Debug, Clone)]
 pub struct Recorder {
     window: Window,
     slo_ms: f64,
     outcomes: BTreeMap<Outcome, u64>,
-    /// Answers as asked that came within the window, whenever they were due; those of them within the objective.
+    /// Successful responses that came within the window, whenever they were due; and how many of them met the
+    /// objective.
     finished: u64,
     good: u64,
-    /// Microseconds from due to answered, of requests due in the window and answered as asked.
+    /// Latency in microseconds, from due to answered, of successful requests due in the window.
     latency: Histogram<u64>,
     lag: Histogram<u64>,
     phases: BTreeMap<String, (f64, u64)>,
 }
 
-/// Latency of answers as asked, milliseconds from when they were due.
+/// Latency of successful responses since they were due, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Latency {
@@ -54,55 +56,55 @@ pub struct Latency {
     pub mean: f64,
     pub p50: f64,
     pub p90: f64,
-    /// Absent below 459 answers.
+    /// Absent below 459 responses.
     pub p99: Option<f64>,
-    /// Absent below 4603 answers.
+    /// Absent below 4603 responses.
     pub p999: Option<f64>,
     pub max: f64,
 }
 
-/// What one step measured.
+/// Results of one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// `closed` or `open`.
     pub kind: String,
-    /// Offered rate, requests a second; open loop only.
+    /// Offered rate, in requests per second; open loop only.
     pub rate: Option<f64>,
-    /// The rate as a multiple of the measured capacity; in sweeps only.
+    /// The rate as a multiple of the measured capacity; in a sweep only.
     pub multiple: Option<f64>,
-    /// Connections; closed loop only.
+    /// Number of connections; closed loop only.
     pub connections: Option<usize>,
-    /// Requests due in the window, by how they ended.
+    /// Number of requests due in the window, by outcome.
     pub outcomes: BTreeMap<Outcome, u64>,
-    /// Answers as asked a second, by when they came.
+    /// Successful responses per second, by when they came.
     pub throughput: f64,
-    /// Of these, the answers within the objective.
+    /// Successful responses per second that met the objective.
     pub goodput: f64,
-    /// Latency of answers as asked; absent where there was none.
+    /// Latency of successful responses; absent if there was none.
     pub latency_ms: Option<Latency>,
-    /// Latency at 0, 1, … 100 per cent of the answers as asked, milliseconds.
+    /// Latency at the percentiles 0, 1, … 100 of the successful responses, in milliseconds.
     pub percentiles_ms: Vec<f64>,
-    /// How late the generator was, milliseconds: 50th and 99th percentile, largest.
+    /// Lag of the generator, in milliseconds: 50th and 99th percentile, maximum.
     pub lag_ms: [f64; 3],
-    /// The generator kept up, so the step counts.
+    /// Whether the generator kept up, so that the step counts.
     pub valid: bool,
-    /// Microseconds from due to answered, of the answers as asked; none where the report was read from a file.
+    /// Latency histogram of successful responses, in microseconds since due; absent if the report was read from a file.
     #[serde(skip)]
     pub latencies: Option<Histogram<u64>>,
-    /// Mean milliseconds of the phases that the server tells (`server-timing`).
+    /// Mean duration of the phases in the server's `Server-Timing`, in milliseconds.
     pub server_ms: BTreeMap<String, f64>,
 }
 
 impl Recorder {
-    /// An empty record; answers within `slo_ms` are good.
+    /// An empty recorder; responses within `slo_ms` meet the objective.
     pub fn new(window: Window, slo_ms: f64) -> Self {
-        // three digits from a microsecond to an hour
+        // three significant digits from a microsecond to an hour
         let empty = || Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("sound bounds");
         let (latency, lag) = (empty(), empty());
         Self { window, slo_ms, outcomes: BTreeMap::new(), finished: 0, good: 0, latency, lag, phases: BTreeMap::new() }
     }
 
-    /// A request due at `due`, sent `lag` later, whose answer came at `end`.
+    /// Records a request due at `due`, sent `lag` later, whose response came at `end`.
     pub fn record(&mut self, due: Instant, lag: Duration, end: Instant, answer: &Answer) {
         let latency = end.saturating_duration_since(due);
         let ok = answer.outcome == Outcome::Ok;
@@ -125,7 +127,7 @@ impl Recorder {
         }
     }
 
-    /// The step's results.
+    /// Results of the step.
     pub fn step(&self, kind: &str, rate: Option<f64>, connections: Option<usize>, max_lag_ms: f64) -> Step {
         let at = |h: &Histogram<u64>, q: f64| h.value_at_quantile(q) as f64 / 1e3;
         let (h, lag) = (&self.latency, &self.lag);
@@ -162,12 +164,12 @@ impl Recorder {
 }
 
 impl Step {
-    /// Requests due in the window that ended so.
+    /// Number of requests due in the window with this outcome.
     pub fn count(&self, outcome: Outcome) -> u64 {
         self.outcomes.get(&outcome).copied().unwrap_or(0)
     }
 
-    /// Requests due in the window that were neither answered as asked nor refused.
+    /// Number of requests due in the window that were neither successful nor refused.
     pub fn failed(&self) -> u64 {
         self.outcomes.values().sum::<u64>() - self.count(Outcome::Ok) - self.count(Outcome::Refused)
     }
@@ -185,7 +187,7 @@ mod tests {
         Answer { outcome, phases: vec![("queue".into(), 2.0)] }
     }
 
-    /// Only requests due in the window count; throughput goes by when answers came, goodput by the objective.
+    /// Only requests due in the window count; throughput counts when responses came, goodput also needs the objective.
     #[test]
     fn the_window_decides() {
         let start = Instant::now();
@@ -193,12 +195,12 @@ mod tests {
         let mut recorder = Recorder::new(Window { from: at(1000), until: at(2000) }, 100.0);
         let lag = Duration::from_millis(1);
         recorder.record(at(500), lag, at(900), &answer(Outcome::Ok)); // warm-up
-        recorder.record(at(990), lag, at(1010), &answer(Outcome::Ok)); // due before, came within: throughput
+        recorder.record(at(990), lag, at(1010), &answer(Outcome::Ok)); // due before, answered within: throughput
         recorder.record(at(1100), lag, at(1150), &answer(Outcome::Ok)); // good
-        recorder.record(at(1200), lag, at(1500), &answer(Outcome::Ok)); // too late for the objective
+        recorder.record(at(1200), lag, at(1500), &answer(Outcome::Ok)); // misses the objective
         recorder.record(at(1300), lag, at(1301), &answer(Outcome::Refused));
-        recorder.record(at(1900), lag, at(2500), &answer(Outcome::Ok)); // came after: latency only
-        recorder.record(at(2100), lag, at(2101), &answer(Outcome::Ok)); // due after
+        recorder.record(at(1900), lag, at(2500), &answer(Outcome::Ok)); // answered after the window: latency only
+        recorder.record(at(2100), lag, at(2101), &answer(Outcome::Ok)); // due after the window
         let step = recorder.step("open", Some(5.0), None, 1.5);
         assert_eq!(step.outcomes, BTreeMap::from([(Outcome::Ok, 3), (Outcome::Refused, 1)]));
         assert_eq!((step.throughput, step.goodput), (3.0, 2.0));

@@ -1,10 +1,10 @@
-//! One request, ready to be sent any number of times: data, for either transport.
+//! Requests of either transport, which can be sent any number of times.
 
 use bytes::Bytes;
 
 use crate::pb::open_inference::ModelInferRequest;
 
-/// A request of either transport, ready to be sent any number of times.
+/// A request, which can be sent any number of times.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Request {
     /// HTTP/1.1.
@@ -28,7 +28,7 @@ impl Request {
 pub struct Payload {
     /// Path and query.
     pub target: String,
-    /// Headers beside the host.
+    /// Headers besides `host`.
     pub headers: Vec<(&'static str, String)>,
     /// Body.
     pub body: Bytes,

@@ -1,4 +1,4 @@
-//! When requests are due: drawn before the run, so that no answer can delay one.
+//! Arrival times of requests, drawn before the run, so that no response can delay one.
 
 use std::time::Duration;
 
@@ -7,18 +7,18 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, Exp1};
 use serde::{Deserialize, Serialize};
 
-/// How requests arrive.
+/// Distribution of arrivals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arrivals {
-    /// Independent callers: exponential gaps (MLPerf's Server scenario).
+    /// Poisson process of independent callers: exponential gaps (MLPerf's Server scenario).
     Poisson,
     /// Equal gaps.
     Constant,
 }
 
 impl Arrivals {
-    /// In words.
+    /// Description.
     pub fn name(self) -> &'static str {
         match self {
             Self::Poisson => "Poisson",
@@ -27,7 +27,7 @@ impl Arrivals {
     }
 }
 
-/// Arrival times within `span`, ascending, `rate` a second. The same seed gives the same times.
+/// Draws arrival times within `span`, ascending, at `rate` requests per second. The same seed gives the same times.
 pub fn draw(arrivals: Arrivals, rate: f64, span: Duration, seed: u64) -> Vec<Duration> {
     let (mut rng, mut times, mut at) = (ChaCha8Rng::seed_from_u64(seed), Vec::new(), 0.0);
     loop {
@@ -36,7 +36,7 @@ pub fn draw(arrivals: Arrivals, rate: f64, span: Duration, seed: u64) -> Vec<Dur
             Arrivals::Constant => 1.0,
         };
         at += gap / rate;
-        // a rate of zero, or none, never arrives
+        // at a rate of zero, or NaN, no request arrives
         if !at.is_finite() || at >= span.as_secs_f64() {
             return times;
         }
