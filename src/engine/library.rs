@@ -1,4 +1,4 @@
-//! Finds the ONNX Runtime library and keeps the process's one environment of it.
+//! Finds the ONNX Runtime library and holds the process's only environment of it.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -7,16 +7,16 @@ use ort::environment::Environment;
 
 use super::EngineError;
 
-/// Environment variable naming the ONNX Runtime library to load.
+/// Environment variable with the path of the ONNX Runtime library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 
-/// The process's one ONNX Runtime environment, made on first use.
+/// The process's ONNX Runtime environment, created on first use.
 pub(super) fn environment() -> Result<&'static Environment, EngineError> {
     static ENVIRONMENT: OnceLock<Result<Environment, EngineFault>> = OnceLock::new();
     ENVIRONMENT.get_or_init(start).as_ref().map_err(EngineFault::to_error)
 }
 
-/// Why there is no environment, kept for every later caller ([`EngineError`] holds sources that can't be cloned).
+/// Why there is no environment, kept for later callers ([`EngineError`] holds sources that can't be cloned).
 #[derive(Debug)]
 enum EngineFault {
     Missing(String),
@@ -39,12 +39,12 @@ fn start() -> Result<Environment, EngineFault> {
     builder.with_name("nfold").with_telemetry(false).build().map_err(|e| unusable(e.to_string()))
 }
 
-/// Release of ONNX Runtime that nfold is tested with; that of the wheel which nfold's own wheel depends on.
+/// Release of ONNX Runtime that nfold is tested with: the `onnxruntime` wheel that nfold's own wheel depends on.
 const RELEASE: &str = "1.28.0";
 
-/// `ORT_DYLIB_PATH`; beside the executable; where packages put it (see [`of_packages`]); `.ort/` (`.ort-gpu/` in GPU builds)
-/// of the working directory and of the executable's ancestors, so that a development build finds the project's; then the
-/// system's folders.
+/// Searches `ORT_DYLIB_PATH`; the executable's folder; package locations (see [`of_packages`]); `.ort/` (`.ort-gpu/` in
+/// GPU builds) of the working directory and of the executable's ancestors, so that a development build finds the
+/// project's; then the system's library folders.
 fn find_library() -> Result<PathBuf, EngineFault> {
     if let Some(named) = std::env::var_os(LIBRARY_VARIABLE).filter(|v| !v.is_empty()) {
         let path = PathBuf::from(named);
@@ -57,7 +57,7 @@ fn find_library() -> Result<PathBuf, EngineFault> {
     let file = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };
     let folders: &[&str] = if cfg!(feature = "gpu") { &[".ort-gpu", ".ort"] } else { &[".ort"] };
     let mut looked = Vec::new();
-    // a link to the program (pipx, uv) leads to the environment that the library is in
+    // a symbolic link to the program (pipx, uv) leads to the environment with the library
     if let Ok(executable) = std::env::current_exe().and_then(|path| path.canonicalize()) {
         if let Some(folder) = executable.parent() {
             looked.push(folder.join(file));
@@ -77,8 +77,8 @@ fn find_library() -> Result<PathBuf, EngineFault> {
     }
 }
 
-/// Where packages put the library of a program in `bin`: `lib/nfold` (Debian), the `onnxruntime` wheel in the
-/// `site-packages` of the same Python environment, or beside `bin` (`pip install --target`).
+/// Locations of the library for a program that a package installed in `bin`: `lib/nfold` (Debian), the `onnxruntime`
+/// wheel in the `site-packages` of the same Python environment, or beside `bin` (`pip install --target`).
 fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
     let Some(prefix) = bin.parent().filter(|_| bin.ends_with("bin")) else {
         return Vec::new();
@@ -90,7 +90,7 @@ fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
     };
     let mut paths = vec![prefix.join("lib/nfold").join(file), prefix.join(&wheel)];
     for lib in ["lib", "lib64"] {
-        // one folder for each Python of this environment: python3.11
+        // one folder per Python version of the environment: python3.11
         let Ok(entries) = prefix.join(lib).read_dir() else { continue };
         let pythons = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("python3."));
         for python in pythons {
@@ -100,7 +100,7 @@ fn of_packages(bin: &Path, file: &str) -> Vec<PathBuf> {
     paths
 }
 
-/// How to get the library: a clone of the project fetches it, an installed program needs the wheel.
+/// How to get the library: a clone of the project downloads it, an installed program needs the wheel.
 pub(super) fn how_to_get() -> String {
     const FETCH: &str = "deploy/onnxruntime/fetch";
     let executable = std::env::current_exe().unwrap_or_default();
@@ -115,7 +115,7 @@ pub(super) fn how_to_get() -> String {
     }
 }
 
-/// A relative path would be looked up beside the executable first.
+/// Makes a path absolute, since a relative one would first be looked up beside the executable.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.into())
 }

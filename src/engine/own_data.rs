@@ -1,13 +1,13 @@
-//! Checks a graph of unknown origin before a runtime opens it: all weights are inside, each is as large as its shape says, and
-//! nothing refers to other files.
+//! Checks an untrusted graph before a runtime opens it: all weights are inside the file, each is as large as its shape
+//! says, and nothing refers to other files.
 //!
-//! A runtime follows what a graph says about data outside of it, to files and even to memory, and makes room for what a
-//! shape says before it looks at the data. Graphs that nfold writes have neither, nor tensors in attributes, nor graphs
-//! within graphs, so all of that is refused.
+//! A runtime follows references to external data, to files and even to memory, and allocates what a shape says before
+//! it looks at the data. Graphs that nfold writes have no external data, no tensors in attributes and no subgraphs, so
+//! all of these are refused.
 
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
-/// Fields of ONNX's messages that hold further messages, by number; and those that are refused.
+/// Fields of an ONNX message that contain further messages, by number; and fields that are refused.
 struct Message {
     name: &'static str,
     inner: &'static [(u32, &'static Message)],
@@ -37,7 +37,7 @@ static TENSOR: Message = Message {
     refused: &[(3, "weights in segments"), (13, "weights outside of it"), (14, "weights outside of it")],
 };
 
-/// Says what is wrong with an ONNX graph, if anything is.
+/// Checks an ONNX graph; the error says what is wrong.
 pub fn check(onnx: &[u8]) -> Result<(), String> {
     walk(onnx, &MODEL)
 }
@@ -49,7 +49,7 @@ fn walk(mut bytes: &[u8], message: &Message) -> Result<(), String> {
         let (field, wire) = decode_key(&mut bytes).map_err(broken)?;
         if wire != WireType::LengthDelimited {
             let value = (wire == WireType::Varint).then(|| decode_varint(&mut &*bytes).ok()).flatten();
-            // `data_location` 0 is in the tensor itself
+            // `data_location` 0 means inside the tensor
             if let Some((_, what)) = message.refused.iter().find(|(refused, _)| *refused == field && value != Some(0)) {
                 return Err(format!("it has {what}, which nfold never writes"));
             }
@@ -80,12 +80,12 @@ fn walk(mut bytes: &[u8], message: &Message) -> Result<(), String> {
     if std::ptr::eq(message, &TENSOR) { tensor.check() } else { Ok(()) }
 }
 
-/// What a tensor says about itself.
+/// Shape and size of a tensor.
 #[derive(Default)]
 struct Tensor {
     name: String,
     dims: Vec<u64>,
-    /// Bytes of everything that can be its data.
+    /// Bytes of all fields that can hold its data.
     data: u64,
 }
 
@@ -102,7 +102,7 @@ impl Tensor {
         if self.dims.len() > MOST_DIMENSIONS {
             return Err(format!("weight `{name}` has more than {MOST_DIMENSIONS} dimensions"));
         }
-        // at least a byte an element, half of one for none that nfold writes; empty tensors have none
+        // at least one byte per element, as nfold writes no 4-bit types; empty tensors have none
         let elements = self.dims.iter().try_fold(1_u64, |all, &dim| all.checked_mul(dim));
         match elements {
             Some(elements) if elements <= self.data => Ok(()),
@@ -114,5 +114,5 @@ impl Tensor {
     }
 }
 
-/// Dimensions of a weight.
+/// Most dimensions of a weight.
 const MOST_DIMENSIONS: usize = 8;

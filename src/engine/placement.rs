@@ -1,5 +1,5 @@
-//! Which execution provider really runs which part of a graph: ONNX Runtime gives what a provider can't take to the next
-//! one, in silence. Reads the profile of one run; knows neither sessions nor models.
+//! Which execution provider runs which part of a graph: ONNX Runtime silently falls back to the next provider for
+//! unsupported operators. Reads the profile of one run; knows neither sessions nor models.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,10 +7,10 @@ use serde::Deserialize;
 
 use super::{EngineError, Provider};
 
-/// Operators (or parts that a provider has fused to one) by the provider that runs them, as ONNX Runtime names providers.
+/// Number of operators (or of parts that a provider fused) per provider, by ONNX Runtime's name.
 pub type Placement = BTreeMap<String, usize>;
 
-/// One event of a profile; other fields are ignored.
+/// An event of a profile; other fields are ignored.
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]
@@ -27,7 +27,7 @@ struct Args {
     provider: String,
 }
 
-/// Reads a profile that ONNX Runtime wrote; the error says what is wrong with it.
+/// Reads a profile written by ONNX Runtime; the error says what is wrong with it.
 pub(super) fn read(profile: &[u8]) -> Result<Placement, String> {
     let events: Vec<Event> = serde_json::from_slice(profile).map_err(|e| format!("its profile can't be read: {e}"))?;
     let mut nodes: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -41,7 +41,7 @@ pub(super) fn read(profile: &[u8]) -> Result<Placement, String> {
     }
 }
 
-/// Refuses a graph of which a part runs elsewhere than asked.
+/// Refuses a graph of which a part runs on another provider than requested.
 pub fn check(placement: &Placement, asked: Provider, what: &str) -> Result<(), EngineError> {
     let at_home = |name: &str| name == asked.in_runtime();
     let elsewhere: Vec<String> =

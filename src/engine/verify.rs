@@ -1,10 +1,10 @@
-//! Asks a graph what the model's contract asks it ([`crate::model::golden`]).
+//! Runs a graph on the images of a model's golden answer ([`crate::model::golden`]).
 
 use super::{Backend, BackendError, Batch};
 use crate::model::Preprocessing;
 pub use crate::model::golden::{Difference, compare, digest, images, tolerance};
 
-/// A graph's logits on the first `count` [`images`], run one by one.
+/// Logits of a graph for the first `count` [`images`], run one by one.
 pub fn answers(graph: &mut dyn Backend, count: usize, shape: [usize; 3]) -> Result<Vec<f32>, BackendError> {
     let mut logits = Vec::new();
     for data in images(shape).take(count) {
@@ -13,14 +13,14 @@ pub fn answers(graph: &mut dyn Backend, count: usize, shape: [usize; 3]) -> Resu
     Ok(logits)
 }
 
-/// As [`answers`], of all images in one run.
+/// As [`answers`], with all images in one batch.
 pub fn answers_together(graph: &mut dyn Backend, count: usize, shape: [usize; 3]) -> Result<Vec<f32>, BackendError> {
     let data = images(shape).take(count).flatten().collect();
     Ok(graph.run(&Batch { images: count, height: shape[1], width: shape[2], data })?.data)
 }
 
-/// Images that are no noise: white, black, and a ramp between them from corner to corner; `[channels, height, width]` each,
-/// of an image normalised as `p` says. Flat areas drive maps further than noise does.
+/// Images without noise: white, black, and a diagonal ramp between them; each `[channels, height, width]`, normalised
+/// by `p`. Flat areas lead to larger activations than noise.
 pub fn plain_images(p: &Preprocessing) -> [Vec<f32>; 3] {
     let [_, height, width] = p.shape();
     let steps = (height + width).saturating_sub(2).max(1) as f64;

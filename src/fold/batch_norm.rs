@@ -1,4 +1,4 @@
-//! Batch normalisation with running statistics → the convolution before it.
+//! Batch normalisation with running statistics → weights and bias of the preceding convolution.
 
 /// Parameters and statistics of one layer, one value per channel.
 #[derive(Debug, Clone)]
@@ -11,13 +11,13 @@ pub struct BatchNorm {
     pub mean: Vec<f64>,
     /// Running variance, not negative.
     pub variance: Vec<f64>,
-    /// Added to the variance under the root.
+    /// Added to the variance under the square root.
     pub eps: f64,
 }
 
 impl BatchNorm {
-    /// Scales `weight` (`[out_chs, fan_in]`) and returns the bias that takes the layer's place:
-    /// `W' = W·γ/√(var + eps)`, `b' = β − mean·γ/√(var + eps)`.
+    /// Scales `weight` (`[out_chs, fan_in]`) and returns the bias that replaces the layer: `W' = W·γ/√(var + eps)`, `b'
+    /// = β − mean·γ/√(var + eps)`.
     pub fn fold(&self, weight: &mut [f64]) -> Vec<f64> {
         let fan_in = weight.len() / self.weight.len().max(1);
         let scale = |c: usize| self.weight[c] / (self.variance[c] + self.eps).sqrt();

@@ -1,4 +1,4 @@
-//! How a folded model's logits become scores: what was asked for, what the checkpoint says, and what is usual.
+//! How a folded model's logits become scores, resolved from options, checkpoint and defaults.
 
 use std::collections::BTreeMap;
 
@@ -7,19 +7,19 @@ use crate::model::scoring::Scoring;
 use crate::model::{ScoreFunction, Source, SourceSetting};
 use crate::printable::brief;
 
-/// What the user says about scores.
+/// Options for scores.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ScoreOptions {
-    /// What makes scores of logits.
+    /// Function that turns logits into scores.
     pub activation: Option<ScoreFunction>,
-    /// What logits are divided by first.
+    /// Temperature: logits are divided by it first.
     pub temperature: Option<f64>,
-    /// From which score on a class is named: all classes, or one by label or position.
+    /// Score thresholds for naming a class: for all classes (`None`), or for one by label or index.
     pub thresholds: Vec<(Option<String>, f64)>,
 }
 
 impl ScoreOptions {
-    /// What to write into the manifest; nothing where all is as usual. Where an unusual function comes from goes to the `source`.
+    /// Scoring for the manifest; `None` for the default. Records the origin of another function in `source`.
     pub(super) fn resolve(&self, checkpoint: &Checkpoint, source: &mut Source) -> Result<Option<Scoring>, String> {
         let classes = checkpoint.network.classes();
         let usual = Scoring::usual(classes);
@@ -52,7 +52,7 @@ impl ScoreOptions {
     }
 }
 
-/// A class by its label, or by its position where no label is so.
+/// Index of a class, by its label, or by the index as text if no label matches.
 fn class(label: &str, labels: &[String], classes: usize) -> Result<u32, String> {
     let by_label = labels.iter().position(|known| known == label);
     let by_position = || label.parse::<usize>().ok().filter(|&index| index < classes);

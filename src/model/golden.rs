@@ -1,5 +1,5 @@
-//! What a folded graph is asked, and when two answers are the same: the images that a fold is verified on and that a server
-//! asks again before it serves.
+//! Test images and tolerances: images that a fold is verified on and that a server runs again before it serves, and the
+//! largest difference between equal answers.
 
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
@@ -9,28 +9,28 @@ use sha2::{Digest as _, Sha256};
 
 use super::Precision;
 
-/// One input and its logits.
+/// A test image, by its digest, and its logits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Golden {
-    /// SHA-256 of the input `[channels, height, width]`, float32 little-endian: a fixed pseudo-random image.
+    /// SHA-256 of the input, a fixed pseudo-random image `[channels, height, width]` of little-endian float32.
     pub input_sha256: String,
-    /// Its logits, `[classes]`.
+    /// Logits of the image, `[classes]`.
     pub logits: Vec<f32>,
-    /// Largest difference of a logit that is taken for the same answer.
+    /// Largest difference of a logit that counts as equal.
     pub tolerance: f64,
 }
 
-/// How far two graphs are apart.
+/// Difference between the logits of two graphs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Difference {
-    /// Largest absolute difference of any logit; infinite when a logit of either graph is not finite.
+    /// Largest absolute difference of any logit; infinite if a logit of either graph is not finite.
     pub max_abs_diff: f64,
     /// Largest minus smallest logit of the reference.
     pub logit_span: f64,
 }
 
-/// Largest difference of a logit between two ways to compute the same network, where logits span so much and the less
-/// exact way is in this precision.
+/// Largest allowed difference of a logit between two computations of the same network, whose logits have this span, and
+/// of which the less exact one is in this precision.
 pub fn tolerance(precision: Precision, logit_span: f64) -> f64 {
     match precision {
         Precision::Fp32 => 1e-4 * logit_span + 1e-6,
@@ -38,7 +38,7 @@ pub fn tolerance(precision: Precision, logit_span: f64) -> f64 {
     }
 }
 
-/// Unit Gaussian images of a shape, `[channels, height, width]`: always the same ones.
+/// Unit Gaussian images of shape `[channels, height, width]`, from a fixed seed.
 pub fn images(shape: [usize; 3]) -> impl Iterator<Item = Vec<f32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     std::iter::repeat_with(move || (0..shape.iter().product()).map(|_| StandardNormal.sample(&mut rng)).collect())
@@ -51,7 +51,7 @@ pub fn digest(image: &[f32]) -> String {
     super::hex(&hash.finalize())
 }
 
-/// Compares the answers of two graphs to the same [`images`].
+/// Compares the logits of two graphs for the same [`images`].
 pub fn compare(reference: &[f32], candidate: &[f32]) -> Difference {
     let mut max_abs_diff = if reference.len() == candidate.len() { 0.0 } else { f64::INFINITY };
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);

@@ -1,28 +1,30 @@
-//! From a decoded image to the network's input: the settings, and the bounds that no value may leave.
+//! Settings for turning a decoded image into the network's input, and their valid ranges.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
-/// Sides of the network's input, in pixels.
+/// Valid sides of the network's input, in pixels.
 const SIDE: RangeInclusive<u32> = 1..=4096;
-/// Shares of the resized image that a crop may keep. A tenth already means a resize to ten times the input.
+/// Valid crop fractions. At 0.1, the image is resized to ten times the input size.
 const CROP_PCT: RangeInclusive<f64> = 0.1..=1.0;
-/// Means on the 0..1 scale. Far more than any image has, far less than would overflow.
+/// Valid means on the 0..1 scale: more than any image has, but far from overflow.
 const MEAN: RangeInclusive<f64> = -10.0..=10.0;
-/// Standard deviations on the 0..1 scale; 1/255 is the least in use.
+/// Valid standard deviations on the 0..1 scale; 1/255 is the smallest in use.
 const STD: RangeInclusive<f64> = 1e-4..=100.0;
 
-/// How the spatial size of an image becomes the network's input size (timm `crop_mode`).
+/// How an image is fitted to the network's input size (timm `crop_mode`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CropMode {
-    /// Shortest side to `floor(size / crop_pct)`, aspect kept, centre crop: image is lost at the borders.
+    /// Resizes the shortest side to `floor(size / crop_pct)`, keeping the aspect ratio; centre crop, which loses the
+    /// borders.
     Center,
-    /// Each side to its `floor(size / crop_pct)`, aspect not kept, centre crop.
+    /// Resizes each side to its `floor(size / crop_pct)`, ignoring the aspect ratio; centre crop.
     Squash,
-    /// Longest side to `floor(size / crop_pct)`, aspect kept, centre crop or padding with the mean colour.
+    /// Resizes the longest side to `floor(size / crop_pct)`, keeping the aspect ratio; centre crop, or padding with the
+    /// mean colour.
     Border,
 }
 
@@ -64,10 +66,10 @@ impl fmt::Display for Interpolation {
     }
 }
 
-/// Input channels that a network may have.
+/// Valid numbers of input channels.
 const CHANNELS: RangeInclusive<usize> = 1..=16;
 
-/// Everything between a decoded image and the network's input tensor, as timm resolves it from `pretrained_cfg`
+/// Steps from a decoded image to the network's input tensor, as timm resolves them from `pretrained_cfg`
 /// (`resolve_data_config` + `create_transform(is_training=False)`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -76,33 +78,33 @@ pub struct Preprocessing {
     pub height: u32,
     /// Width of the network's input, in pixels.
     pub width: u32,
-    /// Share of the resized side that the crop keeps, in (0, 1] (timm allows more than 1 in no published config).
+    /// Fraction of the resized side that the crop keeps, in (0, 1] (timm allows more than 1 in no published config).
     pub crop_pct: f64,
-    /// How the image is brought to the input's aspect ratio.
+    /// How the image is fitted to the input's aspect ratio.
     pub crop_mode: CropMode,
     /// Resampling filter.
     pub interpolation: Interpolation,
-    /// Per-channel mean on the 0..1 scale: of red, green and blue, or of grey. As many as the network has input channels;
-    /// where those are neither 1 nor 3, no image can be prepared.
+    /// Mean per channel on the 0..1 scale: of red, green and blue, or of grey. One value per input channel of the
+    /// network; if it has neither 1 nor 3, images can't be preprocessed.
     pub mean: Vec<f64>,
-    /// Per-channel standard deviation on the 0..1 scale, as many.
+    /// Standard deviation per channel on the 0..1 scale, the same number of values.
     pub std: Vec<f64>,
-    /// Turn the image upright by its EXIF orientation first. Off by default, as in timm.
+    /// Whether to apply the EXIF orientation first. Off by default, as in timm.
     #[serde(default)]
     pub exif_orientation: bool,
 }
 
-/// What a channel of the network's input is of an image.
+/// Meaning of the input's channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colors {
-    /// One channel: grey, as Pillow's `convert("L")` weights colours.
+    /// One channel: grey, as in Pillow's `convert("L")`.
     Grey,
     /// Red, green, blue.
     Rgb,
 }
 
 impl Colors {
-    /// What images become for a network of so many input channels; nothing where no image can become that.
+    /// The colours for a network with this number of input channels; `None` if images can't be its input.
     pub fn of_channels(channels: usize) -> Option<Self> {
         match channels {
             1 => Some(Self::Grey),
@@ -113,7 +115,7 @@ impl Colors {
 }
 
 impl Preprocessing {
-    /// Channels of the network's input.
+    /// Number of channels of the network's input.
     pub fn channels(&self) -> usize {
         self.mean.len()
     }
@@ -123,12 +125,12 @@ impl Preprocessing {
         [self.channels(), self.height as usize, self.width as usize]
     }
 
-    /// Values of one image's tensor.
+    /// Number of values in one image's tensor.
     pub fn tensor_len(&self) -> usize {
         self.shape().iter().product()
     }
 
-    /// Refuses values that no image could be prepared with; the error names the field, its value and what is allowed.
+    /// Checks that all values are valid; the error names the field, its value and the valid range.
     pub fn check(&self) -> Result<(), String> {
         for (name, side) in [("height", self.height), ("width", self.width)] {
             if !SIDE.contains(&side) {
@@ -136,7 +138,7 @@ impl Preprocessing {
             }
         }
         let inside = |name: &str, value: f64, allowed: RangeInclusive<f64>, scale: &str| {
-            // NaN is in no range
+            // no range contains NaN
             if allowed.contains(&value) {
                 return Ok(());
             }

@@ -1,14 +1,14 @@
-//! Files that others may have put there, read without ever waiting for one: a pipe, a socket or a device is refused, and so
-//! is what is longer than it may be, before memory is asked for.
+//! Reads untrusted files without blocking: refuses pipes, sockets and devices, and files above a length limit, before
+//! memory is allocated.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read as _};
 use std::path::Path;
 
-/// Opens a file for reading, if it is one, through links.
+/// Opens a regular file for reading; follows symbolic links.
 pub fn open(path: &Path) -> std::io::Result<File> {
     let refused = || Error::new(ErrorKind::InvalidInput, "it is not a regular file");
-    // before it is opened: that alone does something to some devices
+    // checked before opening, which has side effects on some devices
     if !std::fs::metadata(path)?.is_file() {
         return Err(refused());
     }
@@ -17,7 +17,7 @@ pub fn open(path: &Path) -> std::io::Result<File> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::OpenOptionsExt as _;
-        // should it become a pipe in this very moment
+        // in case it is replaced by a pipe between the check and opening
         options.custom_flags(libc::O_NONBLOCK);
     }
     let file = options.open(path)?;
@@ -34,7 +34,7 @@ pub fn read(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
         return Err(too_long(length));
     }
     let mut bytes = Vec::with_capacity(usize::try_from(length).map_err(Error::other)?);
-    // it may have grown since
+    // it may have grown since its length was read
     let read = file.take(limit.saturating_add(1)).read_to_end(&mut bytes)? as u64;
     if read > limit { Err(too_long(read)) } else { Ok(bytes) }
 }

@@ -1,9 +1,9 @@
-//! What a model repository holds: which of its folders are versions of models, and which are left out, and why.
+//! Lists a model repository: which folders are versions of models, and which are skipped and why.
 //!
-//! `REPOSITORY/NAME/VERSION`: a name is what [`check_name`] takes, a version is a whole number in the digits it is usually
-//! written with (`1`, not `01` or `+1`), and its folder has a manifest. Links are followed wherever they lead, under the
-//! name that they have here: that is how ConfigMaps and git-sync lay a repository out. Names that begin with a
-//! dot (`..data`, `.git`) and files beside folders are ignored.
+//! The layout is `REPOSITORY/NAME/VERSION`. NAME is valid by [`check_name`]; VERSION is a whole number in canonical
+//! form (`1`, not `01` or `+1`), a folder with a manifest. Symbolic links are followed, and keep the names that they
+//! have in the repository: ConfigMaps and git-sync use such links. Names that begin with a dot (`..data`, `.git`) and
+//! files beside folders are ignored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,16 +17,16 @@ use crate::files;
 pub struct Listing {
     /// Models by name, each with its versions in ascending order, at least one.
     pub models: BTreeMap<String, Vec<u64>>,
-    /// Folders that look like models or versions and are none.
+    /// Folders that look like models or versions but aren't valid.
     pub left_out: Vec<LeftOut>,
 }
 
-/// A folder that is left out.
+/// A skipped folder.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LeftOut {
-    /// Its path below the repository.
+    /// Path relative to the repository.
     pub path: PathBuf,
-    /// Why, and what to do about it.
+    /// Reason, and what to do about it.
     pub reason: String,
 }
 
@@ -35,7 +35,7 @@ impl Listing {
         self.left_out.push(LeftOut { path: path.into(), reason: reason.into() });
     }
 
-    /// Names that are there, comma-separated, or `nothing`; and how many folders are left out.
+    /// Names of the models, comma-separated, or `nothing`; and the number of skipped folders.
     pub fn summary(&self) -> String {
         let names = self.models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         let names = if names.is_empty() { "nothing".into() } else { names };
@@ -48,12 +48,12 @@ impl Listing {
 
 impl std::fmt::Display for LeftOut {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // a folder's name is not to be trusted with a terminal
+        // escaped, since a folder's name may hold control characters
         write!(f, "`{}` {}", self.path.to_string_lossy().escape_debug(), self.reason)
     }
 }
 
-/// Looks at every folder of a repository. Only the repository itself can fail.
+/// Lists every folder of a repository. Fails only if the repository itself can't be read.
 pub fn list(repository: &Path) -> Result<Listing, ModelError> {
     match fs::metadata(repository) {
         Ok(metadata) if metadata.is_dir() => {}
@@ -105,7 +105,7 @@ pub fn list(repository: &Path) -> Result<Listing, ModelError> {
     Ok(listing)
 }
 
-/// The version that a model's entry is; none if it is a file.
+/// The version number of an entry in a model's folder; `None` if the entry is a file.
 fn version(model: &Path, entry: &str) -> Result<Option<u64>, String> {
     let folder = model.join(entry);
     if !is_folder(&folder)? {
@@ -124,7 +124,7 @@ fn version(model: &Path, entry: &str) -> Result<Option<u64>, String> {
     }
 }
 
-/// Whether a path leads to a folder, through links.
+/// Whether a path is a folder; follows symbolic links.
 fn is_folder(path: &Path) -> Result<bool, String> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(metadata.is_dir()),
@@ -133,7 +133,7 @@ fn is_folder(path: &Path) -> Result<bool, String> {
     }
 }
 
-/// Names of what a folder holds, without those that begin with a dot.
+/// Names in a folder, except those that begin with a dot.
 fn names(folder: &Path) -> std::io::Result<Vec<String>> {
     let name = |entry: std::io::Result<fs::DirEntry>| entry.map(|e| e.file_name().to_string_lossy().into_owned());
     let names: Vec<String> = fs::read_dir(folder)?.map(name).collect::<Result<_, _>>()?;

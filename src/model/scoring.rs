@@ -1,23 +1,23 @@
-//! How logits become scores: which function, at which temperature, and from which score on a class is named.
+//! How logits become scores: function, temperature, and thresholds for naming classes.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// What makes scores of logits.
+/// Function that turns logits into scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScoreFunction {
-    /// One class an image: scores sum to 1.
+    /// One class per image: scores sum to 1.
     Softmax,
-    /// Any number of classes an image: each score for itself.
+    /// Any number of classes per image: scores are independent.
     Sigmoid,
     /// The logits themselves.
     None,
 }
 
 impl ScoreFunction {
-    /// What a network of so many classes has where nothing says otherwise: the softmax of one logit would always be 1.
+    /// Default for this number of classes: sigmoid for one, since the softmax of a single logit is always 1.
     pub fn usual(classes: usize) -> Self {
         if classes == 1 { Self::Sigmoid } else { Self::Softmax }
     }
@@ -35,15 +35,15 @@ impl ScoreFunction {
 /// How a model's logits become scores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scoring {
-    /// What makes scores of logits.
+    /// Function that turns logits into scores.
     pub activation: ScoreFunction,
-    /// Logits are divided by this first (Guo et al., ICML 2017); 1 leaves them.
+    /// Temperature that logits are divided by first (Guo et al., ICML 2017); 1 has no effect.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub temperature: f64,
-    /// Classes with this score or more are named, instead of the most probable ones.
+    /// Smallest score of a named class, instead of naming the most probable classes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
-    /// Classes that have a threshold of their own, by position in the logits.
+    /// Thresholds of individual classes, by index in the logits.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub thresholds: BTreeMap<u32, f64>,
 }
@@ -57,24 +57,25 @@ fn is_one(value: &f64) -> bool {
 }
 
 impl Scoring {
-    /// What a network of so many classes has where nothing says otherwise.
+    /// Default for this number of classes.
     pub fn usual(classes: usize) -> Self {
         let activation = ScoreFunction::usual(classes);
         Self { activation, temperature: 1.0, threshold: None, thresholds: BTreeMap::new() }
     }
 
-    /// Whether classes are named by their scores instead of by their number.
+    /// Whether classes are named by thresholds instead of by a fixed number.
     pub fn has_thresholds(&self) -> bool {
         self.threshold.is_some() || !self.thresholds.is_empty()
     }
 
-    /// From which score on a class is named; none: never, as the others have thresholds and it has none.
+    /// Smallest score at which this class is named; `None` if it never is, since other classes have thresholds but it
+    /// has none.
     pub fn threshold_of(&self, index: usize) -> Option<f64> {
         let own = u32::try_from(index).ok().and_then(|index| self.thresholds.get(&index));
         own.copied().or(self.threshold)
     }
 
-    /// Says what is wrong, if anything is, for a network of so many classes.
+    /// Checks the settings for a network with this number of classes; the error says what is wrong.
     pub fn check(&self, classes: usize) -> Result<(), String> {
         let Self { activation, temperature, threshold, thresholds } = self;
         check_temperature(*temperature)?;
@@ -93,7 +94,7 @@ impl Scoring {
     }
 }
 
-/// Refuses a temperature that would make no scores.
+/// Checks that a temperature gives usable scores.
 pub fn check_temperature(temperature: f64) -> Result<(), String> {
     if temperature.is_finite() && (1e-3..=1e3).contains(&temperature) {
         Ok(())
@@ -102,7 +103,7 @@ pub fn check_temperature(temperature: f64) -> Result<(), String> {
     }
 }
 
-/// Refuses a threshold that no score could be compared with.
+/// Checks that a threshold is in the range of the scores.
 pub fn check_threshold(threshold: f64, activation: ScoreFunction) -> Result<(), String> {
     match activation {
         ScoreFunction::None if threshold.is_finite() => Ok(()),

@@ -1,14 +1,14 @@
-//! A manifest's record of the checkpoint: where settings come from, what was not used, and warnings.
+//! A manifest's record of the checkpoint: origins of settings, unused contents, and warnings.
 
 use serde::{Deserialize, Serialize};
 
-/// Where a checkpoint's settings come from.
+/// Origins of a checkpoint's settings.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Source {
-    /// Origin of every setting of preprocessing, of the network and of the labels.
+    /// Origin of every setting of preprocessing, network and labels.
     #[serde(default)]
     pub settings: Vec<SourceSetting>,
-    /// Fields and tensors that were read and have no use in a folded model.
+    /// Fields and tensors of the checkpoint that a folded model doesn't use.
     #[serde(default)]
     pub unused: Vec<String>,
     /// Warnings, one sentence each.
@@ -16,17 +16,17 @@ pub struct Source {
     pub warnings: Vec<String>,
 }
 
-/// One setting's origin.
+/// Origin of a setting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceSetting {
-    /// Which setting, such as `crop_pct`.
+    /// Name of the setting, such as `crop_pct`.
     pub setting: String,
-    /// Field and file, option or table that it was read from.
+    /// Field and file, option or table that the setting was read from.
     pub origin: String,
 }
 
 impl Source {
-    /// Whether nothing is said: the manifest is from a version that did not tell.
+    /// Whether it is empty: the manifest is from a version that didn't record it.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }

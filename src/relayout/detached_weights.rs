@@ -1,5 +1,5 @@
-//! A graph and its large weights apart, so that they reach a runtime without being written and parsed once more, and all its
-//! sessions can use the same.
+//! Separates a graph from its large weights, so that these reach a runtime without being serialised and parsed again,
+//! and all its sessions can share them.
 
 use prost::Message as _;
 
@@ -13,28 +13,28 @@ const LINE: usize = 64;
 /// A graph whose large single-precision weights are not in its bytes.
 #[derive(Debug)]
 pub struct Detached {
-    /// The graph as ONNX; it says of the weights beside it that they are external.
+    /// The graph as ONNX, which declares the separate weights as external data.
     pub onnx: Vec<u8>,
-    /// What has to come with it.
+    /// The separate weights.
     pub weights: Vec<Weight>,
 }
 
-/// A single-precision weight, row-major, at whole cache lines: kernels read it by those, and two to three per cent more
-/// slowly where each straddles two.
+/// A single-precision weight, row-major, aligned to cache lines: kernels read it by whole lines, and are two to three
+/// per cent slower if each read straddles two.
 #[derive(Debug)]
 pub struct Weight {
-    /// Its name in the graph.
+    /// Name in the graph.
     pub name: String,
     /// Its shape.
     pub dims: Vec<usize>,
-    /// Memory that ends with its values.
+    /// Memory whose last part is the values.
     pub memory: Vec<f32>,
-    /// Where in this memory its values begin.
+    /// Index in `memory` of the first value.
     pub start: usize,
 }
 
-/// Takes single-precision weights of `from` bytes and more out of the graph, and moves those that have a filter to where its
-/// layout wants them. `None` for a graph whose weights aren't as large as their shapes say.
+/// Separates single-precision weights of `from` bytes and more from the graph, and rearranges those that have a filter
+/// for its layout. `None` if a weight isn't as large as its shape says.
 pub fn detach_weights(mut model: ModelProto, filters: &Filters, from: usize) -> Option<Detached> {
     let mut weights = Vec::new();
     let tensors = model.graph.as_mut().map_or(&mut [][..], |graph| &mut graph.initializer);
@@ -43,11 +43,11 @@ pub fn detach_weights(mut model: ModelProto, filters: &Filters, from: usize) -> 
         let large = count * size_of::<f32>() >= from;
         if large || filters.contains_key(&tensor.name) {
             let weight = Weight::read(tensor, filters, count)?;
-            // let go, for the next to use the same memory
+            // freed here, so that the next weight can reuse the memory
             (tensor.raw_data, tensor.float_data) = Default::default();
             if large {
                 tensor.data_location = DataLocation::External.into();
-                // a file has to be named, but nothing is ever read from there
+                // a location is required, but nothing is read from it
                 tensor.external_data = vec![StringStringEntryProto { key: "location".into(), value: "memory".into() }];
                 weights.push(weight);
             } else {
@@ -59,7 +59,7 @@ pub fn detach_weights(mut model: ModelProto, filters: &Filters, from: usize) -> 
 }
 
 impl Weight {
-    /// Its values.
+    /// Values of the weight.
     pub fn values(&self) -> &[f32] {
         self.memory.get(self.start..).unwrap_or_default()
     }
