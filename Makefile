@@ -5,6 +5,7 @@
 #   make check-readme      every block of README.md, in order, on a clean copy; check-readme-quick: without building
 #   make dist              packages for machines without Rust, into dist/; check-dist: each in a clean root
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
+#   make test-avx2         AVX2's kernels on a machine with AVX-512, which valgrind hides
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the scheduler on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
@@ -40,7 +41,7 @@ BENCH := target/bench
 ENGINE_FLAGS ?=
 LOAD_FLAGS ?=
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(if $(PROGRAM),,cargo build --quiet --locked)
@@ -54,6 +55,10 @@ test: ort target/python/onnx
 	set -o pipefail; $(PYTHON) tests/clients/run.py $(DEMO) 2>&1 | tee -a target/test.log
 	@grep -hoE '(SKIP|SKIPPED):? .*|test .* \.\.\. ignored.*' target/test.log | grep -v 'ignored, run by ' | sort | uniq > target/skipped.log; \
 	if [ -s target/skipped.log ]; then echo "skipped:"; sed 's/^/  /' target/skipped.log; else echo "nothing was skipped"; fi
+
+# as on a processor without AVX-512; not as fast as there
+test-avx2: ort
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --tool=none -q" cargo test --locked --test tests -- kernels:: golden::optimized_graphs
 
 # every block of README.md on a clean copy, builds included
 check-readme:

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use nfold::engine::graph_cache::GraphCache;
-use nfold::engine::{EngineOptions, Fitted, OrtBackend};
+use nfold::engine::{EngineOptions, Fitted, Kernels, OrtBackend};
 
 const ROUNDS: usize = 31;
 
@@ -32,9 +32,9 @@ fn main() -> Result<()> {
     let (cache, options) = (GraphCache::new(folder.path()), EngineOptions::default());
 
     let open = |graph: Fitted| Ok(OrtBackend::open_fitted(&graph, "bench", &options)?);
-    let cold = |onnx| open(Fitted::for_this_cpu(onnx));
+    let cold = |onnx| open(Fitted::for_this_cpu(onnx, Kernels::Own));
     let plain = |onnx| open(Fitted::as_it_is(onnx));
-    let graph = Fitted::for_this_cpu(onnx.clone());
+    let graph = Fitted::for_this_cpu(onnx.clone(), Kernels::Own);
     let cached = |_| Ok(OrtBackend::open_cached(&|| &graph, "bench", "bench", &options, &cache)?);
     cached(Vec::new())?;
 

@@ -15,7 +15,7 @@ use nfold::bench::load::protocol::{self, Protocol};
 use nfold::bench::load::record::Step;
 use nfold::bench::load::schedule::Arrivals;
 use nfold::bench::load::{self, Plan};
-use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, OrtBackend};
+use nfold::engine::{Backend as _, Batch, EngineOptions, Fitted, Kernels, OrtBackend};
 use nfold::infer::job::SchedulerOptions;
 use nfold::infer::registry::{Registry, RegistryOptions};
 use nfold::infer::top_k::top_k;
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     let dir = ModelDir::open(Path::new(repository), Some(model), None)?;
     let photograph = photograph()?;
     let house = House::start(repository, model, cores)?;
-    let bare = Bare { dir: &dir, graph: Fitted::for_this_cpu(dir.read_onnx()?), photograph: &photograph };
+    let bare = Bare { dir: &dir, graph: Fitted::for_this_cpu(dir.read_onnx()?, Kernels::Own), photograph: &photograph };
 
     let (mut saturated, mut alone, mut phases) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
@@ -183,6 +183,7 @@ impl House {
             engine: EngineOptions::default(),
             graph_cache: None,
             pad_channels: true,
+            kernels: Kernels::Own,
             elastic_threads: cores,
             scheduler: SchedulerOptions { workers: cores, ..SchedulerOptions::default() },
         };

@@ -26,6 +26,8 @@ pub use self::library::LIBRARY_VARIABLE;
 use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};
 use crate::files::DraftFolder;
+use crate::kernels::operators;
+pub use crate::relayout::Kernels;
 
 /// What can go wrong before a graph runs.
 #[derive(Debug, thiserror::Error)]
@@ -471,7 +473,7 @@ fn prepare(
         .with_config_entry("session.force_spinning_stop", if options.spinning { "1" } else { "0" })?
         .with_inter_op_spinning(false)?;
     match options.provider {
-        Provider::Cpu => Ok(builder),
+        Provider::Cpu => Ok(builder.with_operators(operators::domain()?)?),
         provider => gpu::register(builder, provider, &options.gpu),
     }
 }

@@ -10,6 +10,7 @@
 //! * [`graph`]: writes convolution graphs as ONNX.
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`pixels`]: untrusted bytes → tensor: limits, formats, resize, crop, normalise.
+//! * [`kernels`]: operators of nfold's own for those graphs: convolutions in groups, gates, activations.
 //! * [`relayout`]: an ONNX graph rewritten for this processor, in memory only.
 //! * [`engine`]: runs graphs with ONNX Runtime: library, sessions, placement, kept graphs, comparison of two graphs.
 //! * [`infer`]: encoded image → predictions: queue, batch, top-k. Knows no protocol.
@@ -24,7 +25,8 @@
 //! Imports only point down (`cli` → `sources`, `bench` | `spp` | `server` → `infer`, `fold` → `engine`, `pixels` → `relayout` →
 //! `hub` → `checkpoint`, `graph` → `nets`, `model`, `metrics`, `pb`, `files`);
 //! `tests/layers.rs` tests that.
-#![forbid(unsafe_code)]
+// `unsafe` only in `kernels`, see there
+#![deny(unsafe_code)]
 
 pub mod files;
 pub mod model;
@@ -36,6 +38,7 @@ pub mod graph;
 pub mod hub;
 
 pub mod engine;
+pub mod kernels;
 pub mod pixels;
 pub mod relayout;
 

@@ -8,8 +8,8 @@ use nfold::engine::{Backend as _, Batch, EngineOptions, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
 use nfold::model::{Gate, Precision};
 use nfold::pb::onnx::{DataLocation, ModelProto, NodeProto, dimension_proto};
-use nfold::relayout::channel_padding;
 use nfold::relayout::detached_weights::detach_weights;
+use nfold::relayout::{Kernels, channel_padding};
 use prost::Message as _;
 use rand::SeedableRng as _;
 use rand::seq::IndexedRandom as _;
@@ -21,7 +21,7 @@ use crate::golden::goldens_folder;
 const SIDE: u32 = 64;
 
 fn pad_channels(onnx: &[u8], block: usize) -> Option<Vec<u8>> {
-    channel_padding::pad_channels(onnx.to_vec().into(), block).map(|model| model.encode_to_vec())
+    channel_padding::pad_channels(onnx.to_vec().into(), block, Kernels::Runtime).map(|model| model.encode_to_vec())
 }
 
 fn folded(name: &str, options: FoldOptions) -> Vec<u8> {
@@ -87,7 +87,7 @@ fn every_emission_answers_as_before() {
 fn weights_beside_the_graph_are_those_in_it() {
     for precision in [Precision::Fp32, Precision::Fp16] {
         let onnx = folded("nf_regnet_small", FoldOptions { precision, ..FoldOptions::default() });
-        let padded = channel_padding::pad_channels(onnx.into(), 16).expect("padded");
+        let padded = channel_padding::pad_channels(onnx.into(), 16, Kernels::Runtime).expect("padded");
         let whole = padded.encode_to_vec();
         for from in [0, 1 << 12, usize::MAX] {
             let apart = detach_weights(padded.clone(), &HashMap::new(), from).expect("weights as large as they say");

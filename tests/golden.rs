@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nfold::checkpoint::Checkpoint;
-use nfold::engine::{self, Backend, Batch, EngineOptions, Fitted, OrtBackend};
+use nfold::engine::{self, Backend, Batch, EngineOptions, Fitted, Kernels, OrtBackend};
 use nfold::fold::{FoldOptions, Size, fold};
 use nfold::model::{Gate, Precision};
 use prost::Message as _;
@@ -64,11 +64,13 @@ fn furthest(a: &[f64], b: &[f64]) -> f64 {
 /// The graph as folded; padded as on machines with AVX-512; and as this machine runs it, if that differs.
 pub fn ways_to_run(onnx: Vec<u8>) -> impl Iterator<Item = (Fitted, &'static str)> {
     let padded = Fitted::padded(onnx.clone().into(), 16);
-    let laid_out = Some(Fitted::for_this_cpu(onnx.clone())).filter(Fitted::is_laid_out);
+    let laid_out = |kernels| Some(Fitted::for_this_cpu(onnx.clone(), kernels)).filter(Fitted::is_laid_out);
+    let (own, laid_out) = (laid_out(Kernels::Own), laid_out(Kernels::Runtime));
     let named = |graph: Option<Fitted>, how| graph.map(|graph| (graph, how));
     std::iter::once((Fitted::as_it_is(onnx), ""))
         .chain(named(padded, ", in blocks of 16"))
         .chain(named(laid_out, ", laid out"))
+        .chain(named(own, ", laid out for our kernels"))
 }
 
 /// |folded − timm64| ≤ 4·|timm32 − timm64| + 1e-6·span, every golden, every input, every emission.

@@ -18,6 +18,7 @@ mod sources;
 mod hub;
 
 /// Imports only point down.
+mod kernels;
 mod layers;
 
 /// The program's output, exit codes and traces.

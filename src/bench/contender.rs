@@ -1,14 +1,14 @@
 //! Contenders of the benchmark: a graph, and settings of its session.
 
 use super::accuracy::Published;
-use crate::engine::EngineOptions;
+use crate::engine::{EngineOptions, Kernels};
 
 /// A graph to time.
 #[derive(Debug, Clone)]
 pub struct Contender {
     /// Name of the model: the architecture, or the user's name for it.
     pub model: String,
-    /// `folded`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
+    /// `folded`, `runtime`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
     pub variant: String,
     /// Settings of the session that differ from the default.
     pub settings: Vec<Setting>,
@@ -22,6 +22,8 @@ pub struct Contender {
     pub onnx: Vec<u8>,
     /// Pad its channels to whole blocks, where this processor gains by that.
     pub pad_channels: bool,
+    /// Whose kernels it is laid out for, where it is padded.
+    pub kernels: Kernels,
     /// Trainable parameters, where known.
     pub parameters: Option<u64>,
     /// Billions of multiply-accumulates per image, if known.

@@ -254,7 +254,7 @@ fn cell<'a>(
         let mut options = options.clone();
         contender.settings.iter().for_each(|setting| setting.apply(&mut options));
         let pads = contender.pad_channels && provider == Provider::Cpu;
-        let graph = if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) };
+        let graph = if pads { Fitted::for_this_cpu(onnx, contender.kernels) } else { Fitted::as_it_is(onnx) };
         let bound = contender.settings.iter().any(|s| matches!(s, Setting::Bound | Setting::Graph));
         let backend = if bound || provider != Provider::Cpu {
             Timed::Bound(BoundBackend::open(&graph, &contender.label(), &options, &[batch])?, plan.transfers)

@@ -58,7 +58,8 @@ const DEFAULT: [&str; 11] = [
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     /// Architectures (initialised here, nothing is downloaded), models of the repository, checkpoint or version
-    /// folders: MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, unpadded, unfolded,
+    /// folders: MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, runtime
+    /// (without nfold's own kernels), unpadded, unfolded,
     /// fp16, broadcast. Settings of its session: bound (tensors stay on the device; always on GPUs), graph (a CUDA
     /// graph), and for GPUs tf32 and nhwc [default: eleven networks]
     #[arg(value_name = "MODEL")]

@@ -15,7 +15,7 @@ use super::signals::Signals;
 use super::source::{FoldingArgs, SourceArgs};
 use crate::checkpoint::{self, OpenOptions};
 use crate::engine::graph_cache::GraphCache;
-use crate::engine::{EngineOptions, GpuOptions, Provider};
+use crate::engine::{EngineOptions, GpuOptions, Kernels, Provider};
 use crate::fold::FoldOptions;
 use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryError, RegistryOptions};
@@ -118,6 +118,9 @@ pub struct ServeArgs {
     /// 16, the block size of its kernels, and laid out in blocks
     #[arg(help_heading = "Engines", long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
     no_channel_padding: bool,
+    /// Kernels for operators that nfold and ONNX Runtime both have, in graphs that nfold lays out (AVX-512)
+    #[arg(help_heading = "Engines", long, value_name = "WHOSE", default_value = "own", env = "NFOLD_KERNELS")]
+    kernels: KernelsOf,
     /// Cache folder for graphs as ONNX Runtime optimises them for this machine: later starts load those. Created if
     /// missing; only the server should be able to write to it [default: none]
     #[arg(help_heading = "Engines", long, value_name = "DIR", env = "NFOLD_GRAPH_CACHE")]
@@ -228,6 +231,14 @@ pub struct ServeArgs {
     log: String,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KernelsOf {
+    /// nfold's where they are faster, else ONNX Runtime's.
+    Own,
+    /// ONNX Runtime's.
+    Runtime,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum ProviderArg {
     Cpu,
@@ -301,6 +312,7 @@ impl ServeArgs {
             skip_broken: self.skip_broken_models,
             default_model: self.default_model,
             pad_channels: !self.no_channel_padding,
+            kernels: if self.kernels == KernelsOf::Runtime { Kernels::Runtime } else { Kernels::Own },
             graph_cache: self.graph_cache.map(GraphCache::new),
             elastic_threads: self.elastic_threads.map_or(if on_cpu { cores } else { 0 }, usize::from),
             scheduler: SchedulerOptions {

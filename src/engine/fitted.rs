@@ -8,9 +8,10 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
 use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, environment};
+use crate::kernels::processor::Processor;
 use crate::relayout::detached_weights::Weight;
-use crate::relayout::in_blocks;
 use crate::relayout::sample;
+use crate::relayout::{Kernels, in_blocks};
 
 /// A graph, and its large weights if they were made in memory: sessions use those in place, since writing them into the
 /// graph's bytes and parsing those would take longer than all else that a load does.
@@ -22,12 +23,12 @@ pub struct Fitted {
 }
 
 impl Fitted {
-    /// The graph as this machine's CPU runs it fastest: padded to whole [blocks](channel_block) and laid out in them, as far
-    /// as that can be.
-    pub fn for_this_cpu(onnx: Vec<u8>) -> Self {
+    /// The graph as this machine's CPU runs it fastest with these kernels: padded to whole [blocks](channel_block) and laid out
+    /// in them, as far as that can be.
+    pub fn for_this_cpu(onnx: Vec<u8>, kernels: Kernels) -> Self {
         let Some(block) = channel_block() else { return Self::as_it_is(onnx) };
         let onnx = Bytes::from(onnx);
-        let lays_out = environment().is_ok() && takes_layout(block);
+        let lays_out = if environment().is_ok() { takes_layout(block, kernels) } else { None };
         Self::fit(onnx.clone(), block, lays_out).unwrap_or_else(|| Self::as_it_is(onnx.into()))
     }
 
@@ -38,7 +39,7 @@ impl Fitted {
 
     /// The graph padded to blocks of so many channels, which need not be this CPU's; `None` where that does nothing.
     pub fn padded(onnx: Bytes, block: usize) -> Option<Self> {
-        Self::fit(onnx, block, false)
+        Self::fit(onnx, block, None)
     }
 
     /// Whether it is laid out in this CPU's blocks, so that ONNX Runtime rewrites nothing.
@@ -46,7 +47,7 @@ impl Fitted {
         self.laid_out
     }
 
-    fn fit(onnx: Bytes, block: usize, lays_out: bool) -> Option<Self> {
+    fn fit(onnx: Bytes, block: usize, lays_out: Option<Kernels>) -> Option<Self> {
         // values can be made once ONNX Runtime is loaded
         environment().ok()?;
         let blocks = in_blocks(onnx, block, lays_out, LARGE)?;
@@ -85,39 +86,53 @@ fn value(weight: Weight) -> Option<(String, Arc<DynValue>)> {
     Some((weight.name, Arc::new(Tensor::from_array(values).ok()?.into_dyn())))
 }
 
-/// Channels that this processor's kernels take at a time, where padding to them was measured to pay: with AVX-512.
+/// Channels per block in the kernels of this processor, [ours](crate::kernels) and ONNX Runtime's alike, where nfold lays
+/// graphs out: 16 with AVX-512. `None` on other processors: graphs run there as they were folded.
 pub fn channel_block() -> Option<usize> {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") {
-        return Some(16);
-    }
-    None
+    Processor::here().filter(|&processor| processor == Processor::Avx512).map(Processor::block)
 }
 
-/// Whether ONNX Runtime takes our [layout](crate::relayout::blocked_layout) as it is meant, in this CPU's blocks: seen once.
-fn takes_layout(block: usize) -> bool {
-    static TAKES: OnceLock<bool> = OnceLock::new();
-    *TAKES.get_or_init(|| {
-        let takes = try_layout(block) == Some(true);
+/// For whose kernels, of these or else of ONNX Runtime's, graphs can be [laid out](crate::relayout::blocked_layout) in this
+/// CPU's blocks: seen once.
+fn takes_layout(block: usize, kernels: Kernels) -> Option<Kernels> {
+    static RUNTIME: OnceLock<bool> = OnceLock::new();
+    static OWN: OnceLock<bool> = OnceLock::new();
+    let runtime = *RUNTIME.get_or_init(|| {
+        let takes = try_layout(block, Kernels::Runtime) == Some(true);
         if !takes {
             tracing::warn!(
                 "ONNX Runtime does not take graphs laid out for it; it rewrites them itself, and models load slower"
             );
         }
         takes
-    })
+    });
+    let own = || {
+        *OWN.get_or_init(|| {
+            let takes = try_layout(block, Kernels::Own) == Some(true);
+            if !takes {
+                tracing::warn!(
+                    "nfold's own kernels don't compute here what they should; ONNX Runtime's are used instead"
+                );
+            }
+            takes
+        })
+    };
+    match kernels {
+        Kernels::Own if runtime && own() => Some(Kernels::Own),
+        _ => runtime.then_some(Kernels::Runtime),
+    }
 }
 
 /// Whether an image makes the same of a small graph with our layout as without. Blocks of another size, or operators that
 /// mean something else by now, would make other logits. (Smaller blocks than meant divide ours: nothing is read past its end.)
-fn try_layout(block: usize) -> Option<bool> {
+fn try_layout(block: usize, kernels: Kernels) -> Option<bool> {
     let logits = |graph: Fitted| {
         let (side, data) = (sample::SIDE, sample::image());
         let mut backend = OrtBackend::open_fitted(&graph, "layout sample", &EngineOptions::default()).ok()?;
         Some(backend.run(&Batch { images: 1, height: side, width: side, data }).ok()?.data)
     };
-    let onnx = sample::sample(block).ok()?;
-    let ours = logits(Fitted::fit(onnx.clone().into(), block, true).filter(Fitted::is_laid_out)?)?;
+    let onnx = sample::sample(block, kernels).ok()?;
+    let ours = logits(Fitted::fit(onnx.clone().into(), block, Some(kernels)).filter(Fitted::is_laid_out)?)?;
     let theirs = logits(Fitted::as_it_is(onnx))?;
     Some(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5))
 }
@@ -144,8 +159,10 @@ mod tests {
             println!("SKIPPED: without AVX-512 nothing is laid out");
             return;
         };
-        assert_eq!(try_layout(block), Some(true));
+        for kernels in [Kernels::Runtime, Kernels::Own] {
+            assert_eq!(try_layout(block, kernels), Some(true), "{kernels:?}");
+        }
         // not half of it: channels that are no whole blocks would be read and written past their end
-        assert_eq!(try_layout(2 * block), Some(false));
+        assert_eq!(try_layout(2 * block, Kernels::Runtime), Some(false));
     }
 }

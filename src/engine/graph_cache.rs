@@ -18,7 +18,7 @@ use crate::files::{self, DraftFolder};
 use crate::model::{hex, regular_file};
 
 /// Changes with everything that this program does differently when it writes a graph.
-const FORMAT: &str = "nfold-graph/2";
+const FORMAT: &str = "nfold-graph/3";
 /// Ends every graph: the mark, a CRC-32 of what is before it and one of its weights.
 const MARK: &[u8; 8] = b"nfoldgr2";
 /// The graph's file in its folder.

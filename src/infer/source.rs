@@ -7,7 +7,8 @@ use super::job::{OpenBackend, SchedulerOptions};
 use super::live_model::{Engines, LiveModel, LoadError};
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{
-    self, Backend, Batch, BoundBackend, EngineError, EngineOptions, Fitted, OrtBackend, Profile, Provider, own_data,
+    self, Backend, Batch, BoundBackend, EngineError, EngineOptions, Fitted, Kernels, OrtBackend, Profile, Provider,
+    own_data,
 };
 use crate::metrics::Metrics;
 use crate::model::{self, Listing, ModelDir, ModelError};
@@ -26,6 +27,8 @@ pub struct RegistryOptions {
     /// On the CPU: pad channels to whole [blocks](engine::channel_block) of its kernels and lay graphs out in them,
     /// where that is faster.
     pub pad_channels: bool,
+    /// Whose kernels such graphs are laid out for.
+    pub kernels: Kernels,
     /// Threads of one further engine, which runs an image that arrives on an idle machine; below 2: no such engine.
     pub elastic_threads: usize,
     /// How images are queued and batched.
@@ -127,14 +130,17 @@ impl Source for RegistryOptions {
         }
         // `with_onnx` has checked the digest
         let mut identity = dir.manifest.onnx_sha256.clone();
+        let kernels = options.kernels;
         let pads = options.pad_channels && engine.provider == Provider::Cpu;
         if let Some(block) = engine::channel_block().filter(|_| pads) {
             // names the release, as another one may lay graphs out in another way
-            identity.push_str(&format!(" in blocks of {block} by {}", env!("CARGO_PKG_VERSION")));
+            identity.push_str(&format!(" in blocks of {block} for {kernels:?} by {}", env!("CARGO_PKG_VERSION")));
         }
         // once for all engines, and not at all if the graph is cached
         let graph =
-            Arc::new(LazyLock::new(move || if pads { Fitted::for_this_cpu(onnx) } else { Fitted::as_it_is(onnx) }));
+            Arc::new(LazyLock::new(
+                move || if pads { Fitted::for_this_cpu(onnx, kernels) } else { Fitted::as_it_is(onnx) },
+            ));
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (graph, what) = (graph.clone(), what.clone());
             let (cache, identity) = (options.graph_cache.clone(), identity.clone());

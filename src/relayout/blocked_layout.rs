@@ -10,7 +10,11 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
+use super::Kernels;
+use super::fusions::{fuse, grouped_conv};
 use crate::graph::{FLOAT, float, floats, int, ints, string};
+use crate::kernels::DOMAIN;
+use crate::kernels::grouped_conv::Groups;
 use crate::pb::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
 /// ONNX Runtime's domains: of blocked operators, and of fused ones that take any layout.
@@ -23,21 +27,28 @@ pub type Filters = HashMap<String, Filter>;
 /// Lays a graph out in blocks of so many channels, but for the weights: those are still to be moved. `None` where nfold
 /// didn't write the graph, a map's channels aren't whole blocks, or an operator isn't known to keep to them: it stays as it
 /// is.
-pub fn lay_out(model: &mut ModelProto, block: usize) -> Option<Filters> {
+pub fn lay_out(model: &mut ModelProto, block: usize, kernels: Kernels) -> Option<Filters> {
     let ours = model.producer_name == env!("CARGO_PKG_NAME");
     let graph = model.graph.as_mut().filter(|_| ours)?;
-    let layout = Layout::read(graph, block)?;
+    let layout = Layout::read(graph, block, kernels)?;
     graph.node = layout.nodes.into_iter().flatten().collect();
+    if kernels == Kernels::Own {
+        fuse(graph);
+    }
     // without numbers that became attributes
     graph.initializer.retain(|tensor| graph.node.iter().any(|node| node.input.contains(&tensor.name)));
     let domain = |name: &str| OperatorSetIdProto { domain: name.into(), version: 1 };
     model.opset_import.extend([BLOCKED, FUSED].map(domain));
+    if kernels == Kernels::Own {
+        model.opset_import.push(domain(DOMAIN));
+    }
     Some(layout.filters)
 }
 
 /// What a graph becomes.
 struct Layout {
     block: usize,
+    kernels: Kernels,
     /// Operators so far; those that went into others left a gap.
     nodes: Vec<Option<NodeProto>>,
     /// Index of the operator that makes a map.
@@ -57,7 +68,7 @@ struct Source<'a> {
 }
 
 impl Layout {
-    fn read(graph: &GraphProto, block: usize) -> Option<Self> {
+    fn read(graph: &GraphProto, block: usize, kernels: Kernels) -> Option<Self> {
         let [input] = graph.input.as_slice() else { return None };
         let constants = graph.initializer.iter().map(|t| (t.name.as_str(), t)).collect();
         let source = Source { image: &input.name, constants };
@@ -67,7 +78,7 @@ impl Layout {
             *readers.entry(name.clone()).or_default() += 1;
         }
         let (nodes, makers) = (Vec::with_capacity(graph.node.len()), HashMap::new());
-        let mut layout = Self { block, nodes, makers, maps: HashMap::new(), readers, filters: HashMap::new() };
+        let mut layout = Self { block, kernels, nodes, makers, maps: HashMap::new(), readers, filters: HashMap::new() };
         graph.node.iter().try_for_each(|node| layout.add(node.clone(), &source))?;
         let plain = graph.output.iter().all(|value| !layout.maps.contains_key(&value.name));
         plain.then_some(layout)
@@ -125,12 +136,21 @@ impl Layout {
                 (sizes && groups.checked_mul(columns)? == channels, self.block)
             }
         };
-        let filter = Filter { block: self.block, columns, area: height.checked_mul(width)?, unit };
+        // as many channels of a group out as in
+        let even = channels == Some(rows) && Some(rows) == groups.checked_mul(columns) && height == width;
+        let ours = Groups { block: self.block, group: columns, kernel: height };
+        let ours = Some(ours).filter(|ours| self.kernels == Kernels::Own && even && ours.pays());
+        let fits = fits || ours.is_some();
+        let filter = Filter { block: self.block, columns, area: height.checked_mul(width)?, unit, ours };
         let values = rows.checked_mul(columns)?.checked_mul(filter.area)?;
         let all = values > 0 && count(tensor) == Some(values);
         // a tensor with two readers would be moved twice
         let alone = self.filters.insert(weight.clone(), filter).is_none() && self.readers.get(weight) == Some(&1);
-        (fits && whole(rows) && all && alone).then(|| (blocked(node), Some(rows)))
+        let node = match ours {
+            Some(groups) => grouped_conv(node, groups)?,
+            None => blocked(node),
+        };
+        (fits && whole(rows) && all && alone).then_some((node, Some(rows)))
     }
 
     /// An operator that takes values in the order of ONNX, of a map that is in blocks.
@@ -288,11 +308,16 @@ pub struct Filter {
     columns: usize,
     area: usize,
     unit: usize,
+    /// The order is that of our own kernels.
+    ours: Option<Groups>,
 }
 
 impl Filter {
     /// Appends values `[rows, columns, area]` as `[rows/b, columns/unit, area, unit, b]`: every `b` rows side by side.
     pub(super) fn side_by_side<T: Copy>(&self, values: &[T], number: impl Fn(T) -> f32, moved: &mut Vec<f32>) {
+        if let Some(groups) = &self.ours {
+            return groups.arrange(values, number, moved);
+        }
         let row = self.columns * self.area;
         for rows in values.chunks_exact(self.block * row) {
             for units in (0..row).step_by(self.unit * self.area) {

@@ -13,19 +13,21 @@ use std::collections::{HashMap, HashSet};
 use bytes::Bytes;
 use prost::Message as _;
 
+use super::Kernels;
 use crate::graph::{FLOAT, FLOAT16};
+use crate::kernels::grouped_conv::{Groups, KERNEL};
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
 /// The graph with every map's channels padded to whole blocks; its single-precision weights are in `float_data`. `None`
 /// where there is nothing to pad, and for graphs that nfold didn't write or whose operators aren't all known here: those run
 /// as they are.
-pub fn pad_channels(onnx: Bytes, block: usize) -> Option<ModelProto> {
+pub fn pad_channels(onnx: Bytes, block: usize, kernels: Kernels) -> Option<ModelProto> {
     let mut model = ModelProto::decode(onnx).ok()?;
     if model.producer_name != env!("CARGO_PKG_NAME") {
         return None;
     }
     let graph = model.graph.as_mut()?;
-    let widths = Widths::read(graph, block)?;
+    let widths = Widths::read(graph, block, kernels)?;
     if widths.sets.iter().all(|set| set.padded() == set.channels) && !widths.merges() {
         return None;
     }
@@ -53,6 +55,7 @@ impl Set {
 #[derive(Debug)]
 struct Widths {
     block: usize,
+    kernels: Kernels,
     /// Set of each map by the map's name; sets that were united since point on.
     of: HashMap<String, usize>,
     links: Vec<usize>,
@@ -85,9 +88,10 @@ impl Reads {
 }
 
 impl Widths {
-    fn read(graph: &GraphProto, block: usize) -> Option<Self> {
+    fn read(graph: &GraphProto, block: usize, kernels: Kernels) -> Option<Self> {
         let constants: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|t| (t.name.as_str(), t)).collect();
-        let mut widths = Self { block, of: HashMap::new(), links: Vec::new(), sets: Vec::new(), groups: Vec::new() };
+        let mut widths =
+            Self { block, kernels, of: HashMap::new(), links: Vec::new(), sets: Vec::new(), groups: Vec::new() };
         let [input] = graph.input.as_slice() else { return None };
         let image = widths.add(Set { channels: channels(input)?, unit: 1, fixed: true });
         widths.of.insert(input.name.clone(), image);
@@ -174,7 +178,14 @@ impl Widths {
 
     /// Whether there are groups that are no whole blocks, and can be merged to some.
     fn merges(&self) -> bool {
-        self.groups.iter().any(|&(set, size)| !self.sets[self.root(set)].fixed && !size.is_multiple_of(self.block))
+        self.groups.iter().any(|&(set, size)| {
+            !self.sets[self.root(set)].fixed && !size.is_multiple_of(self.block) && !self.stays(size)
+        })
+    }
+
+    /// Whether groups of so many channels aren't merged: our kernels take a block of several as it is.
+    fn stays(&self, size: usize) -> bool {
+        self.kernels == Kernels::Own && Groups { block: self.block, group: size, kernel: KERNEL }.pays()
     }
 
     fn of(&self, map: &str) -> Option<Set> {
@@ -203,7 +214,8 @@ impl Widths {
                         Reads::All => (input.padded(), 1, 1),
                         Reads::One => (1, output, 1),
                         Reads::Group(size) => {
-                            let merged = if input.fixed { 1 } else { lcm(size, self.block)? / size };
+                            let merged =
+                                if input.fixed || self.stays(size) { 1 } else { lcm(size, self.block)? / size };
                             (size * merged, output / (size * merged), merged)
                         }
                     };

@@ -6,6 +6,7 @@
 pub mod blocked_layout;
 pub mod channel_padding;
 pub mod detached_weights;
+mod fusions;
 pub mod sample;
 
 use bytes::Bytes;
@@ -25,13 +26,32 @@ pub struct InBlocks {
     pub laid_out: bool,
 }
 
-/// [Pads](pad_channels) a graph to blocks of so many channels and, if `lays_out`, lays it out in them where that can be.
-/// Weights of `from` bytes and more are taken apart. `None` where nothing of this would change it.
-pub fn in_blocks(onnx: Bytes, block: usize, lays_out: bool, from: usize) -> Option<InBlocks> {
-    let padded = pad_channels(onnx.clone(), block);
+/// Whose kernels a graph is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// [Ours](crate::kernels) where they pay, else ONNX Runtime's.
+    Own,
+    /// ONNX Runtime's.
+    Runtime,
+}
+
+/// [Pads](pad_channels) a graph to blocks of so many channels and, if `lays_out`, lays it out in them for these kernels where
+/// that can be. Weights of `from` bytes and more are taken apart. `None` where nothing of this would change it.
+pub fn in_blocks(onnx: Bytes, block: usize, lays_out: Option<Kernels>, from: usize) -> Option<InBlocks> {
+    if lays_out == Some(Kernels::Own) {
+        // groups that aren't merged are for our kernels alone
+        let mut model = match pad_channels(onnx.clone(), block, Kernels::Own) {
+            Some(padded) => padded,
+            None => ModelProto::decode(onnx.clone()).ok()?,
+        };
+        if let Some(filters) = lay_out(&mut model, block, Kernels::Own) {
+            return Some(InBlocks { graph: detach_weights(model, &filters, from)?, laid_out: true });
+        }
+    }
+    let padded = pad_channels(onnx.clone(), block, Kernels::Runtime);
     let changed = padded.is_some();
     let mut model = padded.or_else(|| ModelProto::decode(onnx).ok())?;
-    let filters = if lays_out { lay_out(&mut model, block) } else { None };
+    let filters = if lays_out.is_some() { lay_out(&mut model, block, Kernels::Runtime) } else { None };
     let laid_out = filters.is_some();
     if !changed && !laid_out {
         return None;

@@ -1,6 +1,7 @@
 //! A small classifier with every operator that [`lay_out`](super::blocked_layout::lay_out) writes: one image through it
 //! shows whether a runtime takes them as they are meant.
 
+use super::Kernels;
 use crate::graph::{Emission, GraphBuilder, GraphError, Map};
 use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
@@ -9,8 +10,8 @@ use crate::nets::{Conv, Norm, ShortcutPool};
 /// Side of the image, in pixels.
 pub const SIDE: usize = 8;
 
-/// The classifier as ONNX, its widths being multiples of `block`.
-pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
+/// The classifier as ONNX, its widths being multiples of `block`; for our kernels with groups of less than that too.
+pub fn sample(block: usize, kernels: Kernels) -> Result<Vec<u8>, GraphError> {
     let (wide, side) = (2 * block, SIDE as u32);
     let (precision, gate) = (Precision::Fp32, Gate::Resize);
     let emission = Emission { height: side, width: side, dynamic: false, precision, gate, same_padding: false };
@@ -24,6 +25,12 @@ pub fn sample(block: usize) -> Result<Vec<u8>, GraphError> {
     let x = conv(&mut g, &stem, "pointwise", wide, 1, 1)?;
     let x = g.activation(&x, Activation::LeakyRelu, "pointwise.act");
     let x = conv(&mut g, &x, "grouped", wide, 3, 2)?;
+    let x = if kernels == Kernels::Own {
+        let x = g.activation(&x, Activation::Silu, "grouped.act");
+        conv(&mut g, &x, "small groups", wide, 3, 4)?
+    } else {
+        x
+    };
     let mean = g.global_average_pool(&x, "gate.mean");
     let gate = conv(&mut g, &mean, "gate.narrow", block, 1, 1)?;
     let gate = g.activation(&gate, Activation::Relu, "gate.act");

@@ -9,7 +9,7 @@ use crate::bench::accuracy::published;
 use crate::bench::engine::{Contender, Setting};
 use crate::checkpoint::init::{InitOptions, init_active};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
-use crate::engine::{EngineOptions, OrtBackend};
+use crate::engine::{EngineOptions, Kernels, OrtBackend};
 use crate::files::DraftFolder;
 use crate::fold::{FoldOptions, Size, fold};
 use crate::model::{Gate, MANIFEST_FILE, Manifest, ModelDir, Precision, regular_file};
@@ -56,12 +56,12 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
     };
     if in_repository.is_some() || path.join(MANIFEST_FILE).is_file() {
         let folded = in_repository.map_or_else(|| ModelDir::open_path(path), Ok)?;
-        if !matches!(variant, "folded" | "unpadded") {
+        if !matches!(variant, "folded" | "unpadded" | "runtime") {
             bail!("`{text}`: a folded model can't be folded as {variant}; name its checkpoint");
         }
         let onnx = folded.read_onnx()?;
         let label = match folded.manifest.precision {
-            _ if variant == "unpadded" => variant,
+            _ if variant != "folded" => variant,
             Precision::Fp16 => "fp16",
             Precision::Fp32 => "folded",
         };
@@ -115,6 +115,7 @@ pub fn file(text: &str) -> anyhow::Result<Contender> {
         width,
         onnx,
         pad_channels: false,
+        kernels: Kernels::Runtime,
         parameters: None,
         gmacs: None,
         published: None,
@@ -140,6 +141,7 @@ fn contender(onnx: Vec<u8>, manifest: &Manifest, variant: &str, size: Option<(us
         width,
         onnx,
         pad_channels: variant != "unpadded",
+        kernels: if variant == "runtime" { Kernels::Runtime } else { Kernels::Own },
         parameters: Some(manifest.fold.parameters),
         gmacs: Some(manifest.fold.gmacs),
         published: None,
@@ -154,11 +156,13 @@ fn options(text: &str, variant: &str, size: Option<(usize, usize)>) -> anyhow::R
     };
     variant.split('+').try_fold(plain, |options, part| {
         Ok(match part {
-            "folded" | "unpadded" => options,
+            "folded" | "runtime" | "unpadded" => options,
             "unfolded" => FoldOptions { unfolded: true, ..options },
             "fp16" => FoldOptions { precision: Precision::Fp16, ..options },
             "broadcast" => FoldOptions { gate: Gate::Broadcast, ..options },
-            other => bail!("`{text}`: `{other}` is no variant; take folded, unpadded, unfolded, fp16 or broadcast"),
+            other => {
+                bail!("`{text}`: `{other}` is no variant; take folded, runtime, unpadded, unfolded, fp16 or broadcast")
+            }
         })
     })
 }

@@ -15,7 +15,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::search::Found;
-use crate::engine::{Backend, Batch, EngineOptions, Fitted, OrtBackend};
+use crate::engine::{Backend, Batch, EngineOptions, Fitted, Kernels, OrtBackend};
 use crate::infer::top_k::NotFinite;
 use crate::model::{Colors, ModelDir};
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
@@ -62,7 +62,7 @@ impl Workers {
             );
         }
         let (model, onnx) = model.with_onnx()?;
-        let graph = Fitted::for_this_cpu(onnx);
+        let graph = Fitted::for_this_cpu(onnx, Kernels::Own);
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let threads = chosen.threads.map_or(cores, usize::from);
         let workers = threads.clamp(1, images.max(1));

@@ -1,0 +1,157 @@
+//! AVX2 and FMA: 8 channels a vector.
+
+use std::arch::x86_64::*;
+
+use super::activation::{Activation, ERFC, EXP2, ROUNDER};
+
+const LANES: usize = 8;
+type Vector = __m256;
+type Order = __m256i;
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load(values: &[f32; LANES]) -> Vector {
+    // SAFETY: as many values are there
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store(values: &mut [f32; LANES], v: Vector) {
+    // SAFETY: as many values are there
+    unsafe { _mm256_storeu_ps(values.as_mut_ptr(), v) }
+}
+
+/// `M` values, over and over.
+///
+/// # Safety
+/// They are there.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn repeat<const M: usize>(values: *const f32) -> Vector {
+    // SAFETY: the caller's
+    unsafe {
+        match M {
+            1 => _mm256_set1_ps(*values),
+            2 => _mm256_castpd_ps(_mm256_set1_pd(values.cast::<f64>().read_unaligned())),
+            4 => {
+                let v = _mm_loadu_ps(values);
+                _mm256_set_m128(v, v)
+            }
+            _ => _mm256_loadu_ps(values),
+        }
+    }
+}
+
+/// These vectors, in registers from here on: left to itself, LLVM loads the last of them late and keeps in memory what waits
+/// for it.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn pinned([mut a, mut b, mut c]: [Vector; 3]) -> [Vector; 3] {
+    // SAFETY: no instruction at all
+    unsafe {
+        std::arch::asm!("/* {a} {b} {c} */", a = inout(ymm_reg) a, b = inout(ymm_reg) b, c = inout(ymm_reg) c, options(nostack, preserves_flags))
+    };
+    [a, b, c]
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn order(lanes: &[i32; LANES]) -> Order {
+    // SAFETY: as many values are there
+    unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn permute(v: Vector, order: Order) -> Vector {
+    _mm256_permutevar8x32_ps(v, order)
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn all(x: f32) -> Vector {
+    _mm256_set1_ps(x)
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn fma(a: Vector, b: Vector, c: Vector) -> Vector {
+    _mm256_fmadd_ps(a, b, c)
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add(a: Vector, b: Vector) -> Vector {
+    _mm256_add_ps(a, b)
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn mul(a: Vector, b: Vector) -> Vector {
+    _mm256_mul_ps(a, b)
+}
+
+/// `2^t` for `-126 < t < 128`, where `t = a b` is given by its factors so that nothing of it is lost.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn exp2_of<const N: usize>(a: [Vector; N], b: [Vector; N]) -> [Vector; N] {
+    // the sum is rounded to a whole number, whose lowest bits are those of `t` rounded
+    let shifted: [Vector; N] = each(|i| fma(a[i], b[i], all(ROUNDER)));
+    let f: [Vector; N] = each(|i| _mm256_fmsub_ps(a[i], b[i], _mm256_sub_ps(shifted[i], all(ROUNDER))));
+    let p = polynomial(&EXP2, f);
+    // added to the exponent
+    let n: [_; N] = each(|i| _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted[i])));
+    each(|i| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[i]), n[i])))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn polynomial<const N: usize>(coefficients: &[f32], x: [Vector; N]) -> [Vector; N] {
+    let mut p = [all(coefficients[0]); N];
+    for c in &coefficients[1..] {
+        p = each(|i| fma(p[i], x[i], all(*c)));
+    }
+    p
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    // NaN stays: it is the second operand
+    let bounded = each(|i| _mm256_min_ps(all(87.0), _mm256_max_ps(all(-87.0), x[i])));
+    let e = exp2_of(bounded, [all(-std::f32::consts::LOG2_E); N]);
+    let d: [Vector; N] = each(|i| add(e[i], all(1.0)));
+    each(|i| _mm256_div_ps(x[i], d[i]))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn gelu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    let a: [Vector; N] = each(|i| _mm256_min_ps(all(7.0), _mm256_andnot_ps(all(-0.0), x[i])));
+    let p = polynomial(&ERFC, a);
+    let e = exp2_of(each(|i| _mm256_sub_ps(all(0.0), a[i])), p);
+    let half: [Vector; N] = each(|i| mul(e[i], all(0.5)));
+    each(|i| mul(x[i], _mm256_blendv_ps(_mm256_sub_ps(all(1.0), half[i]), half[i], x[i])))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn activate<const N: usize>(activation: Activation, x: [Vector; N]) -> [Vector; N] {
+    match activation {
+        Activation::None => x,
+        // NaN stays
+        Activation::Relu => each(|i| _mm256_max_ps(all(0.0), x[i])),
+        Activation::Silu => silu(x),
+        Activation::Gelu => gelu(x),
+    }
+}
+
+/// A vector for each number below `N`.
+#[inline(always)]
+fn each<T, const N: usize>(f: impl FnMut(usize) -> T) -> [T; N] {
+    std::array::from_fn(f)
+}
+
+super::grouped_conv::kernel!("avx2,fma", [1, 2], [(12, 1), (9, 1), (8, 1), (7, 1), (6, 2), (5, 2), (2, 4), (1, 1)]);
+super::pointwise::kernel!("avx2,fma");
