@@ -138,9 +138,9 @@ pub enum Gate {
 pub struct BlockScalars {
     /// Module path in the checkpoint, such as `stages.2.0`.
     pub block: String,
-    /// Gain of the residual branch: `x + α·f(x·β)` (Brock et al. 2021, section 3).
+    /// Gain of the residual branch: `x + α·f(x/β)` (Brock et al. 2021, section 3).
     pub alpha: f64,
-    /// 1/√(expected variance before the block).
+    /// The paper's 1/β, which timm calls beta: 1/√(expected variance before the block).
     pub beta: f64,
     /// Variance that the analysis expects after the block at initialisation.
     pub expected_variance: f64,

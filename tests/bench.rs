@@ -8,6 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nfold::bench::load::schedule::Arrivals;
+use nfold::pb::onnx::ModelProto;
+use prost::Message as _;
 use serde_json::Value;
 
 use crate::golden::goldens_folder;
@@ -91,6 +93,35 @@ fn models_of_the_repository_are_timed_by_name() {
     assert!(said.lines().any(told), "{said}{}", String::from_utf8_lossy(&again.stderr));
     let page = std::fs::read_to_string(folder.path().join("out/index.html")).unwrap();
     assert!(page.contains(":") && page.contains(" UTC<") && !page.contains("since 1970"), "a date");
+}
+
+/// One graph that answers with no numbers does not cost the others their figures; it is named, and the exit code says so.
+#[test]
+fn the_others_are_timed_without_one_that_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = goldens_folder().join("nf_regnet_small");
+    let fold = ["fold", small.to_str().unwrap(), "--repository", "r", "--size", "64"];
+    assert!(nfold(folder.path(), &fold).status.success());
+    let onnx = std::fs::read(folder.path().join("r/nf_regnet_small/1/model.onnx")).unwrap();
+    std::fs::write(folder.path().join("good.onnx"), &onnx).unwrap();
+    let mut model = ModelProto::decode(onnx.as_slice()).unwrap();
+    for tensor in &mut model.graph.as_mut().unwrap().initializer {
+        if tensor.name.ends_with(".bias") {
+            tensor.raw_data = vec![0xff; tensor.raw_data.len()].into();
+        }
+    }
+    std::fs::write(folder.path().join("nan.onnx"), model.encode_to_vec()).unwrap();
+    let files = ["--onnx", "nan.onnx@64", "--onnx", "good.onnx@64"];
+    let quick = ["--rounds", "2", "--turn", "5ms", "--warmup", "0s", "--json"];
+    let done = nfold(folder.path(), &[&["bench", "engine"], &files[..], &quick].concat());
+    let error = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(1) && error.contains("not measured: `nan"), "{error}");
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert!(rows.len() == 1 && rows[0]["label"].as_str().unwrap().starts_with("good"), "{report:#}");
+    assert!(report["failed"][0]["label"].as_str().unwrap().starts_with("nan"), "{report:#}");
+    let alone = nfold(folder.path(), &[&["bench", "engine"], &files[..2], &quick].concat());
+    assert!(alone.status.code() == Some(1) && alone.stdout.is_empty());
 }
 
 /// What can't be timed is refused by name.

@@ -75,6 +75,7 @@ fn every_file_folds_to_the_same_graph() {
         ("ddp.pth", told()),
         ("compiled.pth", told()),
         ("wrapped.pt", told()),
+        ("net.pth", told()),
         ("lightning.ckpt", told()),
         ("wrapper.safetensors", told()),
         ("told.safetensors", rest),
@@ -468,7 +469,7 @@ fn the_table_of_sources_is_true() {
     let at = |copy: &Copy| PathBuf::from(copy.folder());
     let none = OpenOptions::default();
     let ema = OpenOptions { use_ema: true, ..none.clone() };
-    let rows: [(&str, PathBuf, OpenOptions); 16] = [
+    let rows: [(&str, PathBuf, OpenOptions); 17] = [
         ("folder: config.json with `pretrained_cfg`, model.safetensors", at(&nested), none.clone()),
         ("folder: flat config.json (timm ≤ 0.6), `labels`", at(&flat), none.clone()),
         ("folder: `label_names` as a dictionary with gaps", at(&dictionary), none.clone()),
@@ -479,6 +480,7 @@ fn the_table_of_sources_is_true() {
         ("the same, torch before 1.6", file("old.pth.tar"), none.clone()),
         ("state dictionary: .pth, `--arch`", file("state.pth"), told()),
         ("state dictionary: .pth, no `--arch`", file("state.pth"), none.clone()),
+        ("a script's own `{\"net\": …}`, `--arch`", file("net.pth"), told()),
         ("DDP's `module.`, `--arch`", file("ddp.pth"), told()),
         ("torch.compile's `_orig_mod.`, `--arch`", file("compiled.pth"), told()),
         ("Lightning's .ckpt, `--arch`", file("lightning.ckpt"), told()),

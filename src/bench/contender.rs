@@ -60,11 +60,13 @@ pub enum Setting {
     Tf32,
     /// Channels-last layout (NHWC).
     Nhwc,
+    /// Biases are added in cuDNN's own kernels.
+    Fuse,
 }
 
 impl Setting {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Bound, Self::Graph, Self::Tf32, Self::Nhwc];
+    pub const ALL: [Self; 5] = [Self::Bound, Self::Graph, Self::Tf32, Self::Nhwc, Self::Fuse];
 
     /// Name on the command line.
     pub fn name(self) -> &'static str {
@@ -73,12 +75,13 @@ impl Setting {
             Self::Graph => "graph",
             Self::Tf32 => "tf32",
             Self::Nhwc => "nhwc",
+            Self::Fuse => "fuse",
         }
     }
 
     /// Whether it affects GPUs only.
     pub fn is_for_gpu(self) -> bool {
-        matches!(self, Self::Tf32 | Self::Nhwc)
+        matches!(self, Self::Tf32 | Self::Nhwc | Self::Fuse)
     }
 
     pub(super) fn apply(self, options: &mut EngineOptions) {
@@ -87,6 +90,7 @@ impl Setting {
             Self::Graph => options.gpu.cuda_graph = true,
             Self::Tf32 => options.gpu.tf32 = true,
             Self::Nhwc => options.gpu.prefer_nhwc = true,
+            Self::Fuse => options.gpu.fuse_conv_bias = true,
         }
     }
 }

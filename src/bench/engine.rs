@@ -79,6 +79,22 @@ pub struct Report {
     pub peaks: Vec<Peak>,
     /// One for every contender, batch and thread count.
     pub rows: Vec<Row>,
+    /// Why a contender has no row where others have one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<Failed>,
+}
+
+/// A contender that could not be measured at one batch size and thread count.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failed {
+    /// The contender.
+    pub label: String,
+    /// Images in a run.
+    pub batch: usize,
+    /// Threads of a run.
+    pub threads: usize,
+    /// What went wrong.
+    pub reason: String,
 }
 
 impl Report {
@@ -141,7 +157,33 @@ struct Lane<'a> {
     rounds: Vec<f64>,
 }
 
-impl Lane<'_> {
+impl<'a> Lane<'a> {
+    /// Opens the contender with `options` and its own settings, and warms it up on `images`.
+    fn open(
+        contender: &'a Contender,
+        plan: &Plan,
+        mut options: EngineOptions,
+        images: Batch,
+    ) -> Result<Self, BenchError> {
+        let started = Instant::now();
+        contender.settings.iter().for_each(|setting| setting.apply(&mut options));
+        let on_cpu = plan.provider == Provider::Cpu;
+        let onnx = contender.onnx.clone();
+        let pads = contender.pad_channels && on_cpu;
+        let graph = if pads { Fitted::for_this_cpu(onnx, contender.kernels) } else { Fitted::as_it_is(onnx) };
+        let bound = contender.settings.iter().any(|s| matches!(s, Setting::Bound | Setting::Graph));
+        let backend = if bound || !on_cpu {
+            let backend = BoundBackend::open(&graph, &contender.label(), &options, &[images.images])?;
+            Timed::Bound(backend, plan.transfers)
+        } else {
+            Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?)
+        };
+        let load_ms = started.elapsed().as_secs_f64() * 1e3;
+        let mut lane = Self { contender, backend, batch: images, load_ms, samples: Vec::new(), rounds: Vec::new() };
+        lane.warm_up(plan)?;
+        Ok(lane)
+    }
+
     fn run(&mut self) -> Result<f64, BenchError> {
         let started = Instant::now();
         let logits = match &mut self.backend {
@@ -220,27 +262,29 @@ pub fn measure(contenders: &[Contender], plan: &Plan, progress: &dyn Fn(&str, f6
     let before = ProcessorTime::now();
     let on_cpu = plan.provider == Provider::Cpu;
     let peaks: Vec<Peak> = plan.threads.iter().filter(|_| on_cpu).map(|&t| peak::measure(t)).collect();
-    let mut rows = Vec::new();
+    let (mut rows, mut failed) = (Vec::new(), Vec::new());
     let cells = (plan.threads.len() * plan.batches.len()).max(1);
     for (i, &threads) in plan.threads.iter().enumerate() {
         for (j, &batch) in plan.batches.iter().enumerate() {
             let what = format!("batch {batch}, {threads} thread{}", if threads == 1 { "" } else { "s" });
             let done = (i * plan.batches.len() + j) as f64;
             let tell = |share: f64| progress(&what, (done + share) / cells as f64);
-            let lanes = cell(contenders, plan, threads, batch, &tell)?;
+            let lanes = cell(contenders, plan, threads, batch, &mut failed, &tell)?;
             rows.extend(summarise(&lanes, plan, threads, peaks.get(i)));
         }
     }
     let stolen_share = before.zip(ProcessorTime::now()).map(|(before, after)| after.stolen_since(before));
-    Ok(Report { schema: SCHEMA.into(), machine, plan: plan.clone(), stolen_share, peaks, rows })
+    Ok(Report { schema: SCHEMA.into(), machine, plan: plan.clone(), stolen_share, peaks, rows, failed })
 }
 
-/// Every contender at one batch size and thread count, all rounds.
+/// Every contender at one batch size and thread count, all rounds. One that can't be opened or run joins `failed`, and the others
+/// are measured without it; none left is an error.
 fn cell<'a>(
     contenders: &'a [Contender],
     plan: &Plan,
     threads: usize,
     batch: usize,
+    failed: &mut Vec<Failed>,
     tell: &dyn Fn(f64),
 ) -> Result<Vec<Lane<'a>>, BenchError> {
     let provider = plan.provider;
@@ -248,25 +292,20 @@ fn cell<'a>(
     let options = EngineOptions { provider, intra_threads: threads, spinning: plan.spinning, gpu };
     let mut rng = ChaCha8Rng::seed_from_u64(plan.seed);
     let mut lanes = Vec::with_capacity(contenders.len());
+    let mut last = None;
     for contender in contenders {
-        let onnx = contender.onnx.clone();
-        let started = Instant::now();
-        let mut options = options.clone();
-        contender.settings.iter().for_each(|setting| setting.apply(&mut options));
-        let pads = contender.pad_channels && provider == Provider::Cpu;
-        let graph = if pads { Fitted::for_this_cpu(onnx, contender.kernels) } else { Fitted::as_it_is(onnx) };
-        let bound = contender.settings.iter().any(|s| matches!(s, Setting::Bound | Setting::Graph));
-        let backend = if bound || provider != Provider::Cpu {
-            Timed::Bound(BoundBackend::open(&graph, &contender.label(), &options, &[batch])?, plan.transfers)
-        } else {
-            Timed::Plain(OrtBackend::open_fitted(&graph, &contender.label(), &options)?)
-        };
-        let load_ms = started.elapsed().as_secs_f64() * 1e3;
         let mut images = Batch::zeros_of(batch, [contender.channels, contender.height, contender.width]);
         images.data.iter_mut().for_each(|v| *v = StandardNormal.sample(&mut rng));
-        let mut lane = Lane { contender, backend, batch: images, load_ms, samples: Vec::new(), rounds: Vec::new() };
-        lane.warm_up(plan)?;
-        lanes.push(lane);
+        match Lane::open(contender, plan, options.clone(), images) {
+            Ok(lane) => lanes.push(lane),
+            Err(error) => {
+                failed.push(Failed { label: contender.label(), batch, threads, reason: error.to_string() });
+                last = Some(error);
+            }
+        }
+    }
+    if let (true, Some(error)) = (lanes.is_empty(), last) {
+        return Err(error);
     }
     let mut order: Vec<usize> = (0..lanes.len()).collect();
     for round in 0..plan.rounds {

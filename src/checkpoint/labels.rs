@@ -166,7 +166,10 @@ pub fn from_file(bytes: &[u8]) -> Result<Names, String> {
     let text = text.trim_start_matches('\u{feff}');
     if text.trim_start().starts_with(['[', '{']) {
         let value = serde_json::from_str(text).map_err(|e| format!("is not the JSON it begins as: {e}"))?;
-        return read(&value, None, "it");
+        return match &value {
+            Value::Object(map) if is_class_to_idx(map) => by_number(&inverted(map)?, "it"),
+            _ => read(&value, None, "it"),
+        };
     }
     let lines = text.trim_end().lines().map(|line| Some(line.trim().to_string()));
     let names: Vec<_> = if text.trim().is_empty() { Vec::new() } else { lines.collect() };
@@ -175,6 +178,22 @@ pub fn from_file(bytes: &[u8]) -> Result<Names, String> {
         None if names.is_empty() => Err("holds no names".into()),
         None => Ok(Names { names, sparse: false }),
     }
+}
+
+/// Whether this is torchvision's `class_to_idx`: numbers by name. Where every name is a number too, it is read as names by number.
+fn is_class_to_idx(map: &Map<String, Value>) -> bool {
+    map.values().all(Value::is_u64) && map.keys().any(|key| key.trim().parse::<usize>().is_err())
+}
+
+/// Names by number of numbers by name.
+fn inverted(map: &Map<String, Value>) -> Result<Map<String, Value>, String> {
+    let mut names = Map::new();
+    for (name, number) in map {
+        if let Some(Value::String(other)) = names.insert(number.to_string(), name.as_str().into()) {
+            return Err(format!("it gives the number {number} to `{other}` and to `{name}`"));
+        }
+    }
+    Ok(names)
 }
 
 fn by_number(map: &Map<String, Value>, what: &str) -> Result<Names, String> {
@@ -259,6 +278,9 @@ mod tests {
         assert_eq!(read("cat\r\ndog\n", 2).expect("lines"), ["cat", "dog"]);
         assert_eq!(read("\u{feff}[\"cat\", \"dog\"]", 2).expect("list"), ["cat", "dog"]);
         assert_eq!(read("{\"1\": \"dog\"}", 2).expect("dictionary"), ["0", "dog"]);
+        assert_eq!(read("{\"dog\": 1, \"7\": 0}", 2).expect("class_to_idx"), ["7", "dog"]);
+        assert_eq!(read("{\"0\": 1, \"1\": 0}", 2).expect("numbers name numbers"), ["1", "0"]);
+        assert!(read("{\"dog\": 1, \"cat\": 1}", 2).is_err_and(|e| e.contains("number 1")));
         for text in ["", "cat\n\ndog", "[1"] {
             assert!(read(text, 2).is_err(), "{text:?}");
         }

@@ -238,11 +238,17 @@ fn contents(arena: &Arena, root: Id, use_ema: bool, find: FindStorage<'_>) -> Re
     let mut out = Contents::default();
     let holds_tensors =
         |id: Id| arena.pairs(id).is_some_and(|p| p.iter().any(|(_, v)| matches!(arena.get(*v), Node::Tensor { .. })));
-    let named = |names: &[&'static str]| {
+    let named = |names: &[&'static str]| -> Option<(&str, Id)> {
         names.iter().find_map(|name| Some((*name, arena.value(root, name).filter(|id| holds_tensors(*id))?)))
     };
     let averaged = named(&AVERAGED);
-    let plain = if holds_tensors(root) { Some(("", root)) } else { named(&PLAIN) };
+    // scripts of people's own call the weights anything; one dictionary of tensors can't be mistaken for another
+    let only = || {
+        let named = pairs.iter().filter_map(|&(key, id)| Some((arena.text(key)?, id)));
+        let mut states = named.filter(|(key, id)| holds_tensors(*id) && !AVERAGED.contains(key));
+        states.next().filter(|_| states.next().is_none())
+    };
+    let plain = if holds_tensors(root) { Some(("", root)) } else { named(&PLAIN).or_else(only) };
     let (key, state) = match (use_ema, averaged, plain) {
         (true, Some(found), _) => found,
         // EMA weights may still be recognised by their prefix

@@ -61,7 +61,7 @@ pub struct EngineArgs {
     /// folders: MODEL[@H|@HxW][:VARIANT[+VARIANT…][+SETTING…]]. Variants of the graph: folded, runtime
     /// (without nfold's own kernels), unpadded, unfolded,
     /// fp16, broadcast. Settings of its session: bound (tensors stay on the device; always on GPUs), graph (a CUDA
-    /// graph), and for GPUs tf32 and nhwc [default: eleven networks]
+    /// graph), and for GPUs tf32, nhwc (channels last) and fuse (biases in cuDNN's kernels) [default: eleven networks]
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
     /// Model repository that names are looked up in
@@ -178,7 +178,11 @@ fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
         report::write_engine(folder, &report)?;
         say(format_args!("wrote {}", folder.join(report::PAGE).display()));
     }
-    Ok(ExitCode::SUCCESS)
+    for failed in &report.failed {
+        let engine::Failed { label, batch, threads, reason } = failed;
+        say(format_args!("not measured: `{label}` with batch {batch}, {threads} threads: {reason}"));
+    }
+    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// For each batch size and number of threads: the fastest network, and its lead, as far as the rounds can tell.

@@ -96,6 +96,9 @@ pub struct ServeArgs {
     /// Lay out feature maps with channels last (NHWC) on CUDA
     #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_NHWC", value_parser = clap::builder::FalseyValueParser::new())]
     cuda_nhwc: bool,
+    /// Add biases in cuDNN's own kernels on CUDA, not in kernels after them: for TensorFloat-32 with channels last
+    #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_FUSE_CONV_BIAS", value_parser = clap::builder::FalseyValueParser::new())]
+    cuda_fuse_conv_bias: bool,
     /// Record the kernels of each batch size as a CUDA graph and replay it
     #[arg(help_heading = "Engines", long, env = "NFOLD_CUDA_GRAPH", value_parser = clap::builder::FalseyValueParser::new())]
     cuda_graph: bool,
@@ -301,6 +304,7 @@ impl ServeArgs {
                     allow_fallback: self.allow_fallback,
                     tf32: self.cuda_tf32,
                     prefer_nhwc: self.cuda_nhwc,
+                    fuse_conv_bias: self.cuda_fuse_conv_bias,
                     cuda_graph: self.cuda_graph,
                     memory_limit: self.device_memory.map(|b| usize::try_from(b).unwrap_or(usize::MAX)),
                     tensorrt_fp16: self.tensorrt_fp16,
@@ -422,7 +426,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     if for_tensorrt && !matches!(args.provider, ProviderArg::TensorRt) {
         return Err(anyhow!("--tensorrt-fp16 and --tensorrt-cache mean something to --provider tensorrt only"));
     }
-    let for_cuda = args.cuda_tf32 || args.cuda_nhwc || args.cuda_graph;
+    let for_cuda = args.cuda_tf32 || args.cuda_nhwc || args.cuda_fuse_conv_bias || args.cuda_graph;
     if (for_cuda || args.device_memory.is_some()) && matches!(args.provider, ProviderArg::Cpu) {
         return Err(anyhow!("--cuda-… and --device-memory mean something to --provider cuda or tensorrt only"));
     }

@@ -32,6 +32,16 @@ fn alone<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Runs before a CUDA graph is recorded. The first one asks for memory piece by piece, the second one for a block by what the
+/// first one used, and takes it from free pieces that others need then. A recording can't ask the device for more: it fails.
+const RUNS_BEFORE_RECORDING: usize = 3;
+
+/// ONNX Runtime's name for the number of a run's graph.
+const GRAPH_NUMBER: &str = "gpu_graph_id";
+
+/// ONNX Runtime's number for a run that neither records nor replays.
+const NO_GRAPH: &str = "-1";
+
 /// Sessions with bound tensors. Opened on the thread that runs them: a CUDA graph belongs to its thread.
 pub struct BoundBackend {
     /// Ascending by number of images.
@@ -173,6 +183,13 @@ impl Engine {
 
     fn run(&mut self, resident: bool) -> Result<Option<Logits>, BackendError> {
         let Some(bound) = self.bound.as_mut() else { return Err(BackendError::Run("no batch was staged".into())) };
+        if bound.records {
+            let mut plain = RunOptions::new().map_err(failed)?;
+            plain.set(GRAPH_NUMBER, NO_GRAPH).map_err(failed)?;
+            for _ in 0..RUNS_BEFORE_RECORDING {
+                self.session.run_binding_with_options(&bound.binding, &plain).map_err(failed)?;
+            }
+        }
         let outputs = self.session.run_binding_with_options(&bound.binding, &bound.run).map_err(failed)?;
         bound.records = false;
         if resident {
@@ -213,7 +230,7 @@ impl Engine {
         binding.bind_input(self.input.as_str(), &fixed.input)?;
         binding.bind_output(self.output.as_str(), &mut fixed.output)?;
         // graphs of a session are told apart by the height and width that they were recorded for
-        run.set("gpu_graph_id", (shape[2] << 14 | shape[3]).to_string())?;
+        run.set(GRAPH_NUMBER, (shape[2] << 14 | shape[3]).to_string())?;
         Ok(Bound { shape, input, binding, fixed: Some(fixed), run, records: true })
     }
 }

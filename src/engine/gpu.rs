@@ -17,6 +17,8 @@ pub struct GpuOptions {
     pub tf32: bool,
     /// Lay feature maps out with channels last, as tensor cores read them.
     pub prefer_nhwc: bool,
+    /// Add a convolution's bias in cuDNN's own kernel, not in one after it.
+    pub fuse_conv_bias: bool,
     /// Record each shape's kernels as a CUDA graph, and replay that.
     pub cuda_graph: bool,
     /// Most bytes of device memory for one engine's feature maps; none: what the device has.
@@ -61,6 +63,7 @@ pub(super) fn register(builder: SessionBuilder, provider: Provider, gpu: &GpuOpt
         .with_device_id(device)
         .with_tf32(gpu.tf32)
         .with_prefer_nhwc(gpu.prefer_nhwc)
+        .with_fuse_conv_bias(gpu.fuse_conv_bias)
         .with_cuda_graph(gpu.cuda_graph && provider == Provider::Cuda)
         // a session for each batch size: powers of two would leave half of each arena empty
         .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested)

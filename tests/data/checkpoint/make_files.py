@@ -43,6 +43,7 @@ def main():
     torch.save(prefixed(state, "module."), OUT / "ddp.pth")
     torch.save(prefixed(state, "_orig_mod."), OUT / "compiled.pth")
     torch.save({"model": prefixed(state, "module._orig_mod.")}, OUT / "wrapped.pt")
+    torch.save({"epoch": 3, "net": state, "accuracy": 0.9}, OUT / "net.pth")
     torch.save(OrderedDict((k, torch.nn.Parameter(v) if v.is_floating_point() else v) for k, v in state.items()), OUT / "parameters.pth")
     torch.save(OrderedDict((k, v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v) for k, v in state.items()), OUT / "channels_last.pth")
     torch.save(OrderedDict((k, v.half()) for k, v in state.items()), OUT / "half.pth")
