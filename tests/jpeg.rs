@@ -130,9 +130,9 @@ fn limits_hold_before_pixels_are_decoded() {
     assert_eq!(limited(ImageLimits { max_bytes: bytes.len() - 1, ..limits }), "too_large");
     assert_eq!(limited(ImageLimits { max_side: 95, ..limits }), "too_large");
     assert_eq!(limited(ImageLimits { max_pixels: 96 * 72 - 1, ..limits }), "too_many_pixels");
-    // 4:2:0: planes of a byte a sample, coefficients of two, and what is known of each block of 64
+    // 4:2:0: planes of a byte a sample, coefficients of two, and what is known of each block of 64; Huffman tables of all scans
     let blocks = 96 / 16 * 80 / 16 * 6;
-    let need = blocks * (64 + 129) + bytes.len() as u64;
+    let need = blocks * (64 + 129) + 10 * 8192 + bytes.len() as u64;
     assert_eq!(EXACT.open(&bytes, false).unwrap().need().bytes, need);
     let exact = ImageLimits { max_decoded_bytes: need, ..limits };
     let scarce = ImageLimits { max_decoded_bytes: need - 1, ..limits };

@@ -29,6 +29,8 @@ const MAX_SCANS: usize = 100;
 const MAX_PASSES: u64 = 16;
 /// Bytes per block: coefficients, which a file of several scans needs in memory, and one byte of state.
 const BLOCK: u64 = 64 * 2 + 1;
+/// Most bytes of a Huffman table in the decoder, which keeps each scan's tables until the end.
+const HUFFMAN_TABLE: u64 = 8192;
 /// Bytes that must follow the last pixel's data if the end marker (EOI) is missing: the decoder's look-ahead.
 const LOOK_AHEAD: usize = 4;
 
@@ -36,15 +38,16 @@ const LOOK_AHEAD: usize = 4;
 pub(super) fn need(bytes: &[u8], markers: &Markers<'_>) -> Need {
     let (width, height) = (markers.width, markers.height);
     let blocks = markers.blocks();
+    let kept = bytes.len() as u64 + markers.huffman_tables as u64 * HUFFMAN_TABLE;
     let coefficients = if markers.progressive { blocks * BLOCK } else { 0 };
     if markers.lossless {
         // planes of two bytes per sample, and the result
-        let bytes = blocks * 64 * 2 + 3 * u64::from(width) * u64::from(height) + bytes.len() as u64;
+        let bytes = blocks * 64 * 2 + 3 * u64::from(width) * u64::from(height) + kept;
         return Need { width, height, bytes, rgb: true };
     }
     let rgb = if smoothed(markers) { 3 * u64::from(width) * u64::from(height) } else { 0 };
     // metadata (text, profiles) is copied at most once
-    Need { width, height, bytes: blocks * 64 + coefficients + rgb + bytes.len() as u64, rgb: rgb > 0 }
+    Need { width, height, bytes: blocks * 64 + coefficients + rgb + kept, rgb: rgb > 0 }
 }
 
 /// Whether libjpeg's block smoothing applies: a progressive file without all bits of the low frequencies.

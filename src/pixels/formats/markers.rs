@@ -29,6 +29,8 @@ pub(super) struct Markers<'a> {
     /// Lossless (predictive) instead of DCT.
     pub(super) lossless: bool,
     pub(super) scans: Vec<Scan>,
+    /// Huffman tables that the file defines before its last scan ends; a progressive file may define new ones for each scan.
+    pub(super) huffman_tables: usize,
     /// The EXIF block, starting at its byte order mark.
     pub(super) exif: Option<&'a [u8]>,
     pub(super) end: End,
@@ -60,6 +62,18 @@ pub(super) enum End {
     Missing,
 }
 
+/// Tables in a DHT segment (ITU-T T.81, B.2.4.2): class and slot, how many codes there are of each length from 1 to 16, and a byte
+/// per code.
+fn tables_in(mut body: &[u8]) -> usize {
+    let mut tables = 0;
+    while let Some(counts) = body.get(1..17) {
+        tables += 1;
+        let codes: usize = counts.iter().map(|&count| usize::from(count)).sum();
+        body = body.get(17 + codes..).unwrap_or_default();
+    }
+    tables
+}
+
 impl<'a> Markers<'a> {
     /// Reads all markers, up to the end of the image.
     ///
@@ -70,6 +84,7 @@ impl<'a> Markers<'a> {
         let mut frame: Option<Frame> = None;
         let mut exif = None;
         let mut scans = Vec::new();
+        let mut huffman_tables = 0;
         let mut end = End::Missing;
         for Segment { marker, body } in Segments::new(bytes) {
             match marker {
@@ -103,6 +118,7 @@ impl<'a> Markers<'a> {
                     limits.check_size(read.width, read.height)?;
                     frame = Some(read);
                 }
+                0xC4 => huffman_tables += tables_in(body),
                 0xE1 if exif.is_none() && scans.is_empty() => exif = body.strip_prefix(EXIF),
                 _ => {}
             }
@@ -123,6 +139,7 @@ impl<'a> Markers<'a> {
             arithmetic: frame.arithmetic,
             lossless: frame.lossless,
             scans,
+            huffman_tables,
             exif,
             end,
         };
