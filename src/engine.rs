@@ -2,6 +2,7 @@
 //! tensors. It knows nothing of images, labels or requests.
 
 mod bound;
+mod class_maps;
 mod fitted;
 mod gpu;
 pub mod graph_cache;
@@ -14,11 +15,12 @@ use std::path::{Path, PathBuf};
 
 use ort::environment::Environment;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{Session, SessionInputValue};
+use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionInputValue};
 use ort::value::TensorRef;
 use serde::{Deserialize, Serialize};
 
 pub use self::bound::BoundBackend;
+pub use self::class_maps::ClassMaps;
 pub use self::fitted::{Fitted, channel_block};
 pub use self::gpu::{GpuOptions, Profile};
 use self::graph_cache::GraphCache;
@@ -27,6 +29,7 @@ use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};
 use crate::files::DraftFolder;
 use crate::kernels::operators;
+use crate::model::{FEATURES, MAP};
 pub use crate::relayout::Kernels;
 
 /// What can go wrong before a graph runs.
@@ -168,10 +171,54 @@ impl Logits {
     }
 }
 
+/// Which outputs beside the logits a run is to give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// The vectors that the classifier reads.
+    pub features: bool,
+    /// The maps that are pooled.
+    pub map: bool,
+}
+
+impl Extras {
+    /// Logits alone.
+    pub const NONE: Self = Self { features: false, map: false };
+
+    /// What either asks for.
+    pub fn and(self, other: Self) -> Self {
+        Self { features: self.features || other.features, map: self.map || other.map }
+    }
+}
+
+/// What a run gives, image after image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answers {
+    /// Logits.
+    pub logits: Logits,
+    /// The vectors that the classifier reads, `images × width`; empty where they were not asked for.
+    pub features: Vec<f32>,
+    /// The maps that are pooled, `images × channels × height × width`; empty where they were not asked for.
+    pub map: Vec<f32>,
+}
+
+impl From<Logits> for Answers {
+    fn from(logits: Logits) -> Self {
+        Self { logits, features: Vec::new(), map: Vec::new() }
+    }
+}
+
 /// Something that turns a batch into logits. A worker thread owns its backend, so running takes `&mut self`.
 pub trait Backend: Send {
     /// Logits for every image of the batch, in order.
     fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError>;
+
+    /// The same, and what else is asked for.
+    fn run_with(&mut self, batch: &Batch, extras: Extras) -> Result<Answers, BackendError> {
+        match extras {
+            Extras::NONE => self.run(batch).map(Answers::from),
+            _ => Err(BackendError::Run("this engine gives logits alone".into())),
+        }
+    }
 }
 
 /// Which hardware runs the graph.
@@ -228,11 +275,12 @@ impl Default for EngineOptions {
 }
 
 /// A session of ONNX Runtime over one graph.
-#[derive(Debug)]
 pub struct OrtBackend {
     session: Session,
     input: String,
     output: String,
+    /// How runs are told which outputs to give, by those.
+    runs: Vec<(Extras, RunOptions<HasSelectedOutputs>)>,
 }
 
 impl OrtBackend {
@@ -351,7 +399,7 @@ impl OrtBackend {
         let name = |outlets: &[ort::value::Outlet]| outlets.first().map(|o| o.name().to_string());
         let input = name(session.inputs()).ok_or_else(|| bad("it has no input"))?;
         let output = name(session.outputs()).ok_or_else(|| bad("it has no output"))?;
-        Ok(Self { session, input, output })
+        Ok(Self { session, input, output, runs: Vec::new() })
     }
 
     /// Channels of the graph's input; `None` where it is no image's.
@@ -480,14 +528,66 @@ fn prepare(
 
 impl Backend for OrtBackend {
     fn run(&mut self, batch: &Batch) -> Result<Logits, BackendError> {
-        let found = batch.shape();
-        let failed = |e: ort::Error| BackendError::Run(e.to_string());
-        let view = TensorRef::from_array_view((found, batch.data.as_slice()))
-            .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;
-        let outputs = self.session.run(ort::inputs![self.input.as_str() => view]).map_err(failed)?;
-        let (shape, data) = outputs[self.output.as_str()].try_extract_tensor::<f32>().map_err(failed)?;
-        checked_logits(&self.output, batch.images, shape, data)
+        self.run_with(batch, Extras::NONE).map(|answers| answers.logits)
     }
+
+    fn run_with(&mut self, batch: &Batch, extras: Extras) -> Result<Answers, BackendError> {
+        let at = match self.runs.iter().position(|(asked, _)| *asked == extras) {
+            Some(at) => at,
+            None => {
+                let options = select(&self.session, &self.output, extras)?;
+                self.runs.push((extras, options));
+                self.runs.len() - 1
+            }
+        };
+        run_selected(&mut self.session, [&self.input, &self.output], batch, extras, &self.runs[at].1)
+    }
+}
+
+/// How a session is told to give these outputs alone.
+fn select(session: &Session, logits: &str, extras: Extras) -> Result<RunOptions<HasSelectedOutputs>, BackendError> {
+    let mut outputs = OutputSelector::no_default().with(logits);
+    for (name, wanted) in [(FEATURES, extras.features), (MAP, extras.map)] {
+        if wanted && !session.outputs().iter().any(|output| output.name() == name) {
+            return Err(BackendError::Run(format!("the graph has no output `{name}`")));
+        }
+        outputs = if wanted { outputs.with(name) } else { outputs };
+    }
+    Ok(RunOptions::new().map_err(failed)?.with_outputs(outputs))
+}
+
+/// Runs a session whose input and logits have these names, for the outputs that `options` select.
+fn run_selected(
+    session: &mut Session,
+    [input, logits]: [&str; 2],
+    batch: &Batch,
+    extras: Extras,
+    options: &RunOptions<HasSelectedOutputs>,
+) -> Result<Answers, BackendError> {
+    let found = batch.shape();
+    let view = TensorRef::from_array_view((found, batch.data.as_slice()))
+        .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;
+    let outputs = session.run_with_options(ort::inputs![input => view], options).map_err(failed)?;
+    let extra = |name: &str, wanted: bool| {
+        if !wanted {
+            return Ok(Vec::new());
+        }
+        let (shape, data) = outputs[name].try_extract_tensor::<f32>().map_err(failed)?;
+        let rows = shape.first().copied().unwrap_or_default();
+        match usize::try_from(rows) {
+            Ok(rows) if rows == batch.images && rows > 0 && data.len().is_multiple_of(rows) => Ok(data.to_vec()),
+            _ => {
+                Err(BackendError::Run(format!("{} images went in, `{name}` of shape {shape:?} came out", batch.images)))
+            }
+        }
+    };
+    let (features, map) = (extra(FEATURES, extras.features)?, extra(MAP, extras.map)?);
+    let (shape, data) = outputs[logits].try_extract_tensor::<f32>().map_err(failed)?;
+    Ok(Answers { logits: checked_logits(logits, batch.images, shape, data)?, features, map })
+}
+
+fn failed(error: ort::Error) -> BackendError {
+    BackendError::Run(error.to_string())
 }
 
 /// The first output of a run over so many images, if it is what a classifier answers.

@@ -5,6 +5,7 @@
 //! `Sigmoid` + `Mul` (fused at load), gates resized to the map so that their product has provably equal shapes.
 
 pub mod half_emulation;
+pub mod head;
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
@@ -12,7 +13,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
 use half::f16;
 use prost::Message as _;
 
-use crate::model::{Gate, INPUT, OUTPUT, Precision};
+use crate::model::{FEATURES, Gate, INPUT, MAP, OUTPUT, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, ShortcutPool};
 use crate::pb::onnx::{self as pb, AttributeProto, AttributeType, NodeProto, TensorProto, ValueInfoProto};
@@ -102,6 +103,17 @@ pub struct Map {
     pub width: usize,
 }
 
+/// A term of the logits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Term {
+    /// Name of values `[N, width]`.
+    pub values: String,
+    /// How many there are of an image.
+    pub width: usize,
+    /// Name of their weights, `[classes, width]`.
+    pub weight: String,
+}
+
 /// How a graph is emitted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Emission {
@@ -133,6 +145,8 @@ pub struct GraphBuilder {
     value_info: Vec<ValueInfoProto>,
     inputs: Vec<ValueInfoProto>,
     outputs: Vec<ValueInfoProto>,
+    /// Outputs after the logits.
+    side_outputs: Vec<ValueInfoProto>,
     /// Multiply-accumulates of one image so far.
     pub macs: u64,
     /// Weights and biases so far.
@@ -152,6 +166,7 @@ impl GraphBuilder {
             value_info: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
+            side_outputs: Vec::new(),
             macs: 0,
             parameters: 0,
         }
@@ -464,20 +479,65 @@ impl GraphBuilder {
         self.emission.gate == Gate::Resize && !self.emission.dynamic
     }
 
-    /// The logits: `bias`, and of every term a `[N, C, 1, 1]` map times its weights (`[classes, C]`).
-    pub fn classifier(&mut self, terms: &[(Map, String)], bias: &str, classes: usize, name: &str) -> String {
+    /// Whether its values are of single precision.
+    pub fn is_single(&self) -> bool {
+        self.emission.precision == Precision::Fp32
+    }
+
+    /// Values of a `[N, C, 1, 1]` map as `[N, C]`.
+    pub fn flatten(&mut self, x: &Map, name: &str) -> String {
+        self.node("Flatten", name, &[&x.name], vec![])
+    }
+
+    /// The output `features`: values (`[N, width]` in all), each times `factor`.
+    pub fn features(&mut self, parts: &[String], width: usize, factor: f64) {
+        let mut value = match parts {
+            [only] => only.clone(),
+            several => {
+                let parts: Vec<&str> = several.iter().map(String::as_str).collect();
+                let half = self.emission.precision == Precision::Fp16;
+                let name = if factor == 1.0 && !half { FEATURES } else { "features.parts" };
+                self.node("Concat", name, &parts, vec![int("axis", 1)])
+            }
+        };
+        value = self.side_value(&value, FEATURES, factor);
+        debug_assert_eq!(value, FEATURES);
+        self.side_outputs.push(typed(FEATURES, FLOAT, &[dim(BATCH), fixed(width)]));
+    }
+
+    /// The output `map`: a map, each value times `factor`.
+    pub fn map(&mut self, x: &Map, factor: f64) {
+        self.side_value(&x.name, MAP, factor);
+        let side = |name: &str, size: usize| if self.emission.dynamic { dim(name) } else { fixed(size) };
+        let dims = [dim(BATCH), fixed(x.chs), side("map_height", x.height), side("map_width", x.width)];
+        self.side_outputs.push(typed(MAP, FLOAT, &dims));
+    }
+
+    /// `value · factor` in single precision, under this name.
+    fn side_value(&mut self, value: &str, name: &str, factor: f64) -> String {
+        let mut value = value.to_string();
+        if self.emission.precision == Precision::Fp16 {
+            let cast = if factor == 1.0 { name.to_string() } else { format!("{name}.single") };
+            value = self.node("Cast", &cast, &[&value], vec![int("to", FLOAT.into())]);
+        }
+        if factor != 1.0 {
+            let scale = format!("{name}.factor");
+            self.initializer(&scale, &[], FLOAT, (factor as f32).to_le_bytes().to_vec());
+            return self.node("Mul", name, &[&value, &scale], vec![]);
+        }
+        if value == name { value } else { self.node("Identity", name, &[&value], vec![]) }
+    }
+
+    /// The logits: `bias`, and of every term values `[N, C]` times their weights (`[classes, C]`).
+    pub fn classifier(&mut self, terms: &[Term], bias: &str, classes: usize, name: &str) -> String {
         let output = if self.emission.precision == Precision::Fp32 { OUTPUT } else { name };
         self.parameters += classes as u64;
         let mut logits = bias.to_string();
-        for (i, (map, weight)) in terms.iter().enumerate() {
-            let (flat, sum) = match (i, i + 1 == terms.len()) {
-                (0, true) => ("head.flatten".into(), output.into()),
-                (_, last) => (format!("head.flatten{i}"), if last { output.into() } else { format!("{name}.term{i}") }),
-            };
-            let flat = self.node("Flatten", &flat, &[&map.name], vec![]);
-            self.parameters += (classes * map.chs) as u64;
-            self.macs = self.macs.saturating_add((classes * map.chs) as u64);
-            logits = self.node("Gemm", &sum, &[&flat, weight, &logits], vec![int("transB", 1)]);
+        for (i, Term { values, width, weight }) in terms.iter().enumerate() {
+            let sum = if i + 1 == terms.len() { output.into() } else { format!("{name}.term{i}") };
+            self.parameters += (classes * width) as u64;
+            self.macs = self.macs.saturating_add((classes * width) as u64);
+            logits = self.node("Gemm", &sum, &[values, weight, &logits], vec![int("transB", 1)]);
         }
         match self.emission.precision {
             Precision::Fp32 => logits,
@@ -500,6 +560,8 @@ impl GraphBuilder {
         to: &mut dyn Write,
     ) -> Result<(), GraphError> {
         self.outputs.push(typed(OUTPUT, FLOAT, &[dim(BATCH), fixed(classes)]));
+        let after = std::mem::take(&mut self.side_outputs);
+        self.outputs.extend(after);
         self.write(metadata, to)
     }
 
@@ -575,6 +637,13 @@ impl GraphBuilder {
     fn value(&self, name: &str, dims: &[pb::DimensionProto]) -> ValueInfoProto {
         typed(name, self.element(), dims)
     }
+}
+
+/// A constant list of integers.
+pub(crate) fn integers(name: &str, values: &[i64]) -> TensorProto {
+    let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let dims = vec![values.len() as i64];
+    TensorProto { dims, data_type: INT64, name: name.into(), raw_data: raw.into(), ..TensorProto::default() }
 }
 
 fn typed(name: &str, elem_type: i32, dims: &[pb::DimensionProto]) -> ValueInfoProto {

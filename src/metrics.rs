@@ -36,6 +36,9 @@ const LATENCY: [f64; 27] = {
     bounds
 };
 
+/// Scores, margins and entropies.
+const SHARES: [f64; 13] = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0];
+
 const BATCH_SIZES: [f64; 12] = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0];
 
 metrics! {
@@ -87,6 +90,14 @@ metrics! {
         pub provider_nodes: IntGaugeVec["model", "version", "provider"],
         /// Images refused before preprocessing, by reason.
         pub decode_rejects_total: IntCounterVec["reason"],
+        /// Images by the class with the best score: the first 100 classes that a model predicts, the rest as `other`.
+        pub predictions_total: IntCounterVec["model", "version", "class"],
+        /// Best score of each image.
+        pub top1_score: HistogramVec["model", "version"] in &SHARES,
+        /// Best score of each image less the second best.
+        pub score_margin: HistogramVec["model", "version"] in &SHARES,
+        /// Entropy of each image's scores, as a share of the largest that there can be: 0 is sure, 1 knows nothing.
+        pub score_entropy: HistogramVec["model", "version"] in &SHARES,
         /// 1 when requests are welcome, 0 before warm-up, while draining and when no engine works.
         pub ready: IntGauge,
         /// Seconds from the process's start until it was first ready.
@@ -154,11 +165,39 @@ impl Metrics {
         let dropped = &self.dropped_log_lines_total;
         dropped.inc_by(logging::dropped_lines().saturating_sub(dropped.get()));
         let mut text = Vec::new();
-        match TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+        let mut families = self.registry.gather();
+        // the collector has whole seconds, and a rate over a minute would be a staircase
+        let of_process = families.iter_mut().filter(|family| family.name() == "process_cpu_seconds_total");
+        for (family, seconds) in of_process.zip(cpu_seconds()) {
+            for metric in family.mut_metric() {
+                let mut counter = prometheus::proto::Counter::default();
+                counter.set_value(seconds);
+                metric.set_counter(counter);
+            }
+        }
+        match TextEncoder::new().encode(&families, &mut text) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
             Err(error) => format!("# {error}\n"),
         }
     }
+}
+
+/// Seconds of processor time that the process has used, of all threads, to the hundredth.
+#[cfg(target_os = "linux")]
+fn cpu_seconds() -> Option<f64> {
+    // the kernel's unit for this file, whatever its own clock is
+    const TICKS_A_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // the name before them may hold spaces
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ').skip(11).map(|field| field.parse::<u64>().ok());
+    let (user, system) = (fields.next()??, fields.next()??);
+    Some((user + system) as f64 / TICKS_A_SECOND)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn cpu_seconds() -> Option<f64> {
+    None
 }
 
 /// One request in flight. Dropped without an outcome, it counts as cancelled by its client.
@@ -201,6 +240,39 @@ mod tests {
             // a metric with labels is listed once it has a value
             assert!(!labels.is_empty() || text.contains(&format!("# HELP nfold_{name} {help}\n")), "{name}");
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn processor_time_is_told_in_fractions() {
+        let metrics = Metrics::new();
+        let told = || -> f64 {
+            let text = metrics.encode();
+            let line = text.lines().find_map(|line| line.strip_prefix("process_cpu_seconds_total ")).expect("told");
+            line.parse().expect("a number")
+        };
+        let (before, started) = (told(), std::time::Instant::now());
+        while told() < before + 0.05 {
+            assert!(started.elapsed() < Duration::from_secs(60), "busy, and no time is told");
+        }
+        assert!(told() < before + 60.0);
+    }
+
+    #[test]
+    fn predicted_classes_are_counted_up_to_a_cap() {
+        let metrics = Metrics::new();
+        let model = metrics.model("m", 1, "cpu");
+        let shares = Some([0.9, 0.8, 0.1]);
+        for class in 0..150 {
+            model.predicted(class, &format!("class {class}"), shares);
+            model.predicted(class, &format!("class {class}"), None);
+        }
+        let text = metrics.encode();
+        assert_eq!(text.matches("nfold_predictions_total{").count(), 101);
+        assert!(text.contains("nfold_predictions_total{class=\"class 99\",model=\"m\",version=\"1\"} 2"), "{text}");
+        assert!(text.contains("nfold_predictions_total{class=\"other\",model=\"m\",version=\"1\"} 100"), "{text}");
+        assert!(text.contains("nfold_top1_score_bucket{model=\"m\",version=\"1\",le=\"0.9\"} 150"), "{text}");
+        assert!(text.contains("nfold_score_entropy_count{model=\"m\",version=\"1\"} 150"), "{text}");
     }
 
     #[test]

@@ -31,8 +31,12 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 const MOST_LOOKED_AT: usize = 1000;
 /// Name of the folded graph's input, float32 `[batch, channels, height, width]`.
 pub const INPUT: &str = "input";
-/// Name of a graph's one output: logits `[N, classes]`.
+/// Name of a graph's first output: logits, float32 `[N, classes]`.
 pub const OUTPUT: &str = "logits";
+/// Name of the output, where a graph has it, that the classifier reads: the pooled map, float32 `[N, width]`.
+pub const FEATURES: &str = "features";
+/// Name of the output, where a graph has it, that is pooled: the last map, float32 `[N, channels, height, width]`.
+pub const MAP: &str = "map";
 /// Version of the manifest's own layout; readers refuse a higher one. Written is the lowest that says everything: 2 where
 /// [`scoring`](Manifest::scoring) is not the usual one, which a reader of 1 would not follow.
 pub const MANIFEST_FORMAT: u32 = 2;
@@ -215,6 +219,12 @@ pub struct Manifest {
     pub graph_width: Option<u32>,
     /// Number of logits.
     pub classes: u32,
+    /// Width of the output [`FEATURES`]; absent where the graph has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub features: Option<u32>,
+    /// Channels, height and width of the output [`MAP`], at the size of the preprocessing; absent where the graph has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<[u32; 3]>,
     /// Class names in logit order; empty when the checkpoint has none.
     #[serde(default)]
     pub labels: Vec<String>,
@@ -265,6 +275,13 @@ impl Manifest {
             return Err(format!("{} labels for {} classes", self.labels.len(), self.classes));
         }
         p.check()?;
+        if self.features.is_some_and(|width| width == 0 || width > MOST_FEATURES) {
+            return Err(format!("features of width {:?}, at most {MOST_FEATURES} can be", self.features));
+        }
+        let values = |map: [u32; 3]| map.iter().try_fold(1_u32, |all, &side| all.checked_mul(side));
+        if let Some(map) = self.map.filter(|&map| values(map).is_none_or(|n| n == 0 || n > MOST_MAP_VALUES)) {
+            return Err(format!("a map of {map:?}, which no network has"));
+        }
         if let Some(scoring) = &self.scoring {
             scoring.check(self.classes as usize)?;
         }
@@ -485,6 +502,10 @@ pub struct Target<'a> {
     /// Replace the version when it exists.
     pub replace: bool,
 }
+
+/// Widest features, and most values of a map: far more than any network has. What an answer takes is reckoned from them.
+const MOST_FEATURES: u32 = 1 << 16;
+const MOST_MAP_VALUES: u32 = 1 << 26;
 
 /// Most bytes of a manifest.
 const MANIFEST_LIMIT: u64 = 64 << 20;

@@ -16,6 +16,9 @@ WAYS = {
     "dynamic": ["--size", "dynamic"],
     "fp16": ["--precision", "fp16"],
     "unfolded": ["--unfolded"],
+    "map": ["--outputs", "logits,features,map"],
+    "map dynamic": ["--outputs", "logits,features,map", "--size", "dynamic"],
+    "map fp16": ["--outputs", "logits,features,map", "--precision", "fp16"],
 }
 
 
@@ -33,11 +36,13 @@ def main():
                 onnx.checker.check_model(str(path), full_check=True)
                 model = onnx.load(path)
                 shape = lambda value: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-                [source], [logits] = model.graph.input, model.graph.output
+                [source], [logits, *others] = model.graph.input, model.graph.output
                 assert (source.name, logits.name) == ("input", "logits"), path
+                assert [output.name for output in others] == (["features", "map"] if way.startswith("map") else ["features"]), path
+                assert all(output.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for output in others), path
                 assert source.type.tensor_type.elem_type == logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
                 assert shape(source)[:2] == ["batch", channels] and shape(logits)[0] == "batch", path
-                assert (shape(source)[2:] == ["height", "width"]) == (way == "dynamic"), path
+                assert (shape(source)[2:] == ["height", "width"]) == way.endswith("dynamic"), path
                 checked += 1
     print(f"onnx.checker: {checked} passed, 0 failed")
 

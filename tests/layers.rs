@@ -37,7 +37,7 @@ const ROOMS: [(&str, &[&str]); 26] = [
     ("eval", &["model"]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics", "panics"]),
-    ("engine", &["kernels", "relayout", "model", "files"]),
+    ("engine", &["kernels", "relayout", "graph", "model", "files"]),
     ("relayout", &["graph", "kernels", "nets", "model", "pb"]),
     ("kernels", &[]),
     ("pixels", &["model"]),

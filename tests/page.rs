@@ -446,3 +446,29 @@ fn a_page_of_another_origin_with_a_key() {
         assert_eq!(browser.value(&script), said);
     }
 }
+
+/// Of a model with the output `map`, a button lays over the photograph where its class is seen, with a scale.
+#[test]
+fn a_button_shows_where_a_class_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = project("models/nf_regnet_cifar10").display().to_string();
+    let flags = ["--outputs", "logits,features,map"];
+    let output = nfold(&[&["fold", demo.as_str()], &flags[..]].concat(), folder.path());
+    assert!(output.status.success(), "{output:?}");
+    let server = Server::start_in(folder, &[]);
+    let Some(browser) = Browser::open() else { return };
+    browser.visit(&server);
+    browser.until("document.querySelector('#model').options.length > 0");
+    browser.choose(&[&project("tests/data/cat.jpg")]);
+    browser.until(DONE);
+    assert_eq!(browser.value("document.querySelector('article .where').hidden"), json!(false));
+    assert_eq!(browser.value("document.querySelector('article .heat').hidden"), json!(true));
+    browser.value("document.querySelector('article .where').click()");
+    browser.until("document.querySelector('article .heat img').naturalWidth === 64");
+    browser.until("!document.querySelector('article .heat').hidden");
+    let scale = browser.text("article .heat .most");
+    assert!(scale.ends_with(" for cat") && scale.starts_with(|c: char| c.is_ascii_digit()), "{scale}");
+    browser.picture("heat.png");
+    browser.value("document.querySelector('article .where').click()");
+    assert_eq!(browser.value("document.querySelector('article .heat').hidden"), json!(true), "and takes it away");
+}

@@ -42,6 +42,15 @@ mod eval;
 /// How logits become scores: functions, thresholds, temperature.
 mod scores;
 
+/// Features, maps and class activation maps.
+mod features;
+
+/// docs/outputs.md as a reader follows it.
+mod audiences;
+
+/// A network for sound: one channel, sigmoid scores, sizes that are no squares.
+mod spectrograms;
+
 /// Graphs kept for the next start.
 mod graph_cache;
 

@@ -2,6 +2,7 @@
 
 mod answers;
 pub mod search;
+mod side;
 pub mod workers;
 
 use std::fs;
@@ -16,9 +17,11 @@ use indicatif::ProgressBar;
 
 use self::answers::{Format, Out, Printer};
 use self::search::{Found, Search};
+use self::side::{Features, Heat};
 use self::workers::{ModelArgs, Workers, bar, engine, is_stdin};
 use super::images::ImageArgs;
 use super::printable::{self, say};
+use crate::engine::Extras;
 use crate::infer::top_k::{Selection, select};
 use crate::model::scoring::check_threshold;
 
@@ -58,6 +61,16 @@ pub struct ClassifyArgs {
     /// it is complete
     #[arg(long, env = "NFOLD_OUTPUT", value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Also write each image's feature vector, what the classifier reads, to this file: .npy (NumPy, float32, a row an image in the
+    /// order of the answers) or .csv (a row an image, with its name)
+    #[arg(long, env = "NFOLD_FEATURES", value_name = "FILE")]
+    features: Option<PathBuf>,
+    /// With --features: vectors of length 1
+    #[arg(long, env = "NFOLD_L2", requires = "features", value_parser = FalseyValueParser::new())]
+    l2: bool,
+    /// Also write a picture for each image into this folder: where it speaks for its most probable class
+    #[arg(long, env = "NFOLD_EXPLAIN", value_name = "DIR")]
+    explain: Option<PathBuf>,
     /// Exit 0 even if some images could not be classified; the output names them
     #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
     skip_broken: bool,
@@ -107,13 +120,27 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
         check_threshold(threshold, scoring.activation).map_err(|e| anyhow!("{e}; check --threshold"))?;
     }
     let selection = Selection { top_k: args.top_k.map(|k| k as usize), threshold: args.threshold };
+    let extras = Extras { features: args.features.is_some(), map: args.explain.is_some() };
+    let features = args.features.as_deref().map(|path| Features::create(path, &model, images.len(), args.l2));
+    let mut features = features.transpose()?;
+    let class_maps = workers.class_maps().cloned();
+    let heat = args.explain.as_deref().map(|path| Heat::create(path, &model, class_maps.as_ref(), images.len()));
+    let mut heat = heat.transpose()?;
     let mut printer = Printer::new(&model, format, Out::open(args.output.as_deref())?)?;
     let progress = if many { bar(images.len()) } else { ProgressBar::hidden() };
     let started = Instant::now();
-    workers.each(&model, &images, (decoder, &memory), |i, logits| {
+    workers.each(&model, &images, (decoder, &memory), extras, |i, given| {
         progress.inc(1);
         let labels = &model.manifest.labels;
-        let top = logits.and_then(|logits| select(&logits, &scoring, selection, labels).map_err(engine));
+        if let Some(file) = &mut features {
+            file.add(&images[i].path, given.as_ref().ok().map(|given| given.features.as_slice()))?;
+        }
+        if let (Some(heat), Ok(given)) = (&mut heat, &given)
+            && let Ok([top, ..]) = select(&given.logits, &scoring, Selection::top(1), labels).as_deref()
+        {
+            heat.add(i, &images[i].path, given, top)?;
+        }
+        let top = given.and_then(|given| select(&given.logits, &scoring, selection, labels).map_err(engine));
         // the bar and the predictions may share a terminal
         progress.suspend(|| printer.print(&images[i].path, top))
     })?;
@@ -121,6 +148,12 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     summary(images.len(), &printer, format, args, started.elapsed());
     let failed = printer.failed;
     printer.finish()?;
+    if let Some(file) = features {
+        say(format_args!("{}", file.publish()?));
+    }
+    if let Some(heat) = heat {
+        say(format_args!("{}", heat.summary()));
+    }
     Ok(if failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

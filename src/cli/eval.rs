@@ -15,10 +15,11 @@ use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
 use self::dataset::{Other, Sample};
-use super::classify::workers::{ModelArgs, Workers, bar, engine};
+use super::classify::workers::{Given, ModelArgs, Workers, bar, engine};
 use super::fold::quoted;
 use super::images::ImageArgs;
 use super::printable::{self, printable, say};
+use crate::engine::Extras;
 use crate::eval::{Comparison, Evaluation, Fit, Judged, Share, TOP, fit_temperature};
 use crate::files::{self, DraftFile};
 use crate::infer::top_k::{Prediction, Selection, select};
@@ -118,10 +119,10 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let (mut answered, mut failed, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     let progress = bar(samples.len());
     let started = Instant::now();
-    workers.each(&model, &images, (decoder, &memory), |i, logits| {
+    workers.each(&model, &images, (decoder, &memory), Extras::NONE, |i, given| {
         progress.inc(1);
         let sample = &samples[i];
-        let named = logits.and_then(|logits| {
+        let named = given.and_then(|Given { logits, .. }| {
             let top = select(&logits, &scoring, Selection::top(TOP), labels).map_err(engine)?;
             Ok((top, logits))
         });

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::labels::ImageNet;
 use crate::checkpoint::settings::Settings;
 use crate::checkpoint::{LabelChoice, OpenOptions};
-use crate::fold::{FoldOptions, ScoreOptions, Size};
+use crate::fold::{FoldOptions, ScoreOptions, SideOutputs, Size};
 use crate::model::scoring::check_temperature;
 use crate::model::{CropMode, Gate, Interpolation, Precision, ScoreFunction};
 
@@ -103,6 +103,17 @@ pub struct FoldingArgs {
     /// Divide logits by this before they become scores; `nfold eval --fit-temperature` finds it
     #[arg(long, env = "NFOLD_TEMPERATURE", value_name = "T", value_parser = parse_temperature)]
     temperature: Option<f64>,
+    /// What the graph gives: logits always; features, the vector before the classifier, for retrieval (/v1/embed, classify
+    /// --features); map, the one that is pooled, for heat maps (/v1/explain, classify --explain)
+    #[arg(long, env = "NFOLD_OUTPUTS", value_delimiter = ',', default_value = "logits,features", value_name = "LIST")]
+    outputs: Vec<OutputArg>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OutputArg {
+    Logits,
+    Features,
+    Map,
 }
 
 /// `SCORE` or `LABEL=SCORE`; labels may hold `=`.
@@ -151,6 +162,10 @@ impl FoldingArgs {
                 activation: self.activation,
                 temperature: self.temperature,
                 thresholds: self.threshold.clone(),
+            },
+            outputs: SideOutputs {
+                features: self.outputs.contains(&OutputArg::Features),
+                map: self.outputs.contains(&OutputArg::Map),
             },
         }
     }

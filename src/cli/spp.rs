@@ -15,7 +15,7 @@ use super::classify::search::Search;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
 use crate::engine::Batch;
 use crate::files::{self, DraftFolder};
-use crate::fold::{FoldError, FoldOptions, Folded, Size, fold};
+use crate::fold::{FoldError, FoldOptions, Folded, SideOutputs, Size, fold};
 use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing, regular_file};
 use crate::nets::activation::{ACTIVATIONS, Activation};
 use crate::pixels::{Decoder, Preprocessor};
@@ -204,6 +204,7 @@ fn checkpoint(folder: &Path, args: &SppArgs, findings: &mut Findings) -> anyhow:
             continue;
         }
         let options = FoldOptions {
+            outputs: SideOutputs::NONE,
             size: args.size.map_or(Size::Checkpoint, |s| Size::Fixed(s, s)),
             precision: if graph == GraphArg::Fp16 { Precision::Fp16 } else { Precision::Fp32 },
             unfolded: graph == GraphArg::Unfolded,
@@ -366,7 +367,8 @@ fn fresh_checkpoint(name: &str, spec: &str, s: &Settings, args: &SppArgs) -> any
     })?;
     let checkpoint = Checkpoint::open(&path)?;
     let size = args.size.map_or(Size::Checkpoint, |s| Size::Fixed(s, s));
-    let Folded { onnx, manifest } = fold(&checkpoint, &FoldOptions { size, ..FoldOptions::default() })?;
+    let Folded { onnx, manifest } =
+        fold(&checkpoint, &FoldOptions { size, outputs: SideOutputs::NONE, ..FoldOptions::default() })?;
     look_into(&onnx, &manifest, spec, args)
 }
 

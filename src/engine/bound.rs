@@ -13,7 +13,8 @@ use ort::session::{IoBinding, NoSelectedOutputs, RunOptions, Session};
 use ort::value::Tensor;
 
 use super::{
-    Backend, BackendError, Batch, EngineError, EngineOptions, Fitted, Logits, OrtBackend, Provider, checked_logits,
+    Answers, Backend, BackendError, Batch, EngineError, EngineOptions, Extras, Fitted, Logits, OrtBackend, Provider,
+    checked_logits, failed, run_selected, select,
 };
 
 /// While a CUDA graph is recorded, no other thread may allocate, free or wait on a GPU: CUDA ends the recording then, and
@@ -115,13 +116,18 @@ impl BoundBackend {
     /// Moves a batch to the device. Its number of images is one that sessions were opened for.
     pub fn stage(&mut self, batch: &Batch) -> Result<(), BackendError> {
         self.staged = None;
-        let at = self.engines.binary_search_by_key(&batch.images, |engine| engine.images).map_err(|_| {
-            let sizes: Vec<_> = self.engines.iter().map(|engine| engine.images).collect();
-            BackendError::Run(format!("{} images came, sessions are open for {sizes:?}", batch.images))
-        })?;
+        let at = self.engine_for(batch.images)?;
         shared(|| self.engines[at].stage(batch, self.resident))?;
         self.staged = Some(at);
         Ok(())
+    }
+
+    /// Index of the session for so many images.
+    fn engine_for(&self, images: usize) -> Result<usize, BackendError> {
+        self.engines.binary_search_by_key(&images, |engine| engine.images).map_err(|_| {
+            let sizes: Vec<_> = self.engines.iter().map(|engine| engine.images).collect();
+            BackendError::Run(format!("{images} images came, sessions are open for {sizes:?}"))
+        })
     }
 
     /// Runs on what was [staged](Self::stage) last; where logits stay on the device, there are none to return.
@@ -141,6 +147,15 @@ impl Backend for BoundBackend {
         self.stage(batch)?;
         self.repeat()?.ok_or_else(|| BackendError::Run("its logits stay on the device".into()))
     }
+
+    /// What else is asked for comes by an unbound run, so that runs for logits alone stay what they are.
+    fn run_with(&mut self, batch: &Batch, extras: Extras) -> Result<Answers, BackendError> {
+        if extras == Extras::NONE {
+            return self.run(batch).map(Answers::from);
+        }
+        let at = self.engine_for(batch.images)?;
+        shared(|| self.engines[at].run_unbound(batch, extras))
+    }
 }
 
 impl Drop for BoundBackend {
@@ -152,7 +167,7 @@ impl Drop for BoundBackend {
 impl Engine {
     fn open(graph: &Fitted, what: &str, options: &EngineOptions, images: usize) -> Result<Self, EngineError> {
         let builder = OrtBackend::builder(what, options, GraphOptimizationLevel::All)?;
-        let OrtBackend { session, input, output } = OrtBackend::commit(builder, graph, what)?;
+        let OrtBackend { session, input, output, .. } = OrtBackend::commit(builder, graph, what)?;
         let device = Device::new(&session, options).map_err(|e| EngineError::BadModel {
             model: what.into(),
             reason: format!("memory of {} can't be had: {e}", options.provider.name()),
@@ -210,6 +225,13 @@ impl Engine {
         Ok(Some(logits))
     }
 
+    fn run_unbound(&mut self, batch: &Batch, extras: Extras) -> Result<Answers, BackendError> {
+        let mut options = select(&self.session, &self.output, extras)?;
+        // recorded runs give what was bound when they were recorded
+        options.set("gpu_graph_id", "-1").map_err(failed)?;
+        run_selected(&mut self.session, [&self.input, &self.output], batch, extras, &options)
+    }
+
     fn bind(&self, shape: [usize; 4], resident: bool) -> ort::Result<Bound> {
         let input = Tensor::<f32>::new(&self.device.staging, shape)?;
         let mut binding = self.session.create_binding()?;
@@ -261,8 +283,4 @@ impl Device {
 
 fn host() -> ort::Result<MemoryInfo<'static>> {
     MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput)
-}
-
-fn failed(error: ort::Error) -> BackendError {
-    BackendError::Run(error.to_string())
 }

@@ -1,11 +1,11 @@
 //! Walks a network's plan and emits it: stem, blocks, head. Where every scalar goes is decided here, once for folded
 //! graphs (scalars vanish into weights) and unfolded ones (scalars stay as operations).
 
-use super::FoldError;
 use super::batch_norm::BatchNorm;
+use super::{FoldError, SideOutputs};
 use crate::checkpoint::Reader;
-use crate::graph::{GraphBuilder, Map};
-use crate::model::BlockScalars;
+use crate::graph::{GraphBuilder, Map, Term};
+use crate::model::{BlockScalars, FEATURES};
 use crate::nets::batch_normed::{BatchNormedPlan, Shortcut};
 use crate::nets::nf::{AttentionPoint, NfBlock, NfPlan};
 use crate::nets::resnet::ResNetPlan;
@@ -34,12 +34,17 @@ pub struct Emitter<'a> {
     /// The graph so far.
     pub graph: GraphBuilder,
     unfolded: bool,
+    outputs: SideOutputs,
+    /// Width of the output `features`, where there is one.
+    pub features: Option<u32>,
+    /// Channels, height and width of the output `map`, where there is one.
+    pub map: Option<[u32; 3]>,
 }
 
 impl<'a> Emitter<'a> {
     /// Emits into `graph`; `unfolded` leaves standardisation, normalisation and scalars as operations.
-    pub fn new(reader: &'a Reader<'a>, graph: GraphBuilder, unfolded: bool) -> Self {
-        Self { reader, graph, unfolded }
+    pub fn new(reader: &'a Reader<'a>, graph: GraphBuilder, unfolded: bool, outputs: SideOutputs) -> Self {
+        Self { reader, graph, unfolded, outputs, features: None, map: None }
     }
 
     /// A Normalizer-Free network. Returns its blocks' scalars.
@@ -369,6 +374,11 @@ impl<'a> Emitter<'a> {
             true => (self.scale(x, input)?, 1.0),
             false => (x.clone(), input * share),
         };
+        if self.outputs.map {
+            // the gain that the classifier's weights carry is the map's own
+            self.graph.map(&x, if self.unfolded { 1.0 } else { input });
+            self.map = Some([x.chs, x.height, x.width].map(|side| side as u32));
+        }
         let mean = |graph: &mut GraphBuilder| graph.global_average_pool(&x, "head.global_pool");
         let maximum = |graph: &mut GraphBuilder| graph.global_max_pool(&x, "head.global_max");
         let graph = &mut self.graph;
@@ -383,14 +393,31 @@ impl<'a> Emitter<'a> {
             }
         };
         let bias = self.graph.constant(&format!("{name}.bias"), &[classes], &bias)?;
+        let alone = pooled.len() == 1;
+        // where the classifier reads the features as they are, they are no copy
+        let plain = self.outputs.features && alone && factor == 1.0 && self.graph.is_single();
         let mut terms = Vec::with_capacity(pooled.len());
         for (i, map) in pooled.into_iter().enumerate() {
+            let flat = if plain {
+                FEATURES.to_string()
+            } else if alone {
+                "head.flatten".to_string()
+            } else {
+                format!("head.flatten{i}")
+            };
+            let values = self.graph.flatten(&map, &flat);
             let leaf = if i == 0 { "weight" } else { "weight.max" };
             let part = weight.chunks(features).flat_map(|row| &row[i * chs..(i + 1) * chs]);
             let part: Vec<f64> = part.map(|w| w * factor).collect();
-            terms.push((map, self.graph.constant(&format!("{name}.{leaf}"), &[classes, chs], &part)?));
+            let weight = self.graph.constant(&format!("{name}.{leaf}"), &[classes, chs], &part)?;
+            terms.push(Term { values, width: chs, weight });
         }
         self.graph.classifier(&terms, &bias, classes, name);
+        if self.outputs.features {
+            let parts: Vec<String> = terms.into_iter().map(|term| term.values).collect();
+            self.graph.features(&parts, features, factor);
+            self.features = Some(features as u32);
+        }
         Ok(())
     }
 

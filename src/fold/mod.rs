@@ -82,6 +82,28 @@ pub struct FoldOptions {
     pub exif_orientation: bool,
     /// How logits become scores.
     pub scores: ScoreOptions,
+    /// What the graph gives beside logits.
+    pub outputs: SideOutputs,
+}
+
+/// What a graph gives beside logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SideOutputs {
+    /// The pooled map that the classifier reads, as timm's `forward_head(pre_logits=True)` gives it.
+    pub features: bool,
+    /// The map that is pooled, as timm's `forward_features` gives it.
+    pub map: bool,
+}
+
+impl SideOutputs {
+    /// Logits alone.
+    pub const NONE: Self = Self { features: false, map: false };
+}
+
+impl Default for SideOutputs {
+    fn default() -> Self {
+        Self { features: true, map: false }
+    }
 }
 
 impl Default for FoldOptions {
@@ -93,6 +115,7 @@ impl Default for FoldOptions {
             unfolded: false,
             exif_orientation: false,
             scores: ScoreOptions::default(),
+            outputs: SideOutputs::default(),
         }
     }
 }
@@ -138,7 +161,13 @@ pub fn fold_to_file(checkpoint: &Checkpoint, options: &FoldOptions, path: &Path)
 /// The folded graph with every weight and map rounded to half precision, arithmetic in single: what machines with true half
 /// precision answer. Besides the logits its outputs are `NAME` + [`PEAK`] for every map, the largest magnitude there.
 pub fn fold_in_half(checkpoint: &Checkpoint, options: &FoldOptions) -> Result<Vec<u8>, FoldError> {
-    let single = FoldOptions { precision: Precision::Fp32, gate: Gate::Broadcast, unfolded: false, ..options.clone() };
+    let single = FoldOptions {
+        precision: Precision::Fp32,
+        gate: Gate::Broadcast,
+        unfolded: false,
+        outputs: SideOutputs::NONE,
+        ..options.clone()
+    };
     Ok(half_emulation::emulate(&fold(checkpoint, &single)?.onnx)?)
 }
 
@@ -175,7 +204,7 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
     }
 
     let reader = checkpoint.reader();
-    let mut emitter = Emitter::new(&reader, graph, options.unfolded);
+    let mut emitter = Emitter::new(&reader, graph, options.unfolded, options.outputs);
     let (family, activation, gamma, blocks) = match &checkpoint.network {
         Network::NormFree(plan) => {
             ("nf", plan.activation, Some(plan.activation.gamma()), emitter.norm_free(plan, input)?)
@@ -189,6 +218,7 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
             (plan.family, plan.activation, None, Vec::new())
         }
     };
+    let (features, map) = (emitter.features, emitter.map);
     let graph = emitter.graph;
     reader.finish()?;
 
@@ -202,6 +232,8 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
         graph_height: (!dynamic).then_some(preprocessing.height),
         graph_width: (!dynamic).then_some(preprocessing.width),
         classes: classes as u32,
+        features,
+        map,
         labels: checkpoint.labels.clone(),
         preprocessing,
         scoring,

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::{FoldError, FoldOptions, fold_to_file};
+use super::{FoldError, FoldOptions, SideOutputs, fold_to_file};
 use crate::checkpoint::Checkpoint;
 use crate::graph::GraphError;
 use crate::model::golden::{compare, digest, images, tolerance};
@@ -95,6 +95,7 @@ pub fn verify<E: std::error::Error + 'static>(
         unfolded: !options.unfolded,
         precision: Precision::Fp32,
         gate: Gate::Broadcast,
+        outputs: SideOutputs::NONE,
         ..options.clone()
     };
     let path = onnx.with_extension("counterpart");

@@ -22,6 +22,30 @@ pub enum InferError {
         /// Channels of the network's input.
         channels: usize,
     },
+    /// The model has no such output.
+    #[error(
+        "model `{model}` version {version} was folded without the output `{output}`; fold it with --outputs logits,features,map"
+    )]
+    NoOutput {
+        /// The model.
+        model: String,
+        /// Its version.
+        version: u64,
+        /// What it lacks.
+        output: &'static str,
+    },
+    /// The network's pooling has no class activation maps.
+    #[error(
+        "model `{model}` version {version} has no class activation maps: {reason}, and a map is exact for means alone"
+    )]
+    NoClassMaps {
+        /// The model.
+        model: String,
+        /// Its version.
+        version: u64,
+        /// Why.
+        reason: &'static str,
+    },
     /// A request holds more images than may ever be admitted at once.
     #[error("{images} images in one request, at most {limit} are taken; send fewer at a time")]
     TooManyImages {
@@ -76,9 +100,12 @@ impl InferError {
             Self::Image(ImageError::Unsupported { .. }) => Outcome::UnsupportedMediaType,
             Self::Image(ImageError::TooLarge { .. }) => Outcome::ImageTooLarge,
             Self::Image(_) => Outcome::InvalidImage,
-            Self::BadTensor(_) | Self::NoImages { .. } | Self::TooManyImages { .. } | Self::ModelNotNamed { .. } => {
-                Outcome::InvalidRequest
-            }
+            Self::BadTensor(_)
+            | Self::NoImages { .. }
+            | Self::NoOutput { .. }
+            | Self::NoClassMaps { .. }
+            | Self::TooManyImages { .. }
+            | Self::ModelNotNamed { .. } => Outcome::InvalidRequest,
             Self::Overloaded { .. } => Outcome::Overloaded,
             Self::DeadlineExceeded => Outcome::DeadlineExceeded,
             Self::ShuttingDown => Outcome::ShuttingDown,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::job::{Invariance, StartError};
 use super::shared::{Shared, Warm};
 use super::top_k::top_k;
-use crate::engine::{Backend, Batch, Logits, verify};
+use crate::engine::{Answers, Backend, Batch, Extras, Logits, verify};
 use crate::metrics::{Phase, RunResult};
 use crate::panics::message;
 use crate::pixels::Decoder;
@@ -72,20 +72,25 @@ impl Lane {
     }
 
     /// One engine run, padded to a bucket; the error is for the log.
-    pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
+    pub(super) fn attempt(&mut self, shared: &Shared, batch: &mut Batch, extras: Extras) -> Result<Answers, String> {
         let Some(engine) = self.engine.as_mut() else { return Err("the worker has no engine".into()) };
-        let (count, result) = measured(shared, self.number, Cores::Own, engine.as_mut(), batch);
+        let (count, result) = measured(shared, self.number, Cores::Own, engine.as_mut(), batch, extras);
         if count == RunResult::Panic {
             self.lose(shared);
         }
         result
     }
 
+    /// As [`attempt`](Self::attempt), for logits alone.
+    fn logits(&mut self, shared: &Shared, batch: &mut Batch) -> Result<Logits, String> {
+        self.attempt(shared, batch, Extras::NONE).map(|answers| answers.logits)
+    }
+
     /// One run on the engine with all cores, if there is one and it is free. `None` on any failure: the lane's own
     /// engine can still answer.
-    pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch) -> Option<Logits> {
+    pub(super) fn attempt_wide(&self, shared: &Shared, batch: &mut Batch, extras: Extras) -> Option<Answers> {
         let mut wide = shared.wide.try_lock().ok()?;
-        let (count, result) = measured(shared, self.number, Cores::All, wide.as_mut()?.as_mut(), batch);
+        let (count, result) = measured(shared, self.number, Cores::All, wide.as_mut()?.as_mut(), batch, extras);
         if count == RunResult::Panic {
             let broken = wide.take();
             let reopened = catch_unwind(AssertUnwindSafe(|| {
@@ -141,7 +146,8 @@ fn measured(
     cores: Cores,
     engine: &mut dyn Backend,
     batch: &mut Batch,
-) -> (RunResult, Result<Logits, String>) {
+    extras: Extras,
+) -> (RunResult, Result<Answers, String>) {
     let (images, len) = (batch.images, batch.data.len());
     let padded = shared.options.padded(images);
     if padded > images {
@@ -150,11 +156,11 @@ fn measured(
     }
     let started = shared.now();
     shared.runs(worker, started);
-    let result = catch_unwind(AssertUnwindSafe(|| engine.run(batch)));
+    let result = catch_unwind(AssertUnwindSafe(|| engine.run_with(batch, extras)));
     let took = shared.now().saturating_duration_since(started);
     let (count, result) = match result {
-        Ok(Ok(logits)) => match check(&logits, batch, shared.job.classes) {
-            Ok(()) => (RunResult::Ok, Ok(logits)),
+        Ok(Ok(answers)) => match check(&answers.logits, batch, shared.job.classes) {
+            Ok(()) => (RunResult::Ok, Ok(answers)),
             Err(reason) => (RunResult::Error, Err(reason)),
         },
         Ok(Err(error)) => (RunResult::Error, Err(error.to_string())),
@@ -162,10 +168,13 @@ fn measured(
     };
     batch.data.truncate(len);
     batch.images = images;
-    let result = result.map(|mut logits| {
-        logits.data.truncate(images * logits.classes);
+    let result = result.map(|mut answers| {
+        let Answers { logits, features, map } = &mut answers;
+        for values in [&mut logits.data, features, map] {
+            values.truncate(values.len() / padded.max(1) * images);
+        }
         logits.images = images;
-        logits
+        answers
     });
     let metrics = shared.metrics();
     metrics.phase(Phase::Inference, took);
@@ -197,7 +206,7 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
     let images = images(shared, largest);
     let mut warm = Warm::default();
     if let Some(golden) = shared.job.golden.as_ref().filter(|_| first) {
-        let (logits, _) = run(shared, &golden.input, |batch| lane.attempt(shared, batch))?;
+        let (logits, _) = run(shared, &golden.input, |batch| lane.logits(shared, batch))?;
         let difference = verify::compare(&golden.logits, &logits).max_abs_diff;
         let tolerance = golden.tolerance;
         if difference > tolerance {
@@ -212,19 +221,19 @@ fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartE
             false => images[..shared.job.preprocessor.tensor_len()].to_vec(),
         };
         warm.prepare_cost = shared.now().saturating_duration_since(started);
-        let (logits, _) = run(shared, &tensor, |batch| lane.attempt(shared, batch))?;
+        let (logits, _) = run(shared, &tensor, |batch| lane.logits(shared, batch))?;
         top_k(&logits, 1, &[]).map_err(|e| StartError::WarmUp { batch: 1, reason: e.to_string() })?;
     }
     let len = shared.job.preprocessor.tensor_len();
     let mut alone = Vec::new();
     for image in images.chunks(len).take(if test { largest } else { 1 }) {
-        let (logits, cost) = run(shared, image, |batch| lane.attempt(shared, batch))?;
+        let (logits, cost) = run(shared, image, |batch| lane.logits(shared, batch))?;
         alone.extend(logits);
         warm.run_cost = cost;
     }
     let (mut took, mut ran) = (Duration::ZERO, 0);
     for count in (2..=largest).filter(|&n| test || n == largest || shared.options.buckets.contains(&n)) {
-        let (logits, cost) = run(shared, &images[..count * len], |batch| lane.attempt(shared, batch))?;
+        let (logits, cost) = run(shared, &images[..count * len], |batch| lane.logits(shared, batch))?;
         if 2 * count > largest {
             // the cost in large batches, averaged over all of them
             (took, ran) = (took + cost * count as u32, ran + count as u32);

@@ -231,6 +231,7 @@ mod tests {
                 rank: (priority, self.replies.len() as u64),
                 arrived: self.now,
                 deadline: self.now + Duration::from_secs(3600),
+                extras: crate::engine::Extras::NONE,
             };
             self.line.push(Entry { input: Input::Tensor(vec![]), pending, memory: Memory::Unasked });
         }

@@ -13,12 +13,13 @@ use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
 use super::request::{Input, Output, Terms, Timings};
 use super::scheduler::{Health, Scheduler};
 use super::system::{Os, System};
-use super::top_k::{NotFinite, Prediction, Selection, check_finite, select};
-use crate::engine::verify;
+use super::top_k::{NotFinite, Prediction, Selection, Summary, check_finite, select, summarise};
+use crate::engine::{ClassMaps, Extras, verify};
 use crate::metrics::statistics::{Answered, Snapshot, Statistics};
 use crate::metrics::{Metrics, ModelInfo, ModelMetrics, Phase};
-use crate::model::{Manifest, ModelDir, ModelError, Precision, Scoring};
+use crate::model::{FEATURES, MAP, Manifest, ModelDir, ModelError, Precision, Scoring};
 use crate::pixels::Preprocessor;
+use crate::pixels::heat::Grid;
 
 /// Why a model can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +77,19 @@ pub struct Classified {
     pub timings: Timings,
 }
 
+/// Where an image speaks for a class.
+#[derive(Debug, Clone)]
+pub struct Explained {
+    /// The class and its score.
+    pub prediction: Prediction,
+    /// The class activation map: its mean, and the class's bias, make the logit.
+    pub grid: Grid,
+    /// What the network saw, `[channels, height, width]`, normalised.
+    pub input: Vec<f32>,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
 /// One version of a model with its queue and threads, warm.
 #[derive(Debug)]
 pub struct LiveModel {
@@ -87,6 +101,7 @@ pub struct LiveModel {
     pub manifest: Manifest,
     /// How its logits become scores.
     pub scoring: Scoring,
+    class_maps: Option<Result<ClassMaps, &'static str>>,
     scheduler: Scheduler,
     metrics: ModelMetrics,
     info: ModelInfo,
@@ -165,7 +180,59 @@ impl LiveModel {
             "model {name} version {version} is warm"
         );
         let scoring = manifest.scoring();
-        Ok(Self { name, version, manifest, scoring, scheduler, metrics: model_metrics, info })
+        Ok(Self { name, version, manifest, scoring, class_maps: None, scheduler, metrics: model_metrics, info })
+    }
+
+    /// Takes the class activation maps of its graph, or why there are none.
+    pub fn with_class_maps(mut self, class_maps: Result<ClassMaps, &'static str>) -> Self {
+        self.class_maps = Some(class_maps);
+        self
+    }
+
+    /// A class by its label, or by its position where no label is so.
+    pub fn class(&self, name: &str) -> Option<usize> {
+        let by_position = || name.parse().ok().filter(|&index| index < self.manifest.classes as usize);
+        self.manifest.labels.iter().position(|label| label == name).or_else(by_position)
+    }
+
+    /// Refuses what has no class activation maps.
+    pub fn explains(&self) -> Result<&ClassMaps, InferError> {
+        self.gives(Extras { map: true, ..Extras::NONE })?;
+        match &self.class_maps {
+            Some(Ok(maps)) => Ok(maps),
+            Some(Err(reason)) => {
+                Err(InferError::NoClassMaps { model: self.name.clone(), version: self.version, reason })
+            }
+            None => Err(InferError::Internal("the classifier was not read".into())),
+        }
+    }
+
+    /// Says where an encoded image speaks for a class, the most probable one where none is given. The class is one of the
+    /// model's.
+    pub async fn explain(
+        &self,
+        image: Bytes,
+        class: Option<usize>,
+        deadline: Instant,
+    ) -> Result<Explained, InferError> {
+        let maps = self.explains()?;
+        let all = Selection::top(usize::MAX);
+        let finish = |output: Output| {
+            let named = self.select(&output.logits, if class.is_some() { all } else { Selection::top(1) })?;
+            Ok((named.into_iter().find(|p| class.is_none_or(|class| class == p.index)), output))
+        };
+        let extras = Extras { map: true, ..Extras::NONE };
+        let answer = self.infer_with(vec![Input::Encoded(image)], deadline, extras, finish).await?.pop();
+        let ((prediction, output), timings) =
+            answer.unwrap_or_else(|| Err(InferError::Internal("an image has no answer".into())))?;
+        let internal = |what: &str| InferError::Internal(what.into());
+        let prediction = prediction.ok_or_else(|| internal("the class is none of the model's"))?;
+        let values = maps.grid(prediction.index, &output.map).ok_or_else(|| internal("the map has no class"))?;
+        let [_, height, width] = self.manifest.map.unwrap_or_default().map(|side| side as usize);
+        if values.len() != height * width {
+            return Err(internal("the map has other sides than the manifest says"));
+        }
+        Ok(Explained { prediction, grid: Grid { height, width, values }, input: output.input, timings })
     }
 
     /// Computes the logits of one request's images and maps each with `finish`, in order; every protocol comes through
@@ -177,6 +244,18 @@ impl LiveModel {
         terms: impl Into<Terms>,
         finish: impl Fn(Vec<f32>) -> Result<T, NotFinite>,
     ) -> Result<Vec<Result<(T, Timings), InferError>>, InferError> {
+        self.infer_with(inputs, terms, Extras::NONE, |output| finish(output.logits)).await
+    }
+
+    /// As [`infer`](Self::infer), for more than logits. Fails where the model has no such output.
+    pub async fn infer_with<T>(
+        &self,
+        inputs: Vec<Input>,
+        terms: impl Into<Terms>,
+        extras: Extras,
+        finish: impl Fn(Output) -> Result<T, NotFinite>,
+    ) -> Result<Vec<Result<(T, Timings), InferError>>, InferError> {
+        self.gives(extras)?;
         let mut request = Counted {
             statistics: &self.metrics.statistics,
             started: Instant::now(),
@@ -185,10 +264,10 @@ impl LiveModel {
         };
         // a client's own numbers may overflow the network (load generators send random bits); a decoded image can't
         let by_hand = !inputs.iter().all(|input| matches!(input, Input::Encoded(_)));
-        let tickets = self.scheduler.submit(inputs, terms)?;
+        let tickets = self.scheduler.submit_for(inputs, terms, extras)?;
         let mut answers = Vec::with_capacity(tickets.len());
         for ticket in tickets {
-            let Output { logits, timings } = match ticket.answer().await {
+            let output = match ticket.answer().await {
                 Ok(output) => output,
                 Err(error) => {
                     answers.push(Err(error));
@@ -196,8 +275,17 @@ impl LiveModel {
                 }
             };
             let started = Instant::now();
-            let checked = if by_hand { Ok(()) } else { check_finite(&logits) };
-            let finished = checked.and_then(|()| finish(logits));
+            if let Err(error) = self.is_whole(&output, extras) {
+                answers.push(Err(error));
+                continue;
+            }
+            let timings = output.timings;
+            if let Some(Summary { class, shares }) = summarise(&output.logits, &self.scoring) {
+                let label = self.manifest.labels.get(class).cloned().unwrap_or_else(|| class.to_string());
+                self.metrics.predicted(class, &label, shares);
+            }
+            let checked = if by_hand { Ok(()) } else { check_finite(&output.logits) };
+            let finished = checked.and_then(|()| finish(output));
             let elapsed = started.elapsed();
             self.metrics.phase(Phase::Postprocess, elapsed);
             answers.push(match finished {
@@ -214,6 +302,38 @@ impl LiveModel {
             Some(error) if answers.iter().all(|answer| cut_short(answer).is_some()) => Err(error),
             _ => Ok(answers),
         }
+    }
+
+    /// Values of an image's map; 0 where the model gives none.
+    pub fn map_values(&self) -> usize {
+        self.manifest.map.map_or(0, |map| map.iter().map(|&side| side as usize).product())
+    }
+
+    /// Whether the engine gave as many values as the manifest says.
+    fn is_whole(&self, output: &Output, extras: Extras) -> Result<(), InferError> {
+        let width = self.manifest.features.unwrap_or_default() as usize;
+        for (name, asked, found, due) in [
+            (FEATURES, extras.features, output.features.len(), width),
+            (MAP, extras.map, output.map.len(), self.map_values()),
+        ] {
+            if asked && found != due {
+                return Err(InferError::Internal(format!("`{name}` has {found} values, and {due} by the manifest")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what the model was folded without.
+    pub fn gives(&self, extras: Extras) -> Result<(), InferError> {
+        for (output, wanted, there) in [
+            (FEATURES, extras.features, self.manifest.features.is_some()),
+            (MAP, extras.map, self.manifest.map.is_some()),
+        ] {
+            if wanted && !there {
+                return Err(InferError::NoOutput { model: self.name.clone(), version: self.version, output });
+            }
+        }
+        Ok(())
     }
 
     /// The error if no image would be admitted now; checked before a request's body is read. Success reserves nothing.

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::error::InferError;
 use super::request::{Class, Output};
+use crate::engine::Extras;
 use crate::metrics::{ModelMetrics, Outcome};
 
 /// Counts the images that are admitted and not yet answered, at most `limit`.
@@ -94,6 +95,8 @@ pub(super) struct Pending {
     /// When it was admitted.
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
+    /// What is asked for beside logits.
+    pub(super) extras: Extras,
 }
 
 impl Pending {
@@ -161,7 +164,8 @@ mod tests {
         let start = Instant::now();
         let at = |ms: u32| start + ms * MS;
         let (class, rank, arrived, deadline) = (Class::Default, (100, 0), at(0), at(50));
-        let image = Pending { reply: Some(reply), slot: None, class, rank, arrived, deadline };
+        let extras = Extras::NONE;
+        let image = Pending { reply: Some(reply), slot: None, class, rank, arrived, deadline, extras };
         assert!(!image.is_expired(at(49), Duration::ZERO) && image.is_expired(at(50), Duration::ZERO));
         assert!(!image.is_expired(at(39), 10 * MS) && image.is_expired(at(40), 10 * MS));
     }

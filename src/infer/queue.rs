@@ -423,6 +423,7 @@ mod tests {
                 rank: (priority, self.queue.sequence),
                 arrived: self.at(arrived),
                 deadline: self.at(deadline),
+                extras: crate::engine::Extras::NONE,
             }
         }
 

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::error::InferError;
+pub use crate::engine::Extras;
 use crate::pixels::RawTensor;
 
 /// Deadline and priority of a request.
@@ -96,6 +97,12 @@ pub struct Timings {
 pub struct Output {
     /// `[classes]`.
     pub logits: Vec<f32>,
+    /// The vector that the classifier reads, `[width]`; empty where it was not asked for.
+    pub features: Vec<f32>,
+    /// The map that is pooled, `[channels, height, width]`; empty where it was not asked for.
+    pub map: Vec<f32>,
+    /// What the network saw, `[channels, height, width]`, normalised; empty where the map was not asked for.
+    pub input: Vec<f32>,
     /// Where the time went.
     pub timings: Timings,
 }
@@ -115,5 +122,13 @@ impl Ticket {
             Ok(Err(_)) => Err(InferError::Internal("an image was dropped without an answer".into())),
             Err(_) => Err(InferError::DeadlineExceeded),
         }
+    }
+}
+
+/// Makes a vector's length 1. One of zeros stays.
+pub fn normalise(vector: &mut [f32]) {
+    let length = vector.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        vector.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
     }
 }

@@ -15,6 +15,7 @@ use super::request::{Input, Terms, Ticket};
 pub use super::shared::Health;
 use super::shared::Shared;
 use super::worker::{self, Role};
+use crate::engine::Extras;
 
 /// The queue of one model and its compute threads.
 #[derive(Debug)]
@@ -59,8 +60,18 @@ impl Scheduler {
 
     /// Admits all images of a request or none. A refusal comes before any work.
     pub fn submit(&self, inputs: Vec<Input>, terms: impl Into<Terms>) -> Result<Vec<Ticket>, InferError> {
+        self.submit_for(inputs, terms, Extras::NONE)
+    }
+
+    /// As [`submit`](Self::submit), for more than logits.
+    pub fn submit_for(
+        &self,
+        inputs: Vec<Input>,
+        terms: impl Into<Terms>,
+        extras: Extras,
+    ) -> Result<Vec<Ticket>, InferError> {
         let images = inputs.len();
-        let admitted = self.shared.admit(inputs, terms.into());
+        let admitted = self.shared.admit(inputs, terms.into(), extras);
         if let Err(error) = &admitted {
             self.shared.metrics().images(error.outcome(), images);
         }

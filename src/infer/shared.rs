@@ -22,7 +22,7 @@ use super::pending::{Pending, Slots};
 use super::queue::{Able, Demand, Phase, Queue, Step, Task};
 use super::request::{Class, DEFAULT_PRIORITY, Input, Terms, Ticket};
 use super::system::System;
-use crate::engine::Backend;
+use crate::engine::{Backend, Extras};
 use crate::metrics::ModelMetrics;
 
 #[cfg(test)]
@@ -165,7 +165,7 @@ impl Shared {
     }
 
     /// Admits all images of a request or none.
-    pub(super) fn admit(&self, inputs: Vec<Input>, terms: Terms) -> Result<Vec<Ticket>, InferError> {
+    pub(super) fn admit(&self, inputs: Vec<Input>, terms: Terms, extras: Extras) -> Result<Vec<Ticket>, InferError> {
         let Terms { deadline, priority } = terms;
         let priority = if priority == 0 { DEFAULT_PRIORITY } else { priority };
         let class = Class::of(priority);
@@ -206,7 +206,7 @@ impl Shared {
             let (reply, receiver) = oneshot::channel();
             let rank = (priority, state.queue.sequence);
             state.queue.sequence += 1;
-            let pending = Pending { reply: Some(reply), slot: Some(slot), class, rank, arrived: now, deadline };
+            let pending = Pending { reply: Some(reply), slot: Some(slot), class, rank, arrived: now, deadline, extras };
             state.queue.raw.push(Entry { input, pending, memory: Memory::Unasked });
             tickets.push(Ticket { reply: receiver, deadline });
         }

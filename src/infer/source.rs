@@ -7,8 +7,8 @@ use super::job::{OpenBackend, SchedulerOptions};
 use super::live_model::{Engines, LiveModel, LoadError};
 use crate::engine::graph_cache::GraphCache;
 use crate::engine::{
-    self, Backend, Batch, BoundBackend, EngineError, EngineOptions, Fitted, Kernels, OrtBackend, Profile, Provider,
-    own_data,
+    self, Backend, Batch, BoundBackend, ClassMaps, EngineError, EngineOptions, Fitted, Kernels, OrtBackend, Profile,
+    Provider, own_data,
 };
 use crate::metrics::Metrics;
 use crate::model::{self, Listing, ModelDir, ModelError};
@@ -136,6 +136,7 @@ impl Source for RegistryOptions {
             // names the release, as another one may lay graphs out in another way
             identity.push_str(&format!(" in blocks of {block} for {kernels:?} by {}", env!("CARGO_PKG_VERSION")));
         }
+        let class_maps = dir.manifest.map.map(|_| ClassMaps::of(&onnx));
         // once for all engines, and not at all if the graph is cached
         let graph =
             Arc::new(LazyLock::new(
@@ -165,7 +166,11 @@ impl Source for RegistryOptions {
             provider: engine.provider.name(),
             reduced: engine.gpu.tf32,
         };
-        LiveModel::start(dir, engines, &options.scheduler, metrics)
+        let model = LiveModel::start(dir, engines, &options.scheduler, metrics)?;
+        Ok(match class_maps {
+            Some(maps) => model.with_class_maps(maps),
+            None => model,
+        })
     }
 }
 

@@ -99,6 +99,47 @@ fn ordered(logits: &[f32], k: usize, scoring: &Scoring, labels: &[String]) -> Re
     Ok(order.into_iter().map(predict).collect())
 }
 
+/// What an image's scores look like as a whole.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Summary {
+    /// The class with the best score.
+    pub class: usize,
+    /// The best score, what it is better by than the second best, and the entropy as a share of the largest that there can be; none where
+    /// scores are logits.
+    pub shares: Option<[f64; 3]>,
+}
+
+/// Sums up the scores of finite logits; none where there are no logits, or some are not finite.
+pub fn summarise(logits: &[f32], scoring: &Scoring) -> Option<Summary> {
+    check_finite(logits).ok()?;
+    let (mut class, mut second) = (0, None::<f32>);
+    for (i, &logit) in logits.iter().enumerate().skip(1) {
+        if logit > logits[class] {
+            (class, second) = (i, Some(logits[class]));
+        } else if second.is_none_or(|second| logit > second) {
+            second = Some(logit);
+        }
+    }
+    let best = *logits.get(class)?;
+    let scores = Scores::of(logits, scoring);
+    let top = scores.score(best);
+    let xlogx = |p: f64| if p > 0.0 { p * p.ln() } else { 0.0 };
+    let entropy = match scoring.activation {
+        ScoreFunction::None => return Some(Summary { class, shares: None }),
+        ScoreFunction::Softmax if logits.len() == 1 => 0.0,
+        ScoreFunction::Softmax => {
+            -logits.iter().map(|&logit| xlogx(scores.score(logit))).sum::<f64>() / (logits.len() as f64).ln()
+        }
+        ScoreFunction::Sigmoid => {
+            let binary = |p: f64| -(xlogx(p) + xlogx(1.0 - p)) / std::f64::consts::LN_2;
+            logits.iter().map(|&logit| binary(scores.score(logit))).sum::<f64>() / logits.len() as f64
+        }
+    };
+    // of one output the other class has the rest
+    let margin = second.map_or((2.0 * top - 1.0).abs(), |second| top - scores.score(second));
+    Some(Summary { class, shares: Some([top, margin, entropy.clamp(0.0, 1.0)]) })
+}
+
 /// What makes scores of one image's logits.
 #[derive(Debug, Clone, Copy)]
 struct Scores {
@@ -195,6 +236,25 @@ mod tests {
         assert_eq!(named(&warm(ScoreFunction::Sigmoid), nothing), [(0, 0.7311), (2, 0.5622)]);
         let one = select(&[2.0], &Scoring { temperature: 2.0, ..Scoring::usual(1) }, nothing, &[]).expect("finite");
         assert!((one[0].score - 0.731_058_578_6).abs() < 1e-9);
+    }
+
+    #[test]
+    fn summaries_say_how_sure_scores_are() {
+        let of = |logits: &[f32], activation| summarise(logits, &scoring(activation)).expect("finite");
+        let near = |summary: Summary, class: usize, due: [f64; 3]| {
+            let found = summary.shares.expect("shares");
+            let same = found.iter().zip(due).all(|(a, b)| (a - b).abs() < 1e-4);
+            assert!(summary.class == class && same, "{summary:?} instead of {due:?}");
+        };
+        near(of(&[2.0, -1.0, 0.5], ScoreFunction::Softmax), 0, [0.7856, 0.6103, 0.5658]);
+        near(of(&[0.0; 4], ScoreFunction::Softmax), 0, [0.25, 0.0, 1.0]);
+        near(of(&[-800.0, 800.0], ScoreFunction::Softmax), 1, [1.0, 1.0, 0.0]);
+        near(of(&[0.0, 0.0], ScoreFunction::Sigmoid), 0, [0.5, 0.0, 1.0]);
+        near(of(&[-2.0, 3.0, 1.0], ScoreFunction::Sigmoid), 1, [0.9526, 0.2215, 0.5475]);
+        near(of(&[2.0], ScoreFunction::Sigmoid), 0, [0.8808, 0.7616, 0.5271]);
+        assert_eq!(of(&[-1.0, 5.0], ScoreFunction::None), Summary { class: 1, shares: None });
+        assert_eq!(summarise(&[f32::NAN], &Scoring::usual(1)), None);
+        assert_eq!(summarise(&[], &Scoring::usual(0)), None);
     }
 
     #[test]

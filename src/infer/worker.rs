@@ -12,7 +12,7 @@ use super::line::{Entry, Memory, Parked, Prepared};
 use super::queue::{Able, Task};
 use super::request::{Input, Output, Timings};
 use super::shared::{Caller, Done, Shared};
-use crate::engine::Batch;
+use crate::engine::{Answers, Batch, Extras};
 use crate::metrics::Phase;
 use crate::panics::message;
 use crate::pixels::{Claim, ImageError};
@@ -176,7 +176,8 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
         }
     };
     let mut batch = Batch { images: count, height, width, data };
-    let wide = if alone { lane.attempt_wide(shared, &mut batch) } else { None };
+    let extras = images.iter().fold(Extras::NONE, |extras, image| extras.and(image.pending.extras));
+    let wide = if alone { lane.attempt_wide(shared, &mut batch, extras) } else { None };
     if wide.is_none() && alone && images.iter().all(|image| image.pending.is_expired(shared.now(), Duration::ZERO)) {
         // too late to try again
         for image in images {
@@ -184,13 +185,14 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
         }
         return;
     }
-    match wide.map_or_else(|| lane.attempt(shared, &mut batch), Ok) {
-        Ok(logits) => {
+    match wide.map_or_else(|| lane.attempt(shared, &mut batch, extras), Ok) {
+        Ok(answers) => {
             let took = since(started);
             let input = images.iter().map(|image| image.decode + image.preprocess).sum();
             shared.metrics().statistics.ran(count, input, took);
             for (i, image) in images.into_iter().enumerate() {
-                answer(shared, image, (started, took), count, Ok(logits.row(i).to_vec()));
+                let row = Row::of(&answers, i, image.pending.extras, &batch.data);
+                answer(shared, image, (started, took), count, Ok(row));
             }
         }
         Err(reason) if count == 1 => {
@@ -216,8 +218,10 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
                     lane.reopen(shared);
                 }
                 let started = shared.now();
-                let single = lane.attempt(shared, &mut Batch { images: 1, height, width, data: data.to_vec() });
-                let row = single.map(|logits| logits.data);
+                let extras = image.pending.extras;
+                let mut batch = Batch { images: 1, height, width, data: data.to_vec() };
+                let row = lane.attempt(shared, &mut batch, extras);
+                let row = row.map(|answers| Row::of(&answers, 0, extras, &batch.data));
                 if row.is_ok() {
                     shared.metrics().statistics.ran(1, image.decode + image.preprocess, since(started));
                 }
@@ -227,11 +231,37 @@ fn run(shared: &Shared, lane: &mut Lane, mut images: Vec<Prepared>, alone: bool)
     }
 }
 
-fn answer(shared: &Shared, image: Prepared, run: (Instant, Duration), batch: usize, row: Result<Vec<f32>, String>) {
+/// What a run gave for one image.
+struct Row {
+    logits: Vec<f32>,
+    features: Vec<f32>,
+    map: Vec<f32>,
+    input: Vec<f32>,
+}
+
+impl Row {
+    /// Image `i` of a batch, whose tensors are `inputs`.
+    fn of(answers: &Answers, i: usize, asked: Extras, inputs: &[f32]) -> Self {
+        let images = answers.logits.images.max(1);
+        let part = |values: &[f32], wanted: bool| {
+            let len = values.len() / images;
+            if wanted { values[i * len..(i + 1) * len].to_vec() } else { Vec::new() }
+        };
+        Self {
+            logits: answers.logits.row(i).to_vec(),
+            features: part(&answers.features, asked.features),
+            map: part(&answers.map, asked.map),
+            input: part(inputs, asked.map),
+        }
+    }
+}
+
+fn answer(shared: &Shared, image: Prepared, run: (Instant, Duration), batch: usize, row: Result<Row, String>) {
     let Prepared { decode, preprocess, pending, .. } = image;
     let (started, inference) = run;
     let queue = started.saturating_duration_since(pending.arrived).saturating_sub(decode + preprocess);
     shared.metrics().phase(Phase::Queue, queue);
     let timings = Timings { decode, preprocess, queue, inference, batch };
-    pending.answer(row.map(|logits| Output { logits, timings }).map_err(InferError::Internal), shared.now());
+    let output = row.map(|Row { logits, features, map, input }| Output { logits, features, map, input, timings });
+    pending.answer(output.map_err(InferError::Internal), shared.now());
 }

@@ -1,6 +1,7 @@
 //! The metrics of one version of a model, with its labels resolved once.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
@@ -35,6 +36,12 @@ impl Metrics {
             engine_workers: self.engine_workers.with_label_values(&model),
             invariance_max_abs_diff: self.invariance_max_abs_diff.with_label_values(&model),
             decode_rejects: self.decode_rejects_total.clone(),
+            shares: [&self.top1_score, &self.score_margin, &self.score_entropy].map(|h| h.with_label_values(&model)),
+            predicted: Arc::new(Predicted {
+                counters: self.predictions_total.clone(),
+                model: [name.to_string(), version.clone()],
+                classes: RwLock::default(),
+            }),
             statistics: Arc::default(),
         }
     }
@@ -64,6 +71,34 @@ impl Drop for ModelInfo {
     }
 }
 
+/// Classes that have a counter of their own, at most: a time series each, for as long as the process lives.
+const CLASSES: usize = 100;
+
+/// Counters of the classes that a model has predicted.
+#[derive(Debug)]
+struct Predicted {
+    counters: IntCounterVec,
+    model: [String; 2],
+    classes: RwLock<BTreeMap<usize, IntCounter>>,
+}
+
+impl Predicted {
+    fn count(&self, class: usize, label: &str) {
+        // the counters are whole whatever panicked beside them
+        if let Some(counter) = self.classes.read().unwrap_or_else(PoisonError::into_inner).get(&class) {
+            return counter.inc();
+        }
+        let mut classes = self.classes.write().unwrap_or_else(PoisonError::into_inner);
+        let [name, version] = &self.model;
+        let with = |label: &str| self.counters.with_label_values(&[name, version, label]);
+        if classes.len() >= CLASSES && !classes.contains_key(&class) {
+            return with("other").inc();
+        }
+        let short: String = label.chars().take(100).collect();
+        classes.entry(class).or_insert_with(|| with(&short)).inc();
+    }
+}
+
 /// The metrics of one version of a model.
 #[derive(Debug, Clone)]
 pub struct ModelMetrics {
@@ -71,6 +106,9 @@ pub struct ModelMetrics {
     phases: [Histogram; Phase::ALL.len()],
     runs: [IntCounter; RunResult::ALL.len()],
     decode_rejects: IntCounterVec,
+    /// Best score, margin, entropy.
+    shares: [Histogram; 3],
+    predicted: Arc<Predicted>,
     /// Images per engine run.
     pub batch_size: Histogram,
     /// Zero images in engine runs.
@@ -90,6 +128,14 @@ pub struct ModelMetrics {
 }
 
 impl ModelMetrics {
+    /// An image's best score is this class's; its best score, margin and entropy where scores are shares.
+    pub fn predicted(&self, class: usize, label: &str, shares: Option<[f64; 3]>) {
+        self.predicted.count(class, label);
+        for (histogram, share) in self.shares.iter().zip(shares.iter().flatten()) {
+            histogram.observe(*share);
+        }
+    }
+
     /// Records that `count` images ended this way.
     pub fn images(&self, outcome: Outcome, count: usize) {
         self.images[outcome as usize].inc_by(count as u64);

@@ -5,6 +5,7 @@
 //! normalises them as timm does, bit-exact; `tensor` reads inputs that a client has preprocessed.
 
 mod formats;
+pub mod heat;
 mod limits;
 mod memory;
 mod picture;

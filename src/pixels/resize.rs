@@ -85,6 +85,25 @@ impl Preprocessor {
         self.channels() * self.height * self.width
     }
 
+    /// How light each pixel of a tensor's image is, from 0 to 255: of RGB as ITU-R 601 weights colours, of other channels their
+    /// mean.
+    pub fn lightness(&self, tensor: &[f32]) -> Vec<u8> {
+        let pixels = self.height * self.width;
+        let weights = match self.channels() {
+            3 => vec![0.299, 0.587, 0.114],
+            channels => vec![1.0 / channels.max(1) as f64; channels],
+        };
+        let mut light = vec![0.0_f64; pixels];
+        for ((values, table), weight) in tensor.chunks(pixels.max(1)).zip(&self.tables).zip(weights) {
+            // a table is a line: it leads back
+            let step = f64::from(table[255] - table[0]) / 255.0;
+            for (light, value) in light.iter_mut().zip(values) {
+                *light += weight * (f64::from(*value) - f64::from(table[0])) / step;
+            }
+        }
+        light.into_iter().map(|light| light.round().clamp(0.0, 255.0) as u8).collect()
+    }
+
     /// Width and height to which an image of `width` × `height` pixels is resized, before the crop.
     pub fn resized(&self, width: u32, height: u32) -> [u32; 2] {
         self.placement(width, height).target.map(|side| u32::try_from(side).unwrap_or(u32::MAX))

@@ -12,13 +12,13 @@ use std::collections::HashMap;
 
 use super::Kernels;
 use super::fusions::{fuse, grouped_conv};
+use super::side_outputs::{BLOCKED, Became, SideOutputs, reordering};
 use crate::graph::{FLOAT, float, floats, int, ints, string};
 use crate::kernels::DOMAIN;
 use crate::kernels::grouped_conv::Groups;
-use crate::pb::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
+use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
-/// ONNX Runtime's domains: of blocked operators, and of fused ones that take any layout.
-const BLOCKED: &str = "com.microsoft.nchwc";
+/// ONNX Runtime's domain of fused operators that take any layout.
 const FUSED: &str = "com.microsoft";
 
 /// Weights that a layout wants elsewhere, by name.
@@ -30,8 +30,14 @@ pub type Filters = HashMap<String, Filter>;
 pub fn lay_out(model: &mut ModelProto, block: usize, kernels: Kernels) -> Option<Filters> {
     let ours = model.producer_name == env!("CARGO_PKG_NAME");
     let graph = model.graph.as_mut().filter(|_| ours)?;
-    let layout = Layout::read(graph, block, kernels)?;
+    let side = SideOutputs::take(graph);
+    let Some(layout) = Layout::read(graph, block, kernels) else {
+        side.put_back(graph, |_| None);
+        return None;
+    };
     graph.node = layout.nodes.into_iter().flatten().collect();
+    // before operators are fused: what they read must stay
+    side.put_back(graph, |name| layout.maps.get(name).copied().map(Became::InBlocks));
     if kernels == Kernels::Own {
         fuse(graph);
     }
@@ -274,11 +280,6 @@ fn upsampling(mut node: NodeProto, source: &Source<'_>) -> Option<NodeProto> {
     node.attribute.push(ints("scales", &[1, 1, height as usize, width as usize]));
     node.input.truncate(1);
     Some(NodeProto { op_type: "Upsample".into(), domain: BLOCKED.into(), ..node })
-}
-
-fn reordering(op: &str, input: String, output: String, attribute: Vec<AttributeProto>) -> NodeProto {
-    let (input, output) = (vec![input], vec![output]);
-    NodeProto { input, output, name: String::new(), op_type: op.into(), attribute, domain: BLOCKED.into() }
 }
 
 fn blocked(node: NodeProto) -> NodeProto {

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::Kernels;
+use super::side_outputs::{Became, SideOutputs};
 use crate::graph::{FLOAT, FLOAT16};
 use crate::kernels::grouped_conv::{Groups, KERNEL};
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
@@ -27,11 +28,16 @@ pub fn pad_channels(onnx: Bytes, block: usize, kernels: Kernels) -> Option<Model
         return None;
     }
     let graph = model.graph.as_mut()?;
+    let side = SideOutputs::take(graph);
     let widths = Widths::read(graph, block, kernels)?;
     if widths.sets.iter().all(|set| set.padded() == set.channels) && !widths.merges() {
         return None;
     }
     widths.apply(graph)?;
+    side.put_back(graph, |name| {
+        let set = widths.of(name).filter(|set| set.padded() != set.channels)?;
+        Some(Became::Padded(set.channels))
+    });
     Some(model)
 }
 

@@ -8,6 +8,7 @@ pub mod channel_padding;
 pub mod detached_weights;
 mod fusions;
 pub mod sample;
+mod side_outputs;
 
 use bytes::Bytes;
 use prost::Message as _;

@@ -2,7 +2,7 @@
 //! shows whether a runtime takes them as they are meant.
 
 use super::Kernels;
-use crate::graph::{Emission, GraphBuilder, GraphError, Map};
+use crate::graph::{Emission, GraphBuilder, GraphError, Map, Term};
 use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, ShortcutPool};
@@ -55,7 +55,8 @@ pub fn sample(block: usize, kernels: Kernels) -> Result<Vec<u8>, GraphError> {
     let weight = g.constant("head.weight", &[wide, wide], &numbers(wide * wide, wide))?;
     let bias = g.constant("head.bias", &[wide], &numbers(wide, 1))?;
     let pooled = g.global_average_pool(&x, "head.global_pool");
-    g.classifier(&[(pooled, weight)], &bias, wide, "head");
+    let values = g.flatten(&pooled, "head.flatten");
+    g.classifier(&[Term { values, width: pooled.chs, weight }], &bias, wide, "head");
     g.finish(wide, &[])
 }
 

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
-use super::bodies::upload::{self, Upload};
+use super::bodies::upload::{self, Members, Upload};
 use super::deadline;
 use super::served::{SERVER_TIMING, Served};
 use super::status::{ApiError, Code, ErrorBody};
@@ -105,8 +105,8 @@ async fn classify(
     model.has_room(deadline)?;
     let limit = model.scheduler().queue_limit();
     // the charge is held until the request is answered
-    let Upload { images: uploaded, top_k, charge: _charge } =
-        upload::read(&app.bodies, request, limit, deadline).await?;
+    let Upload { images: uploaded, top_k, charge: _charge, .. } =
+        upload::read(&app.bodies, request, limit, deadline, Members::Classify).await?;
     let selection = Selection { top_k: top_k.or(query.top_k), threshold: query.threshold };
     if selection.top_k == Some(0) {
         return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));

@@ -20,7 +20,7 @@ use super::app::App;
 use super::bodies::coding::Coding;
 use super::served::SERVER_TIMING;
 use super::status::{ApiError, Code, ErrorBody};
-use super::{classify, compress, head, keys, oip, openapi, page};
+use super::{classify, compress, embed, explain, head, keys, oip, openapi, page};
 use crate::panics;
 
 /// Every route and its middleware, from the outside in: access log (id, metrics), panics, CORS, keys, head, content
@@ -28,6 +28,8 @@ use crate::panics;
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .merge(classify::routes())
+        .merge(embed::routes())
+        .merge(explain::routes())
         .routes(routes!(live))
         .routes(routes!(ready))
         .merge(oip::routes())

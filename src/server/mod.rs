@@ -16,6 +16,8 @@ mod control;
 mod deadline;
 mod descriptors;
 mod doors;
+mod embed;
+mod explain;
 #[cfg(test)]
 #[path = "../../tests/fuzz/server.rs"]
 mod fuzz;

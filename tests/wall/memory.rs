@@ -97,6 +97,10 @@ fn classify(body: String) -> impl Fn(&Server) -> String {
     json("/v1/classify", body)
 }
 
+fn embed(body: String) -> impl Fn(&Server) -> String {
+    json("/v1/embed", body)
+}
+
 fn infer(body: String) -> impl Fn(&Server) -> String {
     json(MODEL, body)
 }
@@ -177,6 +181,9 @@ bombs! {
     a_form_with_an_endless_name: "400", form(parts(&format!("Content-Disposition: form-data; name=\"{}\"", full("a")), 1));
     a_form_with_an_endless_file_name: "400", form(parts(&format!("Content-Disposition: form-data; filename=\"{}\"", full("\\\"")), 1));
     a_form_with_endless_headers: "400", form(parts(&full("a: b\r\n"), 1));
+    embeddings_of_millions_of_nothing: "400", embed(format!("{{\"input\":[{}\"\"]}}", full("\"\",")));
+    embeddings_of_one_endless_text: "413", embed(format!("{{\"input\":[\"{}\"]}}", full("____")));
+    embeddings_under_an_endless_name: "400", embed(format!("{{\"model\":\"{}\"}}", full("m")));
     a_form_that_never_begins: "400", form(full("\r\n--y").into_bytes());
     a_form_that_never_ends: "400", form(format!("--x\r\nContent-Disposition: form-data; filename=\"a\"\r\n\r\n{}", full("\r\n--xy")).into_bytes());
 }
@@ -187,7 +194,7 @@ fn gigabytes_of_zeros_in_gzip_and_deflate() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     (0..2048).for_each(|_| encoder.write_all(&zeros).unwrap());
     let packed = encoder.finish().unwrap();
-    for path in ["/v1/classify", MODEL, "/v2/repository/index"] {
+    for path in ["/v1/classify", "/v1/embed", MODEL, "/v2/repository/index"] {
         defused("413", |server| http(server, path, &[GZIP], &packed));
     }
     let packed = zlib(&vec![0; 512 << 20]);

@@ -137,9 +137,10 @@ impl<'a> Printer<'a> {
         }
         let logits = self.model.manifest.scoring().activation == ScoreFunction::None;
         for (p, label) in predictions.iter().zip(&labels) {
-            let line = match logits {
-                true => format!("  {label:<width$}  {:.4}", p.score),
-                false => format!("  {label:<width$}  {:5.1} %  {}", 100.0 * p.score, blocks(p.score)),
+            let line = if logits {
+                format!("  {label:<width$}  {:.4}", p.score)
+            } else {
+                format!("  {label:<width$}  {:5.1} %  {}", 100.0 * p.score, blocks(p.score))
             };
             text.push_str(line.trim_end());
             text.push('\n');

@@ -15,7 +15,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::search::Found;
-use crate::engine::{Backend, Batch, EngineOptions, Fitted, Kernels, OrtBackend};
+use crate::engine::{Answers, Backend, Batch, ClassMaps, EngineOptions, Extras, Fitted, Kernels, OrtBackend};
 use crate::infer::top_k::NotFinite;
 use crate::model::{Colors, ModelDir};
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
@@ -48,7 +48,20 @@ impl ModelArgs {
 }
 
 /// Workers that are ready to run a model.
-pub struct Workers(Vec<OrtBackend>);
+pub struct Workers(Vec<OrtBackend>, Option<Result<ClassMaps, &'static str>>);
+
+/// What a run gave for one image.
+#[derive(Debug, Clone)]
+pub struct Given {
+    /// `[classes]`.
+    pub logits: Vec<f32>,
+    /// The vector that the classifier reads; empty where it was not asked for.
+    pub features: Vec<f32>,
+    /// The map that is pooled; empty where it was not asked for.
+    pub map: Vec<f32>,
+    /// What the network saw; empty where the map was not asked for.
+    pub input: Vec<f32>,
+}
 
 impl Workers {
     /// Opens the model for a number of images.
@@ -62,6 +75,7 @@ impl Workers {
             );
         }
         let (model, onnx) = model.with_onnx()?;
+        let class_maps = model.manifest.map.map(|_| ClassMaps::of(&onnx));
         let graph = Fitted::for_this_cpu(onnx, Kernels::Own);
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let threads = chosen.threads.map_or(cores, usize::from);
@@ -72,7 +86,12 @@ impl Workers {
         let what = model.onnx().display().to_string();
         let backends =
             (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
-        Ok((model, Self(backends)))
+        Ok((model, Self(backends, class_maps)))
+    }
+
+    /// The class activation maps of a model with the output `map`; the error says why there are none.
+    pub fn class_maps(&self) -> Option<&Result<ClassMaps, &'static str>> {
+        self.1.as_ref()
     }
 
     /// Runs the images and passes their logits, or why there are none, to `answered` in order. Stops once `answered`
@@ -82,7 +101,8 @@ impl Workers {
         model: &ModelDir,
         images: &[Found],
         decoder: (Decoder, &Arc<DecodeMemory>),
-        mut answered: impl FnMut(usize, Result<Vec<f32>, Refusal>) -> anyhow::Result<()>,
+        extras: Extras,
+        mut answered: impl FnMut(usize, Result<Given, Refusal>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let preprocessor = Preprocessor::new(&model.manifest.preprocessing);
         let next = AtomicUsize::new(0);
@@ -96,7 +116,7 @@ impl Workers {
                     {
                         let answer = match &image.refused {
                             Some(reason) => Err(("unreadable", reason.clone())),
-                            None => one(&image.path, &mut backend, model, preprocessor, decoder),
+                            None => one(&image.path, &mut backend, (model, preprocessor), decoder, extras),
                         };
                         if sender.send((i, answer)).is_err() {
                             return;
@@ -121,10 +141,10 @@ impl Workers {
 fn one(
     path: &Path,
     backend: &mut dyn Backend,
-    model: &ModelDir,
-    preprocessor: &Preprocessor,
+    (model, preprocessor): (&ModelDir, &Preprocessor),
     (decoder, memory): (Decoder, &Arc<DecodeMemory>),
-) -> Result<Vec<f32>, Refusal> {
+    extras: Extras,
+) -> Result<Given, Refusal> {
     let manifest = &model.manifest;
     let bytes = read(path, decoder.limits.max_bytes).map_err(|e| ("unreadable", format!("can't read it: {e}")))?;
     let upright = manifest.preprocessing.exif_orientation;
@@ -136,8 +156,9 @@ fn one(
     let mut batch = Batch::zeros_of(1, manifest.preprocessing.shape());
     preprocessor.apply(&image, batch.image_mut(0));
     drop((image, share));
-    let logits = backend.run(&batch).map_err(|e| ("engine", e.to_string()))?;
-    Ok(logits.data)
+    let Answers { logits, features, map } = backend.run_with(&batch, extras).map_err(|e| ("engine", e.to_string()))?;
+    let input = if extras.map { batch.data } else { Vec::new() };
+    Ok(Given { logits: logits.data, features, map, input })
 }
 
 /// The error for logits that are not finite.

@@ -25,6 +25,8 @@ pub(in crate::server) struct Upload {
     pub(in crate::server) images: Vec<Result<Bytes, ImageError>>,
     /// Predictions per image, if the body gives a number.
     pub(in crate::server) top_k: Option<usize>,
+    /// What a request in OpenAI's form says beside its images.
+    pub(in crate::server) embeddings: Option<Embeddings>,
     /// The charge for the images' memory.
     pub(in crate::server) charge: Charge,
 }
@@ -56,6 +58,41 @@ pub(in crate::server) struct JsonImage {
     b64: String,
 }
 
+/// What a request of embeddings in OpenAI's form says beside its images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::server) struct Embeddings {
+    /// The model's name.
+    pub(in crate::server) model: Option<String>,
+    /// Vectors as base64 of little-endian single-precision numbers.
+    pub(in crate::server) base64: bool,
+}
+
+/// Images in base64: `images` as for classification, or `input` as OpenAI's clients send it.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only described: it is read member by member")]
+pub(in crate::server) struct EmbedBody {
+    #[schema(min_items = 1)]
+    images: Option<Vec<JsonImage>>,
+    /// Base64 of files; the answer has the shape of OpenAI's embeddings.
+    #[schema(min_items = 1)]
+    input: Option<Vec<String>>,
+    /// With `input`: name of the model.
+    model: Option<String>,
+    /// With `input`: `float` or `base64`.
+    encoding_format: Option<String>,
+    /// With `input`: ignored.
+    user: Option<String>,
+}
+
+/// Which members a JSON body may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::server) enum Members {
+    /// Images and a number of predictions.
+    Classify,
+    /// Images in either form.
+    Embed,
+}
+
 enum Shape {
     Single,
     Form(String),
@@ -68,6 +105,7 @@ pub(in crate::server) async fn read(
     request: Request,
     images: usize,
     deadline: Instant,
+    members: Members,
 ) -> Result<Upload, ApiError> {
     let said = request.headers().get(header::CONTENT_TYPE).map(|v| v.to_str().unwrap_or("unreadable"));
     let said = said.unwrap_or_default();
@@ -91,11 +129,14 @@ pub(in crate::server) async fn read(
     let Held { bytes, charge } = whole(bodies, request, deadline).await?;
     let length = bytes.len();
     match shape {
-        Shape::Single => Ok(Upload { images: vec![Ok(bytes)], top_k: None, charge }),
+        Shape::Single => Ok(Upload { images: vec![Ok(bytes)], top_k: None, embeddings: None, charge }),
         Shape::Form(boundary) => {
             bodies.threads.run(length, deadline, move || read_form(&bytes, &boundary, images, charge)).await
         }
-        Shape::Json => bodies.threads.run(length, deadline, move || read_json(&bytes, images, charge)).await,
+        Shape::Json => {
+            let read = if members == Members::Embed { read_embed_json } else { read_json };
+            bodies.threads.run(length, deadline, move || read(&bytes, images, charge)).await
+        }
     }
 }
 
@@ -125,7 +166,7 @@ pub(in crate::server) fn read_form(
             }
         }
     }
-    some_images(Upload { images, top_k, charge })
+    some_images(Upload { images, top_k, embeddings: None, charge })
 }
 
 pub(in crate::server) fn read_json(body: &Bytes, most: usize, mut charge: Charge) -> Result<Upload, ApiError> {
@@ -144,9 +185,69 @@ pub(in crate::server) fn read_json(body: &Bytes, most: usize, mut charge: Charge
     }
     let elements = elements.ok_or_else(|| other(serde_json::Error::missing_field("images")))?;
     let elements = elements.map_err(|images| InferError::TooManyImages { images, limit: most })?;
-    let mut images = Vec::with_capacity(elements.len());
-    for element in elements {
-        let text = base64_of(element).map_err(other)?;
+    let texts = elements.into_iter().map(base64_of).collect::<Result<Vec<_>, _>>().map_err(other)?;
+    let images = decoded(texts, &mut charge)?;
+    // the text is dropped, the decoded images stay
+    charge.shrink(body.len());
+    some_images(Upload { images, top_k, embeddings: None, charge })
+}
+
+/// As [`read_json`], of `{"images":[{"b64":"…"}]}` or `{"input":["…"],"model":"…"}`.
+pub(in crate::server) fn read_embed_json(body: &Bytes, most: usize, mut charge: Charge) -> Result<Upload, ApiError> {
+    let other = |e: serde_json::Error| {
+        let text = format!(
+            "the body is not the JSON that is taken, {{\"input\":[\"BASE64\"]}} or {{\"images\":[{{\"b64\":\"…\"}}]}}: {e}"
+        );
+        ApiError::new(Code::InvalidRequest, text)
+    };
+    let wrong = |text: &str| other(serde_json::Error::custom(text));
+    let (mut elements, mut input, mut model, mut format) = (None, None, None, None);
+    for (name, value) in json::document(body).map_err(other)? {
+        match name.as_str() {
+            "images" => elements = Some(json::array(value, most).map_err(other)?),
+            "input" => input = Some(value),
+            "model" => model = json::short::<String>("model", value).map_err(other)?,
+            "encoding_format" => format = json::short::<String>("encoding_format", value).map_err(other)?,
+            // OpenAI's clients may send it; it changes no answer
+            "user" => {}
+            name => return Err(other(unknown(name))),
+        }
+    }
+    let base64 = match format.as_deref() {
+        None | Some("float") => false,
+        Some("base64") => true,
+        Some(_) => return Err(wrong("`encoding_format` is neither `float` nor `base64`")),
+    };
+    let too_many = |images| InferError::TooManyImages { images, limit: most };
+    let (texts, embeddings) = match (elements, input) {
+        (Some(_), Some(_)) => return Err(wrong("it has both `images` and `input`")),
+        (Some(_), None) if model.is_some() || format.is_some() => {
+            return Err(wrong("`model` and `encoding_format` go with `input`"));
+        }
+        (Some(elements), None) => {
+            let elements = elements.map_err(too_many)?;
+            (elements.into_iter().map(base64_of).collect::<Result<Vec<_>, _>>().map_err(other)?, None)
+        }
+        (None, Some(input)) => {
+            let elements = match json::quoted(input) {
+                Some(_) => vec![input],
+                None => json::array(input, most).map_err(other)?.map_err(too_many)?,
+            };
+            let text = |element| json::quoted(element).ok_or_else(|| wrong("an element of `input` is no string"));
+            let texts = elements.into_iter().map(text).collect::<Result<Vec<_>, _>>()?;
+            (texts, Some(Embeddings { model, base64 }))
+        }
+        (None, None) => return Err(other(serde_json::Error::missing_field("input"))),
+    };
+    let images = decoded(texts, &mut charge)?;
+    charge.shrink(body.len());
+    some_images(Upload { images, top_k: None, embeddings, charge })
+}
+
+/// Files from their base64.
+fn decoded(texts: Vec<&str>, charge: &mut Charge) -> Result<Vec<Result<Bytes, ImageError>>, ApiError> {
+    let mut images = Vec::with_capacity(texts.len());
+    for text in texts {
         charge.grow(base64::most(text.len()))?;
         images.push(
             base64::decode(text).map(Bytes::from).map_err(|e| ImageError::Invalid {
@@ -155,9 +256,7 @@ pub(in crate::server) fn read_json(body: &Bytes, most: usize, mut charge: Charge
             }),
         );
     }
-    // the text is dropped, the decoded images stay
-    charge.shrink(body.len());
-    some_images(Upload { images, top_k, charge })
+    Ok(images)
 }
 
 /// The content of the string in `{"b64": "…"}`.

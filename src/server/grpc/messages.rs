@@ -32,7 +32,7 @@ pub(super) fn reply(answered: Answered, typed: bool, streamed: bool) -> Reply {
         let mut contents = None;
         if typed {
             contents = Some(match output.data {
-                OutputData::Logits(fp32_contents) => pb::InferTensorContents { fp32_contents, ..Default::default() },
+                OutputData::Numbers(fp32_contents) => pb::InferTensorContents { fp32_contents, ..Default::default() },
                 OutputData::Classes(classes) => pb::InferTensorContents {
                     bytes_contents: classes.into_iter().map(Bytes::from).collect(),
                     ..Default::default()

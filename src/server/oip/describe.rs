@@ -8,7 +8,7 @@ use super::super::status::{ApiError, Code};
 use super::datatype::Datatype;
 use crate::infer::registry::LiveModel;
 use crate::metrics::statistics::Total;
-use crate::model::{INPUT, OUTPUT};
+use crate::model::{FEATURES, INPUT, MAP, OUTPUT};
 use crate::pb::open_inference as pb;
 
 /// Supported extensions, by the names that clients look for.
@@ -78,12 +78,15 @@ pub(in crate::server) fn model(app: &App, model: &LiveModel) -> pb::ModelMetadat
         };
         properties.push(("threshold", thresholds));
     }
+    let mut outputs = vec![tensor(OUTPUT, &[manifest.classes])];
+    outputs.extend(manifest.features.map(|width| tensor(FEATURES, &[width])));
+    outputs.extend(manifest.map.map(|map| tensor(MAP, &map)));
     pb::ModelMetadataResponse {
         name: model.name.clone(),
         versions: versions.collect(),
         platform: "onnx_onnxv1".into(),
         inputs: vec![tensor(INPUT, &[p.channels() as u32, p.height, p.width])],
-        outputs: vec![tensor(OUTPUT, &[manifest.classes])],
+        outputs,
         properties: properties.into_iter().map(|(name, value)| (name.into(), value)).collect(),
     }
 }
@@ -93,6 +96,16 @@ pub(in crate::server) fn config(model: &LiveModel) -> pb::ModelConfig {
     let p = &model.manifest.preprocessing;
     let options = model.options();
     let (fp32, whole) = (pb::DataType::TypeFp32.into(), |n: usize| i32::try_from(n).unwrap_or(i32::MAX));
+    let output = |(name, dims): (&str, Vec<u32>)| pb::ModelOutput {
+        name: name.into(),
+        data_type: fp32,
+        dims: dims.into_iter().map(i64::from).collect(),
+        label_filename: String::new(),
+    };
+    let manifest = &model.manifest;
+    let side = manifest.features.map(|width| (FEATURES, vec![width])).into_iter();
+    let side = side.chain(manifest.map.map(|map| (MAP, map.to_vec())));
+    let outputs = std::iter::once((OUTPUT, vec![manifest.classes])).chain(side);
     pb::ModelConfig {
         name: model.name.clone(),
         platform: "onnxruntime_onnx".into(),
@@ -103,12 +116,7 @@ pub(in crate::server) fn config(model: &LiveModel) -> pb::ModelConfig {
             format: pb::model_input::Format::Nchw.into(),
             dims: vec![p.channels() as i64, p.height.into(), p.width.into()],
         }],
-        output: vec![pb::ModelOutput {
-            name: OUTPUT.into(),
-            data_type: fp32,
-            dims: vec![model.manifest.classes.into()],
-            label_filename: String::new(),
-        }],
+        output: outputs.map(output).collect(),
         instance_group: vec![pb::ModelInstanceGroup {
             name: model.name.clone(),
             count: whole(options.workers),

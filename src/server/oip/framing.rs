@@ -95,7 +95,7 @@ pub(in crate::server) struct InferOutput<'a> {
     name: &'a str,
     /// `FP32`; `BYTES` for classes.
     datatype: &'a str,
-    shape: [usize; 2],
+    shape: &'a [usize],
     #[serde(skip_serializing_if = "Option::is_none")]
     parameters: Option<BinarySize>,
     /// Omitted if the elements follow as bytes.
@@ -407,7 +407,7 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let mut binary = Vec::new();
     let mut shown = Vec::with_capacity(outputs.len());
     for output in &outputs {
-        if let (OutputData::Logits(values), false) = (&output.data, output.binary) {
+        if let (OutputData::Numbers(values), false) = (&output.data, output.binary) {
             // JSON can't express infinities and NaN
             check_finite(values).map_err(|e| InferError::BadTensor(e.to_string()))?;
         }
@@ -415,11 +415,11 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
         shown.push(InferOutput {
             name: output.name,
             datatype: output.data.datatype().name(),
-            shape: output.shape,
+            shape: &output.shape,
             parameters: bytes.as_ref().map(|bytes| BinarySize { binary_data_size: bytes.len() }),
             data: match (&bytes, &output.data) {
                 (Some(_), _) => None,
-                (None, OutputData::Logits(values)) => Some(JsonData::Numbers(values)),
+                (None, OutputData::Numbers(values)) => Some(JsonData::Numbers(values)),
                 (None, OutputData::Classes(classes)) => Some(JsonData::Texts(classes)),
             },
         });

@@ -17,9 +17,9 @@ use super::super::status::{ApiError, Code, cut};
 use super::datatype::Datatype;
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
-use crate::infer::request::{Input, Terms};
+use crate::infer::request::{Extras, Input, Output, Terms};
 use crate::infer::top_k::{Prediction, Selection};
-use crate::model::{INPUT, OUTPUT};
+use crate::model::{FEATURES, INPUT, MAP, OUTPUT};
 use crate::pixels::RawTensor;
 
 /// Parameters of a request or a tensor.
@@ -93,14 +93,14 @@ pub(in crate::server) struct Answered {
 #[derive(Debug)]
 pub(in crate::server) struct OutputTensor {
     pub(in crate::server) name: &'static str,
-    pub(in crate::server) shape: [usize; 2],
+    pub(in crate::server) shape: Vec<usize>,
     pub(in crate::server) data: OutputData,
     pub(in crate::server) binary: bool,
 }
 
 #[derive(Debug)]
 pub(in crate::server) enum OutputData {
-    Logits(Vec<f32>),
+    Numbers(Vec<f32>),
     /// `VALUE:INDEX:LABEL`, or without the label.
     Classes(Vec<String>),
 }
@@ -108,7 +108,7 @@ pub(in crate::server) enum OutputData {
 impl OutputData {
     pub(in crate::server) fn datatype(&self) -> Datatype {
         match self {
-            Self::Logits(_) => Datatype::Fp32,
+            Self::Numbers(_) => Datatype::Fp32,
             Self::Classes(_) => Datatype::Bytes,
         }
     }
@@ -116,7 +116,7 @@ impl OutputData {
     /// Little-endian bytes; each element of BYTES is preceded by its length.
     pub(in crate::server) fn to_bytes(&self) -> Bytes {
         match self {
-            Self::Logits(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Numbers(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Self::Classes(classes) => {
                 let mut bytes = Vec::new();
                 for class in classes {
@@ -209,7 +209,11 @@ pub(in crate::server) async fn run(
 ) -> Result<Answered, ApiError> {
     let Inference { id, timeout, priority, inputs, outputs, binary_output } = inference;
     let deadline = timeout.and_then(|timeout| arrived.checked_add(timeout)).map_or(deadline, |at| at.min(deadline));
-    let wanted = check_outputs(outputs)?;
+    let wanted = check_outputs(&model, outputs)?;
+    let extras = Extras {
+        features: wanted.iter().any(|wanted| wanted.name == FEATURES),
+        map: wanted.iter().any(|wanted| wanted.name == MAP),
+    };
     let images = images(&model, inputs)?;
     let count = images.len();
     let size = size(&model, &wanted, count);
@@ -219,12 +223,13 @@ pub(in crate::server) async fn run(
     }
     let mut served = Served::new(&model, count);
     let most = wanted.iter().filter_map(|w| w.classes).max();
-    let finish = |logits: Vec<f32>| {
-        let top = most.map(|k| model.select(&logits, Selection::top(k))).transpose()?;
-        Ok((logits, top.unwrap_or_default()))
+    let finish = |output: Output| {
+        let top = most.map(|k| model.select(&output.logits, Selection::top(k))).transpose()?;
+        Ok((output, top.unwrap_or_default()))
     };
     let mut rows = Vec::with_capacity(count);
-    for (i, answer) in model.infer(images, Terms { deadline, priority }, finish).await?.into_iter().enumerate() {
+    let answers = model.infer_with(images, Terms { deadline, priority }, extras, finish).await?;
+    for (i, answer) in answers.into_iter().enumerate() {
         let (row, timings) = answer.map_err(|error| numbered(error, i, count))?;
         served.add_timings(&timings);
         rows.push(row);
@@ -237,12 +242,29 @@ pub(in crate::server) async fn run(
 }
 
 /// The result for one image: its logits, and its most probable classes if they are requested.
-type Row = (Vec<f32>, Vec<Prediction>);
+type Row = (Output, Vec<Prediction>);
 
 fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) -> OutputTensor {
     let (labels, all) = (&model.manifest.labels, model.manifest.classes as usize);
+    let numbers = |of: fn(&Output) -> &[f32]| {
+        OutputData::Numbers(rows.iter().flat_map(|(output, _)| of(output).iter().copied()).collect())
+    };
+    let binary = wanted.binary.unwrap_or(binary_output);
+    let side = |name: &'static str, sides: &[u32], data| {
+        let sides = sides.iter().map(|&side| side as usize);
+        OutputTensor { name, shape: std::iter::once(rows.len()).chain(sides).collect(), data, binary }
+    };
+    match wanted.name.as_str() {
+        FEATURES => {
+            return side(FEATURES, model.manifest.features.as_slice(), numbers(|output| &output.features));
+        }
+        MAP => {
+            return side(MAP, model.manifest.map.as_ref().map_or(&[], |map| &map[..]), numbers(|output| &output.map));
+        }
+        _ => {}
+    }
     let (width, data) = match wanted.classes {
-        None => (all, OutputData::Logits(rows.iter().flat_map(|(logits, _)| logits.iter().copied()).collect())),
+        None => (all, numbers(|output| &output.logits)),
         Some(k) => {
             let k = k.min(all);
             let class = |logits: &[f32], index: usize, label: &str| {
@@ -252,14 +274,13 @@ fn output(model: &LiveModel, wanted: Wanted, rows: &[Row], binary_output: bool) 
                     format!("{:.6}:{index}:{label}", logits[index])
                 }
             };
-            let row = |(logits, top): &Row| -> Vec<String> {
-                top.iter().take(k).map(|p| class(logits, p.index, &p.label)).collect()
+            let row = |(output, top): &Row| -> Vec<String> {
+                top.iter().take(k).map(|p| class(&output.logits, p.index, &p.label)).collect()
             };
             (k, OutputData::Classes(rows.iter().flat_map(row).collect()))
         }
     };
-    let binary = wanted.binary.unwrap_or(binary_output);
-    OutputTensor { name: OUTPUT, shape: [rows.len(), width], data, binary }
+    OutputTensor { name: OUTPUT, shape: vec![rows.len(), width], data, binary }
 }
 
 /// Estimate of a response's most bytes: as text, a number has up to 16 bytes, and a class its label and some 60 more.
@@ -267,6 +288,9 @@ fn size(model: &LiveModel, wanted: &[Wanted], images: usize) -> usize {
     let classes = model.manifest.classes as usize;
     let label = || model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
     let row = |wanted: &Wanted| match wanted.classes {
+        None if wanted.name == FEATURES => model.manifest.features.unwrap_or_default() as usize * 16,
+        // 26 bits of them at most
+        None if wanted.name == MAP => model.map_values() * 16,
         None => classes * 16,
         Some(k) => k.min(classes) * (label() + 64),
     };
@@ -282,15 +306,31 @@ fn numbered(error: InferError, index: usize, images: usize) -> ApiError {
     error
 }
 
-fn check_outputs(outputs: Vec<Wanted>) -> Result<Vec<Wanted>, ApiError> {
-    if let Some(other) = outputs.iter().find(|w| w.name != OUTPUT) {
-        return Err(invalid(format!("output `{}` does not exist; there is `{OUTPUT}`", other.name.escape_debug())));
+/// Refuses outputs that the model has not, or that are asked for more than once; none means the logits.
+fn check_outputs(model: &LiveModel, outputs: Vec<Wanted>) -> Result<Vec<Wanted>, ApiError> {
+    let manifest = &model.manifest;
+    let there = [(OUTPUT, true), (FEATURES, manifest.features.is_some()), (MAP, manifest.map.is_some())];
+    for (i, wanted) in outputs.iter().enumerate() {
+        let name = wanted.name.escape_debug();
+        match there.iter().find(|(known, _)| wanted.name == *known) {
+            None => {
+                let names: Vec<_> = there.iter().filter(|(_, is)| *is).map(|(name, _)| format!("`{name}`")).collect();
+                return Err(invalid(format!("output `{name}` does not exist; there is {}", names.join(", "))));
+            }
+            Some((known, true)) if wanted.classes.is_some() && *known != OUTPUT => {
+                return Err(invalid(format!("output `{name}` has no classes; ask `{OUTPUT}` for the classification")));
+            }
+            // named with what to do by the model itself
+            Some(_) => {}
+        }
+        if outputs[..i].iter().any(|other| other.name == wanted.name) {
+            return Err(invalid(format!("output `{name}` is asked for more than once")));
+        }
     }
-    match outputs.len() {
-        0 => Ok(vec![Wanted { name: OUTPUT.into(), classes: None, binary: None }]),
-        1 => Ok(outputs),
-        _ => Err(invalid(format!("output `{OUTPUT}` is asked for more than once"))),
+    if outputs.is_empty() {
+        return Ok(vec![Wanted { name: OUTPUT.into(), classes: None, binary: None }]);
     }
+    Ok(outputs)
 }
 
 /// Splits the input tensor into images.

@@ -46,6 +46,21 @@ const key = {
   set value(text) { try { sessionStorage.setItem(this.name, text); } catch { this.held = text; } },
 };
 
+/** A picture, and the headers beside it. */
+async function picture(target, options) {
+  const response = await send(target, options);
+  if (response.ok) return { blob: await response.blob(), headers: response.headers };
+  let json = null;
+  try { json = await response.json(); } catch { /* a proxy's page */ }
+  throw new Refusal(String(json?.error ?? `the answer was ${response.status}`), json?.code);
+}
+
+/** With the key, if there is one. */
+function send(target, options = {}) {
+  const headers = { ...options.headers, ...(key.value && { authorization: `Bearer ${key.value}` }) };
+  return fetch(target, { ...options, headers });
+}
+
 async function call(target, options = {}) {
   let response;
   const sent = key.value;
@@ -109,6 +124,7 @@ class Card {
     this.find(".remove").onclick = () => this.remove(true);
     this.find(".again").onclick = () => { this.find(".again").hidden = true; enqueue([this]); };
     this.find(".copy").onclick = () => this.copy();
+    this.find(".where").onclick = () => this.where();
     const picture = this.find(".thumb img");
     this.url = URL.createObjectURL(file);
     picture.onload = () => { picture.hidden = false; };
@@ -166,6 +182,11 @@ class Card {
     this.find(".curl code").tabIndex = 0;
     this.find(".more").hidden = false;
     const [first] = predictions;
+    this.cool();
+    if (first && mapped.has(json.model)) {
+      this.answer = { model: json.model, version: json.version, index: first.index, label: first.label || `class ${first.index}` };
+      this.find(".where").hidden = false;
+    }
     const none = first ? null : "No class reaches its threshold.";
     this.show("done", none);
     say(`${this.name}: ${none ?? `${first.label || `class ${first.index}`}, ${share(first.score)}`}`);
@@ -200,10 +221,49 @@ class Card {
     const text = [headline, detail].filter(Boolean).join("\n");
     this.find(".predictions").hidden = true;
     this.find(".more").hidden = true;
+    this.cool();
     this.find(".again").hidden = false;
     this.find(".again").setAttribute("aria-label", `try again: ${this.name}`);
     this.show("failed", text);
     say(`${this.name}: ${text}`);
+  }
+
+  /** Lays the heat of the most probable class over the image, or takes it away. */
+  async where() {
+    const [button, figure] = [this.find(".where"), this.find(".heat")];
+    const show = (on) => { figure.hidden = !on; button.setAttribute("aria-expanded", String(on)); };
+    if (this.heat) return show(figure.hidden);
+    button.disabled = true;
+    try {
+      const url = new URL("v1/explain", document.baseURI);
+      url.searchParams.set("model", this.answer.model);
+      url.searchParams.set("version", this.answer.version);
+      url.searchParams.set("class", this.answer.index);
+      const headers = { accept: "image/png", "content-type": "application/octet-stream" };
+      const { blob, headers: told } = await picture(url, { method: "POST", body: this.file, headers, signal: this.stop.signal });
+      this.heat = URL.createObjectURL(blob);
+      const [least, most] = (told.get("x-heat-range") ?? "").split(" ").map((value) => Number(value).toPrecision(2));
+      figure.querySelector("img").src = this.heat;
+      figure.querySelector("img").alt = `where ${this.name} speaks for ${this.answer.label}: yellow most, dark blue least`;
+      figure.querySelector(".least").textContent = least;
+      figure.querySelector(".most").textContent = `${most} for ${this.answer.label}`;
+      show(true);
+      say(`${this.name}: the heat for ${this.answer.label} is shown`);
+    } catch (error) {
+      if (!this.stop.signal.aborted) say(`${this.name}: ${error.message}`);
+      button.textContent = `where? ${error.message}`;
+    }
+    button.disabled = false;
+  }
+
+  /** Forgets the heat of an earlier answer. */
+  cool() {
+    if (this.heat) URL.revokeObjectURL(this.heat);
+    this.heat = null;
+    this.find(".heat").hidden = true;
+    this.find(".where").hidden = true;
+    this.find(".where").textContent = "where?";
+    this.find(".where").setAttribute("aria-expanded", "false");
   }
 
   async copy() {
@@ -225,6 +285,7 @@ class Card {
   remove(alone) {
     this.stop.abort();
     URL.revokeObjectURL(this.url);
+    this.cool();
     const next = this.element.nextElementSibling ?? this.element.previousElementSibling;
     this.element.remove();
     cards.delete(this);
@@ -233,6 +294,8 @@ class Card {
   }
 }
 
+/** Models that can say where they see what they see. */
+const mapped = new Set();
 const cards = new Set();
 const queue = [];
 let running = 0;
@@ -360,6 +423,7 @@ async function models() {
     try {
       const { json } = await call(new URL(`v2/models/${encodeURIComponent(name)}`, document.baseURI));
       versions = (json.versions ?? []).map(String).sort((a, b) => b - a);
+      if ((json.outputs ?? []).some((output) => output?.name === "map")) mapped.add(name);
     } catch { /* the name alone will do */ }
     const newest = [name, versions.length > 1 ? `${name}, newest` : name, ""];
     return [newest, ...(versions.length > 1 ? versions.map((v) => [name, `${name}, version ${v}`, v]) : [])];
