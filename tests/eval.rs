@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::cli::{nfold, project, refused, text, with_demo};
+use crate::process::Server;
 
 /// timm's predictions, as JSON lines for `--against`.
 fn timm(folder: &Path) -> (Value, String) {
@@ -96,4 +97,28 @@ fn what_names_no_class_or_image_is_refused() {
     refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "no image of");
     fs::write(here.join("other.jsonl"), "cat\n").unwrap();
     refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "line 1");
+}
+
+/// What a server answers is what its model answers in process, image by image and figure by figure.
+#[test]
+fn a_server_is_as_right_as_its_model() {
+    let server = Server::start(&[]);
+    let (here, url) = (server.folder(), format!("http://{}", server.http));
+    let photographs = project("tests/data/cifar10");
+    let local = evaluated(&[&photographs, "--limit", "60", "--predictions", "here.jsonl"], here);
+    let remote = evaluated(&[&photographs, "--limit", "60", "--server", &url, "--against", "here.jsonl"], here);
+    for figure in ["evaluation", "model", "version", "onnx_sha256", "images", "scores"] {
+        assert_eq!(remote[figure], local[figure], "{figure}");
+    }
+    assert_eq!(remote["against"]["comparison"]["agreement"]["count"], 60);
+    // what can't be read is the image's, what can't be asked the server's
+    fs::write(here.join("test.csv"), format!("{photographs}/cat/0000.jpg,cat\ntest.csv,cat\n")).unwrap();
+    let output = nfold(&["eval", "test.csv", "--server", &url], here);
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("`test.csv`") && said.contains("1 of 2 images"), "{said}");
+    let asked = |flags: &[&str]| nfold(&[&["eval", &photographs, "--limit", "3"], flags].concat(), here);
+    refused(&asked(&["--server", &url, "--model", "other"]), "answers 404: model `other`");
+    refused(&asked(&["--server", "http://127.0.0.1:1"]), "does not answer");
+    refused(&asked(&["--server", "https://127.0.0.1:1"]), "without TLS");
+    assert_eq!(asked(&["--server", &url, "--fit-temperature"]).status.code(), Some(2));
 }

@@ -2,6 +2,7 @@
 
 mod dataset;
 mod page;
+mod remote;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -15,7 +16,8 @@ use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
 use self::dataset::{Other, Sample};
-use super::classify::workers::{Given, ModelArgs, Workers, bar, engine};
+use self::remote::{Remote, Subject};
+use super::classify::workers::{Given, ModelArgs, Refusal, Workers, bar, engine};
 use super::fold::quoted;
 use super::images::ImageArgs;
 use super::printable::{self, printable, say};
@@ -39,6 +41,9 @@ pub struct EvalArgs {
     data: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
+    /// Evaluate a running server by its answers at /v1/classify; its own limits and its own decoding count
+    #[arg(long, env = "NFOLD_SERVER", value_name = "URL", conflicts_with = "fit_temperature")]
+    server: Option<String>,
     /// Compare image by image with another run: JSON lines of `nfold classify` or of --predictions
     #[arg(long, env = "NFOLD_AGAINST", value_name = "FILE")]
     against: Option<PathBuf>,
@@ -69,7 +74,7 @@ pub struct EvalArgs {
 
 /// The result of a run.
 struct Run {
-    model: ModelDir,
+    subject: Subject,
     samples: Vec<Sample>,
     /// By the sample's index: its judgement and predictions, most probable class first.
     answered: Vec<(usize, Judged, Vec<Prediction>)>,
@@ -79,6 +84,12 @@ struct Run {
     against: Option<(String, Comparison)>,
     fit: Option<Fitted>,
     seconds: f64,
+}
+
+/// Where predictions come from.
+enum Answerer {
+    Here(Box<ModelDir>, Workers),
+    There(Remote),
 }
 
 /// What --fit-temperature found.
@@ -101,16 +112,28 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         samples = dataset::limited(samples, usize::try_from(limit).unwrap_or(usize::MAX));
     }
     let other = args.against.as_deref().map(Other::read).transpose()?;
-    let (model, workers) = Workers::open(&args.model, samples.len())?;
-    let labels = &model.manifest.labels;
-    let scoring = model.manifest.scoring();
-    let classes = dataset::resolve(&samples, labels, model.manifest.classes as usize)?;
     let images: Vec<_> = samples.iter().map(|sample| sample.found.clone()).collect();
+    let (subject, answerer) = match &args.server {
+        None => {
+            let (model, workers) = Workers::open(&args.model, samples.len())?;
+            (Subject::of(&model), Answerer::Here(Box::new(model), workers))
+        }
+        Some(server) => {
+            let (name, version) = args.model.named();
+            let (subject, remote) = Remote::open(server, name, version, &images, decoder.limits.max_bytes)?;
+            (subject, Answerer::There(remote))
+        }
+    };
+    let labels = &subject.labels;
+    let classes = dataset::resolve(&samples, labels, subject.classes)?;
     let mut predictions = args.predictions.as_ref().map(|path| Predictions::create(path)).transpose()?;
     if args.fit_temperature {
-        let kept = samples.len().saturating_mul(4 * model.manifest.classes as usize);
-        if scoring.activation == ScoreFunction::None {
-            bail!("`{}` was folded with --activation none: its scores are logits and have no temperature", model.name);
+        let kept = samples.len().saturating_mul(4 * subject.classes);
+        if subject.activation == ScoreFunction::None {
+            bail!(
+                "`{}` was folded with --activation none: its scores are logits and have no temperature",
+                subject.name
+            );
         }
         if kept > MOST_KEPT {
             bail!("--fit-temperature keeps every image's logits, {:.1} GB here; add --limit", kept as f64 / 1e9);
@@ -119,22 +142,16 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let (mut answered, mut failed, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     let progress = bar(samples.len());
     let started = Instant::now();
-    workers.each(&model, &images, (decoder, &memory), Extras::NONE, |i, given| {
+    let mut judge = |i: usize, answer: Result<Vec<Prediction>, Refusal>| {
         progress.inc(1);
         let sample = &samples[i];
-        let named = given.and_then(|Given { logits, .. }| {
-            let top = select(&logits, &scoring, Selection::top(TOP), labels).map_err(engine)?;
-            Ok((top, logits))
-        });
-        match named {
-            Ok((top, logits)) => {
+        match answer {
+            Ok(top) => {
                 let class = classes[&sample.class];
-                if args.fit_temperature {
-                    rows.push((class, logits));
-                }
                 if let Some(file) = &mut predictions {
                     file.write(&json!({
-                        "image": sample.name, "class": label(labels, class), "model": model.name, "version": model.version,
+                        "image": sample.name, "class": label(labels, class), "model": subject.name,
+                        "version": subject.version,
                         "predictions": top,
                     }))?;
                 }
@@ -148,8 +165,28 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
                 failed.push((i, message));
             }
         }
-        Ok(())
-    })?;
+        anyhow::Ok(())
+    };
+    let model = match answerer {
+        Answerer::There(remote) => {
+            remote.each(&images, judge)?;
+            None
+        }
+        Answerer::Here(model, workers) => {
+            let scoring = model.manifest.scoring();
+            workers.each(&model, &images, (decoder, &memory), Extras::NONE, |i, given| {
+                let top = given.and_then(|Given { logits, .. }| {
+                    let top = select(&logits, &scoring, Selection::top(TOP), labels).map_err(engine)?;
+                    if args.fit_temperature {
+                        rows.push((classes[&samples[i].class], logits));
+                    }
+                    Ok(top)
+                });
+                judge(i, top)
+            })?;
+            Some(model)
+        }
+    };
     progress.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     if answered.is_empty() {
@@ -162,8 +199,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let evaluation = Evaluation::of(&judged);
     let against = match (&args.against, other) {
         (Some(path), Some(other)) => {
-            let by_label =
-                |name: &str| (0..model.manifest.classes as usize).find(|&index| label(labels, index) == name);
+            let by_label = |name: &str| (0..subject.classes).find(|&index| label(labels, index) == name);
             let pairs: Vec<_> = answered
                 .iter()
                 .filter_map(|(i, judged, _)| Some((*judged, by_label(other.of(&samples[*i].name)?)?)))
@@ -180,9 +216,9 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => None,
     };
-    let fit = args.fit_temperature.then(|| fit(args, &model, &rows)).transpose()?;
+    let fit = model.filter(|_| args.fit_temperature).map(|model| fit(args, &model, &rows)).transpose()?;
     drop(rows);
-    let run = Run { model, samples, answered, failed, evaluation, against, fit, seconds };
+    let run = Run { subject, samples, answered, failed, evaluation, against, fit, seconds };
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder)
             .map_err(|e| anyhow!("can't make `{}`: {e}; check --report", printable::path(folder)))?;
@@ -267,7 +303,7 @@ impl Predictions {
 
 /// The results as JSON.
 fn object(run: &Run) -> Value {
-    let labels = &run.model.manifest.labels;
+    let labels = &run.subject.labels;
     let mut evaluation = json!(run.evaluation);
     let named = |rows: Option<&mut Vec<Value>>, fields: &[(&str, &str)]| {
         for row in rows.into_iter().flatten() {
@@ -282,14 +318,14 @@ fn object(run: &Run) -> Value {
     let failed = run.failed.iter().map(|(i, why)| json!({ "image": run.samples[*i].name, "message": why }));
     json!({
         "schema": "nfold-eval/1",
-        "model": run.model.name,
-        "version": run.model.version,
-        "onnx_sha256": run.model.manifest.onnx_sha256,
+        "model": run.subject.name,
+        "version": run.subject.version,
+        "onnx_sha256": run.subject.onnx_sha256,
         "images": run.answered.len(),
         "failed": failed.collect::<Vec<_>>(),
         "seconds": run.seconds,
         "evaluation": evaluation,
-        "scores": run.model.manifest.scoring(),
+        "scores": run.subject.activation,
         "fit": run.fit.as_ref().map(|found| json!({
             "fit": found.fit,
             "calibration_error_before": run.evaluation.calibration_error,
@@ -308,15 +344,15 @@ fn percent(share: &Share) -> String {
 
 /// The results as text.
 fn table(run: &Run) -> String {
-    let Run { model, evaluation, .. } = run;
-    let labels = &model.manifest.labels;
+    let Run { subject, evaluation, .. } = run;
+    let labels = &subject.labels;
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<14} {text}");
     };
     line(
         "model",
-        format!("{} version {}, sha256 {:.12}", printable(&model.name), model.version, model.manifest.onnx_sha256),
+        format!("{} version {}, sha256 {:.12}", printable(&subject.name), subject.version, subject.onnx_sha256),
     );
     let speed = run.answered.len() as f64 / run.seconds.max(1e-3);
     line(
@@ -329,7 +365,7 @@ fn table(run: &Run) -> String {
         ),
     );
     line("top-1", percent(&evaluation.top1));
-    if model.manifest.classes as usize > TOP {
+    if subject.classes > TOP {
         line("top-5", percent(&evaluation.top5));
     }
     line(
@@ -347,7 +383,7 @@ fn table(run: &Run) -> String {
             100.0 * evaluation.mean_score
         )
     };
-    match model.manifest.scoring().activation {
+    match subject.activation {
         ScoreFunction::None => line("calibration", "none: scores are logits (--activation none)".into()),
         _ => line("calibration", calibration(evaluation)),
     }

@@ -41,6 +41,11 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Name and version of the model, as far as given.
+    pub fn named(&self) -> (Option<&str>, Option<u64>) {
+        (self.model.as_deref(), self.model_version)
+    }
+
     /// Model repository.
     pub fn repository(&self) -> &Path {
         &self.repository

@@ -27,13 +27,13 @@ border-bottom:1px solid var(--line)}th:first-child,td:first-child{text-align:lef
 
 /// The page. Pictures of more than `max_bytes` bytes are only named.
 pub fn html(run: &Run, max_bytes: usize) -> String {
-    let labels = &run.model.manifest.labels;
+    let labels = &run.subject.labels;
     let name = |index| chart::escape(&label(labels, index));
     let evaluation = &run.evaluation;
     let mut out = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
     out.push_str("<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>nfold eval</title>");
-    let model = chart::escape(&run.model.name);
-    let _ = write!(out, "<style>{STYLE}</style></head><body><h1>{model}, version {}</h1>", run.model.version);
+    let model = chart::escape(&run.subject.name);
+    let _ = write!(out, "<style>{STYLE}</style></head><body><h1>{model}, version {}</h1>", run.subject.version);
     let _ = write!(out, "<p class=\"lead\">Right on {}.</p>", percent(&evaluation.top1));
     let _ = write!(
         out,
@@ -90,14 +90,14 @@ pub fn html(run: &Run, max_bytes: usize) -> String {
         out,
         "</table><p class=\"note\">sha256 of the graph {}; intervals are Wilson's of 95 %; calibration error in 15 ranges of the \
          best score (Guo et al., 2017).</p></body></html>",
-        run.model.manifest.onnx_sha256
+        run.subject.onnx_sha256
     );
     out
 }
 
 /// The pictures with the most confident wrong predictions.
 fn errors(out: &mut String, run: &Run, max_bytes: usize) {
-    let labels = &run.model.manifest.labels;
+    let labels = &run.subject.labels;
     let mut wrong: Vec<_> = run.answered.iter().filter(|(_, judged, _)| !judged.is_right()).collect();
     wrong.sort_by(|(_, a, _), (_, b, _)| b.score.total_cmp(&a.score));
     if wrong.is_empty() {
