@@ -38,7 +38,7 @@ def main():
                 shape = lambda value: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
                 [source], [logits, *others] = model.graph.input, model.graph.output
                 assert (source.name, logits.name) == ("input", "logits"), path
-                assert [output.name for output in others] == (["features", "map"] if way.startswith("map") else ["features"]), path
+                assert {output.name for output in others} == ({"features", "map"} if way.startswith("map") else {"features"}), path
                 assert all(output.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for output in others), path
                 assert source.type.tensor_type.elem_type == logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
                 assert shape(source)[:2] == ["batch", channels] and shape(logits)[0] == "batch", path
