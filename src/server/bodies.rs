@@ -11,6 +11,7 @@ mod form;
 pub(super) mod inflate;
 pub(super) mod intake;
 pub(super) mod json;
+pub(super) mod numbers;
 pub(super) mod threads;
 pub(super) mod upload;
 

@@ -22,6 +22,8 @@ pub enum Protocol {
     Classify,
     /// `POST /v2/models/M/infer` with a tensor in the binary extension.
     OipHttp,
+    /// `POST /v2/models/M/infer` with a tensor as numbers in JSON.
+    OipJson,
     /// `ModelInfer` with a raw tensor.
     OipGrpc,
 }
@@ -147,8 +149,9 @@ pub fn classify(images: Vec<Vec<u8>>, model: Option<&str>) -> Result<Vec<Request
     Ok(images.into_iter().map(request).collect())
 }
 
-/// `count` requests with a noise tensor each, shaped by the server's metadata.
+/// `count` requests with a noise tensor each, shaped by the server's metadata; as bytes, or as numbers in JSON.
 pub async fn oip_http(
+    protocol: Protocol,
     server: &str,
     model: Option<&str>,
     tensors: Tensors,
@@ -169,7 +172,8 @@ pub async fn oip_http(
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let payload = |_| {
         let raw = noise(tensors.datatype, &shape, &mut rng);
-        Request::Http(tensor(model, &name, tensors.datatype, &shape, &raw))
+        let write = if protocol == Protocol::OipJson { numbers } else { tensor };
+        Request::Http(write(model, &name, tensors.datatype, &shape, &raw))
     };
     Ok((0..count.max(1)).map(payload).collect())
 }
@@ -256,6 +260,22 @@ fn tensor(model: &str, name: &str, datatype: Datatype, shape: &[usize], raw: &[u
     Payload { target: format!("/v2/models/{model}/infer"), headers, body: Bytes::from(body) }
 }
 
+/// The tensor as numbers in JSON, in the order and with the digits of Python's clients, which make doubles of what they have.
+fn numbers(model: &str, name: &str, datatype: Datatype, shape: &[usize], raw: &[u8]) -> Payload {
+    let data: Value = match datatype {
+        Datatype::Fp32 => {
+            raw.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+        }
+        Datatype::Uint8 => raw.into(),
+    };
+    let (name, datatype) = (json!(name), datatype.name());
+    let shape = json!(shape);
+    let body =
+        format!("{{\"inputs\":[{{\"name\":{name},\"shape\":{shape},\"datatype\":\"{datatype}\",\"data\":{data}}}]}}");
+    let headers = vec![("content-type", "application/json".to_string())];
+    Payload { target: format!("/v2/models/{model}/infer"), headers, body: Bytes::from(body) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,6 +294,22 @@ mod tests {
         assert_eq!(json["inputs"][0]["datatype"], "FP32");
         let head: usize = of(Datatype::Uint8).headers[1].1.parse().expect("a number");
         assert_eq!(of(Datatype::Uint8).body.len() - head, 12);
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_bytes() {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        for datatype in [Datatype::Fp32, Datatype::Uint8] {
+            let raw = noise(datatype, &[1, 3, 2, 2], &mut rng);
+            let payload = numbers("m", "input", datatype, &[1, 3, 2, 2], &raw);
+            let json: Value = serde_json::from_slice(&payload.body).expect("JSON");
+            let data = json["inputs"][0]["data"].as_array().expect("a list");
+            let back = |value: &Value| match datatype {
+                Datatype::Fp32 => (value.as_f64().expect("a number") as f32).to_le_bytes().to_vec(),
+                Datatype::Uint8 => vec![value.as_u64().expect("a number") as u8],
+            };
+            assert_eq!(data.iter().flat_map(back).collect::<Vec<u8>>(), raw);
+        }
     }
 
     #[test]

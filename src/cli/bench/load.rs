@@ -90,6 +90,7 @@ pub struct LoadArgs {
 enum ProtocolArg {
     Classify,
     OipHttp,
+    OipJson,
     OipGrpc,
 }
 
@@ -118,6 +119,7 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         protocol: match args.protocol {
             ProtocolArg::Classify => Protocol::Classify,
             ProtocolArg::OipHttp => Protocol::OipHttp,
+            ProtocolArg::OipJson => Protocol::OipJson,
             ProtocolArg::OipGrpc => Protocol::OipGrpc,
         },
         tensors: Tensors {
@@ -148,7 +150,9 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
         let (model, bodies) = (plan.model.as_deref(), args.bodies as usize);
         let payloads = match plan.protocol {
             Protocol::Classify => protocol::classify(images(&args.image, bodies)?, model)?,
-            Protocol::OipHttp => protocol::oip_http(&plan.server, model, plan.tensors, bodies, plan.seed).await?,
+            spoken @ (Protocol::OipHttp | Protocol::OipJson) => {
+                protocol::oip_http(spoken, &plan.server, model, plan.tensors, bodies, plan.seed).await?
+            }
             Protocol::OipGrpc => protocol::oip_grpc(&plan.server, model, plan.tensors, bodies, plan.seed).await?,
         };
         protocol::check(&plan.server, &payloads, args.timeout).await?;

@@ -34,32 +34,50 @@ pub(in crate::server) fn document(json: &[u8]) -> Result<Vec<Member<'_>>, Error>
     object(json)
 }
 
-/// Whether more than `most` arrays and objects are open at some point. For text that is not JSON, the result does not
-/// matter.
-fn is_deeper_than(mut json: &[u8], most: usize) -> bool {
-    let mut depth = 0_usize;
-    while let Some((&byte, rest)) = json.split_first() {
-        json = rest;
-        match byte {
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            b'"' => {
-                // an unterminated string is left for the parser to report
-                while let Some(at) = memchr::memchr2(b'"', b'\\', json) {
-                    let escape = json[at] == b'\\';
-                    json = json.get(at + 1 + usize::from(escape)..).unwrap_or_default();
-                    if !escape {
-                        break;
-                    }
-                }
-            }
-            _ => {}
+/// Whether more than `most` arrays and objects are open somewhere. Of text that is no JSON either answer will do.
+fn is_deeper_than(json: &[u8], most: usize) -> bool {
+    let mut depth = 0;
+    scan(json, |byte| {
+        depth = depth_after(depth, byte);
+        depth > most
+    })
+    .is_some()
+}
+
+fn depth_after(depth: usize, byte: u8) -> usize {
+    match byte {
+        b'[' | b'{' => depth + 1,
+        b']' | b'}' => depth.saturating_sub(1),
+        _ => depth,
+    }
+}
+
+/// Behind the first byte, outside of strings, at which `ends` says so.
+fn scan(json: &[u8], mut ends: impl FnMut(u8) -> bool) -> Option<usize> {
+    let mut at = 0;
+    while let Some(&byte) = json.get(at) {
+        at += 1;
+        if byte == b'"' {
+            at += string(&json[at..]);
         }
-        if depth > most {
-            return true;
+        if ends(byte) {
+            return Some(at);
         }
     }
-    false
+    None
+}
+
+/// Bytes from behind a string's first quote to behind its last. A string without an end is an error that the parser tells.
+fn string(json: &[u8]) -> usize {
+    let mut at = 0;
+    while let Some(found) = json.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
+        at += found;
+        if json[at] == b'"' {
+            return at + 1;
+        }
+        at += 2;
+    }
+    json.len()
 }
 
 /// The members of an object, at most [`MEMBERS`].
@@ -71,7 +89,155 @@ pub(in crate::server) fn object(json: &[u8]) -> Result<Vec<Member<'_>>, Error> {
     Ok(members)
 }
 
-/// The elements of an array; of more than `most`, only their number (as `Err`).
+/// JSON read from its beginning on, in one pass: what is inside is read where it stands, or skipped once. Whoever reads a value
+/// checks it, so that nothing is looked at twice but what is short.
+pub(in crate::server) struct Cursor<'a> {
+    text: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    /// At the beginning of a text.
+    pub(in crate::server) fn new(text: &'a [u8]) -> Self {
+        Self { text, at: 0 }
+    }
+
+    /// Bytes from here to the text's end.
+    pub(in crate::server) fn left(&self) -> usize {
+        self.text.len() - self.at
+    }
+
+    /// The text from the next byte on that is no white space.
+    pub(in crate::server) fn rest(&mut self) -> &'a [u8] {
+        let rest = &self.text[self.at..];
+        let white = rest.iter().take_while(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n')).count();
+        self.at += white;
+        &rest[white..]
+    }
+
+    /// Goes on by `bytes` bytes.
+    pub(in crate::server) fn pass(&mut self, bytes: usize) {
+        self.at = (self.at + bytes).min(self.text.len());
+    }
+
+    /// Goes on behind `byte`, if it comes next.
+    fn pass_if(&mut self, byte: u8) -> bool {
+        let comes = self.rest().first() == Some(&byte);
+        self.at += usize::from(comes);
+        comes
+    }
+
+    /// Nothing but white space may follow.
+    pub(in crate::server) fn end(&mut self) -> Result<(), Error> {
+        if self.rest().is_empty() { Ok(()) } else { Err(Error::custom(format!("more text at byte {}", self.at))) }
+    }
+
+    /// Whether the next value is `null`, which is then read.
+    pub(in crate::server) fn is_null(&mut self) -> Result<bool, Error> {
+        let is = self.rest().starts_with(b"null");
+        if is {
+            self.value()?;
+        }
+        Ok(is)
+    }
+
+    /// The next value, unread and unchecked: text that begins with it and ends with it if it is JSON.
+    pub(in crate::server) fn skip(&mut self) -> Result<Self, Error> {
+        let rest = self.rest();
+        let Some(&first) = rest.first() else { return Err(Error::custom("the text ends where a value is due")) };
+        let length = match first {
+            b'"' => 1 + string(&rest[1..]),
+            b'[' | b'{' => {
+                // whoever skips a value remembers each level that is open
+                let mut depth = 0;
+                let length = scan(rest, |byte| {
+                    depth = depth_after(depth, byte);
+                    depth == 0 || depth > DEPTH
+                });
+                if depth > DEPTH {
+                    return Err(Error::custom(format!("nested deeper than {DEPTH} levels")));
+                }
+                length.unwrap_or(rest.len())
+            }
+            _ => rest.iter().position(|byte| b",]} \t\r\n".contains(byte)).unwrap_or(rest.len()),
+        };
+        self.at += length;
+        Ok(Self::new(&rest[..length]))
+    }
+
+    /// The next value, checked.
+    pub(in crate::server) fn value(&mut self) -> Result<&'a RawValue, Error> {
+        serde_json::from_slice(self.skip()?.text)
+    }
+
+    /// Reads an object: each member's name, cut if it is long, and its value by `read`, which must read it. [`MEMBERS`] at most.
+    pub(in crate::server) fn members<E: From<Error>>(
+        &mut self,
+        mut read: impl FnMut(String, &mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut names: Vec<String> = Vec::new();
+        self.list(b'{', b'}', "an object is due", |cursor| {
+            if cursor.rest().first() != Some(&b'"') {
+                return Err(Error::custom("a member's name is due").into());
+            }
+            let Cut(name) = serde_json::from_slice(cursor.skip()?.text)?;
+            if names.contains(&name) {
+                return Err(Error::custom(format!("`{name}` is there twice")).into());
+            }
+            if names.len() == MEMBERS {
+                return Err(Error::custom(format!("an object of more than {MEMBERS} members")).into());
+            }
+            if !cursor.pass_if(b':') {
+                return Err(Error::custom("a colon is due").into());
+            }
+            names.push(name.clone());
+            read(name, cursor)
+        })
+    }
+
+    /// Reads an array of `what`, each by `read`, which must read it; `most` at most.
+    pub(in crate::server) fn elements<E: From<Error>>(
+        &mut self,
+        most: usize,
+        what: &str,
+        mut read: impl FnMut(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut count = 0;
+        self.list(b'[', b']', "an array is due", |cursor| {
+            count += 1;
+            if count > most {
+                return Err(Error::custom(format!("more than {most} {what}")).into());
+            }
+            read(cursor)
+        })
+    }
+
+    fn list<E: From<Error>>(
+        &mut self,
+        first: u8,
+        last: u8,
+        due: &str,
+        mut read: impl FnMut(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if !self.pass_if(first) {
+            return Err(Error::custom(due).into());
+        }
+        if self.pass_if(last) {
+            return Ok(());
+        }
+        loop {
+            read(self)?;
+            if self.pass_if(last) {
+                return Ok(());
+            }
+            if !self.pass_if(b',') {
+                return Err(Error::custom(format!("a comma or an end is due at byte {}", self.at)).into());
+            }
+        }
+    }
+}
+
+/// The elements of the array that `json` is; of more than `most` only how many there are.
 pub(in crate::server) fn array(json: &RawValue, most: usize) -> Result<Result<Vec<&RawValue>, usize>, Error> {
     begins_with(json.get().as_bytes(), b'[', "an array is due")?;
     Array { most }.deserialize(&mut serde_json::Deserializer::from_str(json.get()))
@@ -87,7 +253,7 @@ pub(in crate::server) fn short<'a, T: Deserialize<'a>>(name: &str, json: &'a Raw
     serde_json::from_str(text).map_err(wrong)
 }
 
-/// A string, truncated if it is long; `None` for `null`.
+/// A text, cut if it is long. `null` is no text.
 pub(in crate::server) fn text(name: &str, json: &RawValue) -> Result<Option<String>, Error> {
     match json.get() {
         "null" => Ok(None),

@@ -6,12 +6,14 @@ use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::Response;
 use serde::Serialize;
-use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::de::Error as _;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::super::bodies::budget::ChargedBody;
-use super::super::bodies::{Limits, base64, json};
+use super::super::bodies::json::{self, Cursor};
+use super::super::bodies::numbers::numbers;
+use super::super::bodies::{Limits, base64};
 use super::super::served::SERVER_TIMING;
 use super::super::status::{ApiError, cut};
 use super::datatype::Datatype;
@@ -138,23 +140,34 @@ pub fn parse(json_length: Option<usize>, body: &Bytes, limits: &Limits, room: Ro
     let json = body.get(..length).ok_or_else(|| {
         invalid(format!("`inference-header-content-length` is {length}, the body has only {} bytes", body.len()))
     })?;
-    let other = |e: serde_json::Error| invalid(format!("the body is no inference request of the protocol: {e}"));
     let (mut inputs, mut outputs) = (None, Vec::new());
     let (mut inference, mut parameters) = (Inference::default(), Parameters::new());
-    for (name, value) in json::document(json).map_err(other)? {
+    let mut cursor = Cursor::new(json);
+    let read = cursor.members(|name, json| {
         match name.as_str() {
-            "id" => inference.id = json::text("id", value).map_err(other)?,
-            "parameters" => parameters = json::scalars("parameters", value).map_err(other)?,
-            "inputs" => inputs = Some(few("inputs", value).map_err(other)?),
-            "outputs" if value.get() != "null" => outputs = few("outputs", value).map_err(other)?,
-            _ => {}
+            "id" => inference.id = json::text("id", json.value()?)?,
+            "parameters" => parameters = json::scalars("parameters", json.value()?)?,
+            "inputs" => {
+                let inputs = inputs.insert(Vec::new());
+                json.elements(MAX_TENSORS, "inputs", |json| {
+                    inputs.push(Input::read(json, limits, room)?);
+                    Ok::<_, Wrong>(())
+                })?;
+            }
+            "outputs" => match json.value()? {
+                none if none.get() == "null" => {}
+                given => outputs = few("outputs", given)?,
+            },
+            _ => json.value().map(|_| ())?,
         }
-    }
+        Ok::<_, Wrong>(())
+    });
+    read.and_then(|()| Ok(cursor.end()?)).map_err(Wrong::told)?;
+    let other = |e: serde_json::Error| Wrong::from(e).told();
     let inputs = inputs.ok_or_else(|| other(serde_json::Error::missing_field("inputs")))?;
     let mut binary = body.slice(length..);
     for input in inputs {
-        let input = Input::read(input).map_err(other)?;
-        inference.inputs.push(input.tensor(&mut binary, limits, room)?);
+        inference.inputs.push(input.tensor(&mut binary)?);
     }
     if !binary.is_empty() {
         return Err(invalid(format!("{} bytes after the last tensor belong to no input", binary.len())));
@@ -180,49 +193,82 @@ fn few<'a>(name: &str, json: &'a RawValue) -> Result<Vec<&'a RawValue>, serde_js
     json::array(json, MAX_TENSORS)?.map_err(|count| serde_json::Error::custom(many(count)))
 }
 
-/// A tensor as it stands in the JSON.
-struct Input<'a> {
-    name: String,
-    shape: Vec<i64>,
-    datatype: String,
-    parameters: Parameters,
-    data: Option<&'a RawValue>,
+/// Why a request can't be read: it is no JSON of the protocol, or what it says is refused.
+enum Wrong {
+    Json(serde_json::Error),
+    Refused(ApiError),
 }
 
-impl<'a> Input<'a> {
-    fn read(json: &'a RawValue) -> Result<Self, serde_json::Error> {
-        let (mut name, mut shape, mut datatype) = (None, None, None);
-        let (mut parameters, mut data) = (Parameters::new(), None);
-        for (member, value) in json::object(json.get().as_bytes())? {
-            match member.as_str() {
-                "name" => name = json::text("name", value)?,
-                "shape" => shape = json::short::<Vec<i64>>("shape", value)?,
-                "datatype" => datatype = json::text("datatype", value)?,
-                "parameters" => parameters = json::scalars("parameters", value)?,
-                "data" => data = Some(value).filter(|value| value.get() != "null"),
-                _ => {}
-            }
+impl From<serde_json::Error> for Wrong {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Json(error)
+    }
+}
+
+impl From<ApiError> for Wrong {
+    fn from(error: ApiError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl Wrong {
+    fn told(self) -> ApiError {
+        match self {
+            Self::Json(error) => invalid(format!("the body is no inference request of the protocol: {error}")),
+            Self::Refused(error) => error,
         }
+    }
+}
+
+/// A tensor as it stands in the JSON.
+struct Input {
+    name: String,
+    shape: Vec<i64>,
+    datatype: Datatype,
+    parameters: Parameters,
+    contents: Option<Contents>,
+}
+
+impl Input {
+    /// Reads a tensor where it stands. Its elements are read in the same pass where its shape and datatype come before them, as
+    /// every client writes it; else when those are known.
+    fn read(json: &mut Cursor<'_>, limits: &Limits, room: Room<'_>) -> Result<Self, Wrong> {
+        let (mut name, mut shape, mut datatype) = (None, None, None);
+        let (mut parameters, mut contents, mut later) = (Parameters::new(), None, None);
+        json.members(|member, json| {
+            match member.as_str() {
+                "name" => name = json::text("name", json.value()?)?,
+                "shape" => shape = json::short::<Vec<i64>>("shape", json.value()?)?.map(few_dimensions).transpose()?,
+                "datatype" => datatype = json::text("datatype", json.value()?)?.map(known).transpose()?,
+                "parameters" => parameters = json::scalars("parameters", json.value()?)?,
+                "data" => match (&shape, datatype) {
+                    _ if json.is_null()? => {}
+                    (Some(shape), Some(datatype)) => {
+                        contents = Some(elements(json, name.as_deref(), datatype, shape, limits, room)?);
+                    }
+                    _ => later = Some(json.skip()?),
+                },
+                _ => json.value().map(|_| ())?,
+            }
+            Ok::<_, Wrong>(())
+        })?;
         let missing = serde_json::Error::missing_field;
         let shape = shape.ok_or_else(|| missing("shape"))?;
-        if shape.len() > MAX_DIMENSIONS {
-            let text = format!("a shape of {} dimensions, at most {MAX_DIMENSIONS} are read", shape.len());
-            return Err(serde_json::Error::custom(text));
-        }
         let name = name.ok_or_else(|| missing("name"))?;
         let datatype = datatype.ok_or_else(|| missing("datatype"))?;
-        Ok(Self { name, shape, datatype, parameters, data })
+        if let Some(mut data) = later {
+            contents = Some(elements(&mut data, Some(&name), datatype, &shape, limits, room)?);
+        }
+        Ok(Self { name, shape, datatype, parameters, contents })
     }
 
-    /// The tensor, with its bytes split off the front of `binary` if it says so.
-    fn tensor(self, binary: &mut Bytes, limits: &Limits, room: Room<'_>) -> Result<InputTensor, ApiError> {
-        let Self { name, shape, datatype, parameters, data } = self;
+    /// Takes its bytes off the front of `binary` if it says that they are there.
+    fn tensor(self, binary: &mut Bytes) -> Result<InputTensor, ApiError> {
+        let Self { name, shape, datatype, parameters, contents } = self;
         let shown = name.escape_debug().to_string();
         refuse_shared_memory(&parameters, &name)?;
-        let known = Datatype::parse(&datatype)
-            .ok_or_else(|| invalid(format!("`{}` is no datatype of the protocol", datatype.escape_debug())))?;
         let size = whole(&parameters, "binary_data_size")?;
-        let contents = match (size, data) {
+        let contents = match (size, contents) {
             (Some(_), Some(_)) => {
                 return Err(invalid(format!("input `{shown}` has both `data` and `binary_data_size`")));
             }
@@ -231,61 +277,74 @@ impl<'a> Input<'a> {
                 let size = usize::try_from(size).ok().filter(|&size| size <= binary.len()).ok_or_else(|| {
                     invalid(format!("input `{shown}` says {size} bytes, {} are left of the body", binary.len()))
                 })?;
-                Contents::Raw(known, binary.split_to(size))
+                Contents::Raw(datatype, binary.split_to(size))
             }
-            (None, Some(data)) => {
-                let most = shape.iter().try_fold(1_usize, |n, &side| n.checked_mul(usize::try_from(side).ok()?));
-                let most = most.ok_or_else(|| invalid(format!("input `{shown}` can't have shape {shape:?}")))?;
-                let per_image = if known == Datatype::Bytes { 1 } else { limits.values };
-                if most > limits.images.saturating_mul(per_image) {
-                    // no model accepts that shape, so the elements need not be parsed
-                    Contents::Raw(known, Bytes::new())
-                } else {
-                    room(most_bytes(known, data, most))?;
-                    elements(known, data, most).map_err(|e| {
-                        invalid(format!("`data` of input `{shown}` is not {datatype}: {}", cut(&e.to_string())))
-                    })?
-                }
-            }
+            (None, Some(contents)) => contents,
         };
         Ok(InputTensor { name, shape, contents })
     }
 }
 
-/// Most bytes that the elements of `data` may need, if they are at most `most`.
-fn most_bytes(datatype: Datatype, data: &RawValue, most: usize) -> usize {
-    // an element is at least a digit and a comma
-    let elements = most.min(data.get().len() / 2 + 1);
-    match datatype {
-        Datatype::Fp32 => 4 * elements,
-        Datatype::Uint8 => elements,
-        Datatype::Bytes => base64::most(data.get().len()),
-        _ => 0,
+fn few_dimensions(shape: Vec<i64>) -> Result<Vec<i64>, serde_json::Error> {
+    if shape.len() > MAX_DIMENSIONS {
+        let text = format!("a shape of {} dimensions, at most {MAX_DIMENSIONS} are read", shape.len());
+        return Err(serde_json::Error::custom(text));
     }
+    Ok(shape)
 }
 
-/// Elements in JSON, at most `most`.
-fn elements(datatype: Datatype, data: &RawValue, most: usize) -> Result<Contents, serde_json::Error> {
-    match datatype {
+fn known(datatype: String) -> Result<Datatype, ApiError> {
+    let unknown = || invalid(format!("`{}` is no datatype of the protocol", datatype.escape_debug()));
+    Datatype::parse(&datatype).ok_or_else(unknown)
+}
+
+/// The elements of `data`, of which there may be as many as `shape` says, if `limits` and `room` let them in.
+fn elements(
+    data: &mut Cursor<'_>,
+    name: Option<&str>,
+    datatype: Datatype,
+    shape: &[i64],
+    limits: &Limits,
+    room: Room<'_>,
+) -> Result<Contents, ApiError> {
+    let shown = name.unwrap_or(INPUT).escape_debug().to_string();
+    let most = shape.iter().try_fold(1_usize, |n, &side| n.checked_mul(usize::try_from(side).ok()?));
+    let most = most.ok_or_else(|| invalid(format!("input `{shown}` can't have shape {shape:?}")))?;
+    let per_image = if datatype == Datatype::Bytes { 1 } else { limits.values };
+    let wrong = |e: serde_json::Error| {
+        invalid(format!("`data` of input `{shown}` is not {}: {}", datatype.name(), cut(&e.to_string())))
+    };
+    if most > limits.images.saturating_mul(per_image) {
+        // no model takes that shape, and says so: nothing of it need be read
+        data.skip().map_err(wrong)?;
+        return Ok(Contents::Raw(datatype, Bytes::new()));
+    }
+    // an element is a digit and a comma at least
+    let count = most.min(data.left() / 2 + 1);
+    let due = serde_json::Error::custom;
+    let read = match datatype {
         Datatype::Fp32 => {
-            let mut bytes = Vec::new();
-            flat::<f32>(data, most, &mut |value| bytes.extend(value.to_le_bytes()))?;
-            Ok(Contents::Fp32(bytes.into()))
+            room(4 * count)?;
+            let mut bytes = Vec::with_capacity(4 * count);
+            let keep = |value: f32| bytes.extend_from_slice(&value.to_le_bytes());
+            numbers(data, most, MAX_DEPTH, keep).map(|()| Contents::Fp32(bytes.into()))
         }
         Datatype::Uint8 => {
-            let mut bytes = Vec::new();
-            flat::<u8>(data, most, &mut |value| bytes.push(value))?;
-            Ok(Contents::Raw(datatype, bytes.into()))
+            room(count)?;
+            let mut bytes = Vec::with_capacity(count);
+            numbers(data, most, MAX_DEPTH, |value| bytes.push(value)).map(|()| Contents::Raw(datatype, bytes.into()))
         }
         Datatype::Bytes => {
+            let data = data.value().map_err(wrong)?;
+            room(base64::most(data.get().len()))?;
             let mut elements = Vec::new();
-            texts(data, 0, most, &mut elements)?;
-            Ok(Contents::Elements(elements))
+            texts(data, 0, most, &mut elements).map(|()| Contents::Elements(elements))
         }
-        Datatype::Fp16 | Datatype::Bf16 => Err(serde_json::Error::custom("it has no JSON form; send it as bytes")),
-        // refused with a better error text once the model is known
-        other => Ok(Contents::Raw(other, Bytes::new())),
-    }
+        Datatype::Fp16 | Datatype::Bf16 => Err(due("it has no JSON form; send it as bytes")),
+        // refused with a better text once the model is known
+        other => data.skip().map(|_| Contents::Raw(other, Bytes::new())),
+    };
+    read.map_err(wrong)
 }
 
 /// Byte strings in base64, at most `most`, in nested arrays; `depth` counts the levels.
@@ -308,100 +367,7 @@ fn texts(data: &RawValue, depth: usize, most: usize, out: &mut Vec<Bytes>) -> Re
     }
 }
 
-fn flat<T: Element>(data: &RawValue, most: usize, keep: &mut dyn FnMut(T)) -> Result<(), serde_json::Error> {
-    if !data.get().starts_with('[') {
-        return Err(serde_json::Error::custom("an array is due"));
-    }
-    let mut json = serde_json::Deserializer::from_str(data.get());
-    List { keep, left: &mut Left { most, left: most }, depth: 0 }.deserialize(&mut json)
-}
-
-/// What a JSON array may hold.
-trait Element: Sized {
-    fn number(_: f64) -> Option<Self>;
-}
-
-impl Element for f32 {
-    fn number(value: f64) -> Option<Self> {
-        Some(value as f32)
-    }
-}
-
-impl Element for u8 {
-    fn number(value: f64) -> Option<Self> {
-        (value.fract() == 0.0 && (0.0..=255.0).contains(&value)).then_some(value as u8)
-    }
-}
-
-/// How many more elements are allowed, and how many in all.
-struct Left {
-    most: usize,
-    left: usize,
-}
-
-/// An array of elements or of arrays, or (inside one) an element; every element goes to `keep`.
-struct List<'a, T> {
-    keep: &'a mut dyn FnMut(T),
-    left: &'a mut Left,
-    depth: usize,
-}
-
-impl<T: Element> List<'_, T> {
-    /// Counts an element before it is kept.
-    fn room<E: serde::de::Error>(&mut self) -> Result<(), E> {
-        if self.depth == 0 {
-            return Err(E::custom("an array is due"));
-        }
-        let Left { most, left } = self.left;
-        *left = left.checked_sub(1).ok_or_else(|| E::custom(format!("more than the {most} elements of the shape")))?;
-        Ok(())
-    }
-}
-
-impl<'de, T: Element> DeserializeSeed<'de> for List<'_, T> {
-    type Value = ();
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de, T: Element> Visitor<'de> for List<'_, T> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("an array of elements, flat or nested")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        if self.depth == MAX_DEPTH {
-            return Err(A::Error::custom("nested too deep"));
-        }
-        while seq.next_element_seed(List { keep: self.keep, left: self.left, depth: self.depth + 1 })?.is_some() {}
-        Ok(())
-    }
-
-    fn visit_f64<E: serde::de::Error>(mut self, value: f64) -> Result<(), E> {
-        self.room()?;
-        let element = T::number(value).ok_or_else(|| E::custom(format!("{value} can't be an element")))?;
-        (self.keep)(element);
-        Ok(())
-    }
-
-    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
-        self.visit_f64(value as f64)
-    }
-
-    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<(), E> {
-        self.visit_f64(value as f64)
-    }
-
-    fn visit_str<E: serde::de::Error>(mut self, _: &str) -> Result<(), E> {
-        self.room()?;
-        Err(E::custom("a string can't be an element"))
-    }
-}
-
-/// The response: JSON, followed by the outputs requested as bytes.
+/// The answer: JSON, and after it the outputs that are wanted as bytes.
 pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiError> {
     let Answered { model, id, outputs, served, charge, .. } = answered;
     let mut binary = Vec::new();
