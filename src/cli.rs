@@ -13,6 +13,7 @@ mod fetching;
 mod fold;
 mod gamma;
 mod healthcheck;
+mod hosts;
 mod images;
 mod init;
 mod inspect;

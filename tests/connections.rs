@@ -100,8 +100,8 @@ fn answers_to_readable_requests_stay_as_they_are() {
     assert_eq!((head.status, head.body.as_str()), (404, ""));
     let missing = ask(server.http, "GET /nothing", &[], b"");
     assert_eq!(missing.error(), (404, "not_found".into()));
-    assert!(missing.body.contains("there is no such path"), "{missing:?}");
-    // a valid and an invalid request in one packet: each has its own response
+    assert!(missing.body.contains("there is no path"), "{missing:?}");
+    // a good request and a bad one in one packet: each has its own answer
     let mut stream = open(server.http);
     stream.write_all(format!("{LIVE}GARBAGE\r\n\r\n").as_bytes()).unwrap();
     let mut answers = Vec::new();

@@ -237,10 +237,10 @@ fn features_come_by_every_door() {
         (json!({ "input": [1, 2] }), "is no string"),
         (json!({ "input": [] }), "holds no image"),
         (json!({ "input": [b64], "images": [] }), "both `images` and `input`"),
-        (json!({ "input": [b64], "dimensions": 8 }), "unknown field `dimensions`"),
+        (json!({ "input": [b64], "dimensions": 8 }), "there is no field `dimensions`"),
         (json!({ "input": [b64], "encoding_format": "int8" }), "neither `float` nor `base64`"),
         (json!({ "input": [b64], "model": "without" }), "folded without the output `features`"),
-        (json!({ "top_k": 5 }), "unknown field `top_k`"),
+        (json!({ "top_k": 5 }), "there is no field `top_k`"),
     ] {
         let answer = server.post("/v1/embed", &json, body.to_string().as_bytes());
         assert!(

@@ -158,7 +158,16 @@ pub fn start(server: Options, scheduler: SchedulerOptions) -> TestServer {
     start_on(runtime, Arc::new(Os), server, scheduler)
 }
 
-/// The same, on these I/O threads and this system.
+/// The same with models of these names.
+pub fn start_with(server: Options, names: &'static [&'static str]) -> TestServer {
+    let (go, gone) = mpsc::channel();
+    go.send(()).unwrap();
+    let server = open(server, options(1, 4, 16), names, gone);
+    server.until_ready();
+    server
+}
+
+/// The same on these I/O threads and this system.
 pub fn start_on(runtime: Runtime, system: Arc<dyn System>, server: Options, scheduler: SchedulerOptions) -> TestServer {
     let (go, gone) = mpsc::channel();
     go.send(()).unwrap();

@@ -72,6 +72,9 @@ mod registry;
 /// The server over real sockets, with faulty engines.
 mod serve;
 
+/// Contracts of platforms, and what requests may name.
+mod hosts;
+
 /// Load beyond capacity, and memory for bodies.
 mod overload;
 

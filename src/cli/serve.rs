@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use tokio::sync::mpsc;
 
 use super::addresses;
+use super::hosts::HostArgs;
 use super::images::ImageArgs;
 use super::signals::Signals;
 use super::source::{FoldingArgs, SourceArgs};
@@ -21,8 +22,11 @@ use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryError, RegistryOptions};
 use crate::logging::{self, LogFormat};
 use crate::metrics::Metrics;
-use crate::server::{self, Options, Server, TlsOptions};
+use crate::server::{self, Hosts, Options, Server, TlsOptions};
 use crate::sources::{Served, ServedOptions};
+
+/// The HTTP port, where nobody says another.
+const HTTP_PORT: u16 = 8000;
 
 /// Durations are a number and a unit: `500ms`, `10s`, `2m`. Every flag can be set by the variable beside it.
 #[derive(Debug, Args)]
@@ -62,12 +66,15 @@ pub struct ServeArgs {
     /// for their feature maps; a model with a larger input does not start
     #[arg(help_heading = "Models", long, value_name = "PIXELS", env = "NFOLD_MAX_INPUT_PIXELS", default_value_t = 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=4096 * 4096))]
     max_input_pixels: u64,
-    /// Address of the HTTP port, such as 127.0.0.1:8000, localhost:8000 or :8000; port 0 picks a free one
-    #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_HTTP", default_value = "0.0.0.0:8000", value_parser = addresses::listen)]
-    http: SocketAddr,
-    /// Port of the HTTP address, instead of the one in --http
+    /// Address of the HTTP port, such as 127.0.0.1:8000, localhost:8000 or :8000; port 0 picks a free one;
+    /// on a platform its port (--hosts) [default: 0.0.0.0:8000]
+    #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_HTTP", value_parser = addresses::listen)]
+    http: Option<SocketAddr>,
+    /// Number of the HTTP port, in place of the one in --http
     #[arg(help_heading = "Addresses", long, value_name = "N", env = "NFOLD_PORT")]
     port: Option<u16>,
+    #[command(flatten)]
+    platforms: HostArgs,
     /// Address of the gRPC port
     #[arg(help_heading = "Addresses", long, value_name = "ADDR", env = "NFOLD_GRPC", default_value = "0.0.0.0:8001", value_parser = addresses::listen)]
     grpc: SocketAddr,
@@ -276,9 +283,11 @@ enum LogFormatArg {
 impl ServeArgs {
     /// Typed options. Defaults depend on the provider and on the number of cores.
     fn resolve(mut self) -> anyhow::Result<(Options, RegistryOptions, Option<ServedOptions>)> {
+        let hosts = self.on_platforms()?;
         let served = self.served();
+        let mut http = self.http.unwrap_or(SocketAddr::from(([0, 0, 0, 0], HTTP_PORT)));
         if let Some(port) = self.port {
-            self.http.set_port(port);
+            http.set_port(port);
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let provider = self.provider.provider();
@@ -339,7 +348,7 @@ impl ServeArgs {
             },
         };
         let options = Options {
-            http: self.http,
+            http,
             grpc: self.grpc,
             admin: self.admin,
             request_timeout: self.request_timeout,
@@ -356,6 +365,7 @@ impl ServeArgs {
             api_key_file: self.api_key_file,
             cors_origins: self.cors_origins,
             otlp_endpoint: self.otlp_endpoint,
+            hosts,
             model_control: self.model_control,
             watch: self.watch,
             drain_hold: self.drain_hold,
@@ -367,7 +377,31 @@ impl ServeArgs {
         Ok((options, registry, served))
     }
 
-    /// The checkpoints to serve, if any: the sources on the command line, or a repository that is a checkpoint itself.
+    /// What platforms ask for, where the user has asked for nothing else; it is logged.
+    fn on_platforms(&mut self) -> anyhow::Result<Hosts> {
+        let platforms = self.platforms.resolve()?;
+        let names = platforms.names();
+        if names.is_empty() {
+            return Ok(platforms.hosts);
+        }
+        if self.http.is_none() && self.port.is_none() {
+            self.port = platforms.port;
+        }
+        let is_empty = |folder: &Path| folder.read_dir().map_or(true, |mut entries| entries.next().is_none());
+        if let Some(models) = platforms.models.filter(|_| self.sources.is_empty() && is_empty(&self.repository)) {
+            let (from, repository) = (models.display().to_string(), self.repository.display().to_string());
+            tracing::info!(from, repository, "models come from {from}: there are none in {repository}");
+            self.repository = models;
+        }
+        let hosts = names.join(", ");
+        tracing::info!(hosts, "contracts of {hosts} are answered, too (--hosts none: they are not)");
+        if std::env::var_os("AIP_STORAGE_URI").is_some_and(|uri| !uri.is_empty()) {
+            tracing::warn!("AIP_STORAGE_URI is not read: put the models into the image, or mount them");
+        }
+        Ok(platforms.hosts)
+    }
+
+    /// The sources, where models come from such: those that were typed, or a repository that is a checkpoint itself.
     fn served(&mut self) -> Option<ServedOptions> {
         let mut sources = std::mem::take(&mut self.sources);
         let repository = self.repository.display();

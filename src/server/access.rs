@@ -25,8 +25,8 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 
 /// The outermost middleware of both ports.
 pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let protocol = protocol(request.uri().path());
-    // dropped with this future when the client disconnects: that counts as cancelled
+    let protocol = protocol(&app.hosts, request.method(), request.uri().path());
+    // dropped with this future when the client goes away: that counts as cancelled
     let guard = app.metrics.request(protocol);
     let id = request_id(request.headers());
     let trace = trace_id(request.headers());
@@ -39,7 +39,8 @@ pub(super) async fn account(State(app): State<Arc<App>>, mut request: Request, n
     let deadline = asked(request.headers(), app.request_timeout);
     request.headers_mut().insert(REQUEST_ID, id.clone());
     let mut response = next.run(request).await;
-    let failure = response.extensions_mut().remove::<Failure>();
+    // it stays there: how it is told may depend on the contract
+    let failure = response.extensions().get::<Failure>().cloned();
     let outcome = match &failure {
         Some(failure) => failure.code,
         None if !response.status().is_success() => Outcome::InvalidRequest,

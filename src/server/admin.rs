@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::header;
+use axum::http::{Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
@@ -23,7 +23,8 @@ use tokio::sync::oneshot;
 use super::accept::{self, Accounted, Limits};
 use super::head;
 use super::readiness::Readiness;
-use super::status::Code;
+use super::status::{ApiError, Code};
+use super::unrouted;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 
 /// The admin port, served on its thread until dropped or stopped.
@@ -60,9 +61,10 @@ impl Shared {
 }
 
 impl Admin {
-    /// Serves on a bound listener.
+    /// Serves on a bound listener; `http` is where the HTTP port will be.
     pub(super) fn start(
         listener: TcpListener,
+        http: SocketAddr,
         limits: Limits,
         readiness: Arc<Readiness>,
         metrics: Arc<Metrics>,
@@ -74,8 +76,11 @@ impl Admin {
             .route("/livez", get(|| async { "alive\n" }))
             .route("/readyz", get(readyz))
             .route("/metrics", get(scrape))
+            .fallback(async move |uri: Uri| unrouted::on_admin(uri.path(), http))
+            .method_not_allowed_fallback(async || ApiError::new(Code::MethodNotAllowed, "this path has other methods"))
             .layer(axum::middleware::from_fn(head::check))
             .with_state(Arc::new(Shared { readiness, metrics: metrics.clone(), scraped: Mutex::default() }));
+        let routes = unrouted::naming_methods(routes);
         listener.set_nonblocking(true)?;
         let thread = std::thread::Builder::new().name("nfold-admin".into()).spawn(move || {
             let served = runtime.block_on(async {

@@ -1,10 +1,12 @@
 //! The state that all handlers share. Knows no handler.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::bodies::Bodies;
 use super::control::ModelControl;
+use super::doors::Hosts;
 use super::keys::Keys;
 use super::pace::Pace;
 use super::readiness::Readiness;
@@ -32,6 +34,10 @@ pub(super) struct App {
     pub(super) cors_origins: Vec<String>,
     /// The exporter of spans.
     pub(super) traces: Option<Arc<Traces>>,
-    /// Loads and unloads models for clients, if that is allowed.
+    /// Platforms whose contracts are answered.
+    pub(super) hosts: Hosts,
+    /// Where the admin port listens: for who asks here for what is there.
+    pub(super) admin: SocketAddr,
+    /// Whether clients may load and unload models.
     pub(super) control: ModelControl,
 }

@@ -9,6 +9,7 @@ pub(super) mod budget;
 pub(super) mod coding;
 mod form;
 pub(super) mod inflate;
+pub(super) mod instances;
 pub(super) mod intake;
 pub(super) mod json;
 pub(super) mod numbers;

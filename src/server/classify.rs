@@ -1,12 +1,12 @@
-//! `POST /v1/classify`: images in, classes out. Errors go through `status`, bodies through `bodies::upload`.
+//! `POST /v1/classify` and `GET /v1/classes`: their description and how its answer is written; `classification` does the rest.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -14,26 +14,23 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
-use super::bodies::upload::{self, Members, Upload};
+use super::bodies::upload::{self, Asked};
+use super::classification::{self, Answers, Named};
 use super::deadline;
-use super::served::{SERVER_TIMING, Served};
-use super::status::{ApiError, Code, ErrorBody};
-use crate::infer::error::InferError;
+use super::query::Parameters;
+use super::status::{ApiError, ErrorBody};
 use crate::infer::registry::LiveModel;
-use crate::infer::top_k::{Prediction, Selection};
-use crate::model::scoring::check_threshold;
+use crate::infer::top_k::Prediction;
 
-/// The content type that `curl -d` sends for any data.
-const FORM: &str = "application/x-www-form-urlencoded";
-
-/// The route and its OpenAPI description.
+/// The route and its description.
 pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(classify))
+    OpenApiRouter::new().routes(routes!(classify)).routes(routes!(classes))
 }
 
-#[derive(Deserialize, IntoParams)]
+/// What [`classification::PARAMETERS`] are.
+#[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "only described: it is read by name")]
 struct ClassifyQuery {
     /// Name in the repository; optional when only one model is served.
     model: Option<String>,
@@ -59,7 +56,14 @@ struct ClassifyAnswer<'a> {
 #[serde(rename_all = "snake_case")]
 enum ImageAnswer {
     Predictions(Vec<PredictionBody>),
-    Error { code: &'static str, message: String },
+    Error(Refused),
+}
+
+/// Why an image among several has no predictions.
+#[derive(Serialize, ToSchema)]
+struct Refused {
+    code: &'static str,
+    message: String,
 }
 
 /// A class and its probability.
@@ -73,6 +77,15 @@ struct PredictionBody {
     score: f64,
 }
 
+impl From<Result<Vec<Prediction>, ApiError>> for ImageAnswer {
+    fn from(answer: Result<Vec<Prediction>, ApiError>) -> Self {
+        match answer {
+            Ok(predictions) => Self::Predictions(predictions.into_iter().map(PredictionBody::from).collect()),
+            Err(ApiError { code, message, .. }) => Self::Error(Refused { code: code.name(), message }),
+        }
+    }
+}
+
 impl From<Prediction> for PredictionBody {
     fn from(Prediction { index, label, score }: Prediction) -> Self {
         Self { index, label, score }
@@ -84,92 +97,67 @@ impl From<Prediction> for PredictionBody {
     params(ClassifyQuery,
         ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
     request_body(content(
-        (upload::JsonBody = "application/json"), (Vec<u8> = "application/octet-stream"), (Vec<u8> = "image/jpeg"),
-        (Vec<u8> = "image/png"), (upload::Form = "multipart/form-data"))),
+        (inline(upload::Binary) = "application/octet-stream"), (inline(upload::Binary) = "image/jpeg"),
+        (inline(upload::Binary) = "image/png"), (upload::JsonBody = "application/json"), (upload::Form = "multipart/form-data"))),
     responses((status = 200, body = ClassifyAnswer<'_>), (status = "default", body = ErrorBody)))]
-async fn classify(
-    State(app): State<Arc<App>>,
-    query: Result<Query<ClassifyQuery>, QueryRejection>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
+async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let named = Named::by_query(&request)?;
+    classification::answer(&app, named, request, upload::read_json, write).await
+}
+
+/// Whose classes to list.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[allow(dead_code, reason = "only described: it is read by name")]
+struct ClassesQuery {
+    /// Name in the repository; optional when only one model is served.
+    model: Option<String>,
+    /// Version; by default the highest.
+    version: Option<u64>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct ClassesAnswer<'a> {
+    model: &'a str,
+    version: u64,
+    /// Labels in the order of the logits; indices in digits if the model has no labels.
+    classes: Vec<Cow<'a, str>>,
+}
+
+/// Lists the classes that a model knows.
+#[utoipa::path(get, path = "/v1/classes", tag = "Classification", params(ClassesQuery),
+    responses((status = 200, body = ClassesAnswer<'_>), (status = "default", body = ErrorBody)))]
+async fn classes(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let query = Parameters::read(request.uri(), &["model", "version"])?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    let by_curl = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == FORM);
-    // checked before the body is read, so that a wrong name costs no upload
-    let model = app.registry.find(query.model.as_deref(), query.version)?;
-    if let Some(threshold) = query.threshold {
-        let refused = |reason| ApiError::new(Code::InvalidRequest, reason);
-        check_threshold(threshold, model.scoring.activation).map_err(refused)?;
-    }
-    // neither does a full queue
-    model.has_room(deadline)?;
-    let limit = model.scheduler().queue_limit();
-    // the charge is held until the request is answered
-    let Upload { images: uploaded, top_k, charge: _charge, .. } =
-        upload::read(&app.bodies, request, limit, deadline, Members::Classify).await?;
-    let selection = Selection { top_k: top_k.or(query.top_k), threshold: query.threshold };
-    if selection.top_k == Some(0) {
-        return Err(ApiError::new(Code::InvalidRequest, "top_k is 0; ask for at least one prediction"));
-    }
-    let images = uploaded.len();
-    let size = answer_size(&model, images, selection.most(&model.scoring));
+    let model = app.registry.find(query.text("model"), query.whole("version")?)?;
+    let size = model
+        .manifest
+        .labels
+        .iter()
+        .map(|label| label.len() + 4)
+        .sum::<usize>()
+        .max(8 * model.manifest.classes as usize);
     let mut charge = app.bodies.budget.charge();
     if size > INLINE {
         charge.answer(size)?;
     }
-    let altered = by_curl && matches!(uploaded.as_slice(), [Ok(image)] if lacks_line_ends(image));
-    let broken: Vec<Option<InferError>> =
-        uploaded.iter().map(|image| image.as_ref().err().cloned().map(InferError::Image)).collect();
-    let whole = uploaded.into_iter().flatten().collect();
-    let mut answers = model.classify(whole, selection, deadline).await?.into_iter();
-    let mut served = Served::new(&model, images);
-    let mut results = Vec::with_capacity(images);
-    for broken in broken {
-        let answer = match broken {
-            Some(error) => Err(error),
-            None => answers.next().unwrap_or_else(|| Err(InferError::Internal("an image has no answer".into()))),
-        };
-        results.push(match answer {
-            Ok(classified) => {
-                served.add_timings(&classified.timings);
-                ImageAnswer::Predictions(classified.predictions.into_iter().map(PredictionBody::from).collect())
-            }
-            // with a single image, its error is the request's
-            Err(error) if images == 1 => {
-                let mut error = ApiError::from(error);
-                if altered && matches!(error.code, Code::InvalidImage | Code::UnsupportedMediaType) {
-                    error.message.push_str("; curl's -d leaves bytes of files out: send them with --data-binary");
-                }
-                return Err(error);
-            }
-            Err(error) => {
-                let ApiError { code, message, detail, .. } = error.into();
-                served.faults.extend(detail);
-                ImageAnswer::Error { code: code.name(), message }
-            }
-        });
-    }
     let written = app.bodies.threads.run(size, deadline, move || {
-        let answer = ClassifyAnswer { model: &model.name, version: model.version, results };
+        let labels = &model.manifest.labels;
+        let name = |index: usize| match labels.get(index) {
+            Some(label) => Cow::Borrowed(label.as_str()),
+            None => Cow::Owned(index.to_string()),
+        };
+        let classes = (0..model.manifest.classes as usize).map(name).collect();
+        let answer = ClassesAnswer { model: &model.name, version: model.version, classes };
         serde_json::to_vec(&answer).map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
     });
     let mut response = ChargedBody::respond(written.await?.into(), charge);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert(SERVER_TIMING, value);
-    }
-    response.extensions_mut().insert(served);
     Ok(response)
 }
 
-/// Whether an image's first bytes lack those that `curl -d @FILE` leaves out (line ends and zeros).
-fn lacks_line_ends(image: &[u8]) -> bool {
-    image.len() > 512 && memchr::memchr3(b'\n', b'\r', 0, &image[..image.len().min(4096)]).is_none()
-}
-
-/// Estimate of a response's most bytes: each prediction has its label and some 80 bytes more.
-fn answer_size(model: &LiveModel, images: usize, k: usize) -> usize {
-    let k = k.min(model.manifest.classes as usize);
-    let label = model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
-    images * k * (label + 80)
+pub(super) fn write(model: &LiveModel, _: &Asked, answers: Answers) -> serde_json::Result<Vec<u8>> {
+    let results = answers.into_iter().map(ImageAnswer::from).collect();
+    serde_json::to_vec(&ClassifyAnswer { model: &model.name, version: model.version, results })
 }

@@ -3,14 +3,13 @@
 
 use std::sync::Arc;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use axum::routing::post;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -18,8 +17,10 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
-use super::bodies::upload::{self, Embeddings, Members, Upload};
+use super::bodies::upload::{self, Embeddings, Kind, Upload};
+use super::choice::Choice;
 use super::deadline;
+use super::query::Parameters;
 use super::served::{SERVER_TIMING, Served};
 use super::status::{ApiError, Code, ErrorBody};
 use crate::infer::error::InferError;
@@ -35,16 +36,16 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(embed)).route("/v1/embeddings", post(embed))
 }
 
-#[derive(Deserialize, IntoParams)]
+#[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "only described: it is read by name")]
 struct EmbedQuery {
     /// Name in the repository; optional when only one model is served.
     model: Option<String>,
     /// Version; by default the highest.
     version: Option<u64>,
     /// Vectors of length 1.
-    #[serde(default)]
+    #[param(required = false)]
     l2: bool,
 }
 
@@ -112,48 +113,31 @@ struct Usage {
     params(EmbedQuery,
         ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
     request_body(content(
-        (upload::EmbedBody = "application/json"), (Vec<u8> = "application/octet-stream"), (Vec<u8> = "image/jpeg"),
-        (Vec<u8> = "image/png"), (upload::Form = "multipart/form-data"))),
+        (inline(upload::Binary) = "application/octet-stream"), (inline(upload::Binary) = "image/jpeg"),
+        (inline(upload::Binary) = "image/png"), (upload::EmbedBody = "application/json"), (upload::Form = "multipart/form-data"))),
     responses((status = 200, body = Answer<'_>, description = "In OpenAI's shape for bodies with `input`"),
         (status = "default", body = ErrorBody)))]
-async fn embed(
-    State(app): State<Arc<App>>,
-    query: Result<Query<EmbedQuery>, QueryRejection>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
+async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let query = Parameters::read(request.uri(), &["model", "version", "l2"])?;
+    let l2 = query.flag("l2")?.unwrap_or(false);
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
-    let asked = Extras { features: true, map: false };
-    // a body in OpenAI's form may name the model itself
-    let named = match app.registry.find(query.model.as_deref(), query.version) {
-        Ok(model) => {
-            // what can't be answered costs no upload
-            model.gives(asked)?;
-            model.has_room(deadline)?;
-            Some(model)
-        }
-        Err(InferError::ModelNotNamed { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    let limits = app.registry.all().into_iter().map(|model| model.scheduler().queue_limit());
-    let limit = named.as_ref().map_or_else(|| limits.max().unwrap_or(1), |model| model.scheduler().queue_limit());
+    let wanted = Extras { features: true, map: false };
+    let kind = Kind::of(request.headers())?;
+    let choice = Choice::before(&app, query.text("model").map(String::from), query.whole("version")?, &kind)?;
+    if let Some(model) = choice.known() {
+        // what can't be answered costs no upload
+        model.gives(wanted)?;
+        model.has_room(deadline)?;
+    }
+    let limit = choice.images(&app);
     // the charge is held until the request is answered
-    let Upload { images: uploaded, top_k, embeddings, charge: _charge } =
-        upload::read(&app.bodies, request, limit, deadline, Members::Embed).await?;
-    if top_k.is_some() {
+    let Upload { images: uploaded, asked, charge: _charge } =
+        upload::read(&app.bodies, request, kind, upload::read_embed_json, limit, deadline).await?;
+    if asked.top_k.is_some() {
         return Err(ApiError::new(Code::InvalidRequest, "features have no top_k; /v1/classify names classes"));
     }
-    let model = match (embeddings.as_ref().and_then(|body| body.model.as_deref()), named) {
-        (Some(name), named) => {
-            let model = app.registry.find(Some(name), query.version)?;
-            if query.model.is_some() && named.is_some_and(|named| named.name != model.name) {
-                return Err(ApiError::new(Code::InvalidRequest, "the body and the address name different models"));
-            }
-            model
-        }
-        (None, Some(named)) => named,
-        (None, None) => app.registry.find(None, query.version)?,
-    };
+    let model = choice.after(&app, &asked)?;
+    let embeddings = asked.embeddings;
     let images = uploaded.len();
     let size = images * model.manifest.features.unwrap_or_default() as usize * NUMBER;
     let mut charge = app.bodies.budget.charge();
@@ -166,12 +150,12 @@ async fn embed(
     let finish = |output: Output| {
         check_finite(&output.features)?;
         let mut features = output.features;
-        if query.l2 {
+        if l2 {
             crate::infer::request::normalise(&mut features);
         }
         Ok(features)
     };
-    let mut answers = model.infer_with(whole, deadline, asked, finish).await?.into_iter();
+    let mut answers = model.infer_with(whole, deadline, wanted, finish).await?.into_iter();
     let mut served = Served::new(&model, images);
     let (mut features, mut errors) = (Vec::with_capacity(images), Vec::new());
     for (index, broken) in broken.into_iter().enumerate() {
@@ -218,7 +202,7 @@ fn write(
 ) -> Result<Vec<u8>, ApiError> {
     let answer = match embeddings {
         None => Answer::Own(EmbedAnswer { model: &model.name, version: model.version, features, errors }),
-        Some(Embeddings { base64, .. }) => {
+        Some(Embeddings { base64 }) => {
             let vector = |values: Vec<f32>| {
                 if !base64 {
                     return Vector::Numbers(values);

@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::Response;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -15,8 +14,10 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
-use super::bodies::upload::{self, Members, Upload};
+use super::bodies::upload::{self, Kind, Upload};
+use super::choice::Choice;
 use super::deadline;
+use super::query::Parameters;
 use super::served::{SERVER_TIMING, Served};
 use super::status::{ApiError, Code, ErrorBody, cut};
 use crate::infer::error::InferError;
@@ -35,9 +36,9 @@ pub(super) fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(explain))
 }
 
-#[derive(Deserialize, IntoParams)]
+#[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "only described: it is read by name")]
 struct ExplainQuery {
     /// Name in the repository; optional when only one model is served.
     model: Option<String>,
@@ -69,30 +70,32 @@ struct ExplainAnswer<'a> {
     params(ExplainQuery,
         ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
     request_body(content(
-        (Vec<u8> = "application/octet-stream"), (Vec<u8> = "image/jpeg"), (Vec<u8> = "image/png"),
-        (upload::JsonBody = "application/json"), (upload::Form = "multipart/form-data"))),
-    responses((status = 200, content((ExplainAnswer<'_> = "application/json"), (Vec<u8> = "image/png"))),
+        (inline(upload::Binary) = "application/octet-stream"), (inline(upload::Binary) = "image/jpeg"),
+        (inline(upload::Binary) = "image/png"), (upload::JsonBody = "application/json"), (upload::Form = "multipart/form-data"))),
+    responses((status = 200, content((ExplainAnswer<'_> = "application/json"), (inline(upload::Binary) = "image/png"))),
         (status = "default", body = ErrorBody)))]
-async fn explain(
-    State(app): State<Arc<App>>,
-    query: Result<Query<ExplainQuery>, QueryRejection>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let Query(query) = query.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
+async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let query = Parameters::read(request.uri(), &["model", "version", "class"])?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     let as_picture = wants_picture(request.headers());
-    let model = app.registry.find(query.model.as_deref(), query.version)?;
+    let kind = Kind::of(request.headers())?;
+    let choice = Choice::before(&app, query.text("model").map(String::from), query.whole("version")?, &kind)?;
     // what can't be answered costs no upload
-    model.explains()?;
-    let class = query.class.as_deref().map(|name| class(&model, name)).transpose()?;
-    model.has_room(deadline)?;
+    if let Some(model) = choice.known() {
+        model.explains()?;
+        query.text("class").map(|name| class(model, name)).transpose()?;
+        model.has_room(deadline)?;
+    }
     // the charge is held until the request is answered
-    let Upload { images, top_k, charge: _charge, .. } =
-        upload::read(&app.bodies, request, 1, deadline, Members::Classify).await?;
+    let Upload { images, asked, charge: _charge } =
+        upload::read(&app.bodies, request, kind, upload::read_json, 1, deadline).await?;
+    let model = choice.after(&app, &asked)?;
+    model.explains()?;
+    let class = query.text("class").map(|name| class(&model, name)).transpose()?;
     let Ok([image]) = <[_; 1]>::try_from(images) else {
         return Err(InferError::TooManyImages { images: 2, limit: 1 }.into());
     };
-    if top_k.is_some() {
+    if asked.top_k.is_some() {
         return Err(ApiError::new(Code::InvalidRequest, "one class is explained; name it by `class` instead of top_k"));
     }
     let image = image.map_err(InferError::Image)?;

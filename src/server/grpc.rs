@@ -32,7 +32,7 @@ use self::frames::{Messages, reframed};
 use super::access::{self, REQUEST_ID};
 use super::app::App;
 use super::bodies::Bodies;
-use super::doors;
+use super::doors::{self, Hosts};
 use super::oip::describe;
 use super::status::{ApiError, Code, Failure, cut};
 use super::{head, keys};
@@ -70,7 +70,7 @@ pub(super) fn routes(app: Arc<App>) -> Result<Router, String> {
         .layer(axum::middleware::from_fn(grpc_only))
         .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
-        routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
+        routes = routes.layer(axum::middleware::from_fn_with_state((keys.clone(), Hosts::default()), keys::check));
     }
     let routes = routes.layer(CatchPanicLayer::custom(panicked));
     Ok(routes.layer(axum::middleware::from_fn_with_state(app, access::account)))
@@ -168,7 +168,7 @@ async fn small_messages(State(app): State<Arc<App>>, request: HttpRequest, next:
 
 /// The response to a call that fails before its first message.
 fn refused(error: ApiError) -> HttpResponse {
-    let failure = Failure { code: error.code, detail: error.detail.clone() };
+    let failure = Failure { code: error.code, message: error.message.clone(), detail: error.detail.clone() };
     let is_unsupported = error.code == Code::UnsupportedMediaType && error.message.contains("grpc-encoding");
     let status = error.into_status();
     let mut response: HttpResponse = status.clone().into_http();

@@ -1,58 +1,58 @@
-//! The HTTP port: its routes and middleware, and the health calls of `/v2`.
+//! The HTTP port: every route and the layers around them.
 
 use std::any::Any;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
-use serde::Serialize;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
-use utoipa::{OpenApi as _, ToSchema};
+use utoipa::OpenApi as _;
 use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use super::access;
 use super::app::App;
 use super::bodies::coding::Coding;
 use super::served::SERVER_TIMING;
-use super::status::{ApiError, Code, ErrorBody};
-use super::{classify, compress, embed, explain, head, keys, oip, openapi, page};
+use super::status::{ApiError, Code};
+use super::{classify, compress, embed, explain, head, health, hosts, keys, oip, openapi, page, unrouted};
 use crate::panics;
 
-/// Every route and its middleware, from the outside in: access log (id, metrics), panics, CORS, keys, head, content
-/// coding, compression of responses. Handlers read bodies through `bodies`.
+/// Every route, and the layers from the outside in: the form and words of refusals, accounting (id, metrics, log), panics, CORS, keys, request line,
+/// content coding, compression of answers. Bodies are read by handlers, through `bodies`.
 pub(super) fn routes(app: Arc<App>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(openapi::Described::openapi())
         .merge(classify::routes())
         .merge(embed::routes())
         .merge(explain::routes())
-        .routes(routes!(live))
-        .routes(routes!(ready))
+        .merge(health::routes())
         .merge(oip::routes())
         .split_for_parts();
-    let mut routes = openapi::serve(routes, api, app.keys.is_some())
+    let admin = app.admin;
+    let routes = openapi::serve(routes, api, app.keys.is_some())
         .merge(page::routes())
-        .fallback(async || ApiError::new(Code::NotFound, "there is no such path"))
-        .method_not_allowed_fallback(async || {
-            ApiError::new(Code::MethodNotAllowed, "this path takes another method; see the header `allow`")
-        })
+        .merge(hosts::routes(&app.hosts))
+        .fallback(async move |uri: Uri| unrouted::on_http(uri.path(), admin))
+        .method_not_allowed_fallback(async || ApiError::new(Code::MethodNotAllowed, "this path has other methods"));
+    let mut routes = hosts::over(routes, &app)
         .layer(axum::middleware::from_fn_with_state(app.clone(), compress::gzip))
         .layer(axum::middleware::from_fn(known_encoding))
         .layer(axum::middleware::from_fn(head::check));
     if let Some(keys) = &app.keys {
-        routes = routes.layer(axum::middleware::from_fn_with_state(keys.clone(), keys::check));
+        let state = (keys.clone(), app.hosts.clone());
+        routes = routes.layer(axum::middleware::from_fn_with_state(state, keys::check));
     }
     if !app.cors_origins.is_empty() {
         routes = routes.layer(cors(&app.cors_origins));
     }
-    routes
+    let routes = routes
         .layer(CatchPanicLayer::custom(panicked))
         .layer(axum::middleware::from_fn_with_state(app.clone(), access::account))
-        .with_state(app)
+        .with_state(app.clone());
+    hosts::errors(unrouted::naming_methods(routes), &app.hosts)
 }
 
 fn cors(origins: &[String]) -> CorsLayer {
@@ -89,27 +89,4 @@ async fn known_encoding(request: Request, next: Next) -> Response {
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
     ApiError::internal(format!("a handler panicked: {}", panics::message(panic.as_ref()))).into_response()
-}
-
-/// The same value under both names that clients use.
-#[derive(Serialize, ToSchema)]
-struct HealthAnswer {
-    live: bool,
-    ready: bool,
-}
-
-/// Whether the process can answer at all.
-#[utoipa::path(get, path = "/v2/health/live", tag = "Health",
-    responses((status = 200, body = HealthAnswer), (status = "default", body = ErrorBody)))]
-async fn live(State(app): State<Arc<App>>) -> Json<HealthAnswer> {
-    Json(HealthAnswer { live: true, ready: app.readiness.check().is_ok() })
-}
-
-/// Whether the server is ready for requests.
-#[utoipa::path(get, path = "/v2/health/ready", tag = "Health",
-    responses((status = 200, body = HealthAnswer), (status = "default", body = ErrorBody)))]
-async fn ready(State(app): State<Arc<App>>) -> Result<Json<HealthAnswer>, ApiError> {
-    let code = if app.readiness.is_draining() { Code::ShuttingDown } else { Code::NotReady };
-    app.readiness.check().map_err(|reason| ApiError::new(code, format!("not ready: {reason}")))?;
-    Ok(Json(HealthAnswer { live: true, ready: true }))
 }

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
-use super::doors;
+use super::doors::{self, Hosts};
 use super::status::{ApiError, Code};
 use crate::model::regular_file;
 
@@ -103,10 +103,9 @@ fn read(path: &Path) -> Result<Digests, KeysError> {
     if digests.is_empty() { Err(bad("it holds no key".into())) } else { Ok(digests.into()) }
 }
 
-/// The middleware.
-pub(super) async fn check(State(keys): State<Arc<Keys>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    let open = doors::is_health(path) || doors::is_page(path);
+/// The layer.
+pub(super) async fn check(State((keys, hosts)): State<(Arc<Keys>, Hosts)>, request: Request, next: Next) -> Response {
+    let open = doors::is_open(&hosts, request.method(), request.uri().path());
     if open || keys.admits(request.headers()) {
         return next.run(request).await;
     }

@@ -10,6 +10,8 @@ mod access;
 mod admin;
 mod app;
 mod bodies;
+mod choice;
+mod classification;
 mod classify;
 mod compress;
 mod control;
@@ -23,12 +25,15 @@ mod explain;
 mod fuzz;
 mod grpc;
 mod head;
+mod health;
+mod hosts;
 mod http;
 mod keys;
 pub mod oip;
 mod openapi;
 mod pace;
 mod page;
+mod query;
 mod readiness;
 mod reload;
 mod served;
@@ -36,6 +41,7 @@ pub mod status;
 mod tls;
 #[cfg_attr(not(feature = "otel"), path = "no_traces.rs")]
 mod traces;
+mod unrouted;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -51,6 +57,7 @@ use self::app::App;
 use self::bodies::Bodies;
 pub use self::bodies::Limits;
 use self::control::ModelControl;
+pub use self::doors::{Hosts, VertexRoutes};
 pub use self::keys::KeysError;
 use self::pace::Pace;
 use self::readiness::Readiness;
@@ -98,7 +105,9 @@ pub struct Options {
     pub cors_origins: Vec<String>,
     /// OpenTelemetry collector that receives the spans of requests (OTLP over gRPC), such as `http://localhost:4317`.
     pub otlp_endpoint: Option<String>,
-    /// Whether clients may load and unload models.
+    /// Platforms whose contracts are answered beside the server's own.
+    pub hosts: Hosts,
+    /// Clients may load and unload models.
     pub model_control: bool,
     /// How often the repository is checked for new, changed and removed models; `None`: only on request.
     pub watch: Option<Duration>,
@@ -130,6 +139,7 @@ impl Default for Options {
             api_key_file: None,
             cors_origins: Vec::new(),
             otlp_endpoint: None,
+            hosts: Hosts::default(),
             model_control: false,
             watch: None,
             drain_hold: Duration::ZERO,
@@ -254,7 +264,8 @@ impl Server {
     where
         L: FnOnce(&Metrics) -> Result<Registry, RegistryError> + Send + 'static,
     {
-        let Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, .. } = self;
+        let Self { options, metrics, traces, reloader, http, http_address, grpc, grpc_address, admin, admin_address } =
+            self;
         let broken = |e: std::io::Error| ServeError::Broken(e.to_string());
         let readiness = Arc::new(Readiness::new(options.hang_limit));
         // before the models open descriptors of their own
@@ -274,7 +285,8 @@ impl Server {
             write_timeout: write_timeout.min(ADMIN_TIMEOUT),
             ..limits(Port::Admin, None)
         };
-        let admin = Admin::start(admin, admin_limits, readiness.clone(), metrics.clone()).map_err(broken)?;
+        let admin =
+            Admin::start(admin, http_address, admin_limits, readiness.clone(), metrics.clone()).map_err(broken)?;
 
         let loading = {
             let metrics = metrics.clone();
@@ -300,6 +312,8 @@ impl Server {
             keys: reloader.keys.clone(),
             cors_origins: options.cors_origins.clone(),
             traces: traces.clone(),
+            hosts: options.hosts.clone(),
+            admin: admin_address,
             control: ModelControl::new(options.model_control, registry.clone(), metrics.clone()),
         });
         let (stop_http, http_stopped) = oneshot::channel();

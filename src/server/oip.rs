@@ -26,7 +26,9 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::bodies::intake::{Held, whole};
 use super::bodies::json;
+use super::bodies::upload::Binary;
 use super::deadline;
+use super::query::Parameters;
 use super::status::{ApiError, Code, ErrorBody};
 use crate::pb::open_inference as pb;
 
@@ -105,9 +107,7 @@ async fn server() -> Json<pb::ServerMetadataResponse> {
 #[utoipa::path(get, path = "/v2/models", tag = "Open Inference Protocol", responses(
     (status = 200, body = Models), (status = "default", body = ErrorBody)))]
 async fn models(State(app): State<Arc<App>>) -> Json<Models> {
-    let mut models: Vec<_> = app.registry.all().iter().map(|m| m.name.clone()).collect();
-    models.dedup();
-    Json(Models { models })
+    Json(Models { models: describe::names(&app) })
 }
 
 /// A model's inputs, outputs and versions.
@@ -162,13 +162,14 @@ async fn all_statistics(State(app): State<Arc<App>>) -> Result<Json<pb::ModelSta
         ("inference-header-content-length" = Option<u64>, Header, description = "Bytes of the body that are JSON"),
         ("x-request-timeout-ms" = Option<u64>, Header, minimum = 1, description = "Longest that the client waits")),
     request_body(content(
-        (framing::InferRequest = "application/json"), (Vec<u8> = "application/octet-stream"))),
+        (framing::InferRequest = "application/json"), (inline(Binary) = "application/octet-stream"))),
     responses(
     (status = 200, content(
-        (framing::InferResponse<'_> = "application/json"), (Vec<u8> = "application/octet-stream"))),
+        (framing::InferResponse<'_> = "application/json"), (inline(Binary) = "application/octet-stream"))),
     (status = "default", body = ErrorBody)))]
 async fn infer(State(app): State<Arc<App>>, path: ModelPath, request: Request) -> Result<Response, ApiError> {
     let arrived = Instant::now();
+    Parameters::read(request.uri(), &[])?;
     let deadline = deadline::http(request.headers(), app.request_timeout)?;
     // checked before the body is read, so that a wrong name costs no upload
     let model = describe::find(&app, &path.model, path.version.as_deref())?;

@@ -168,6 +168,8 @@ fn seconds(after: Duration) -> u64 {
 pub struct Failure {
     /// The kind of error.
     pub code: Code,
+    /// What the client reads.
+    pub message: String,
     /// For the log only.
     pub detail: Option<String>,
 }
@@ -179,9 +181,27 @@ impl IntoResponse for ApiError {
         if let Some(after) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds(after)));
         }
-        response.extensions_mut().insert(Failure { code: self.code, detail: self.detail });
+        response.extensions_mut().insert(Failure { code: self.code, message: self.message, detail: self.detail });
         response
     }
+}
+
+/// A refusal with another text, in the form that every error has.
+pub(super) fn retold(mut response: Response, message: String) -> Response {
+    let Some(failure) = response.extensions_mut().get_mut::<Failure>() else { return response };
+    failure.message = message;
+    let (code, message) = (failure.code.name(), failure.message.clone());
+    let body = serde_json::to_string(&ErrorBody { error: &message, code }).unwrap_or_default();
+    reworded(response, body)
+}
+
+/// The same response with another text for a body, which is JSON.
+pub(super) fn reworded(mut response: Response, body: String) -> Response {
+    *response.body_mut() = body.into();
+    for header in [header::CONTENT_LENGTH, header::CONTENT_ENCODING] {
+        response.headers_mut().remove(header);
+    }
+    response
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 """Other people's clients against a running server: tritonclient, KServe's SDK, NVIDIA's perf_analyzer, schemathesis, httpx,
-curl, Node and huggingface_hub; and the examples of docs/api.md.
+curl, Node, huggingface_hub and a generated client; and the examples of docs/api.md.
 
     python3 tests/clients/run.py PATH_OF_NFOLD
 
@@ -32,6 +32,7 @@ KSERVE = ["kserve==0.21.0"]
 SCHEMATHESIS = ["schemathesis==4.32.5"]
 HUB = ["huggingface_hub==2.4.0"]
 HTTPX = ["httpx[http2]==0.28.1"]
+GENERATOR = ["openapi-python-client==0.29.1"]
 # glibc 2.38 and newer; older systems: the last tritonclient that carries the program
 PERF_ANALYZER = ["perf-analyzer==2.60.0"]
 PERF_ANALYZER_OLD = ["tritonclient==2.41.0", "nvidia-cuda-runtime-cu12==12.4.127"]
@@ -49,8 +50,16 @@ def call(command, what, **more):
         raise Skipped(f"{what} failed: {last}")
 
 
+MAKING = threading.Lock()
+
+
 def environment(name, requirements):
-    """The Python of a virtual environment with exactly these requirements; made once."""
+    """The Python of a virtual environment with exactly these requirements; made once, though two checks may want it."""
+    with MAKING:
+        return made(name, requirements)
+
+
+def made(name, requirements):
     folder = CACHE / name
     python, mark = folder / "bin" / "python", folder / "installed"
     wanted = "\n".join(requirements)
@@ -212,6 +221,31 @@ def hub(server):
     subprocess.run([python, HERE / "hub.py", "client", server.program, ROOT / "models" / "nf_regnet_cifar10"], check=True, timeout=300)
 
 
+def hosts(server):
+    """Platforms' own clients against their contracts."""
+    hosted = Server(server.program, server.folder, "--hosts", "huggingface,kserve-v1,torchserve")
+    try:
+        for kind, python in (("huggingface", environment("hub", HUB)), ("kserve-v1", environment("kserve_sdk", KSERVE)), ("torchserve", sys.executable)):
+            subprocess.run([python, HERE / "hosts.py", kind, hosted.addresses["http"]], check=True, timeout=120)
+    finally:
+        hosted.stop()
+
+
+def generated(server):
+    """A client made of openapi.json by a generator."""
+    python = environment("generator", GENERATOR)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "settings.yaml")
+        settings.write_text("package_name_override: nfold_client\npost_hooks: []\n")
+        command = [python.parent / "openapi-python-client", "generate", "--url", f"http://{server.addresses['http']}/openapi.json"]
+        command += ["--config", settings, "--meta", "none", "--output-path", Path(folder, "nfold_client")]
+        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=folder)
+        # it knows no bodies of image/jpeg, and says so; the same bytes as octet-stream it does
+        unknown = [line for line in done.stdout.splitlines() if "Unsupported" in line and "content type image/" not in line]
+        assert done.returncode == 0 and not unknown and "Unable to process" not in done.stdout, done.stdout
+        subprocess.run([python, HERE / "generated.py", folder, server.addresses["http"]], check=True, timeout=120)
+
+
 def cluster_load(server):
     """The load of deploy/check-cluster: its four kinds of clients, and what it reads of them, from a server that stops, too."""
     sys.path.insert(0, str(ROOT / "deploy"))
@@ -257,6 +291,8 @@ CHECKS = {
     "kserve": script("kserve_sdk", KSERVE),
     "uploads": uploads,
     "huggingface_hub": hub,
+    "hosts": hosts,
+    "generated": generated,
     "tritonclient": script("triton", TRITON),
 }
 

@@ -58,7 +58,7 @@ fn judge_upload(
             assert!((1..=LIMITS.images).contains(&upload.images.len()), "{} images", upload.images.len());
             let held: usize = upload.images.iter().flatten().map(Bytes::len).sum();
             assert!(held <= bytes.len(), "{held} bytes of {}", bytes.len());
-            format!("{} images, {:?}", upload.images.len(), upload.top_k.is_some())
+            format!("{} images, {:?}", upload.images.len(), upload.asked.top_k.is_some())
         }
         Err(error) => refusal(error),
     };

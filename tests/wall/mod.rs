@@ -5,6 +5,7 @@ pub mod calls;
 mod connections;
 mod floods;
 mod hoards;
+mod hosts;
 mod images;
 mod logs;
 mod memory;

@@ -11,6 +11,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess
 use serde_json::value::RawValue;
 use serde_json::{Error, Value};
 
+use super::super::query::no_number;
 use super::super::status::cut;
 
 /// Most bytes of a value that is short by nature.
@@ -251,6 +252,14 @@ pub(in crate::server) fn short<'a, T: Deserialize<'a>>(name: &str, json: &'a Raw
     }
     let wrong = |e: Error| Error::custom(format!("`{name}`: {}", cut(&e.to_string())));
     serde_json::from_str(text).map_err(wrong)
+}
+
+/// A number that is whole and not negative. `null` is no number.
+pub(in crate::server) fn whole<T: std::str::FromStr>(name: &str, json: &RawValue) -> Result<Option<T>, Error> {
+    match json.get() {
+        "null" => Ok(None),
+        text => text.parse().map(Some).map_err(|_| Error::custom(no_number(name, text))),
+    }
 }
 
 /// A text, cut if it is long. `null` is no text.

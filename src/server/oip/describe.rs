@@ -30,7 +30,14 @@ pub(in crate::server) fn server() -> pb::ServerMetadataResponse {
     }
 }
 
-/// The model that a request names; without a version (or with an empty one) the highest.
+/// Names of the models that are served.
+pub(in crate::server) fn names(app: &App) -> Vec<String> {
+    let mut names: Vec<_> = app.registry.all().iter().map(|model| model.name.clone()).collect();
+    names.dedup();
+    names
+}
+
+/// The model that a request names; version `None` or empty: the highest.
 pub(in crate::server) fn find(app: &App, name: &str, version: Option<&str>) -> Result<Arc<LiveModel>, ApiError> {
     let version = match version.unwrap_or_default() {
         "" => None,

@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use super::super::bodies::budget::ChargedBody;
 use super::super::bodies::json::{self, Cursor};
 use super::super::bodies::numbers::numbers;
+use super::super::bodies::upload::EXAMPLE;
 use super::super::bodies::{Limits, base64};
 use super::super::served::SERVER_TIMING;
 use super::super::status::{ApiError, cut};
@@ -38,6 +39,10 @@ pub(in crate::server) const MAX_DIMENSIONS: usize = 16;
 
 /// An inference request.
 #[derive(ToSchema)]
+#[schema(example = json!({
+    "inputs": [{ "name": "input", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE] }],
+    "outputs": [{ "name": "logits", "parameters": { "classification": 2 } }],
+}))]
 #[allow(dead_code, reason = "only described: it is read member by member")]
 pub(in crate::server) struct InferRequest {
     /// Repeated in the response; truncated to 200 characters.
