@@ -78,6 +78,11 @@ impl Browser {
         self.value(&format!("document.querySelector({selector:?})?.innerText ?? ''")).as_str().unwrap().into()
     }
 
+    /// Text that may be folded away.
+    fn content(&self, selector: &str) -> String {
+        self.value(&format!("document.querySelector({selector:?})?.textContent ?? ''")).as_str().unwrap().into()
+    }
+
     /// Waits until an expression is true.
     fn until(&self, expression: &str) {
         let deadline = Instant::now() + Duration::from_secs(15);
@@ -188,7 +193,7 @@ fn a_person_with_a_photograph() {
         assert!(times.contains(phase), "{times}");
     }
     assert!(browser.text("article .who").contains("nf_regnet_cifar10, version 1"));
-    let command = browser.text("article .curl code");
+    let command = browser.content("article .curl code");
     let expected = format!("curl --data-binary @cat.jpg 'http://{}/v1/classify?", server.http);
     assert!(command.starts_with(&expected), "{command}");
     assert!(browser.text("#said").contains("cat.jpg: cat, 85.2 %"), "what a screen reader is told");
@@ -211,7 +216,8 @@ fn a_person_with_a_photograph() {
         error.contains("not an image that the server can read") && error.contains("\nThe bytes are not"),
         "{error}"
     );
-    assert_eq!(browser.value("document.querySelector('article .again').hidden"), json!(false));
+    let again = "document.querySelector('article .again').hidden";
+    assert_eq!(browser.value(again), json!(true), "another try would not help");
     assert_eq!(browser.value("document.querySelector('article .predictions').hidden"), json!(true));
 
     // several at once, one of them pasted; in their order, above the earlier ones
@@ -251,6 +257,7 @@ fn a_person_with_a_photograph() {
     browser.choose(&[&text]);
     browser.until(FAILED);
     assert!(browser.text("article .state").contains("No answer came back"), "{}", browser.text("article .state"));
+    assert_eq!(browser.value(again), json!(false), "another try may help");
 }
 
 /// The list of models is another server's, with a version that this one lacks.
@@ -280,10 +287,191 @@ fn choosing_a_model(browser: &Browser, server: &Server) {
     browser.picture("error.png");
     pick(3);
     browser.until(DONE);
-    assert!(browser.text("article .curl code").contains("version=1"), "{}", browser.text("article .curl code"));
+    assert!(browser.content("article .curl code").contains("version=1"), "{}", browser.content("article .curl code"));
     browser.raw("Page.removeScriptToEvaluateOnNewDocument", json!({ "identifier": script["identifier"] }));
     browser.visit(server);
     browser.until("document.querySelector('#health').dataset.state === 'ready'");
+}
+
+/// Nothing, the sample, six and two hundred images: what there is to see of each, and how many screens it takes.
+#[test]
+fn few_images_are_cards_and_many_are_tiles() {
+    let Some(browser) = Browser::open() else { return };
+    let server = Server::start(&[]);
+    browser.look(900, "light");
+    browser.visit(&server);
+    browser.until("document.querySelector('#health').dataset.state === 'ready'");
+    let shown = |name: &str| {
+        for (width, scheme) in [(900, "light"), (900, "dark"), (360, "light")] {
+            browser.look(width, scheme);
+            let scrolled = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
+            assert!(scrolled <= width.into(), "{name} {scheme}: {scrolled} of {width}");
+            browser.picture(&format!("{name}-{scheme}-{width}.png"));
+        }
+        browser.look(900, "light");
+    };
+    // no image: the way in, the classes, no buttons for what is not there
+    browser.until("!document.querySelector('#classes').hidden");
+    assert_eq!(browser.text("#classes summary"), "the 10 classes that this model knows");
+    assert_eq!(
+        browser.value("document.querySelector('#all').hidden && document.querySelector('#progress').hidden"),
+        json!(true)
+    );
+    shown("page-0");
+    browser.value("document.querySelector('#classes summary').click()");
+    browser.value("(document.querySelector('#filter').value = 'SHI', document.querySelector('#filter').dispatchEvent(new Event('input')))");
+    assert_eq!(browser.value("[...document.querySelectorAll('#classes li')].map(l => l.textContent)"), json!(["ship"]));
+    browser.value("document.querySelector('#classes summary').click()");
+    let docs = browser.value("document.querySelector('footer a').href");
+    assert_eq!(docs, json!(format!("http://{}/docs/", server.http)));
+    // one: the sample that the server brings
+    browser.value("document.querySelector('#sample').click()");
+    browser.until(DONE);
+    assert_eq!(browser.text("article .predictions li:first-child .label"), "cat");
+    assert_eq!(
+        browser.value("document.querySelector('article .curl').open"),
+        json!(false),
+        "the command is folded away"
+    );
+    shown("page-1");
+    browser.value("document.querySelector('#clear').click()");
+    // labels stand in the middle of their buttons
+    let middle = "[...document.querySelectorAll('button, .button')].filter(b => b.offsetParent && b.textContent).every(b => { \
+                  const r = document.createRange(); r.selectNodeContents(b); \
+                  const [inner, outer] = [r.getBoundingClientRect(), b.getBoundingClientRect()]; \
+                  return Math.abs(inner.top + inner.bottom - outer.top - outer.bottom) < 4 \
+                    && Math.abs(inner.left + inner.right - outer.left - outer.right) < 4; })";
+    assert_eq!(browser.value(middle), json!(true));
+    let classes: Vec<PathBuf> =
+        std::fs::read_dir(project("tests/data/cifar10")).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> = classes
+        .iter()
+        .filter(|folder| folder.is_dir())
+        .flat_map(|folder| std::fs::read_dir(folder).unwrap().take(20).map(|e| e.unwrap().path()))
+        .collect();
+    files.sort();
+    assert_eq!(files.len(), 200);
+    let text = server.folder().join("note.txt");
+    std::fs::write(&text, "not an image").unwrap();
+    let six: Vec<&Path> = files.iter().step_by(40).map(PathBuf::as_path).chain([text.as_path()]).collect();
+    browser.choose(&six);
+    let over = "document.querySelectorAll('article[data-state=done], article[data-state=failed]').length";
+    browser.until(&format!("{over} === 6"));
+    assert_eq!(browser.value("document.querySelector('#results').classList.contains('compact')"), json!(false));
+    shown("page-6");
+    browser.value("document.querySelector('#clear').click()");
+    // two hundred: progress moves, then all are tiles on three screens
+    let moved = "window.moved = new Set(); new MutationObserver(() => window.moved.add(document.querySelector('#count').textContent)) \
+                 .observe(document.querySelector('#count'), { childList: true })";
+    browser.call("/execute/sync", json!({ "script": moved, "args": [] }));
+    let mut many: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    many[7] = &text;
+    browser.choose(&many);
+    browser.until(&format!("{over} === 200"));
+    let steps = browser.value("[...window.moved]");
+    assert!(steps.as_array().unwrap().len() > 20, "{steps}");
+    assert_eq!(browser.value("document.querySelector('#progress').hidden"), json!(true));
+    assert!(browser.text("#said").contains("200 images are through, 1 of them failed"), "{}", browser.text("#said"));
+    let height = browser.value("document.documentElement.scrollHeight").as_u64().unwrap();
+    assert!(height <= 3000, "{height} pixels are more than three screens");
+    shown("page-200");
+    // a tile opens to what a card shows
+    browser.value("document.querySelector('article[data-state=done] .details').click()");
+    browser.until("document.querySelector('article.open .times').offsetHeight > 0");
+    assert_eq!(browser.value("document.querySelector('article.open .predictions').children.length"), json!(5));
+    browser.picture("page-200-open.png");
+    // what is saved is what is shown
+    let saved = browser.value(
+        "(() => { const texts = []; const made = URL.createObjectURL; \
+        URL.createObjectURL = blob => { texts.push(blob); return made.call(URL, blob); }; \
+        document.querySelector('#csv').click(); document.querySelector('#json').click(); URL.createObjectURL = made; \
+        window.saved = Promise.all(texts.map(t => t.text())); return texts.length; })()",
+    );
+    assert_eq!(saved, json!(2));
+    let script = "const done = arguments[0]; window.saved.then(done)";
+    let saved = browser.call("/execute/async", json!({ "script": script, "args": [] }));
+    let (csv, list) = (saved[0].as_str().unwrap(), saved[1].as_str().unwrap());
+    assert_eq!(csv.lines().count(), 1 + 199 * 5 + 1, "{csv}");
+    assert!(csv.starts_with("file,model,version,rank,index,label,score,error\r\n"), "{csv}");
+    assert!(csv.contains("note.txt,,,,,,,\"unsupported_media_type: "), "{csv}");
+    let list: Value = serde_json::from_str(list).unwrap();
+    let list = list.as_array().unwrap();
+    assert_eq!((list.len(), &list[7]["error"]["code"]), (200, &json!("unsupported_media_type")));
+    assert_eq!(list[0]["predictions"].as_array().unwrap().len(), 5);
+    browser.look(360, "light");
+    let scrolled = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
+    assert!(scrolled <= 360, "{scrolled}");
+}
+
+/// `/docs`: "Try it out" sends a photograph, and shows what comes back.
+#[test]
+fn the_description_classifies_a_photograph() {
+    let Some(browser) = Browser::open() else { return };
+    let server = Server::start(&[]);
+    browser.look(1200, "light");
+    browser.call("/url", json!({ "url": format!("http://{}/docs/", server.http) }));
+    browser.until("document.querySelector('#operations-Classification-classify .opblock-summary-control')");
+    browser.value("document.querySelector('#operations-Classification-classify .opblock-summary-control').click()");
+    browser.until("document.querySelector('#operations-Classification-classify .try-out__btn')");
+    browser.value("document.querySelector('#operations-Classification-classify .try-out__btn').click()");
+    // a list of React's is chosen from as a person does
+    let option =
+        "#operations-Classification-classify .body-param-content-type option[value='application/octet-stream']";
+    browser.until(&format!("document.querySelector({option:?})"));
+    let option = browser.call("/element", json!({ "using": "css selector", "value": option }));
+    let option = option.as_object().unwrap().values().next().unwrap().as_str().unwrap();
+    browser.call(&format!("/element/{option}/click"), json!({}));
+    browser.until("document.querySelector('#operations-Classification-classify input[type=file]')");
+    let input = browser.call(
+        "/element",
+        json!({ "using": "css selector", "value": "#operations-Classification-classify input[type=file]" }),
+    );
+    let id = input.as_object().unwrap().values().next().unwrap().as_str().unwrap();
+    browser.call(&format!("/element/{id}/value"), json!({ "text": project("tests/data/cat.jpg") }));
+    browser.value("document.querySelector('#operations-Classification-classify .execute').click()");
+    let answer = "document.querySelector('#operations-Classification-classify .live-responses-table')?.innerText ?? ''";
+    browser.until(&format!("({answer}).includes('\"cat\"')"));
+    browser.picture("docs.png");
+    let shown = browser.value(answer);
+    assert!(shown.as_str().unwrap().contains("200"), "{shown}");
+}
+
+/// Every example of `/openapi.json` is answered.
+#[test]
+fn examples_of_the_description_run() {
+    let server = Server::start(&[]);
+    let api = server.get("/openapi.json").json();
+    let mut ran = 0;
+    for (path, item) in api["paths"].as_object().unwrap() {
+        let content = item["post"]["requestBody"]["content"]["application/json"].clone();
+        let name = content["schema"]["$ref"].as_str().and_then(|r| r.rsplit('/').next()).unwrap_or_default();
+        let example = &api["components"]["schemas"][name]["example"];
+        let schema = &api["components"]["schemas"][name];
+        if example.is_null() || path.contains("explain") {
+            continue;
+        }
+        assert!(schema["properties"].is_object(), "{name}");
+        let target = path.replace("{model}", "nf_regnet_cifar10").replace("{version}", "1");
+        let answer = server.post(&target, &[("content-type", "application/json")], example.to_string().as_bytes());
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        ran += 1;
+    }
+    assert!(ran >= 4, "{ran}");
+    let described = |item: &Value| -> bool {
+        let mut operations = item.as_object().unwrap().values();
+        operations.all(|operation| {
+            let mut responses = operation["responses"].as_object().unwrap().values();
+            responses.all(|response| response["description"].as_str().is_some_and(|text| !text.is_empty()))
+        })
+    };
+    assert!(api["paths"].as_object().unwrap().values().all(described), "which the specification wants");
+    // bodies of bytes are files to whoever reads the description
+    let content = &api["paths"]["/v1/classify"]["post"]["requestBody"]["content"];
+    for kind in ["application/octet-stream", "image/jpeg", "image/png"] {
+        assert_eq!(content[kind]["schema"]["format"], "binary", "{content}");
+    }
+    let form = &api["components"]["schemas"]["Form"]["properties"]["image"];
+    assert_eq!((&form["type"], &form["items"]["format"]), (&json!("array"), &json!("binary")), "{form}");
 }
 
 /// Two models with two versions each: the list is the server's own, and the selected model answers.
@@ -325,7 +513,7 @@ fn the_chooser_lists_what_is_served() {
         let who = format!("answered by {name}, version {version}");
         let answered = "[...document.querySelectorAll('article[data-state=done] .who')].map(w => w.textContent)";
         browser.until(&format!("{answered}.filter(w => w === {who:?}).length === 2"));
-        let command = browser.text("article .curl code");
+        let command = browser.content("article .curl code");
         assert!(command.contains(&format!("model={name}")), "{command}");
         assert_eq!(command.contains("version="), title.contains("version"), "{command}");
         answers.insert(browser.text("article .predictions li:first-child .share"));
@@ -383,7 +571,7 @@ fn a_person_with_a_key() {
     assert_eq!(browser.value(asked), json!(false));
     browser.until("!document.querySelector('#chooser').hidden");
     assert_eq!(browser.value("document.activeElement.id"), "files", "focus must not fall off the page");
-    let command = browser.text("article .curl code");
+    let command = browser.content("article .curl code");
     assert!(command.contains("-H 'authorization: Bearer KEY'") && !command.contains(key), "{command}");
     // kept for this tab only, and nowhere that the page shows
     assert_eq!(browser.value("[localStorage.length, sessionStorage.length, document.cookie]"), json!([0, 1, ""]));

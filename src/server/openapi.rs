@@ -36,6 +36,14 @@ const VERSION: &str = "/versions/{version}";
 
 /// Completes the description and serves it.
 pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi, keys: bool) -> Router<Arc<App>> {
+    for response in api.paths.paths.values_mut().flat_map(operations).flat_map(|o| o.responses.responses.iter_mut()) {
+        // which the specification wants of each
+        if let (status, RefOr::T(response)) = response
+            && response.description.is_empty()
+        {
+            response.description = if status == "default" { "The error" } else { "The answer" }.into();
+        }
+    }
     // each route with a version exists without one too, and then means the highest
     let versioned: Vec<_> = api.paths.paths.iter().filter(|(path, _)| path.contains(VERSION)).collect();
     let shorter: Vec<_> = versioned.iter().map(|(path, item)| (path.replace(VERSION, ""), latest(item))).collect();
@@ -53,9 +61,13 @@ pub(super) fn serve(routes: Router<Arc<App>>, mut api: utoipa::openapi::OpenApi,
     routes.route("/openapi.json", document).merge(docs)
 }
 
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [&mut item.get, &mut item.post].into_iter().flatten()
+}
+
 fn latest(item: &PathItem) -> PathItem {
     let mut item = item.clone();
-    for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+    for operation in operations(&mut item) {
         let Operation { operation_id, parameters, .. } = operation;
         *operation_id = operation_id.take().map(|id| format!("{id}_latest"));
         if let Some(parameters) = parameters {

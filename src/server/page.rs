@@ -7,6 +7,7 @@ use axum::Router;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use axum::routing::{MethodRouter, get};
+use bytes::Bytes;
 
 use super::accept::Accounted;
 
@@ -26,6 +27,7 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
         .route("/", file("text/html; charset=utf-8", include_str!("page/page.html")))
         .route("/page/page.css", file("text/css; charset=utf-8", include_str!("page/page.css")))
         .route("/page/page.js", file("text/javascript; charset=utf-8", include_str!("page/page.js")))
+        .route("/page/sample.jpg", file("image/jpeg", include_bytes!("page/sample.jpg").as_slice()))
         .route("/page/icon.svg", file("image/svg+xml", include_str!("page/icon.svg")))
         .layer(axum::middleware::map_response(async |response| guarded(response, POLICY)))
 }
@@ -52,6 +54,7 @@ fn guarded(mut response: Response, policy: &'static str) -> Response {
     response
 }
 
-fn file<S: Clone + Send + Sync + 'static>(kind: &'static str, text: &'static str) -> MethodRouter<S> {
-    get(async move || ([(header::CONTENT_TYPE, kind)], text))
+fn file<S: Clone + Send + Sync + 'static>(kind: &'static str, bytes: impl Into<Bytes>) -> MethodRouter<S> {
+    let bytes = bytes.into();
+    get(async move || ([(header::CONTENT_TYPE, kind)], bytes))
 }

@@ -6,6 +6,12 @@ const AT_ONCE = 4;
 const RETRIES = 4;
 /** Phases of the header `server-timing`, and how a person calls them. */
 const PHASES = [["decode", "decode"], ["preprocess", "resize"], ["queue", "queue"], ["inference", "inference"]];
+/** From so many images on, cards are tiles. */
+const MANY = 9;
+/** Classes that are listed at once. */
+const LISTED = 200;
+/** Refusals that another try with the same image and model would only meet again. */
+const FINAL = new Set(["unsupported_media_type", "invalid_image", "image_too_large", "body_too_large", "invalid_request", "model_not_found", "unauthenticated"]);
 const HEADLINES = {
   unsupported_media_type: "This is not an image that the server can read.",
   invalid_image: "This image is damaged or not an image.",
@@ -29,6 +35,8 @@ const make = (name, className, text) => {
 };
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const say = (text) => { $("said").textContent = text; };
+/** About one image: of many, each would cut the one before off. */
+const sayOf = (text) => { if (cards.size < MANY) say(text); };
 
 /** What an answer other than 200 says, whoever made it. */
 class Refusal extends Error {
@@ -124,6 +132,12 @@ class Card {
     this.find(".remove").onclick = () => this.remove(true);
     this.find(".again").onclick = () => { this.find(".again").hidden = true; enqueue([this]); };
     this.find(".copy").onclick = () => this.copy();
+    this.find(".thumb").title = this.name;
+    this.find(".details").setAttribute("aria-label", `details of ${this.name}`);
+    this.find(".details").onclick = () => {
+      const open = this.element.classList.toggle("open");
+      this.find(".details").setAttribute("aria-expanded", String(open));
+    };
     this.find(".where").onclick = () => this.where();
     const picture = this.find(".thumb img");
     this.url = URL.createObjectURL(file);
@@ -135,7 +149,10 @@ class Card {
     this.element.dataset.state = state;
     this.find(".state").hidden = !text;
     this.find(".state").textContent = text ?? "";
+    progress();
   }
+
+  get isOver() { return ["done", "failed"].includes(this.element.dataset.state); }
 
   async run() {
     this.find(".again").hidden = true;
@@ -170,6 +187,7 @@ class Card {
       const fill = make("span", "fill");
       fill.style.width = `${100 * Math.min(1, Math.max(0, score))}%`;
       fill.ariaHidden = "true";
+      item.title = label;
       item.append(fill, make("span", "label", label || `class ${index}`), make("span", "share", share(score)));
       return item;
     }));
@@ -187,9 +205,10 @@ class Card {
       this.answer = { model: json.model, version: json.version, index: first.index, label: first.label || `class ${first.index}` };
       this.find(".where").hidden = false;
     }
+    this.result = { file: this.name, model: json.model, version: json.version, predictions };
     const none = first ? null : "No class reaches its threshold.";
     this.show("done", none);
-    say(`${this.name}: ${none ?? `${first.label || `class ${first.index}`}, ${share(first.score)}`}`);
+    sayOf(`${this.name}: ${none ?? `${first.label || `class ${first.index}`}, ${share(first.score)}`}`);
   }
 
   /** Server phases, and what is left of the time the browser saw. */
@@ -222,10 +241,11 @@ class Card {
     this.find(".predictions").hidden = true;
     this.find(".more").hidden = true;
     this.cool();
-    this.find(".again").hidden = false;
+    this.result = { file: this.name, error: { code: error.code, message: error.message } };
+    this.find(".again").hidden = FINAL.has(error.code);
     this.find(".again").setAttribute("aria-label", `try again: ${this.name}`);
     this.show("failed", text);
-    say(`${this.name}: ${text}`);
+    sayOf(`${this.name}: ${text}`);
   }
 
   /** Lays the heat of the most probable class over the image, or takes it away. */
@@ -290,7 +310,8 @@ class Card {
     this.element.remove();
     cards.delete(this);
     if (alone) (next?.querySelector(".remove") ?? $("files")).focus();
-    $("clear").hidden = cards.size === 0;
+    arrange();
+    progress();
   }
 }
 
@@ -299,6 +320,30 @@ const mapped = new Set();
 const cards = new Set();
 const queue = [];
 let running = 0;
+
+/** As many images as there are decide how much is shown of each. */
+function arrange() {
+  $("results").classList.toggle("compact", cards.size >= MANY);
+  $("all").hidden = cards.size === 0;
+}
+
+/** How far the images are that are under way; said once, when many are through. */
+function progress() {
+  const over = [...cards].filter((card) => card.isOver).length;
+  const isBusy = over < cards.size;
+  $("progress").hidden = !isBusy || cards.size < 2;
+  const bar = document.querySelector("#progress progress");
+  bar.max = Math.max(1, cards.size);
+  bar.value = over;
+  $("count").textContent = `${over} of ${cards.size}`;
+  for (const id of ["csv", "json"]) $(id).disabled = over === 0;
+  if (wasBusy && !isBusy && cards.size >= MANY) {
+    const failed = [...cards].filter((card) => card.element.dataset.state === "failed").length;
+    say(`${over} images are through, ${failed} of them failed`);
+  }
+  wasBusy = isBusy;
+}
+let wasBusy = false;
 
 function enqueue(some) {
   for (const card of some) card.show("waiting", "waiting…");
@@ -323,7 +368,7 @@ function take(files) {
   if (some.length === 0) return;
   $("results").prepend(...some.map((card) => card.element));
   for (const card of some) cards.add(card);
-  $("clear").hidden = false;
+  arrange();
   say(some.length === 1 ? `classifying ${some[0].name}` : `classifying ${some.length} images`);
   enqueue(some);
 }
@@ -345,6 +390,53 @@ $("clear").onclick = () => {
   say("all removed");
   $("files").focus();
 };
+
+$("sample").onclick = async () => {
+  try {
+    const response = await fetch(new URL("page/sample.jpg", document.baseURI));
+    if (!response.ok) throw new Error(`the answer was ${response.status}`);
+    take([new File([await response.blob()], "sample.jpg", { type: "image/jpeg" })]);
+  } catch (error) {
+    refuse(`The sample did not come: ${error.message}.`);
+  }
+};
+
+// --- what was found, as files ----------------------------------------------------------------------------------------
+
+/** Images in the order of the page, those that are through. */
+function results() {
+  const shown = [...$("results").children];
+  const order = (card) => shown.indexOf(card.element);
+  return [...cards].filter((card) => card.isOver && card.result).sort((a, b) => order(a) - order(b)).map((card) => card.result);
+}
+
+/** A cell; what a spreadsheet would take for a formula begins with an apostrophe. */
+function cell(value) {
+  const text = typeof value === "string" && /^[=+\-@\t]/.test(value) ? `'${value}` : String(value ?? "");
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+function csv() {
+  const rows = [["file", "model", "version", "rank", "index", "label", "score", "error"]];
+  for (const { file, model, version, predictions, error } of results()) {
+    if (error) rows.push([file, "", "", "", "", "", "", `${error.code}: ${error.message}`]);
+    for (const [i, { index, label, score }] of (predictions ?? []).entries()) rows.push([file, model, version, i + 1, index, label, score, ""]);
+  }
+  return rows.map((row) => row.map(cell).join(",") + "\r\n").join("");
+}
+
+function save(name, kind, text) {
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  say(`${name} is saved`);
+}
+$("csv").onclick = () => save("classes.csv", "text/csv", csv());
+$("json").onclick = () => save("classes.json", "application/json", `${JSON.stringify(results(), null, 2)}\n`);
+
+// --- ways in, continued: dropped and pasted --------------------------------------------------------------------------
 
 let depth = 0;
 const over = (delta) => {
@@ -434,8 +526,34 @@ async function models() {
     return option;
   }));
   $("chooser").hidden = options.length === 0;
+  classes();
 }
-$("model").onchange = () => enqueue([...cards].filter((card) => ["done", "failed"].includes(card.element.dataset.state)));
+
+/** The classes that the chosen model knows. */
+async function classes() {
+  const url = new URL("v1/classes", document.baseURI);
+  url.search = target().search;
+  try {
+    const { json } = await call(url);
+    known = json.classes.map(String);
+  } catch { known = []; }
+  $("classes").hidden = known.length === 0;
+  document.querySelector("#classes summary").textContent = `the ${known.length.toLocaleString("en")} classes that this model knows`;
+  list();
+}
+let known = [];
+
+function list() {
+  const wanted = $("filter").value.trim().toLowerCase();
+  const found = known.filter((label) => label.toLowerCase().includes(wanted));
+  document.querySelector("#classes ul").replaceChildren(...found.slice(0, LISTED).map((label) => make("li", "", label)));
+  const more = found.length - LISTED;
+  document.querySelector("#classes > p").textContent = found.length === 0 ? "none like that" : more > 0 ? `and ${more.toLocaleString("en")} more` : "";
+}
+$("filter").oninput = list;
+
+$("model").onchange = () => { classes(); again(); };
+const again = () => enqueue([...cards].filter((card) => ["done", "failed"].includes(card.element.dataset.state)));
 
 models();
 health();
