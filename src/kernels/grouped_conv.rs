@@ -253,7 +253,7 @@ pub(super) use unrolled;
 /// Convolves over a processor's vector functions: with these numbers of groups in a vector, and tiles of so many columns and
 /// rows, widest first, one of a single pixel last. Rows that are fewer are done one by one.
 ///
-/// Each tile is a function for each number of groups and stride: a width is here if it gains more than 3 % somewhere. Nothing
+/// Each tile is a function for each number of groups and stride: widths are those that waste few columns on the networks of `bench engine`. Nothing
 /// in the innermost loop can overflow or panic, so that builds with debug assertions are fast enough to test with.
 macro_rules! kernel {
     ($features:literal, [$($merged:literal),*], [$(($columns:literal, $rows:literal)),*]) => {
