@@ -172,9 +172,9 @@ fn lacks_line_ends(image: &[u8]) -> bool {
     image.len() > 512 && memchr::memchr3(b'\n', b'\r', 0, &image[..image.len().min(4096)]).is_none()
 }
 
-/// Bytes of an answer, at most, about: a prediction has its label and some 80 more.
+/// Bytes of an answer, at most, about: predictions, each with its label, and their text.
 fn answer_size(model: &LiveModel, images: usize, k: usize) -> usize {
     let k = k.min(model.manifest.classes as usize);
     let label = model.manifest.labels.iter().map(String::len).max().unwrap_or_default();
-    images * k * (label + 80)
+    images * k * (2 * label + 160)
 }

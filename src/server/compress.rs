@@ -33,7 +33,9 @@ pub(super) async fn gzip(State(app): State<Arc<App>>, request: Request, next: Ne
     let deadline = deadline::http(request.headers(), app.request_timeout);
     let mut response = next.run(request).await;
     let length = response.body().size_hint().exact().unwrap_or(0);
-    if length < LEAST || response.headers().contains_key(header::CONTENT_ENCODING) {
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let is_picture = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"image/"));
+    if is_picture || length < LEAST || response.headers().contains_key(header::CONTENT_ENCODING) {
         return response;
     }
     response.headers_mut().append(header::VARY, HeaderValue::from(header::ACCEPT_ENCODING));

@@ -2,6 +2,7 @@
 //! through `bodies::upload`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -83,7 +84,9 @@ async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Respon
     // what can't be answered costs no upload
     if let Some(model) = choice.known() {
         model.explains()?;
-        query.text("class").map(|name| class(model, name)).transpose()?;
+        if let Some(name) = query.text("class") {
+            class(&app, model, name, deadline).await?;
+        }
         model.has_room(deadline)?;
     }
     // the charge is held until the request is answered
@@ -91,7 +94,10 @@ async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Respon
         upload::read(&app.bodies, request, kind, upload::read_json, 1, deadline).await?;
     let model = choice.after(&app, &asked)?;
     model.explains()?;
-    let class = query.text("class").map(|name| class(&model, name)).transpose()?;
+    let class = match query.text("class") {
+        Some(name) => Some(class(&app, &model, name, deadline).await?),
+        None => None,
+    };
     let Ok([image]) = <[_; 1]>::try_from(images) else {
         return Err(InferError::TooManyImages { images: 2, limit: 1 }.into());
     };
@@ -144,17 +150,25 @@ fn wants_picture(headers: &HeaderMap) -> bool {
     kinds.any(|kind| kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("image/png"))
 }
 
-/// A class of the model; the error names the nearest.
-fn class(model: &LiveModel, name: &str) -> Result<usize, ApiError> {
-    model.class(name).ok_or_else(|| {
-        let likeness = |label: &&String| strsim::normalized_damerau_levenshtein(name, label);
-        // beyond that a name is no label, and costs to compare
-        let nearest = model.manifest.labels.iter().filter(|_| name.len() <= 200);
-        let nearest = nearest.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-        let hint = match nearest {
-            Some(label) => format!("the nearest label is `{}`", cut(label)),
-            None => format!("its classes are 0 to {}", model.manifest.classes.saturating_sub(1)),
-        };
-        ApiError::new(Code::InvalidRequest, format!("the model has no class `{}`; {hint}", cut(name)))
-    })
+/// Longest name that is compared with the labels.
+const COMPARED: usize = 64;
+
+/// A class of the model; the error names the nearest. Comparing with all labels takes a second where there are many: not on this thread.
+async fn class(app: &App, model: &Arc<LiveModel>, name: &str, deadline: Instant) -> Result<usize, ApiError> {
+    if let Some(index) = model.class(name) {
+        return Ok(index);
+    }
+    let (model, name) = (model.clone(), name.to_string());
+    let compared = name.len() * model.manifest.labels.len();
+    app.bodies.threads.run(compared, deadline, move || Err(no_class(&model, &name))).await
+}
+
+fn no_class(model: &LiveModel, name: &str) -> ApiError {
+    let labels = model.manifest.labels.iter().filter(|_| name.len() <= COMPARED);
+    let compared = labels.map(|label| (strsim::normalized_damerau_levenshtein(name, label), label));
+    let hint = match compared.max_by(|(a, _), (b, _)| a.total_cmp(b)) {
+        Some((_, label)) => format!("the nearest label is `{}`", cut(label)),
+        None => format!("its classes are 0 to {}", model.manifest.classes.saturating_sub(1)),
+    };
+    ApiError::new(Code::InvalidRequest, format!("the model has no class `{}`; {hint}", cut(name)))
 }

@@ -49,14 +49,22 @@ pub(super) fn errors(routes: Router, hosts: &Hosts) -> Router {
 /// `{"predictions": […]}`: for each image its classes, or why it has none.
 #[derive(Serialize)]
 struct Instances {
-    predictions: Vec<Value>,
+    predictions: Vec<Each>,
+}
+
+/// An image's classes, or why it has none. Written as they are: a tree of JSON values would take ten times their text.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Each {
+    Classes(Vec<Prediction>),
+    Broken(Value),
 }
 
 /// The answer to `{"instances": […]}`.
 fn instances(_: &LiveModel, _: &Asked, answers: Answers) -> serde_json::Result<Vec<u8>> {
     let each = |answer: Result<Vec<Prediction>, ApiError>| match answer {
-        Ok(classes) => json!(classes),
-        Err(error) => broken(&error),
+        Ok(classes) => Each::Classes(classes),
+        Err(error) => Each::Broken(broken(&error)),
     };
     serde_json::to_vec(&Instances { predictions: answers.into_iter().map(each).collect() })
 }

@@ -72,6 +72,8 @@ fn cors(origins: &[String]) -> CorsLayer {
             SERVER_TIMING,
             header::RETRY_AFTER,
             HeaderName::from_static("inference-header-content-length"),
+            HeaderName::from_static("x-heat-range"),
+            HeaderName::from_static("x-heat-class"),
         ])
 }
 

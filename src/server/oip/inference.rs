@@ -223,7 +223,9 @@ pub(in crate::server) async fn run(
     }
     let mut served = Served::new(&model, count);
     let most = wanted.iter().filter_map(|w| w.classes).max();
-    let finish = |output: Output| {
+    let finish = |mut output: Output| {
+        // only explanations show what the network saw
+        output.input = Vec::new();
         let top = most.map(|k| model.select(&output.logits, Selection::top(k))).transpose()?;
         Ok((output, top.unwrap_or_default()))
     };
