@@ -18,8 +18,11 @@ mod sources;
 mod hub;
 
 /// Imports only point down.
-mod kernels;
 mod layers;
+
+/// Our own kernels.
+mod int8_kernels;
+mod kernels;
 
 /// The program's output, exit codes and traces.
 mod cli;

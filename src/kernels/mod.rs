@@ -11,6 +11,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod grouped_conv;
+pub mod int8;
 pub mod operators;
 mod pointwise;
 pub mod processor;

@@ -1,0 +1,211 @@
+//! The operators in plain Rust: what every kernel has to equal, to the bit.
+
+use super::{Band, Conv, Gated, Output, Pool, Read, ToBytes};
+
+/// `rhe(f32(acc)·factor)`. Loading a network has made sure that it is below 2³⁰.
+#[inline]
+pub fn scaled(acc: i32, factor: f32) -> i32 {
+    (single(acc, factor)).round_ties_even() as i32
+}
+
+/// `f32(acc)·factor`.
+#[inline]
+pub fn single(acc: i32, factor: f32) -> f32 {
+    acc as f32 * factor
+}
+
+/// An integer, scaled already, as u8.
+#[inline]
+pub fn to_bytes(to: &ToBytes, value: i32) -> u8 {
+    let byte = (value + i32::from(to.zero)).clamp(0, 255) as u8;
+    match &to.table {
+        Some(table) => table[usize::from(byte)],
+        None => byte,
+    }
+}
+
+/// A residual sum as u8.
+#[inline]
+pub fn read(read: &Read, sum: i16) -> u8 {
+    to_bytes(&read.to, scaled(i32::from(sum), read.factor))
+}
+
+/// A residual sum: a scaled integer and what it is added to.
+#[inline]
+pub fn sum(value: i32, addend: i16, relu: bool) -> i16 {
+    let sum = (value + i32::from(addend)).clamp(i16::MIN.into(), i16::MAX.into()) as i16;
+    if relu { sum.max(0) } else { sum }
+}
+
+/// Writes what the integer at place `i` becomes.
+#[inline]
+fn put(output: &Output, i: usize, acc: i32, factor: f32, band: &mut Band<'_>) {
+    let byte = match output {
+        Output::Singles => {
+            if let Some(singles) = &mut band.singles {
+                singles[i] = single(acc, factor);
+            }
+            return;
+        }
+        Output::Bytes(to) => to_bytes(to, scaled(acc, factor)),
+        Output::Sum { relu, read: reading } => {
+            let sum = sum(scaled(acc, factor), band.addend.map_or(0, |addend| addend[i]), *relu);
+            if let Some(sums) = &mut band.sums {
+                sums[i] = sum;
+            }
+            match reading {
+                Some(reading) => read(reading, sum),
+                None => return,
+            }
+        }
+    };
+    if let Some(bytes) = &mut band.bytes {
+        bytes[i] = byte;
+    }
+}
+
+/// Rows of a convolution.
+pub fn conv(conv: &Conv, mut band: Band<'_>) {
+    assert!(conv.fits(&band));
+    let ([height, width], depth) = (conv.size, conv.depth());
+    let filters = conv.filters / conv.groups;
+    let [kernel_height, kernel_width] = conv.kernel;
+    let padding = vec![conv.zero; depth];
+    let mut window = vec![0_u8; kernel_height * kernel_width * depth];
+    let mut at = 0;
+    for row in band.rows.clone() {
+        for column in 0..conv.out_size[1] {
+            for group in 0..conv.groups {
+                // the window that the filters of a group read, padding and all
+                let mut parts = window.chunks_exact_mut(depth);
+                for ky in 0..kernel_height {
+                    let y = (row * conv.stride[0] + ky * conv.dilation[0]).checked_sub(conv.pads[0]);
+                    for kx in 0..kernel_width {
+                        let x = (column * conv.stride[1] + kx * conv.dilation[1]).checked_sub(conv.pads[1]);
+                        let pixel = match (y.filter(|&y| y < height), x.filter(|&x| x < width)) {
+                            (Some(y), Some(x)) => {
+                                let first = (y * width + x) * conv.channels + group * depth;
+                                &band.input[first..first + depth]
+                            }
+                            _ => &padding[..],
+                        };
+                        if let Some(part) = parts.next() {
+                            part.copy_from_slice(pixel);
+                        }
+                    }
+                }
+                for filter in group * filters..(group + 1) * filters {
+                    let weight = &conv.weight[filter * window.len()..(filter + 1) * window.len()];
+                    let acc = conv.bias[filter] + dot(&window, weight);
+                    put(&conv.output, at, acc, conv.factor[filter], &mut band);
+                    at += 1;
+                }
+            }
+        }
+    }
+}
+
+/// `Σ w·x`.
+pub fn dot(x: &[u8], w: &[i8]) -> i32 {
+    x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum()
+}
+
+/// Pixels of a map times their gate, one value a channel. `band.rows` isn't read; `input` may be part of an image.
+pub fn gated(gated: &Gated, gate: &[u8], mut band: Band<'_>) {
+    let pixels =
+        band.bytes.as_ref().map_or(0, |bytes| bytes.len()).max(band.sums.as_ref().map_or(0, |sums| sums.len()));
+    let (input, channels) = (&band.input[..pixels], gate.len());
+    for (i, &x) in input.iter().enumerate() {
+        let g = i32::from(gate[i % channels]) - i32::from(gated.gate_zero);
+        let acc = (i32::from(x) - i32::from(gated.zero)) * g;
+        put(&gated.output, i, acc, gated.factor, &mut band);
+    }
+}
+
+/// Terms of a residual sum, both s16 of one scale. `band.input` isn't read.
+pub fn add(output: &Output, terms: &[i16], mut band: Band<'_>) {
+    for (i, &term) in terms.iter().enumerate() {
+        // exact: 16 bits in a number of 24
+        put(output, i, term.into(), 1.0, &mut band);
+    }
+}
+
+/// A u8 map as a term of a residual sum.
+pub fn widen(table: &[i16; 256], bytes: &[u8], sums: &mut [i16]) {
+    for (sum, &byte) in sums.iter_mut().zip(bytes) {
+        *sum = table[usize::from(byte)];
+    }
+}
+
+/// A table's value for each.
+pub fn look_up(table: &super::Table, x: &[u8], y: &mut [u8]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = table[usize::from(x)];
+    }
+}
+
+/// Sums of a map's channels over all pixels, of values less the zero point.
+pub fn totals(x: &[u8], zero: u8, totals: &mut [i32]) {
+    totals.fill(0);
+    let mut pixels = 0;
+    for pixel in x.chunks_exact(totals.len()) {
+        pixels += 1;
+        for (total, &x) in totals.iter_mut().zip(pixel) {
+            *total += i32::from(x);
+        }
+    }
+    totals.iter_mut().for_each(|total| *total -= pixels * i32::from(zero));
+}
+
+/// A pooling of one image.
+pub fn pool(pool: &Pool, x: &[u8], y: &mut [u8]) {
+    let ([height, width], c) = (pool.size, pool.channels);
+    let mut pixels = y.chunks_exact_mut(c);
+    for row in 0..pool.out_size[0] {
+        for column in 0..pool.out_size[1] {
+            let Some(pixel) = pixels.next() else { return };
+            let (mut counted, mut window) = (0, Vec::with_capacity(pool.kernel[0] * pool.kernel[1]));
+            for ky in 0..pool.kernel[0] {
+                for kx in 0..pool.kernel[1] {
+                    let y = (row * pool.stride[0] + ky).checked_sub(pool.pads[0]).filter(|&y| y < height);
+                    let x = (column * pool.stride[1] + kx).checked_sub(pool.pads[1]).filter(|&x| x < width);
+                    match (y, x) {
+                        (Some(y), Some(x)) => {
+                            window.push((y * width + x) * c);
+                            counted += 1;
+                        }
+                        _ => counted += i32::from(pool.counts_padding),
+                    }
+                }
+            }
+            for (channel, out) in pixel.iter_mut().enumerate() {
+                let values = window.iter().map(|&first| x[first + channel]);
+                *out = if pool.largest {
+                    values.max().unwrap_or(pool.zero)
+                } else {
+                    let total: i32 = values.map(|x| i32::from(x) - i32::from(pool.zero)).sum();
+                    // a window's average is between its values
+                    (halves_to_even(total, counted.max(1)) + i32::from(pool.zero)) as u8
+                };
+            }
+        }
+    }
+}
+
+/// `total / count` rounded to the nearest integer, halves to even, exactly.
+fn halves_to_even(total: i32, count: i32) -> i32 {
+    let (floor, twice) = (total.div_euclid(count), 2 * total.rem_euclid(count));
+    floor + i32::from(twice > count || (twice == count && floor % 2 != 0))
+}
+
+/// An image `[channels, height, width]` as u8, channels last: `clamp(rhe(x / scale) + zero, 0, 255)`.
+pub fn quantise(image: &[f32], channels: usize, (scale, zero): (f32, u8), bytes: &mut [u8]) {
+    let pixels = image.len() / channels.max(1);
+    for (channel, values) in image.chunks_exact(pixels.max(1)).enumerate() {
+        for (byte, &x) in bytes.iter_mut().skip(channel).step_by(channels).zip(values) {
+            // far outside, the conversion limits
+            let q = (x / scale).round_ties_even() as i32;
+            *byte = q.saturating_add(zero.into()).clamp(0, 255) as u8;
+        }
+    }
+}
