@@ -33,10 +33,6 @@ fn alone<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Runs before a CUDA graph is recorded. The first one asks for memory piece by piece, the second one for a block by what the
-/// first one used, and takes it from free pieces that others need then. A recording can't ask the device for more: it fails.
-const RUNS_BEFORE_RECORDING: usize = 3;
-
 /// ONNX Runtime's name for the number of a run's graph.
 const GRAPH_NUMBER: &str = "gpu_graph_id";
 
@@ -55,6 +51,7 @@ pub struct BoundBackend {
 
 /// A session for one number of images.
 struct Engine {
+    model: String,
     images: usize,
     input: String,
     output: String,
@@ -172,7 +169,7 @@ impl Engine {
             model: what.into(),
             reason: format!("memory of {} can't be had: {e}", options.provider.name()),
         })?;
-        Ok(Self { images, input, output, session, device, bound: None })
+        Ok(Self { model: what.into(), images, input, output, session, device, bound: None })
     }
 
     fn stage(&mut self, batch: &Batch, resident: bool) -> Result<(), BackendError> {
@@ -199,14 +196,22 @@ impl Engine {
     fn run(&mut self, resident: bool) -> Result<Option<Logits>, BackendError> {
         let Some(bound) = self.bound.as_mut() else { return Err(BackendError::Run("no batch was staged".into())) };
         if bound.records {
-            let mut plain = RunOptions::new().map_err(failed)?;
-            plain.set(GRAPH_NUMBER, NO_GRAPH).map_err(failed)?;
-            for _ in 0..RUNS_BEFORE_RECORDING {
-                self.session.run_binding_with_options(&bound.binding, &plain).map_err(failed)?;
+            if let Err(error) = self.session.run_binding_with_options(&bound.binding, &bound.run).map(drop) {
+                if resident {
+                    // what is timed as a graph is one
+                    return Err(failed(error));
+                }
+                let (model, images) = (&self.model, self.images);
+                tracing::warn!(
+                    model, images, %error,
+                    "`{model}`: CUDA can't record batches of {images}, which run without a graph; channels last (--cuda-nhwc) may record"
+                );
+                bound.run = RunOptions::new().map_err(failed)?;
+                bound.run.set(GRAPH_NUMBER, NO_GRAPH).map_err(failed)?;
             }
+            bound.records = false;
         }
         let outputs = self.session.run_binding_with_options(&bound.binding, &bound.run).map_err(failed)?;
-        bound.records = false;
         if resident {
             return Ok(None);
         }
@@ -228,7 +233,7 @@ impl Engine {
     fn run_unbound(&mut self, batch: &Batch, extras: Extras) -> Result<Answers, BackendError> {
         let mut options = select(&self.session, &self.output, extras)?;
         // recorded runs give what was bound when they were recorded
-        options.set("gpu_graph_id", "-1").map_err(failed)?;
+        options.set(GRAPH_NUMBER, NO_GRAPH).map_err(failed)?;
         run_selected(&mut self.session, [&self.input, &self.output], batch, extras, &options)
     }
 
