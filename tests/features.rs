@@ -296,9 +296,15 @@ fn class_maps_are_served_as_numbers_and_as_pictures() {
     });
     assert!(grids.iter().all(|grid| *grid == answer["grid"]));
     // other classes are seen elsewhere, and a picture is the same at both doors
-    let picture = crate::serve::ask(server.http, "POST /v1/explain", &[("accept", "image/png")], &cat);
+    let picture = crate::serve::ask(
+        server.http,
+        "POST /v1/explain",
+        &[("accept", "image/png"), ("accept-encoding", "gzip")],
+        &cat,
+    );
     assert_eq!((picture.status, picture.headers["content-type"].as_str()), (200, "image/png"));
     assert_eq!(picture.headers["x-heat-class"], "3");
+    assert!(!picture.headers.contains_key("content-encoding"), "a PNG file is compressed by itself");
     let range: Vec<f64> = picture.headers["x-heat-range"].split(' ').map(|end| end.parse().unwrap()).collect();
     assert!(range.len() == 2 && range[0] < range[1], "{range:?}");
     let decoded = image::load_from_memory(&picture.bytes).unwrap().to_rgb8();

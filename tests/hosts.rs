@@ -142,6 +142,8 @@ fn kserve_v1() {
     let answer = ok(json_to(&server, "/v1/models/m:predict", body.clone()));
     assert_eq!(answer["predictions"][0][0]["label"], "first", "{answer}");
     assert_eq!(json_to(&server, "/v1/models/other:predict", body.clone()).error(), (404, "model_not_found".into()));
+    let two = json_to(&server, "/v1/models/m:predict?model=n", body.clone());
+    assert!(two.error().0 == 400 && two.body.contains("names two models, `m` and, in its query, `n`"), "{two:?}");
     assert_eq!(json_to(&server, "/v1/models/m:explain", body.clone()).error(), (404, "not_found".into()));
     assert_eq!(json_to(&server, "/v1/models/m", body.clone()).error(), (404, "not_found".into()));
     // the fixed routes keep their meaning beside these
@@ -172,6 +174,8 @@ fn torchserve() {
         ("/predictions/m", &[("content-type", "text/css")], 415, "unsupported_media_type"),
         ("/predictions/m", &[("content-encoding", "br")], 415, "unsupported_media_type"),
         ("/predictions/m?topk=1", &[], 400, "invalid_request"),
+        ("/predictions/m?model=other", &[], 400, "invalid_request"),
+        ("/predictions/m/1?version=2", &[], 400, "invalid_request"),
         ("/predictions/m/1/2", &[], 404, "not_found"),
     ] {
         let answer = post(&server, target, headers, &image);
@@ -179,6 +183,8 @@ fn torchserve() {
         assert_eq!((answer.status, &said["code"], &said["type"]), (status, &json!(status), &json!(name)), "{answer:?}");
         assert!(said["message"].as_str().is_some_and(|text| said["error"] == text), "{said}");
     }
+    // what is said twice and alike is no contradiction
+    ok(post(&server, "/predictions/m/1?model=m&version=1&top_k=1", &[], &image));
     let other = ask(server.http, "GET /predictions/m", &[], b"");
     assert_eq!((other.status, other.json()["type"].as_str().unwrap()), (405, "method_not_allowed"));
     server.end().unwrap();
@@ -255,6 +261,7 @@ fn a_form_and_json_may_name_the_model() {
     for (query, fields, status, due) in [
         ("", vec![], 400, "several models are served, name one of: a, b"),
         ("?model=a", vec![field("model", "b")], 400, "names two models, `a` and, in its body, `b`"),
+        ("?model=a&version=1", vec![field("version", "2")], 400, "names two versions, `1` and, in its body, `2`"),
         ("", vec![field("model", "c")], 404, "`c` is not served"),
         ("", vec![field("model", "a"), field("version", "2")], 404, "a version 2"),
         ("", vec![field("model", "a"), field("version", "x")], 400, "`version` is `x`, which is no whole number"),

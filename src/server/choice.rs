@@ -47,13 +47,8 @@ impl Choice {
     /// The model, by what the body says as well.
     pub(super) fn after(self, app: &App, asked: &Asked) -> Result<Arc<LiveModel>, ApiError> {
         let Self { model, version, known } = self;
-        if let (Some(outside), Some(inside)) = (&model, &asked.model)
-            && outside != inside
-        {
-            let (outside, inside) = (outside.escape_debug(), inside.escape_debug());
-            let text = format!("the request names two models, `{outside}` and, in its body, `{inside}`; name one");
-            return Err(ApiError::new(Code::InvalidRequest, text));
-        }
+        agree("models", "body", model.as_deref(), asked.model.as_deref())?;
+        agree("versions", "body", version, asked.version)?;
         match known {
             Some(known) if asked.model.is_none() && asked.version.is_none() => Ok(known),
             _ => {
@@ -62,4 +57,20 @@ impl Choice {
             }
         }
     }
+}
+
+/// Refuses what is named twice and not alike: outside, and in this place of the request.
+pub(super) fn agree<T: PartialEq + ToString>(
+    what: &str,
+    place: &str,
+    outside: Option<T>,
+    inside: Option<T>,
+) -> Result<(), ApiError> {
+    let (Some(outside), Some(inside)) = (outside, inside) else { return Ok(()) };
+    if outside == inside {
+        return Ok(());
+    }
+    let [outside, inside] = [outside, inside].map(|name| name.to_string().escape_debug().to_string());
+    let text = format!("the request names two {what}, `{outside}` and, in its {place}, `{inside}`; name one");
+    Err(ApiError::new(Code::InvalidRequest, text))
 }

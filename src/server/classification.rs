@@ -12,7 +12,7 @@ use super::app::App;
 use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
 use super::bodies::upload::{self, Asked, Json, Kind, Upload};
-use super::choice::Choice;
+use super::choice::{Choice, agree};
 use super::deadline;
 use super::query::Parameters;
 use super::served::{SERVER_TIMING, Served};
@@ -48,6 +48,14 @@ impl Named {
             top_k: query.whole("top_k")?,
             threshold: query.number("threshold")?,
         })
+    }
+
+    /// What the path and the query say, which may not contradict each other.
+    pub(super) fn by_path(request: &Request, model: Option<String>, version: Option<u64>) -> Result<Self, ApiError> {
+        let query = Self::by_query(request)?;
+        agree("models", "query", model.as_deref(), query.model.as_deref())?;
+        agree("versions", "query", version, query.version)?;
+        Ok(Self { model: model.or(query.model), version: version.or(query.version), ..query })
     }
 }
 

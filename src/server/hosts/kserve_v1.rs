@@ -42,7 +42,6 @@ async fn predict(State(app): State<Arc<App>>, path: Called, request: Request) ->
         let text = format!("`{}` is no call; there is /v1/models/{}:predict", cut(&called), cut(model));
         return Err(ApiError::new(Code::NotFound, text));
     }
-    let mut named = Named::by_query(&request)?;
-    named.model = Some(model.into());
+    let named = Named::by_path(&request, Some(model.into()), None)?;
     classification::answer(&app, named, request, read_instances, super::instances).await
 }

@@ -49,12 +49,10 @@ type Called = Result<Path<BTreeMap<String, String>>, PathRejection>;
 
 async fn predict(State(app): State<Arc<App>>, path: Called, request: Request) -> Result<Response, ApiError> {
     let Path(mut path) = path.map_err(|e| ApiError::new(Code::InvalidRequest, e.body_text()))?;
-    let mut named = Named::by_query(&request)?;
-    named.model = path.remove("model");
-    if let Some(version) = path.remove("version") {
-        // what TorchServe calls its first version
-        named.version = Some(query::whole("version", version.strip_suffix(".0").unwrap_or(&version))?);
-    }
+    // what TorchServe calls its first version is 1.0
+    let whole = |version: String| query::whole("version", version.strip_suffix(".0").unwrap_or(&version));
+    let version = path.remove("version").map(whole).transpose()?;
+    let named = Named::by_path(&request, path.remove("model"), version)?;
     classification::answer(&app, named, request, upload::read_json, write).await
 }
 
