@@ -356,9 +356,8 @@ impl Ruler {
         if self.scale == Scale::Log {
             let decades = low.log10().ceil() as i32..=high.log10().floor() as i32;
             let every = (f64::from(decades.end() - decades.start() + 1) / wanted.max(1.0)).ceil().max(1.0) as usize;
-            let powers: Vec<f64> = decades.clone().step_by(every).map(|d| 10f64.powi(d)).collect();
-            if powers.len() > 2 {
-                return powers;
+            if decades.clone().count() > 2 {
+                return decades.step_by(every).map(|d| 10f64.powi(d)).collect();
             }
             let decades = decades.start() - 1..=*decades.end();
             let some = decades.flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d)));
@@ -543,6 +542,7 @@ mod tests {
         assert_eq!(texts(&ruler(Scale::Linear, (-0.11, 0.21)), 4.0), ["−0.1", "0", "0.1", "0.2"]);
         assert_eq!(texts(&ruler(Scale::Log, (0.5, 2e6)), 3.0), ["1", "1000", "1e6"]);
         assert_eq!(texts(&ruler(Scale::Log, (1.5, 6.0)), 3.0), ["2", "5"]);
+        assert_eq!(texts(&ruler(Scale::Log, (0.02, 500.0)), 2.0), ["0.1", "10"], "few, not all of them");
         let constant = Ruler::new(&Axis::default(), [3.0, 3.0 + 1e-12].into_iter(), (0.0, 100.0), 0.05);
         assert!(constant.ends.1 - constant.ends.0 > 0.1, "{constant:?}");
     }

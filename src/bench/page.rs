@@ -38,6 +38,9 @@ pub fn html(engine: Option<&Report>, load: Option<&load::Report>) -> String {
 
 fn engine_section(out: &mut String, report: &Report) {
     out.push_str("<h2>Engine: latency in process</h2>");
+    for (threads, batch) in cells(report) {
+        let _ = write!(out, "<p>{}</p>", escape(&gist(report, threads, batch)));
+    }
     out.push_str(
         "<p class=\"note\">Batch normalisation folds as well as Scaled Weight Standardization does: a BN-folded ResNet \
          runs the same plain convolutions, and is batch-independent too in exact arithmetic. Accuracy is what timm \
@@ -53,7 +56,9 @@ fn engine_section(out: &mut String, report: &Report) {
             let caption = "Up and to the left is better. Latency is the median of a run; accuracy as published.";
             figure(out, &front(&rows, batch), caption);
         }
-        figure(out, &distribution(&rows), "How latency is spread over runs: a steep line is a steady one.");
+        let lines = rows.iter().map(|r| (r.label.clone(), &r.percentiles_ms[..])).collect();
+        let spread = distribution("latency of a run, ms", "runs at most as slow, %", lines);
+        figure(out, &spread, "How latency is spread over runs: a steep line is a steady one.");
     }
     machine(out, &report.machine, report.stolen_share);
     let plan = &report.plan;
@@ -73,6 +78,25 @@ fn engine_section(out: &mut String, report: &Report) {
     if let Some(note) = report.implausible() {
         let _ = write!(out, "<p class=\"note\">Note: {note}.</p>");
     }
+}
+
+/// The result in a sentence: the fastest network, beside the reference, or beside the slowest where it is that itself.
+fn gist(report: &Report, threads: usize, batch: usize) -> String {
+    let mut rows: Vec<&Row> = report.rows.iter().filter(|r| (r.threads, r.batch) == (threads, batch)).collect();
+    let how = format!("batch {batch}, {threads} thread{}", if threads == 1 { "" } else { "s" });
+    let reference = rows.iter().copied().find(|r| report.plan.reference.as_ref().is_none_or(|name| *name == r.label));
+    rows.sort_by(|a, b| a.latency_ms.median.total_cmp(&b.latency_ms.median));
+    let ([first, ..], Some(slowest)) = (&rows[..], rows.last()) else {
+        return format!("Nothing was timed with {how}.");
+    };
+    let other = reference.filter(|r| r.label != first.label).unwrap_or(slowest);
+    let (median, rate) = (number(first.latency_ms.median), number(first.images_per_s));
+    let mut text = format!("{} is the fastest with {how}: {median} ms, {rate} images/s", first.label);
+    if other.label != first.label {
+        let ratio = number(other.latency_ms.median / first.latency_ms.median);
+        let _ = write!(text, "; {} takes {ratio} times as long", other.label);
+    }
+    text + "."
 }
 
 fn cells(report: &Report) -> BTreeSet<(usize, usize)> {
@@ -163,21 +187,39 @@ fn front(rows: &[&Row], batch: usize) -> Figure {
     )
 }
 
-fn distribution(rows: &[&Row]) -> Figure {
-    let series = rows.iter().map(|r| {
-        let points = r.percentiles_ms.iter().enumerate();
-        let points = points.map(|(p, &x)| (x, p as f64)).collect();
-        Series { name: r.label.clone(), points, line: true, ..Series::default() }
-    });
-    one(
-        "Distribution of latency",
-        Panel {
-            x: axis("latency of a run, ms", Scale::Log),
-            y: axis("runs at most as slow, %", Scale::Linear),
-            series: series.collect(),
-            ..Panel::default()
-        },
-    )
+/// Most lines that are told apart in one panel.
+const OVERLAID: usize = 4;
+
+/// The percentiles 0 to 100 of each name's latency in ms: one panel, or of many names a panel each, on the same axes.
+fn distribution(of: &str, share: &str, lines: Vec<(String, &[f64])>) -> Figure {
+    let title = "Distribution of latency";
+    let panel = |name: String, series, range| Panel {
+        title: name,
+        x: Axis { range, ..axis(of, Scale::Log) },
+        y: axis(share, Scale::Linear),
+        series,
+        ..Panel::default()
+    };
+    let series = |name: String, percentiles: &[f64]| Series {
+        name,
+        points: percentiles.iter().enumerate().map(|(p, &x)| (x, p as f64)).collect(),
+        line: true,
+        ..Series::default()
+    };
+    if lines.len() <= OVERLAID {
+        let overlaid = lines.into_iter().map(|(name, percentiles)| series(name, percentiles)).collect();
+        return one(title, panel(String::new(), overlaid, None));
+    }
+    let all = || lines.iter().flat_map(|(_, percentiles)| percentiles.iter().copied());
+    let range = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
+    let alone = |(name, percentiles)| panel(name, vec![series(String::new(), percentiles)], Some(range));
+    Figure {
+        title: title.into(),
+        subtitle: "all panels have the same axes".into(),
+        panels: lines.into_iter().map(alone).collect(),
+        columns: 4,
+        panel_size: (304.0, 220.0),
+    }
 }
 
 /// An axis whose label says if it is logarithmic.
@@ -225,10 +267,11 @@ fn load_section(out: &mut String, report: &load::Report) {
     let plan = &report.plan;
     let _ = write!(
         out,
-        "<h2>Server: load over the network</h2><p class=\"note\">Open-loop latency counts from when a request was due, \
+        "<h2>Server: load over the network</h2><p>{}</p><p class=\"note\">Open-loop latency counts from when a request was due, \
          not from when it could be sent: a stall is charged for everyone who waited. Percentiles are given only where \
          enough answers came (459 for p99, 4603 for p99.9). Goodput counts answers within {} ms. A step is void where \
          the generator's own lag passed {} ms at its 99th percentile; generator and server share this machine.</p>",
+        escape(&load_gist(report)),
         number(plan.slo_ms),
         number(plan.max_lag_ms)
     );
@@ -240,7 +283,10 @@ fn load_section(out: &mut String, report: &load::Report) {
         figure(out, &served(&open, report.capacity), caption);
         figure(out, &latency(&open), "Latency from the due time against offered load.");
     }
-    figure(out, &latencies(&report.steps), "How latency is spread over answers as asked.");
+    let answered = report.steps.iter().filter(|s| !s.percentiles_ms.is_empty());
+    let lines = answered.map(|s| (name(s), &s.percentiles_ms[..])).collect();
+    let spread = distribution("latency, ms", "answers at most as slow, %", lines);
+    figure(out, &spread, "How latency is spread over answers as asked.");
     machine(out, &report.machine, report.stolen_share);
     let _ = write!(
         out,
@@ -254,6 +300,27 @@ fn load_section(out: &mut String, report: &load::Report) {
         report.payload_bytes / 1e3,
         number(plan.timeout_s)
     );
+}
+
+/// The result in a sentence: the step with the most answers within the objective.
+fn load_gist(report: &load::Report) -> String {
+    let valid = report.steps.iter().filter(|s| s.valid);
+    let Some(best) = valid.max_by(|a, b| a.goodput.total_cmp(&b.goodput)) else {
+        return "No step is valid: the load generator itself was late.".into();
+    };
+    let mut text = format!(
+        "The server gave up to {} answers a second within {} ms ({})",
+        number(best.goodput),
+        number(report.plan.slo_ms),
+        name(best)
+    );
+    if let Some(latency) = &best.latency_ms {
+        let _ = write!(text, ", half of them within {} ms", number(latency.p50));
+        if let Some(p99) = latency.p99 {
+            let _ = write!(text, " and 99 % within {} ms", number(p99));
+        }
+    }
+    text + "."
 }
 
 /// Name of a step in charts and tables.
@@ -337,23 +404,6 @@ fn latency(open: &[&Step]) -> Figure {
                 series("p90", |s| s.latency_ms.as_ref().map(|l| l.p90)),
                 series("p99", |s| s.latency_ms.as_ref().and_then(|l| l.p99)),
             ],
-            ..Panel::default()
-        },
-    )
-}
-
-fn latencies(steps: &[Step]) -> Figure {
-    let series = steps.iter().filter(|s| !s.percentiles_ms.is_empty()).map(|s| {
-        let points = s.percentiles_ms.iter().enumerate();
-        let points = points.map(|(p, &x)| (x, p as f64)).collect();
-        Series { name: name(s), points, line: true, ..Series::default() }
-    });
-    one(
-        "Distribution of latency",
-        Panel {
-            x: axis("latency, ms", Scale::Log),
-            y: axis("answers at most as slow, %", Scale::Linear),
-            series: series.collect(),
             ..Panel::default()
         },
     )

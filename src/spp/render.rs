@@ -16,6 +16,10 @@ const STATISTICS: [Statistic; 3] = [
 ];
 /// Ratio of largest to smallest value above which an axis is logarithmic.
 const WIDE: f64 = 1e4;
+/// The same where networks have panels of their own on one axis.
+const WIDE_IN_ROWS: f64 = 50.0;
+/// Most networks whose lines are told apart in one panel.
+const OVERLAID: usize = 4;
 /// Characters of a sparkline.
 const SPARK_WIDTH: usize = 60;
 
@@ -122,7 +126,7 @@ fn number(value: f64) -> String {
 fn sparkline(values: &[f64]) -> String {
     const HEIGHTS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let finite = || values.iter().copied().filter(|v| v.is_finite());
-    let log = wide(finite());
+    let log = spread(finite()) > WIDE;
     let length = |v: f64| if log { v.max(f64::MIN_POSITIVE).ln() } else { v };
     let (low, high) = finite().map(length).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
     // so that rounding noise looks flat
@@ -136,43 +140,63 @@ fn sparkline(values: &[f64]) -> String {
         .collect()
 }
 
-/// Whether positive values are so far apart that they need a logarithmic axis.
-fn wide(values: impl Iterator<Item = f64>) -> bool {
+/// The ratio of the largest positive value to the smallest.
+fn spread(values: impl Iterator<Item = f64>) -> f64 {
     let (mut low, mut high) = (f64::INFINITY, 0.0);
     for v in values.filter(|v| *v > 0.0) {
         (low, high) = (f64::min(low, v), f64::max(high, v));
     }
-    high > WIDE * low
+    high / low
 }
 
-/// The paper's three panels with all networks overlaid; markers show the ends of stages.
+/// The paper's three panels; markers show the ends of stages. A few networks are overlaid, of many each has a row of its own, on
+/// the same axes.
 pub fn figure(profiles: &[Profile], title: &str) -> Figure {
     let all = |read: fn(&Signal) -> Option<f64>| {
         profiles.iter().flat_map(move |p| p.blocks.iter().filter_map(read)).filter(|v| v.is_finite())
     };
     let largest_variance = all(|s| Some(s.variance)).fold(0.0, f64::max);
-    let panel = |(short, name, read): Statistic| {
+    let blocks = profiles.iter().map(|p| p.blocks.len()).max().unwrap_or_default();
+    let overlaid = profiles.len() <= OVERLAID;
+    let panel = |(short, _, read): Statistic, shown: &[Profile], title: &str| {
         let is_mean = short == "squared mean";
         let largest = all(read).fold(0.0, f64::max);
-        // squared means near zero need no logarithmic axis
-        let scale = if wide(all(read)) && !(is_mean && largest < 1e3) { Scale::Log } else { Scale::Linear };
+        // squared means near zero need no logarithmic axis; in rows, small networks are a line at the bottom much earlier
+        let apart = if overlaid { WIDE } else { WIDE_IN_ROWS };
+        let scale = if spread(all(read)) > apart && !(is_mean && largest < 1e3) { Scale::Log } else { Scale::Linear };
         // nor do means that are negligible beside the variance
         let least = 0.02 * largest_variance;
-        let range = (is_mean && scale == Scale::Linear && largest < least).then_some((0.0, least));
+        let range = if is_mean && scale == Scale::Linear && largest < least {
+            Some((0.0, least))
+        } else if overlaid {
+            None
+        } else if scale == Scale::Log {
+            Some((all(read).filter(|v| *v > 0.0).fold(largest, f64::min), largest))
+        } else {
+            Some((0.0, largest))
+        };
         let series = |p: &Profile| Series {
-            name: p.network.clone(),
+            name: if overlaid { p.network.clone() } else { String::new() },
             points: (p.blocks.iter().enumerate()).map(|(i, s)| (i as f64 + 1.0, read(s).unwrap_or(f64::NAN))).collect(),
             line: true,
             marks: Marks::At(p.blocks.iter().enumerate().filter(|(_, s)| s.ends_stage).map(|(i, _)| i).collect()),
             ..Series::default()
         };
+        let x_range = (!overlaid).then_some((0.0, blocks as f64));
+        let y_label = if overlaid { "" } else { short };
         Panel {
-            title: name.into(),
-            x: Axis { label: "residual block".into(), ..Axis::default() },
-            y: Axis { scale, range, from_zero: true, ..Axis::default() },
-            series: profiles.iter().map(series).collect(),
+            title: title.into(),
+            x: Axis { label: "residual block".into(), range: x_range, ..Axis::default() },
+            y: Axis { label: y_label.into(), scale, range, from_zero: true },
+            series: shown.iter().map(series).collect(),
             rules: Vec::new(),
         }
+    };
+    let panels = if overlaid {
+        STATISTICS.map(|statistic| panel(statistic, profiles, statistic.1)).into()
+    } else {
+        let of = |p: &Profile| STATISTICS.map(|statistic| panel(statistic, std::slice::from_ref(p), &p.network));
+        profiles.iter().flat_map(of).collect()
     };
     let input = profiles.first().map_or_else(String::new, |p| {
         format!("{} images of {}x{}, {}; marks end the stages", p.images, p.size.0, p.size.1, p.input)
@@ -180,9 +204,9 @@ pub fn figure(profiles: &[Profile], title: &str) -> Figure {
     Figure {
         title: title.into(),
         subtitle: input,
-        panels: STATISTICS.map(panel).into(),
+        panels,
         columns: 3,
-        panel_size: (380.0, 320.0),
+        panel_size: (380.0, if overlaid { 320.0 } else { 200.0 }),
     }
 }
 
