@@ -4,18 +4,17 @@
 use std::time::Instant;
 
 use axum::extract::Request;
-use axum::http::{HeaderValue, header};
+use axum::http::header;
 use axum::response::Response;
 use bytes::Bytes;
 
 use super::app::App;
-use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
 use super::bodies::upload::{self, Asked, Json, Kind, Upload};
 use super::choice::{Choice, agree};
 use super::deadline;
 use super::query::Parameters;
-use super::served::{SERVER_TIMING, Served};
+use super::served::Served;
 use super::status::{ApiError, Code};
 use crate::infer::error::InferError;
 use crate::infer::registry::{Classified, LiveModel};
@@ -138,13 +137,7 @@ pub(super) async fn answer(
     let written = app.bodies.threads.run(size, deadline, move || {
         write(&model, &asked, answers).map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
     });
-    let mut response = ChargedBody::respond(written.await?.into(), charge);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert(SERVER_TIMING, value);
-    }
-    response.extensions_mut().insert(served);
-    Ok(response)
+    Ok(served.respond("application/json", written.await?, charge))
 }
 
 /// Refuses a threshold that no score of the model can be compared with.

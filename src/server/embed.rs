@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use axum::routing::post;
 use base64::Engine as _;
@@ -15,13 +14,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::app::App;
-use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
 use super::bodies::upload::{self, Embeddings, Kind, Upload};
 use super::choice::Choice;
 use super::deadline;
 use super::query::Parameters;
-use super::served::{SERVER_TIMING, Served};
+use super::served::Served;
 use super::status::{ApiError, Code, ErrorBody};
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
@@ -185,13 +183,7 @@ async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Response
         }
     }
     let written = app.bodies.threads.run(size, deadline, move || write(&model, features, errors, embeddings));
-    let mut response = ChargedBody::respond(written.await?.into(), charge);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert(SERVER_TIMING, value);
-    }
-    response.extensions_mut().insert(served);
-    Ok(response)
+    Ok(served.respond("application/json", written.await?, charge))
 }
 
 fn write(

@@ -13,13 +13,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::app::App;
-use super::bodies::budget::ChargedBody;
 use super::bodies::threads::INLINE;
 use super::bodies::upload::{self, Kind, Upload};
 use super::choice::Choice;
 use super::deadline;
 use super::query::Parameters;
-use super::served::{SERVER_TIMING, Served};
+use super::served::Served;
 use super::status::{ApiError, Code, ErrorBody, cut};
 use crate::infer::error::InferError;
 use crate::infer::registry::LiveModel;
@@ -127,19 +126,15 @@ async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Respon
         serde_json::to_vec(&ExplainAnswer { model, version, class: &label, index, score, grid: rows })
             .map_err(|e| ApiError::internal(format!("an answer has no JSON: {e}")))
     });
-    let mut response = ChargedBody::respond(written.await?.into(), charge);
-    let headers = response.headers_mut();
     let kind = if as_picture { "image/png" } else { "application/json" };
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    let mut response = served.respond(kind, written.await?, charge);
+    let headers = response.headers_mut();
     headers.insert(header::VARY, HeaderValue::from_static("accept"));
-    let said =
-        [(SERVER_TIMING, served.server_timing()), (RANGE, format!("{least} {most}")), (CLASS, index.to_string())];
-    for (name, value) in said {
+    for (name, value) in [(RANGE, format!("{least} {most}")), (CLASS, index.to_string())] {
         if let Ok(value) = HeaderValue::from_str(&value) {
             headers.insert(name, value);
         }
     }
-    response.extensions_mut().insert(served);
     Ok(response)
 }
 

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use axum::http::HeaderName;
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::response::Response;
 
+use super::bodies::budget::{Charge, ChargedBody};
 use crate::infer::registry::LiveModel;
 use crate::infer::request::Timings;
 use crate::metrics::{Outcome, Protocol};
@@ -38,6 +40,17 @@ impl Served {
         a.queue = a.queue.max(b.queue);
         a.inference = a.inference.max(b.inference);
         a.batch = a.batch.max(b.batch);
+    }
+
+    /// A response with this body, which `charge` is held for, and the header `server-timing`.
+    pub(super) fn respond(self, kind: &'static str, body: Vec<u8>, charge: Charge) -> Response {
+        let mut response = ChargedBody::respond(body.into(), charge);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        if let Ok(value) = HeaderValue::from_str(&self.server_timing()) {
+            response.headers_mut().insert(SERVER_TIMING, value);
+        }
+        response.extensions_mut().insert(self);
+        response
     }
 
     /// Value of the header `server-timing`, in milliseconds.

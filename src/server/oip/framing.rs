@@ -3,19 +3,17 @@
 //! Owns the framing of the binary tensor data extension in both directions. Knows no model.
 
 use axum::body::Bytes;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use serde::Serialize;
 use serde::de::Error as _;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::super::bodies::budget::ChargedBody;
 use super::super::bodies::json::{self, Cursor};
 use super::super::bodies::numbers::numbers;
 use super::super::bodies::upload::EXAMPLE;
 use super::super::bodies::{Limits, base64};
-use super::super::served::SERVER_TIMING;
 use super::super::status::{ApiError, cut};
 use super::datatype::Datatype;
 use super::inference::{
@@ -404,14 +402,9 @@ pub(in crate::server) fn respond(answered: Answered) -> Result<Response, ApiErro
     let kind = if binary.is_empty() { "application/json" } else { "application/octet-stream" };
     let is_binary = !binary.is_empty();
     binary.iter().for_each(|bytes| body.extend_from_slice(bytes));
-    let mut response = ChargedBody::respond(body.into(), charge);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    let mut response = served.respond(kind, body, charge);
     if is_binary {
         response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(length));
     }
-    if let Ok(value) = HeaderValue::from_str(&served.server_timing()) {
-        response.headers_mut().insert(SERVER_TIMING, value);
-    }
-    response.extensions_mut().insert(served);
     Ok(response)
 }
