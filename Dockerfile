@@ -7,7 +7,7 @@
 #   docker run --read-only -p 8000:8000 -v "$PWD/repository:/models:ro" nfold
 #
 # Pin the three base images by digest where you build: --build-arg RUNTIME_CPU=…@sha256:…
-# deploy/check-dockerfile replays all of this where no registry can be reached, and tests/dockerfile.rs lints it.
+# deploy/check-dockerfile --build builds and tries it where no registry can be reached, and tests/dockerfile.rs lints it.
 
 ARG VARIANT=cpu
 ARG RUST=docker.io/library/rust:1.95.0-slim-bookworm
@@ -17,6 +17,8 @@ ARG RUNTIME_CUDA=docker.io/nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
 # --- the program -------------------------------------------------------------------------------------------------------
 FROM ${RUST} AS build
+# the program carries the list of its crates, which Trivy, Grype and `cargo audit bin` read, and which becomes the SBOM
+RUN cargo install --quiet --locked --root /usr/local cargo-auditable@0.7.7 auditable2cdx@0.1.0
 WORKDIR /build
 ARG VARIANT
 # dependencies first, with a program that does nothing: this layer lasts until the lock file changes
@@ -27,10 +29,11 @@ COPY benches benches
 RUN mkdir src \
  && echo 'fn main() {}' >src/main.rs \
  && touch src/lib.rs \
- && cargo build --release --locked --bin nfold --features "$([ "$VARIANT" = cuda ] && echo gpu)" \
+ && cargo auditable build --release --locked --bin nfold --features "$([ "$VARIANT" = cuda ] && echo gpu)" \
  && rm -r src target/release/.fingerprint/nfold-* target/release/deps/*nfold*
 COPY src src
-RUN cargo build --release --locked --bin nfold --features "$([ "$VARIANT" = cuda ] && echo gpu)"
+RUN cargo auditable build --release --locked --bin nfold --features "$([ "$VARIANT" = cuda ] && echo gpu)" \
+ && auditable2cdx target/release/nfold >sbom.cdx.json
 
 # --- ONNX Runtime: the wheel's sha256 is checked against deploy/onnxruntime/*.txt -----------------------------------------
 FROM ${PYTHON} AS onnxruntime-cpu
@@ -49,7 +52,7 @@ FROM ${RUNTIME_CUDA} AS runtime-cuda
 COPY --from=onnxruntime-cuda /onnxruntime /usr/lib/onnxruntime
 
 FROM runtime-${VARIANT} AS nfold
-ARG VERSION=unknown
+ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="nfold" \
       org.opencontainers.image.description="Folds Normalizer-Free image classifiers into plain convolutions and serves them with ONNX Runtime" \
@@ -57,6 +60,7 @@ LABEL org.opencontainers.image.title="nfold" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY LICENSE-APACHE LICENSE-MIT /usr/share/doc/nfold/
+COPY --from=build /build/sbom.cdx.json /usr/share/doc/nfold/sbom.cdx.json
 COPY --from=build /build/target/release/nfold /usr/bin/nfold
 # the third: memory of large bodies goes back to the system when they are answered; left alone, glibc learns to keep it
 ENV ORT_DYLIB_PATH=/usr/lib/onnxruntime/libonnxruntime.so \

@@ -147,6 +147,10 @@ fn the_image_is_what_the_manifests_rely_on() {
     for label in ["title", "description", "licenses", "version", "revision"] {
         assert!(file.last("LABEL").contains(&format!("org.opencontainers.image.{label}=")), "{label}");
     }
+    let version = concat!("ARG VERSION=", env!("CARGO_PKG_VERSION"));
+    assert!(file.all().any(|(s, i)| s.name == "nfold" && format!("{} {}", i.keyword, i.arguments) == version));
+    let parts = "COPY --from=build /build/sbom.cdx.json /usr/share/doc/nfold/sbom.cdx.json";
+    assert!(file.all().any(|(s, i)| s.name == "nfold" && format!("{} {}", i.keyword, i.arguments) == parts));
     // a layer of its own per variant, and below the program
     for variant in ["cpu", "cuda"] {
         let stage = file.stages.iter().find(|s| s.name == format!("runtime-{variant}")).unwrap();
