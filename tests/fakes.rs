@@ -32,12 +32,15 @@ pub enum Fault {
     Short,
     /// Logits that depend on how many images run together.
     Batched,
+    /// An error for every batch of so many images or more.
+    ErrorFrom(usize),
 }
 
 /// Controls of one model's engines.
 #[derive(Debug, Default)]
 pub struct Strings {
-    closed: Mutex<bool>,
+    /// Batches of so many images and more wait; 0: none do.
+    closed: Mutex<usize>,
     opened: Condvar,
     pub opens: AtomicUsize,
     pub refuse_open: AtomicBool,
@@ -54,11 +57,17 @@ pub struct Strings {
 impl Strings {
     /// Blocks engines from their next run on.
     pub fn hold(&self) {
-        *self.closed.lock().unwrap() = true;
+        self.hold_from(1);
+    }
+
+    /// Blocks engines from their next run of so many images on; smaller ones go on.
+    pub fn hold_from(&self, images: usize) {
+        *self.closed.lock().unwrap() = images;
+        self.opened.notify_all();
     }
 
     pub fn release(&self) {
-        *self.closed.lock().unwrap() = false;
+        *self.closed.lock().unwrap() = 0;
         self.opened.notify_all();
     }
 
@@ -85,7 +94,7 @@ impl Backend for Puppet {
         strings.seen.lock().unwrap().extend(images.iter().map(|i| i[0] as i64));
         strings.order.lock().unwrap().extend(images.iter().map(|i| i[0] as i64));
         let mut closed = strings.closed.lock().unwrap();
-        while *closed {
+        while *closed > 0 && batch.images >= *closed {
             closed = strings.opened.wait(closed).unwrap();
         }
         drop(closed);
@@ -99,6 +108,9 @@ impl Backend for Puppet {
             Some(Fault::Error) if marked => return Err(BackendError::Run("told to fail, secret detail".into())),
             Some(Fault::Panic) if marked => panic!("told to panic, secret detail"),
             Some(Fault::PanicAlways) => panic!("told to panic always"),
+            Some(Fault::ErrorFrom(images)) if batch.images >= images => {
+                return Err(BackendError::Run("told to fail, secret detail".into()));
+            }
             Some(Fault::Short) => return Ok(Logits { images: 1, classes: 1, data: vec![0.0] }),
             _ => {}
         }

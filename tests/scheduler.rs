@@ -369,6 +369,92 @@ fn warm_up_runs_every_batch_size() {
 }
 
 /// A stage with a wide engine, for an idle machine.
+/// A scheduler that is ready at one image, and whose engines wait at `count` images and more until they are released.
+fn ready_at_one(options: SchedulerOptions, count: usize) -> Stage {
+    let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+    strings.hold_from(count);
+    let options = SchedulerOptions { ready_at_one: true, ..options };
+    let scheduler = Scheduler::start(job(&strings, &metrics), options).unwrap();
+    Stage { scheduler, strings, metrics }
+}
+
+#[test]
+fn single_images_are_answered_before_batches_are_warm() {
+    let stage = ready_at_one(options(2, 4, 16), 2);
+    eventually("a batch is tried", || stage.strings.batches.lock().unwrap().contains(&2));
+    // the first worker waits in the test, the other in the largest batch; nothing can run a batch
+    stage.strings.hold_from(3);
+    eventually("the sizes are tried", || {
+        let batches = stage.strings.batches.lock().unwrap();
+        batches.contains(&3) && batches.contains(&4)
+    });
+    let waiting = [stage.submit(7.0).unwrap(), stage.submit(8.0).unwrap()];
+    assert!(stage.metrics.invariance_max_abs_diff.with_label_values(&["m", "1"]).get().is_nan(), "not known yet");
+    stage.strings.release();
+    for (ticket, id) in waiting.into_iter().zip([7.0, 8.0]) {
+        assert_eq!(answer(ticket).unwrap().logits, [id, 0.0, 0.0]);
+    }
+    let difference = || stage.metrics.invariance_max_abs_diff.with_label_values(&["m", "1"]).get();
+    eventually("all is warm", || difference() == 0.0 && stage.scheduler.health().longest_run.is_none());
+    stage.strings.forget_warm_up();
+    let busy = [stage.occupy(), stage.submit(1.0).unwrap()];
+    eventually("both engines are busy", || stage.strings.runs() == 2);
+    let waiting: Vec<Ticket> = (2..10).map(|id| stage.submit(id as f32).unwrap()).collect();
+    stage.strings.release();
+    waiting.into_iter().chain(busy).for_each(|ticket| drop(answer(ticket).unwrap()));
+    assert_eq!(stage.strings.batches.lock().unwrap().iter().max(), Some(&4));
+}
+
+#[test]
+fn a_worker_that_always_has_work_gets_warm_and_runs_no_larger_batch_before() {
+    // its first run of two images waits
+    let stage = ready_at_one(options(1, 4, 64), 2);
+    eventually("a batch is tried", || stage.strings.batches.lock().unwrap().contains(&2));
+    let waiting: Vec<Ticket> = (1..=40).map(|id| stage.submit(id as f32).unwrap()).collect();
+    stage.strings.forget_warm_up();
+    stage.strings.release();
+    let answers: Vec<Output> = waiting.into_iter().map(|ticket| answer(ticket).unwrap()).collect();
+    assert!(answers.iter().enumerate().all(|(at, output)| output.logits[0] == at as f32 + 1.0));
+    let batches = stage.strings.batches.lock().unwrap().clone();
+    // images two by two once two are warm, then the test of three, and so on
+    assert_eq!(batches[..5], [2, 3, 3, 4, 4], "{batches:?}");
+}
+
+#[test]
+fn what_fails_in_a_later_warm_up_stays_closed() {
+    let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
+    *strings.fault.lock().unwrap() = Some(Fault::ErrorFrom(3));
+    let options = SchedulerOptions { ready_at_one: true, ..options(1, 4, 64) };
+    let scheduler = Scheduler::start(job(&strings, &metrics), options).unwrap();
+    let stage = Stage { scheduler, strings, metrics };
+    eventually("three are tried", || stage.strings.batches.lock().unwrap().contains(&3));
+    stage.strings.forget_warm_up();
+    let busy = stage.occupy();
+    let waiting: Vec<Ticket> = (1..=9).map(|id| stage.submit(id as f32).unwrap()).collect();
+    stage.strings.release();
+    waiting.into_iter().chain([busy]).for_each(|ticket| drop(answer(ticket).unwrap()));
+    assert_eq!(*stage.strings.batches.lock().unwrap(), [1, 2, 2, 2, 2, 1]);
+    // where all is tested first, it does not start
+    let refused = |options: SchedulerOptions| {
+        let started = Scheduler::start(job(&stage.strings, &Metrics::new()), options);
+        matches!(started, Err(StartError::WarmUp { batch: 3, .. }))
+    };
+    let options = || SchedulerOptions { ready_at_one: true, ..self::options(1, 4, 64) };
+    assert!(refused(SchedulerOptions { invariance: Invariance::Require, ..options() }));
+    assert!(refused(SchedulerOptions { one_by_one: true, ..options() }));
+    assert!(refused(SchedulerOptions { ready_at_one: false, ..options() }));
+}
+
+#[test]
+fn a_server_stops_in_the_middle_of_its_warm_up() {
+    let stage = ready_at_one(options(2, 8, 16), 2);
+    eventually("a batch is tried", || stage.strings.batches.lock().unwrap().contains(&2));
+    stage.scheduler.close();
+    stage.strings.release();
+    assert_eq!(stage.scheduler.join(Instant::now() + SOON), 0);
+    assert!(!stage.strings.batches.lock().unwrap().contains(&3), "it goes on with it");
+}
+
 fn elastic(options: SchedulerOptions) -> (Stage, Arc<Strings>) {
     let (strings, wide, metrics) = (Arc::new(Strings::default()), Arc::new(Strings::default()), Metrics::new());
     let job = Job { open_wide: Some(opener(&wide)), ..job(&strings, &metrics) };

@@ -146,7 +146,8 @@ pub struct ServeArgs {
     #[arg(help_heading = "Queue", long, value_name = "N,…", env = "NFOLD_BATCH_BUCKETS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch_buckets: Vec<u16>,
     /// Test at the start whether an image's logits depend on its batch, for every batch size: `require` refuses to
-    /// serve such a model, `report` logs and exports the difference, `off` skips the test
+    /// serve such a model, `report` logs and exports the difference (on a CPU while the first images are answered),
+    /// `off` skips the test
     #[arg(help_heading = "Engines", long, value_enum, env = "NFOLD_INVARIANCE", default_value = "report")]
     invariance: InvarianceArg,
     /// How long an image may wait for others to share its batch although an engine is free; under load, batches form
@@ -345,6 +346,8 @@ impl ServeArgs {
                     InvarianceArg::Off => Invariance::Off,
                 },
                 one_by_one: false,
+                // a GPU's sessions of every size are opened at once
+                ready_at_one: on_cpu && !self.check,
             },
         };
         let options = Options {

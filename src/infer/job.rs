@@ -42,6 +42,9 @@ pub struct SchedulerOptions {
     pub invariance: Invariance,
     /// Warms up the workers one after the other, which leaves the other cores to models that are served already.
     pub one_by_one: bool,
+    /// Starts once single images are warm; larger batches are run once they are, which workers see to between images. Not
+    /// with [`Invariance::Require`] or `one_by_one`, where everything is tested first.
+    pub ready_at_one: bool,
 }
 
 impl Default for SchedulerOptions {
@@ -60,6 +63,7 @@ impl Default for SchedulerOptions {
             buckets: Vec::new(),
             invariance: Invariance::Report,
             one_by_one: false,
+            ready_at_one: false,
         }
     }
 }
@@ -68,6 +72,11 @@ impl SchedulerOptions {
     /// Batch size of an engine run with `images` images, padding included.
     pub(super) fn padded(&self, images: usize) -> usize {
         self.buckets.iter().copied().find(|&bucket| bucket >= images).unwrap_or(images)
+    }
+
+    /// Whether the larger batches are warmed up after the start.
+    pub(super) fn warms_up_later(&self) -> bool {
+        self.ready_at_one && !self.one_by_one && self.invariance != Invariance::Require
     }
 
     /// Every batch size that an engine run can have, padding included; ascending.

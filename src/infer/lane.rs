@@ -24,18 +24,62 @@ pub(super) struct Lane {
     engine: Option<Box<dyn Backend>>,
     /// When to try again, and the pause after that attempt.
     reopen: Option<(Instant, Duration)>,
+    /// What of the warm-up is left.
+    warm_up: Option<Box<WarmUp>>,
 }
 
 impl Lane {
-    /// Opens and warms up an engine; a panic meanwhile is reported like any other failure. The first worker of a model
-    /// also does what is done once per model: the golden answer, every batch size, and the engine with all cores.
+    /// Opens and warms up an engine, as far as that is due before the start; a panic meanwhile is reported like any other
+    /// failure. The first worker of a model also does what is done once per model: the golden answer, every batch size, and the
+    /// engine with all cores.
     pub(super) fn open(shared: &Shared, number: usize) -> Result<(Self, Warm), StartError> {
         let opened = catch_unwind(AssertUnwindSafe(|| {
-            let mut lane = Self { number, engine: Some((shared.job.open)()?), reopen: None };
-            let warm = warm_up(shared, &mut lane, number == 0)?;
-            Ok((lane, warm))
+            let engine = Some((shared.job.open)()?);
+            let mut lane = Self { number, engine, reopen: None, warm_up: None };
+            let mut warm_up = WarmUp::begin(shared, &mut lane)?;
+            if shared.options.warms_up_later() {
+                let warm = warm_up.warm;
+                lane.warm_up = Some(Box::new(warm_up));
+                return Ok((lane, warm));
+            }
+            while warm_up.step(shared, &mut lane)? {}
+            Ok((lane, warm_up.end(shared)))
         }));
         opened.unwrap_or_else(|panic| Err(StartError::Panic(message(panic.as_ref()))))
+    }
+
+    /// Whether a part of the warm-up is left that the engine can go on with.
+    pub(super) fn warms_up(&self) -> bool {
+        self.warm_up.is_some() && self.engine.is_some()
+    }
+
+    /// Goes on with the warm-up by a step. Batches that fail in it stay closed; the engine with all cores is for speed only.
+    pub(super) fn warm_up(&mut self, shared: &Shared) {
+        let Some(mut warm_up) = self.warm_up.take_if(|_| self.engine.is_some()) else { return };
+        let stepped = catch_unwind(AssertUnwindSafe(|| warm_up.step(shared, self)));
+        let reason = match stepped {
+            Ok(Ok(true)) => return self.warm_up = Some(warm_up),
+            Ok(Ok(false)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(panic) => Some(message(panic.as_ref())),
+        };
+        let (first, test) = (warm_up.first, warm_up.test);
+        let Warm { max_abs_diff, .. } = warm_up.end(shared);
+        if test {
+            shared.differs(max_abs_diff);
+        }
+        let (model, worker, max_batch) = (&shared.job.what, self.number, shared.max_batch());
+        match reason {
+            Some(reason) => tracing::error!(
+                model,
+                worker,
+                max_batch,
+                reason,
+                "the rest of the warm-up failed; batches have up to {max_batch} images: {reason}"
+            ),
+            None if first => tracing::info!(model, max_batch, "batches of up to {max_batch} images are warm"),
+            None => {}
+        }
     }
 
     /// Whether there is an engine.
@@ -200,70 +244,134 @@ fn check(logits: &Logits, batch: &Batch, classes: usize) -> Result<(), String> {
     ))
 }
 
-fn warm_up(shared: &Shared, lane: &mut Lane, first: bool) -> Result<Warm, StartError> {
-    let test = first && shared.options.invariance != Invariance::Off;
-    let largest = shared.options.max_batch;
-    let images = images(shared, largest);
-    let mut warm = Warm::default();
-    if let Some(golden) = shared.job.golden.as_ref().filter(|_| first) {
-        let (logits, _) = run(shared, &golden.input, |batch| lane.logits(shared, batch))?;
-        let difference = verify::compare(&golden.logits, &logits).max_abs_diff;
-        let tolerance = golden.tolerance;
-        if difference > tolerance {
-            return Err(StartError::Golden { difference, tolerance });
-        }
-        tracing::info!(model = shared.job.what, difference, tolerance, "the golden answer is given");
-    }
-    if first {
-        let started = shared.now();
-        let tensor = match shared.job.preprocessor.takes_images() {
-            true => photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?,
-            false => images[..shared.job.preprocessor.tensor_len()].to_vec(),
+/// The warm-up of an engine, in steps of one run or few.
+struct WarmUp {
+    /// Whether the worker does what is done once per model.
+    first: bool,
+    /// Whether every batch size is run, and its logits compared.
+    test: bool,
+    /// As many as the largest batch has.
+    images: Vec<f32>,
+    /// Logits of the first of them, each run alone.
+    alone: Vec<f32>,
+    /// Images in the next batch that is considered.
+    next: usize,
+    wide: bool,
+    /// Time and images of the large batches.
+    large: (Duration, u32),
+    warm: Warm,
+}
+
+impl WarmUp {
+    /// Runs the golden answer and an encoded image, if the worker is the model's first, and an image alone.
+    fn begin(shared: &Shared, lane: &mut Lane) -> Result<Self, StartError> {
+        let first = lane.number == 0;
+        let mut warm_up = Self {
+            first,
+            test: first && shared.options.invariance != Invariance::Off,
+            images: images(shared, shared.options.max_batch),
+            alone: Vec::new(),
+            next: 2,
+            wide: first && shared.job.open_wide.is_some(),
+            large: (Duration::ZERO, 0),
+            warm: Warm::default(),
         };
-        warm.prepare_cost = shared.now().saturating_duration_since(started);
-        let (logits, _) = run(shared, &tensor, |batch| lane.logits(shared, batch))?;
-        top_k(&logits, 1, &[]).map_err(|e| StartError::WarmUp { batch: 1, reason: e.to_string() })?;
-    }
-    let len = shared.job.preprocessor.tensor_len();
-    let mut alone = Vec::new();
-    for image in images.chunks(len).take(if test { largest } else { 1 }) {
-        let (logits, cost) = run(shared, image, |batch| lane.logits(shared, batch))?;
-        alone.extend(logits);
-        warm.run_cost = cost;
-    }
-    let (mut took, mut ran) = (Duration::ZERO, 0);
-    for count in (2..=largest).filter(|&n| test || n == largest || shared.options.buckets.contains(&n)) {
-        let (logits, cost) = run(shared, &images[..count * len], |batch| lane.logits(shared, batch))?;
-        if 2 * count > largest {
-            // the cost in large batches, averaged over all of them
-            (took, ran) = (took + cost * count as u32, ran + count as u32);
-            warm.run_cost = took / ran;
+        if let Some(golden) = shared.job.golden.as_ref().filter(|_| first) {
+            let (logits, _) = run(shared, &golden.input, |batch| lane.logits(shared, batch))?;
+            let difference = verify::compare(&golden.logits, &logits).max_abs_diff;
+            let tolerance = golden.tolerance;
+            if difference > tolerance {
+                return Err(StartError::Golden { difference, tolerance });
+            }
+            tracing::info!(model = shared.job.what, difference, tolerance, "the golden answer is given");
         }
-        if test {
-            warm.max_abs_diff = warm.max_abs_diff.max(difference(&alone, &logits));
+        if first {
+            let started = shared.now();
+            let tensor = match shared.job.preprocessor.takes_images() {
+                true => photograph(shared).map_err(|reason| StartError::WarmUp { batch: 1, reason })?,
+                false => warm_up.images[..shared.job.preprocessor.tensor_len()].to_vec(),
+            };
+            warm_up.warm.prepare_cost = shared.now().saturating_duration_since(started);
+            let (logits, _) = run(shared, &tensor, |batch| lane.logits(shared, batch))?;
+            top_k(&logits, 1, &[]).map_err(|e| StartError::WarmUp { batch: 1, reason: e.to_string() })?;
         }
+        warm_up.run_alone(shared, lane)?;
+        Ok(warm_up)
     }
-    if let Some(open) = shared.job.open_wide.as_ref().filter(|_| first) {
+
+    /// The next step; whether there was one.
+    fn step(&mut self, shared: &Shared, lane: &mut Lane) -> Result<bool, StartError> {
+        let (largest, classes) = (shared.options.max_batch, shared.job.classes);
+        if self.test && self.alone.len() < largest * classes {
+            self.run_alone(shared, lane)?;
+            return Ok(true);
+        }
+        while self.next <= largest {
+            let count = self.next;
+            self.next += 1;
+            if !(self.test || count == largest || shared.options.buckets.contains(&count)) {
+                continue;
+            }
+            let images = &self.images[..count * shared.job.preprocessor.tensor_len()];
+            let (logits, cost) = run(shared, images, |batch| lane.logits(shared, batch))?;
+            if 2 * count > largest {
+                // the cost in large batches, averaged over all of them
+                let (took, ran) = &mut self.large;
+                (*took, *ran) = (*took + cost * count as u32, *ran + count as u32);
+                self.warm.run_cost = *took / *ran;
+            }
+            if self.test {
+                self.compare(shared, 0, &logits);
+            }
+            if self.first {
+                shared.warms(count);
+            }
+            return Ok(true);
+        }
+        let Some(open) = shared.job.open_wide.as_ref().filter(|_| std::mem::take(&mut self.wide)) else {
+            return Ok(false);
+        };
         let mut wide = open()?;
-        for (i, image) in images.chunks(len).take(if test { 2 } else { 1 }).enumerate() {
+        let len = shared.job.preprocessor.tensor_len();
+        for i in 0..if self.test { largest.min(2) } else { 1 } {
+            let image = &self.images[i * len..(i + 1) * len];
             let (logits, _) = run(shared, image, |batch| wide.run(batch).map_err(|e| e.to_string()))?;
-            if test {
-                let classes = shared.job.classes;
-                warm.max_abs_diff = warm.max_abs_diff.max(difference(&alone[i * classes..], &logits));
+            if self.test {
+                self.compare(shared, i, &logits);
             }
         }
         if let Ok(mut idle) = shared.wide.lock() {
             *idle = Some(wide);
         }
+        Ok(true)
     }
-    if warm.max_abs_diff > 0.0 {
-        tracing::warn!(
-            model = shared.job.what,
-            max_abs_diff = warm.max_abs_diff,
-            "an image's logits depend on the batch it is in"
-        );
+
+    fn run_alone(&mut self, shared: &Shared, lane: &mut Lane) -> Result<(), StartError> {
+        let len = shared.job.preprocessor.tensor_len();
+        let at = self.alone.len() / shared.job.classes.max(1);
+        let (logits, cost) = run(shared, &self.images[at * len..(at + 1) * len], |batch| lane.logits(shared, batch))?;
+        self.alone.extend(logits);
+        self.warm.run_cost = cost;
+        Ok(())
     }
-    Ok(warm)
+
+    /// Compares logits of the images from `at` on with those of each alone.
+    fn compare(&mut self, shared: &Shared, at: usize, logits: &[f32]) {
+        let difference = difference(&self.alone[at * shared.job.classes..], logits);
+        self.warm.max_abs_diff = self.warm.max_abs_diff.max(difference);
+    }
+
+    /// What was measured.
+    fn end(self, shared: &Shared) -> Warm {
+        if self.warm.max_abs_diff > 0.0 {
+            tracing::warn!(
+                model = shared.job.what,
+                max_abs_diff = self.warm.max_abs_diff,
+                "an image's logits depend on the batch it is in"
+            );
+        }
+        self.warm
+    }
 }
 
 /// Decodes, resizes and normalises an encoded image of twice the network's input size, so that a setting that breaks

@@ -34,6 +34,8 @@ pub(super) struct Able {
     pub(super) runs: bool,
     /// When a worker without an engine tries to reopen it.
     pub(super) reopen_at: Option<Instant>,
+    /// Whether its engine's warm-up goes on when nothing else is to do.
+    pub(super) warms_up: bool,
 }
 
 /// What a thread does next.
@@ -45,6 +47,8 @@ pub(super) enum Task {
     Run { images: Vec<Prepared>, alone: bool },
     /// Reopen the engine.
     Reopen,
+    /// Go on with the warm-up.
+    WarmUp,
     /// End.
     Stop,
 }
@@ -93,6 +97,8 @@ pub(super) struct Queue {
     pub(super) given_up: Vec<Pending>,
     pub(super) sequence: u64,
     pub(super) engines: usize,
+    /// Images in the largest batch that is warm.
+    pub(super) warm: usize,
     pub(super) failures: u32,
     pub(super) running: Vec<Option<Instant>>,
     /// How long images take.
@@ -114,6 +120,7 @@ impl Queue {
             given_up: Vec::new(),
             sequence: 0,
             engines: 0,
+            warm: usize::MAX,
             failures: 0,
             running: vec![None; workers],
             estimate: Estimate::new(),
@@ -188,9 +195,17 @@ impl Queue {
                 if able.runs {
                     self.estimate.idle();
                 }
+                if able.warms_up && self.phase == Phase::Open {
+                    return Step::Do(Task::WarmUp);
+                }
                 return Step::Sleep(wake);
             }
         }
+    }
+
+    /// Most images in a batch now.
+    pub(super) fn max_batch(&self, options: &SchedulerOptions) -> usize {
+        options.max_batch.min(self.warm)
     }
 
     /// How long `images` images keep the threads busy, by the measured speed.
@@ -225,7 +240,7 @@ impl Queue {
     /// Records that `images` images leave the threads, answered or not.
     pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
         // an engine that may wait for more images is busy only if a full batch waits
-        let each = if options.max_queue_delay.is_zero() { 1 } else { options.max_batch };
+        let each = if options.max_queue_delay.is_zero() { 1 } else { self.max_batch(options) };
         let waiting = self.raw.len() + self.ready.len() + self.decoding;
         self.estimate.leave(images, self.engines, waiting >= each * self.engines.max(1), now, options);
     }
@@ -279,8 +294,8 @@ impl Queue {
         let waits = !options.max_queue_delay.is_zero();
         let undecoded = if options.decoders == 0 { self.raw.len() + self.decoding } else { 0 };
         let waiting = self.ready.len() + undecoded;
-        let share =
-            if waits { options.max_batch } else { waiting.div_ceil(self.engines.max(1)).min(options.max_batch) };
+        let most = self.max_batch(options);
+        let share = if waits { most } else { waiting.div_ceil(self.engines.max(1)).min(most) };
         if self.ready.len() < share {
             if options.decoders == 0 && !self.raw.is_empty() {
                 return Due::AfterDecoding;
@@ -400,6 +415,7 @@ mod tests {
                 buckets: Vec::new(),
                 invariance: Invariance::Off,
                 one_by_one: false,
+                ready_at_one: false,
             };
             let mut queue = Queue::new(2, Instant::now());
             (queue.engines, queue.estimate.run_cost) = (2, 10 * MS);
@@ -534,7 +550,7 @@ mod tests {
     #[test]
     fn an_image_has_all_cores_only_if_nothing_else_is_there() {
         let runs = |stage: &mut Stage| {
-            let able = Able { worker: Some(0), prepares: false, runs: true, reopen_at: None };
+            let able = Able { worker: Some(0), prepares: false, runs: true, reopen_at: None, warms_up: true };
             match stage.queue.next(able, stage.start, &stage.options) {
                 Step::Do(Task::Run { images, alone }) => Some((images.len(), alone)),
                 _ => None,
@@ -552,6 +568,31 @@ mod tests {
         stage.decoded(0, 10_000);
         assert_eq!(runs(&mut stage), Some((1, false)), "another image waits");
         assert_eq!(runs(&mut stage), Some((1, false)), "its own last run is not over");
+    }
+
+    #[test]
+    fn a_thread_warms_up_when_nothing_waits_and_batches_are_no_larger_than_is_warm() {
+        let able = Able { worker: Some(0), prepares: true, runs: true, reopen_at: None, warms_up: true };
+        for delay in [Duration::ZERO, 20 * MS] {
+            let mut stage = Stage::new(4, delay);
+            let next = |stage: &mut Stage| match stage.queue.next(able, stage.start + 50 * MS, &stage.options) {
+                Step::Do(Task::Run { images, .. }) => images.len(),
+                Step::Do(Task::WarmUp) => 0,
+                step => panic!("{step:?}"),
+            };
+            assert_eq!(next(&mut stage), 0);
+            (0..8).for_each(|_| stage.decoded(0, 10_000));
+            stage.queue.warm = 1;
+            assert_eq!(next(&mut stage), 1);
+            stage.queue.warm = 3;
+            assert_eq!(next(&mut stage), 3);
+            stage.queue.warm = usize::MAX;
+            assert_eq!(next(&mut stage), if delay.is_zero() { 2 } else { 4 });
+            while next(&mut stage) > 0 {}
+            stage.queue.phase = Phase::Closing;
+            let step = stage.queue.next(able, stage.start, &stage.options);
+            assert!(matches!(step, Step::Do(Task::Stop)), "{step:?}");
+        }
     }
 
     #[test]
@@ -589,7 +630,7 @@ mod tests {
     #[test]
     fn a_thread_looks_again_after_it_gave_up_images() {
         let mut stage = Stage::new(8, Duration::ZERO);
-        let able = Able { worker: Some(0), prepares: true, runs: true, reopen_at: None };
+        let able = Able { worker: Some(0), prepares: true, runs: true, reopen_at: None, warms_up: false };
         stage.queue.engines = 1;
         stage.decoded(0, 10_000);
         stage.encoded(0, 5, 100);

@@ -119,10 +119,15 @@ impl Shared {
         options.queue_limit = options.queue_limit.max(1);
         let limit = options.queue_limit;
         job.metrics.queue_limit.set(limit as i64);
-        job.metrics.invariance_max_abs_diff.set(0.0);
+        let unknown = options.invariance == Invariance::Off || options.warms_up_later();
+        job.metrics.invariance_max_abs_diff.set(if unknown { f64::NAN } else { 0.0 });
         let slots = Arc::new(Slots::new(limit, job.metrics.clone()));
+        let mut queue = Queue::new(options.workers, job.system.now());
+        if options.warms_up_later() {
+            queue.warm = 1;
+        }
         let state = State {
-            queue: Queue::new(options.workers, job.system.now()),
+            queue,
             sleepers: Vec::new(),
             reports: VecDeque::new(),
             alive: 0,
@@ -387,15 +392,33 @@ impl Shared {
         let report = self.wait_for(None, |state| state.reports.pop_front());
         let warm = report.unwrap_or_else(|| Err(StartError::Thread("it never reported".into())))?;
         self.lock().queue.estimate.warmed(warm.run_cost, warm.prepare_cost);
-        let gauge = &self.metrics().invariance_max_abs_diff;
-        match self.options.invariance {
-            Invariance::Off => gauge.set(f64::NAN),
-            _ => gauge.set(gauge.get().max(warm.max_abs_diff)),
+        if self.options.invariance != Invariance::Off && !self.options.warms_up_later() {
+            self.differs(warm.max_abs_diff);
         }
         if self.options.invariance == Invariance::Require && warm.max_abs_diff > 0.0 {
             return Err(StartError::Variant { difference: warm.max_abs_diff });
         }
         Ok(())
+    }
+
+    /// Records that batches of up to so many images are warm.
+    pub(super) fn warms(&self, images: usize) {
+        let mut state = self.lock();
+        state.queue.warm = images.max(state.queue.warm);
+        let now = self.now();
+        self.release(state, now);
+    }
+
+    /// Images in the largest batch that is run.
+    pub(super) fn max_batch(&self) -> usize {
+        self.lock().queue.max_batch(&self.options)
+    }
+
+    /// Records the largest difference of a logit between an image alone and in a batch, as a worker measured it.
+    pub(super) fn differs(&self, max_abs_diff: f64) {
+        let gauge = &self.metrics().invariance_max_abs_diff;
+        // of a number and NaN, the larger is the number
+        gauge.set(gauge.get().max(max_abs_diff));
     }
 
     /// Waits until all threads have ended, or until that moment; returns how many have not.

@@ -67,6 +67,7 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
             prepares: lane.is_none() || shared.options.decoders == 0,
             runs: lane.as_ref().is_some_and(Lane::runs),
             reopen_at: lane.as_ref().and_then(Lane::reopen_at),
+            warms_up: lane.as_ref().is_some_and(Lane::warms_up),
         };
         done = match (shared.next(caller, able, done), lane.as_mut()) {
             (Task::Prepare(entry), _) => catch_unwind(AssertUnwindSafe(|| prepare(shared, entry)))
@@ -76,6 +77,12 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
                 if catch_unwind(AssertUnwindSafe(|| run(shared, lane, images, alone))).is_err() {
                     lane.lose(shared);
                 }
+                // a worker that always has work gets warm, too
+                lane.warm_up(shared);
+                Done::Nothing
+            }
+            (Task::WarmUp, Some(lane)) => {
+                lane.warm_up(shared);
                 Done::Nothing
             }
             (Task::Reopen, Some(lane)) => {
@@ -83,7 +90,7 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
                 Done::Nothing
             }
             // only threads with a lane get batches
-            (Task::Run { .. } | Task::Reopen, None) => Done::Nothing,
+            (Task::Run { .. } | Task::Reopen | Task::WarmUp, None) => Done::Nothing,
             (Task::Stop, _) => break,
         };
     }

@@ -29,7 +29,7 @@ impl Shared {
         let runs_at =
             oldest.map(|oldest| if queue.phase == Phase::Open { oldest + options.max_queue_delay } else { now });
         let over = queue.phase == Phase::Aborted || (queue.phase == Phase::Closing && queue.is_empty());
-        let full = queue.ready.iter().filter(live).count() >= options.max_batch;
+        let full = queue.ready.iter().filter(live).count() >= queue.max_batch(options);
         let what = format!(
             "{} ({} to decode, {} being decoded, {} ready, {} engines, {:?})",
             self.job.what,

@@ -208,6 +208,7 @@ impl Scenario {
             buckets: if random.once_in(4) { vec![1, 3] } else { Vec::new() },
             invariance: random.one(&[Invariance::Off, Invariance::Report]),
             one_by_one: random.once_in(2),
+            ready_at_one: random.once_in(2),
             ..SchedulerOptions::default()
         };
         let rare = |random: &mut Random| random.one(&[0, 0, 0, 5, 20]);
