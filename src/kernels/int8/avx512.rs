@@ -303,6 +303,8 @@ pub(super) unsafe fn put_tile(
                     let upper = _mm512_extracti64x4_epi64::<1>(all);
                     _mm256_mask_storeu_epi8(to.bytes.wrapping_add(at + filters).cast(), mask, upper);
                 }
+            } else if to.kind == Kind::Sum && count == 2 * LANES && row + 1 < rows.end {
+                put_sums(each(|n| rounded(product(vectors[n], factors[n % 2]))), [at, at + filters], to);
             } else {
                 put([vectors[0], vectors[1]], factor, at, count, to);
                 if row + 1 < rows.end {
@@ -310,6 +312,40 @@ pub(super) unsafe fn put_tile(
                 }
             }
             row += 2;
+        }
+    }
+}
+
+/// Writes two rows of 32 scaled sums.
+///
+/// # Safety
+/// There is room in the target.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn put_sums(mut sums: [Vector; 4], at: [usize; 2], to: &Target) {
+    let place = |n: usize| at[n / 2] + n % 2 * LANES;
+    // SAFETY: the caller's
+    unsafe {
+        if !to.addend.is_null() {
+            sums = each(|n| {
+                let addend = _mm256_loadu_si256(to.addend.wrapping_add(place(n)).cast());
+                sum(sums[n], _mm512_cvtepi16_epi32(addend))
+            });
+        }
+        let sums: [Vector; 4] = each(|n| limited(sums[n], to.least));
+        if !to.sums.is_null() {
+            // eight bytes of each vector in turn
+            let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+            for row in 0..2 {
+                let shorts = _mm512_permutexvar_epi64(order, _mm512_packs_epi32(sums[2 * row], sums[2 * row + 1]));
+                _mm512_storeu_si512(to.sums.wrapping_add(at[row]).cast(), shorts);
+            }
+        }
+        if !to.bytes.is_null() {
+            let factor = all_singles(to.factor);
+            let all = bytes(each(|n| rounded(product(sums[n], factor))), to.zero);
+            _mm256_storeu_si256(to.bytes.wrapping_add(at[0]).cast(), _mm512_castsi512_si256(all));
+            _mm256_storeu_si256(to.bytes.wrapping_add(at[1]).cast(), _mm512_extracti64x4_epi64::<1>(all));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Operators of an integer network that are no convolutions, over a processor's instructions.
 
-/// Over a processor's vector functions. Loops over bytes are plain Rust, for the compiler to make vectors of.
+/// Over a processor's vector functions. Loops over bytes are plain Rust, for the compiler to make vectors of: nothing in them is
+/// checked for overflow, so that it can in every build.
 macro_rules! kernel {
     ($features:literal, $shape:expr) => {
         use super::{Gated, Output, Pool};
@@ -101,11 +102,13 @@ macro_rules! kernel {
                     for pixel in x.chunks_exact(channels) {
                         let pixel = &pixel[part * 64..];
                         match pixel.first_chunk::<64>() {
-                            Some(pixel) => sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += u16::from(x)),
-                            None => sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += u16::from(x)),
+                            Some(pixel) => {
+                                sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum = sum.wrapping_add(x.into()))
+                            }
+                            None => sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum = sum.wrapping_add(x.into())),
                         }
                     }
-                    totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += i32::from(sum));
+                    totals.iter_mut().zip(sums).for_each(|(total, sum)| *total = total.wrapping_add(sum.into()));
                 }
             }
         }
@@ -135,10 +138,12 @@ macro_rules! kernel {
                                         most.iter_mut().zip(x).for_each(|(most, &x)| *most = x.max(*most))
                                     }
                                     (Some(x), false) => {
-                                        sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += u16::from(x))
+                                        sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum = sum.wrapping_add(x.into()))
                                     }
                                     (None, true) => most.iter_mut().zip(x).for_each(|(most, &x)| *most = x.max(*most)),
-                                    (None, false) => sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += u16::from(x)),
+                                    (None, false) => {
+                                        sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum = sum.wrapping_add(x.into()))
+                                    }
                                 }
                             }
                         }
@@ -149,9 +154,9 @@ macro_rules! kernel {
                         } else {
                             // a quotient of so few that is no tie is further from one than it is rounded
                             for (most, sum) in most.iter_mut().zip(sums) {
-                                let mean = ((i32::from(sum) - less) as f32 / counted).round_ties_even();
+                                let mean = (i32::from(sum).wrapping_sub(less) as f32 / counted).round_ties_even();
                                 // SAFETY: an average is between the values, which are bytes
-                                *most = (unsafe { mean.to_int_unchecked::<i32>() } + i32::from(pool.zero)) as u8;
+                                *most = unsafe { mean.to_int_unchecked::<i32>() }.wrapping_add(pool.zero.into()) as u8;
                             }
                         }
                         to.copy_from_slice(&most[..to.len()]);
@@ -172,7 +177,7 @@ macro_rules! kernel {
                     for (byte, &x) in part.iter_mut().zip(values) {
                         let q = (x / scale).round_ties_even().max(-512.0).min(512.0);
                         // SAFETY: it is within these bounds
-                        *byte = (unsafe { q.to_int_unchecked::<i32>() } + i32::from(zero)).clamp(0, 255) as u8;
+                        *byte = unsafe { q.to_int_unchecked::<i32>() }.wrapping_add(zero.into()).clamp(0, 255) as u8;
                     }
                     let to = bytes[first * channels + channel..].iter_mut().step_by(channels);
                     to.zip(&part[..count]).for_each(|(to, &byte)| *to = byte);
