@@ -149,11 +149,16 @@ fn our_kernels_do_the_work_of_several_operators() {
         }
     }
     assert!(whole > 10, "{whole}");
-    // what isn't laid out at all has activations of several operators too
-    assert!(
-        fallen.iter().all(|name| name.ends_with("_dilated") || name.ends_with("_odd") || name == "eca_regnet"),
-        "{fallen:?}"
-    );
+    // what isn't laid out at all has activations of several operators too, and what has no convolution in groups of less than a
+    // block, or of several, is left to ONNX Runtime
+    let left = |name: &str| {
+        name.ends_with("_dilated")
+            || name.ends_with("_odd")
+            || name.contains("efficientnet")
+            || name.contains("regnety")
+            || name == "eca_regnet"
+    };
+    assert!(fallen.iter().all(|name| left(name)), "{fallen:?}");
 }
 
 /// The graph laid out for either's kernels, with all its weights in it.

@@ -58,6 +58,8 @@ impl Activation {
             Self::Silu => x / (1.0 + (-x).exp()),
             Self::Gelu => {
                 let polynomial = |a: f32| ERFC.iter().fold(0.0, |sum, c| f64::from(a).mul_add(sum, f64::from(*c)));
+                // beyond that nothing is left of a negative number
+                let x = if x < -7.0 { -7.0 } else { x };
                 let a = x.abs().min(7.0);
                 let tail = (-f64::from(a) * polynomial(a)).exp2() * 0.5;
                 (f64::from(x) * if x < 0.0 { tail } else { 1.0 - tail }) as f32

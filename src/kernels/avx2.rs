@@ -119,7 +119,8 @@ fn polynomial<const N: usize>(coefficients: &[f32], x: [Vector; N]) -> [Vector; 
 #[inline]
 fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     // NaN stays: it is the second operand
-    let bounded = each(|i| _mm256_min_ps(all(87.0), _mm256_max_ps(all(-87.0), x[i])));
+    let x: [Vector; N] = each(|i| _mm256_max_ps(all(-87.0), x[i]));
+    let bounded = each(|i| _mm256_min_ps(all(87.0), x[i]));
     let e = exp2_of(bounded, [all(-std::f32::consts::LOG2_E); N]);
     let d: [Vector; N] = each(|i| add(e[i], all(1.0)));
     each(|i| _mm256_div_ps(x[i], d[i]))
@@ -128,6 +129,7 @@ fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn gelu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    let x: [Vector; N] = each(|i| _mm256_max_ps(all(-7.0), x[i]));
     let a: [Vector; N] = each(|i| _mm256_min_ps(all(7.0), _mm256_andnot_ps(all(-0.0), x[i])));
     let p = polynomial(&ERFC, a);
     let e = exp2_of(each(|i| _mm256_sub_ps(all(0.0), a[i])), p);

@@ -117,7 +117,8 @@ fn polynomial<const N: usize>(coefficients: &[f32], x: [Vector; N]) -> [Vector; 
 #[inline]
 fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     // NaN stays: it is the second operand
-    let bounded = each(|i| _mm512_min_ps(all(87.0), _mm512_max_ps(all(-87.0), x[i])));
+    let x: [Vector; N] = each(|i| _mm512_max_ps(all(-87.0), x[i]));
+    let bounded = each(|i| _mm512_min_ps(all(87.0), x[i]));
     let e = exp2_of(bounded, [all(-std::f32::consts::LOG2_E); N]);
     let d: [Vector; N] = each(|i| add(e[i], all(1.0)));
     let r: [Vector; N] = each(|i| _mm512_rcp14_ps(d[i]));
@@ -129,6 +130,7 @@ fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn gelu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    let x: [Vector; N] = each(|i| _mm512_max_ps(all(-7.0), x[i]));
     let a: [Vector; N] = each(|i| _mm512_min_ps(all(7.0), _mm512_abs_ps(x[i])));
     let p = polynomial(&ERFC, a);
     let e = exp2_of(each(|i| _mm512_sub_ps(all(0.0), a[i])), p);

@@ -29,6 +29,9 @@ const ROWS: usize = 8;
 /// Fewest values that are a unit of a pass.
 const VALUES: usize = 1 << 14;
 
+/// Values that a pass copies and works on at once: whole blocks, which stay in the nearest cache.
+const PART: usize = 1 << 11;
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
@@ -232,6 +235,8 @@ struct PassKernel {
 impl Operator for GatedOperator {
     type Kernel<'a> = PassKernel;
 
+    const INPLACES: &[(u32, u32)] = &[(0, 0)];
+
     fn name(&self) -> &str {
         super::GATED
     }
@@ -251,6 +256,8 @@ impl Operator for GatedOperator {
 
 impl Operator for ActivationOperator {
     type Kernel<'a> = PassKernel;
+
+    const INPLACES: &[(u32, u32)] = &[(0, 0)];
 
     fn name(&self) -> &str {
         super::ACTIVATION
@@ -283,19 +290,28 @@ impl Kernel for PassKernel {
             return Err(refused("inputs don't fit together"));
         }
         let mut y = context.output(0, dims.to_vec())?.ok_or_else(|| refused("no output"))?;
+        // read no more if the output came to be in the input's place
+        let place = x.as_ptr();
         let (_, y) = y.try_extract_tensor_mut::<f32>()?;
         if y.is_empty() {
             return Ok(());
         }
+        let apart = if std::ptr::eq(place, y.as_ptr()) { None } else { Some(x) };
         // whole maps, since each has its gate
         let maps = if self.gated || plane >= VALUES { 1 } else { VALUES.div_ceil(plane) };
-        let units: Vec<_> =
-            x.chunks(maps * plane).zip(y.chunks_mut(maps * plane)).map(|pair| Mutex::new(Some(pair))).collect();
+        let unit = maps * plane;
+        let units: Vec<_> = y.chunks_mut(unit).map(|y| Mutex::new(Some(y))).collect();
         context.par_for(units.len(), units.len(), |i| {
-            let Some((x, y)) = units.get(i).and_then(|unit| unit.lock().ok()?.take()) else { return };
-            match gate {
-                Some(gate) => self.processor.gated(self.activation, x, &gate[i * b..(i + 1) * b], y),
-                None => self.processor.activate(self.activation, x, y),
+            let Some(y) = units.get(i).and_then(|unit| unit.lock().ok()?.take()) else { return };
+            for (part, y) in y.chunks_mut(PART).enumerate() {
+                if let Some(x) = apart {
+                    let from = i * unit + part * PART;
+                    y.copy_from_slice(&x[from..from + y.len()]);
+                }
+                match gate {
+                    Some(gate) => self.processor.gated(self.activation, &gate[i * b..(i + 1) * b], y),
+                    None => self.processor.activate(self.activation, y),
+                }
             }
         })
     }

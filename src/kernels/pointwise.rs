@@ -1,16 +1,16 @@
-//! Activations in one pass, of a map or of a map times its gate.
+//! Activations in one pass, of a map or of a map times its gate, in its place.
 
 use super::activation::Activation;
 
-/// `y = activation(x)`, in plain Rust.
-pub(super) fn activate(activation: Activation, x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = activation.of(*x));
+/// `y = activation(y)`, in plain Rust.
+pub(super) fn activate(activation: Activation, y: &mut [f32]) {
+    y.iter_mut().for_each(|y| *y = activation.of(*y));
 }
 
-/// `y = activation(x · gate)`, in plain Rust.
-pub(super) fn gated(activation: Activation, x: &[f32], gate: &[f32], y: &mut [f32]) {
-    for (y, x) in y.chunks_exact_mut(gate.len()).zip(x.chunks_exact(gate.len())) {
-        y.iter_mut().zip(x.iter().zip(gate)).for_each(|(y, (x, gate))| *y = activation.of(x * gate));
+/// `y = activation(y · gate)`, in plain Rust.
+pub(super) fn gated(activation: Activation, gate: &[f32], y: &mut [f32]) {
+    for y in y.chunks_exact_mut(gate.len()) {
+        y.iter_mut().zip(gate).for_each(|(y, gate)| *y = activation.of(*y * gate));
     }
 }
 
@@ -21,17 +21,8 @@ macro_rules! kernel {
         const ABREAST: usize = 4;
 
         #[target_feature(enable = $features)]
-        pub(super) fn activate_all(activation: Activation, x: &[f32], y: &mut [f32]) {
-            let (x, rest) = x.as_chunks().0.as_chunks::<ABREAST>();
-            let (y, last) = y.as_chunks_mut().0.as_chunks_mut::<ABREAST>();
-            for (y, x) in y.iter_mut().zip(x) {
-                let v = activate(activation, [load(&x[0]), load(&x[1]), load(&x[2]), load(&x[3])]);
-                (0..ABREAST).for_each(|i| store(&mut y[i], v[i]));
-            }
-            for (y, x) in last.iter_mut().zip(rest) {
-                let [v] = activate(activation, [load(x)]);
-                store(y, v);
-            }
+        pub(super) fn activate_all(activation: Activation, y: &mut [f32]) {
+            activate_in_place(activation, y.as_chunks_mut().0);
         }
 
         #[target_feature(enable = $features)]
@@ -48,19 +39,18 @@ macro_rules! kernel {
         }
 
         #[target_feature(enable = $features)]
-        pub(super) fn gated(activation: Activation, x: &[f32], gate: &[f32], y: &mut [f32]) {
+        pub(super) fn gated(activation: Activation, gate: &[f32], y: &mut [f32]) {
             let Some(gate) = gate.first_chunk() else { return };
             let gate = load(gate);
-            let (x, rest) = x.as_chunks().0.as_chunks::<ABREAST>();
             let (y, last) = y.as_chunks_mut().0.as_chunks_mut::<ABREAST>();
-            for (y, x) in y.iter_mut().zip(x) {
+            for y in y {
                 let v =
-                    [mul(load(&x[0]), gate), mul(load(&x[1]), gate), mul(load(&x[2]), gate), mul(load(&x[3]), gate)];
+                    [mul(load(&y[0]), gate), mul(load(&y[1]), gate), mul(load(&y[2]), gate), mul(load(&y[3]), gate)];
                 let v = activate(activation, v);
                 (0..ABREAST).for_each(|i| store(&mut y[i], v[i]));
             }
-            for (y, x) in last.iter_mut().zip(rest) {
-                let [v] = activate(activation, [mul(load(x), gate)]);
+            for y in last {
+                let [v] = activate(activation, [mul(load(y), gate)]);
                 store(y, v);
             }
         }

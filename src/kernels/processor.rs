@@ -63,40 +63,40 @@ impl Processor {
         }
     }
 
-    /// `y = activation(x)`, of whole blocks.
+    /// `y = activation(y)`, of whole blocks.
     ///
     /// # Panics
-    /// If `x` and `y` aren't alike, or the processor isn't here.
-    pub fn activate(self, activation: Activation, x: &[f32], y: &mut [f32]) {
-        assert!(self.is_here() && x.len() == y.len() && x.len().is_multiple_of(self.block()));
+    /// If `y` isn't of whole blocks, or the processor isn't here.
+    pub fn activate(self, activation: Activation, y: &mut [f32]) {
+        assert!(self.is_here() && y.len().is_multiple_of(self.block()));
         match self {
-            Self::Portable(_) => pointwise::activate(activation, x, y),
+            Self::Portable(_) => pointwise::activate(activation, y),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the processor is here
-            Self::Avx2 => unsafe { super::avx2::activate_all(activation, x, y) },
+            Self::Avx2 => unsafe { super::avx2::activate_all(activation, y) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the processor is here
-            Self::Avx512 => unsafe { super::avx512::activate_all(activation, x, y) },
+            Self::Avx512 => unsafe { super::avx512::activate_all(activation, y) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => {}
         }
     }
 
-    /// `y = activation(x · gate)`, of one block of channels: `gate` is of one pixel.
+    /// `y = activation(y · gate)`, of one block of channels: `gate` is of one pixel.
     ///
     /// # Panics
-    /// If `x` and `y` aren't alike, `gate` isn't one block, or the processor isn't here.
-    pub fn gated(self, activation: Activation, x: &[f32], gate: &[f32], y: &mut [f32]) {
+    /// If `y` isn't of whole blocks, `gate` isn't one block, or the processor isn't here.
+    pub fn gated(self, activation: Activation, gate: &[f32], y: &mut [f32]) {
         let block = self.block();
-        assert!(self.is_here() && x.len() == y.len() && x.len().is_multiple_of(block) && gate.len() == block);
+        assert!(self.is_here() && y.len().is_multiple_of(block) && gate.len() == block);
         match self {
-            Self::Portable(_) => pointwise::gated(activation, x, gate, y),
+            Self::Portable(_) => pointwise::gated(activation, gate, y),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the processor is here
-            Self::Avx2 => unsafe { super::avx2::gated(activation, x, gate, y) },
+            Self::Avx2 => unsafe { super::avx2::gated(activation, gate, y) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the processor is here
-            Self::Avx512 => unsafe { super::avx512::gated(activation, x, gate, y) },
+            Self::Avx512 => unsafe { super::avx512::gated(activation, gate, y) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => {}
         }

@@ -16,6 +16,7 @@ use prost::Message as _;
 use self::blocked_layout::lay_out;
 use self::channel_padding::pad_channels;
 use self::detached_weights::{Detached, detach_weights};
+use crate::kernels::{DOMAIN, GROUPED_CONV};
 use crate::pb::onnx::ModelProto;
 
 /// A graph in blocks.
@@ -45,7 +46,9 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: Option<Kernels>, from: usi
             Some(padded) => padded,
             None => ModelProto::decode(onnx.clone()).ok()?,
         };
-        if let Some(filters) = lay_out(&mut model, block, Kernels::Own) {
+        // without convolutions in groups ONNX Runtime's own are as fast, and write activations in place
+        let filters = lay_out(&mut model, block, Kernels::Own).filter(|_| has_grouped_conv(&model));
+        if let Some(filters) = filters {
             return Some(InBlocks { graph: detach_weights(model, &filters, from)?, laid_out: true });
         }
     }
@@ -58,4 +61,9 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: Option<Kernels>, from: usi
         return None;
     }
     Some(InBlocks { graph: detach_weights(model, &filters.unwrap_or_default(), from)?, laid_out })
+}
+
+fn has_grouped_conv(model: &ModelProto) -> bool {
+    let nodes = model.graph.iter().flat_map(|graph| &graph.node);
+    nodes.into_iter().any(|node| node.domain == DOMAIN && node.op_type == GROUPED_CONV)
 }
