@@ -56,7 +56,7 @@ fn census(graph: &Fitted) -> BTreeMap<String, usize> {
 #[test]
 fn laid_out_graphs_are_those_that_the_runtime_makes() {
     let Some(block) = engine::channel_block() else {
-        crate::cli::skip("without AVX-512 nothing is laid out");
+        crate::cli::skip("without AVX2 nothing is laid out");
         return;
     };
     let (mut same, mut fewer, mut stay) = (0, BTreeSet::new(), BTreeSet::new());
@@ -95,7 +95,7 @@ fn laid_out_graphs_are_those_that_the_runtime_makes() {
 #[test]
 fn half_precision_runs_in_blocks() {
     let Some(block) = engine::channel_block() else {
-        crate::cli::skip("without AVX-512 nothing is padded");
+        crate::cli::skip("without AVX2 nothing is padded");
         return;
     };
     let onnx = folded("nf_regnet_small", FoldOptions { precision: Precision::Fp16, ..FoldOptions::default() });
@@ -118,7 +118,7 @@ fn operators(graph: &Fitted) -> BTreeMap<String, usize> {
 #[test]
 fn our_kernels_do_the_work_of_several_operators() {
     if engine::channel_block().is_none() {
-        crate::cli::skip("without AVX-512 nothing is laid out");
+        crate::cli::skip("without AVX2 nothing is laid out");
         return;
     }
     let (mut whole, mut fallen) = (0, Vec::new());

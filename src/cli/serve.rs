@@ -113,8 +113,8 @@ pub struct ServeArgs {
     /// free memory]
     #[arg(help_heading = "Engines", long, value_name = "BYTES", env = "NFOLD_DEVICE_MEMORY", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     device_memory: Option<u64>,
-    /// Threads with an engine each, per model; each has a copy of the weights (all share one with AVX-512 or
-    /// --graph-cache) [default: number of cores; 3 on a GPU: one computes while the others move images]
+    /// Threads with an engine each, per model; each has a copy of the weights (all share one with AVX2,
+    /// AVX-512 or --graph-cache) [default: number of cores; 3 on a GPU: one computes while the others move images]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Threads inside one engine run
@@ -124,11 +124,12 @@ pub struct ServeArgs {
     /// cores for an image, a busy one a core per image; 0 disables it [default: number of cores; 0 on a GPU]
     #[arg(help_heading = "Engines", long, value_name = "N", env = "NFOLD_ELASTIC_THREADS", value_parser = clap::value_parser!(u16).range(0..=1024))]
     elastic_threads: Option<u16>,
-    /// Run graphs with the channels they were folded with; otherwise, with AVX-512, channels are padded to multiples of
-    /// 16, the block size of its kernels, and laid out in blocks
+    /// Run graphs with the channels they were folded with; otherwise, channels are padded to multiples of 16 (with
+    /// AVX-512) or 8 (with AVX2), the block size of the kernels, and laid out in blocks
     #[arg(help_heading = "Engines", long, env = "NFOLD_NO_CHANNEL_PADDING", value_parser = clap::builder::FalseyValueParser::new())]
     no_channel_padding: bool,
-    /// Kernels for operators that nfold and ONNX Runtime both have, in graphs that nfold lays out (AVX-512)
+    /// Kernels for operators that nfold and ONNX Runtime both have, in graphs that nfold lays out (with AVX2 or
+    /// AVX-512)
     #[arg(help_heading = "Engines", long, value_name = "WHOSE", default_value = "own", env = "NFOLD_KERNELS")]
     kernels: KernelsOf,
     /// Cache folder for graphs as ONNX Runtime optimises them for this machine: later starts load those. Created if

@@ -86,10 +86,10 @@ fn value(weight: Weight) -> Option<(String, Arc<DynValue>)> {
     Some((weight.name, Arc::new(Tensor::from_array(values).ok()?.into_dyn())))
 }
 
-/// Channels per block in the kernels of this processor, [ours](crate::kernels) and ONNX Runtime's alike, where nfold lays
-/// graphs out: 16 with AVX-512. `None` on other processors: graphs run there as they were folded.
+/// Channels per block in the kernels of this processor, [ours](crate::kernels) and ONNX Runtime's alike: 16 with AVX-512, 8
+/// with AVX2. `None` on other processors: graphs run there as they were folded.
 pub fn channel_block() -> Option<usize> {
-    Processor::here().filter(|&processor| processor == Processor::Avx512).map(Processor::block)
+    Processor::here().map(Processor::block)
 }
 
 /// For whose kernels, of these or else of ONNX Runtime's, graphs can be [laid out](crate::relayout::blocked_layout) in this
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn blocks_of_another_size_are_noticed() {
         let Some(block) = channel_block() else {
-            println!("SKIPPED: without AVX-512 nothing is laid out");
+            println!("SKIPPED: without AVX2 nothing is laid out");
             return;
         };
         for kernels in [Kernels::Runtime, Kernels::Own] {
