@@ -44,7 +44,7 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
     let all = conv.kernel[0] * conv.kernel[1] * conv.channels;
     let steps = all.div_ceil(ROW);
     let pitch = steps * ROW;
-    let window = Window::of(conv);
+    let is_pixel = windows_are_pixels(conv);
     // large weights are gone through as seldom as can be, small ones stay near
     let at_a_time = match packed.weight.all().len() {
         LARGE.. => (MEMORY / pitch / SIDE).max(1) * SIDE,
@@ -60,12 +60,12 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
         let first = done.min(pixels.saturating_sub(SIDE));
         let count = at_a_time.min(pixels - first);
         // rows of tiles: the input itself where pixels are all there is to a window
-        let (source, pitch) = if window.is_pixel && count >= SIDE {
+        let (source, pitch) = if is_pixel && count >= SIDE {
             (band.input[(band.rows.start * width + first) * conv.channels..].as_ptr(), conv.channels)
         } else {
             let (mut row, mut column) = (band.rows.start + first / width, first % width);
             for i in 0..count {
-                window.copy(conv, band.input, row, column, &mut memory[i * pitch..]);
+                copy_window(conv, band.input, row, column, &mut memory[i * pitch..]);
                 column += 1;
                 if column == width {
                     (row, column) = (row + 1, 0);
@@ -115,47 +115,35 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// How a pixel's window is copied.
-struct Window {
-    /// It is the pixel itself, and the next pixel's is the next.
-    is_pixel: bool,
+/// Whether a pixel's window is the pixel itself, and the next pixel's is the next.
+fn windows_are_pixels(conv: &Conv) -> bool {
+    conv.kernel == [1, 1] && conv.stride == [1, 1] && conv.pads == [0, 0] && conv.size == conv.out_size
 }
 
-impl Window {
-    fn of(conv: &Conv) -> Self {
-        Self {
-            is_pixel: conv.kernel == [1, 1]
-                && conv.stride == [1, 1]
-                && conv.pads == [0, 0]
-                && conv.size == conv.out_size,
+/// Copies the window of a pixel of the output, its rows one after another.
+fn copy_window(conv: &Conv, x: &[u8], row: usize, column: usize, to: &mut [u8]) {
+    let run = conv.kernel[1] * conv.channels;
+    let left = (column * conv.stride[1]) as isize - conv.pads[1] as isize;
+    // columns of the kernel that are inside
+    let from = (-left).clamp(0, conv.kernel[1] as isize) as usize;
+    let until = (conv.size[1] as isize - left).clamp(from as isize, conv.kernel[1] as isize) as usize;
+    for ky in 0..conv.kernel[0] {
+        let to = &mut to[ky * run..];
+        let y = (row * conv.stride[0] + ky).checked_sub(conv.pads[0]).filter(|&y| y < conv.size[0]);
+        let Some(y) = y.filter(|_| until > from) else {
+            to[..run].fill(conv.zero);
+            continue;
+        };
+        let start = (y * conv.size[1] + (left + from as isize) as usize) * conv.channels;
+        let (before, inside) = (from * conv.channels, (until - from) * conv.channels);
+        to[..before].fill(conv.zero);
+        // in whole lines: what is too much is slack, or overwritten by what follows
+        let lines = inside.div_ceil(ROW) * ROW;
+        let (source, target) = (&x[start..start + lines], &mut to[before..before + lines]);
+        for (to, from) in target.as_chunks_mut::<ROW>().0.iter_mut().zip(source.as_chunks().0) {
+            *to = *from;
         }
-    }
-
-    /// The window of a pixel of the output, its rows one after another.
-    fn copy(&self, conv: &Conv, x: &[u8], row: usize, column: usize, to: &mut [u8]) {
-        let run = conv.kernel[1] * conv.channels;
-        let left = (column * conv.stride[1]) as isize - conv.pads[1] as isize;
-        // columns of the kernel that are inside
-        let from = (-left).clamp(0, conv.kernel[1] as isize) as usize;
-        let until = (conv.size[1] as isize - left).clamp(from as isize, conv.kernel[1] as isize) as usize;
-        for ky in 0..conv.kernel[0] {
-            let to = &mut to[ky * run..];
-            let y = (row * conv.stride[0] + ky).checked_sub(conv.pads[0]).filter(|&y| y < conv.size[0]);
-            let Some(y) = y.filter(|_| until > from) else {
-                to[..run].fill(conv.zero);
-                continue;
-            };
-            let start = (y * conv.size[1] + (left + from as isize) as usize) * conv.channels;
-            let (before, inside) = (from * conv.channels, (until - from) * conv.channels);
-            to[..before].fill(conv.zero);
-            // in whole lines: what is too much is slack, or overwritten by what follows
-            let lines = inside.div_ceil(ROW) * ROW;
-            let (source, target) = (&x[start..start + lines], &mut to[before..before + lines]);
-            for (to, from) in target.as_chunks_mut::<ROW>().0.iter_mut().zip(source.as_chunks().0) {
-                *to = *from;
-            }
-            to[before + inside..run].fill(conv.zero);
-        }
+        to[before + inside..run].fill(conv.zero);
     }
 }
 

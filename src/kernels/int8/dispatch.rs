@@ -66,8 +66,8 @@ impl Processor {
     /// If the processor isn't here.
     pub fn pool(self, pool: &Pool, x: &[u8], y: &mut [u8]) {
         assert!(self.is_here());
-        match pool.kernel[0] * pool.kernel[1] {
-            1..=256 if pool.channels > 0 => call!(self, pool(pool, x, y)),
+        match pool.window() {
+            Some(1..=256) if pool.channels > 0 => call!(self, pool(pool, x, y)),
             _ => reference::pool(pool, x, y),
         }
     }
@@ -92,7 +92,7 @@ impl Packed {
         if self.plan == Plan::Reference {
             return reference::conv(&self.conv, band);
         }
-        assert!(self.fits(&band));
+        assert!(self.conv.fits(&band));
         match self.processor {
             // SAFETY (of all): the processor is here, or there was no packing for it; the band fits
             #[cfg(target_arch = "x86_64")]
@@ -105,14 +105,5 @@ impl Packed {
             Processor::Avx512Vnni | Processor::Amx => unsafe { super::avx512::convolve(self, band, scratch) },
             _ => reference::conv(&self.conv, band),
         }
-    }
-
-    /// Whether a band is as large as it has to be.
-    fn fits(&self, band: &Band<'_>) -> bool {
-        let conv = &self.conv;
-        let values = band.rows.len() * conv.out_size[1] * conv.filters;
-        band.rows.end <= conv.out_size[0]
-            && band.input.len() >= conv.size[0] * conv.size[1] * conv.channels + super::SLACK
-            && band.has(values)
     }
 }

@@ -160,25 +160,32 @@ impl Conv {
         self.channels / self.groups.max(1)
     }
 
-    /// Whether sizes, weights and a band fit together.
-    pub fn fits(&self, band: &Band<'_>) -> bool {
-        let Range { start, end } = band.rows;
-        let values = end.saturating_sub(start) * self.out_size[1] * self.filters;
-        let taps = self.kernel[0] * self.kernel[1];
+    /// Whether sizes, weights, biases and factors fit together.
+    pub fn is_whole(&self) -> bool {
+        let sides = [self.stride, self.dilation, self.kernel, self.out_size].into_iter().flatten();
         self.groups > 0
+            && self.channels > 0
             && self.channels.is_multiple_of(self.groups)
             && self.filters.is_multiple_of(self.groups)
-            && self.stride.iter().chain(&self.dilation).chain(&self.kernel).all(|&side| side > 0)
-            && end <= self.out_size[0]
-            && self.weight.len() == self.filters * taps * self.depth()
+            && sides.into_iter().all(|side| side > 0)
+            && product([self.filters, self.kernel[0], self.kernel[1], self.depth()]) == Some(self.weight.len())
             && self.bias.len() == self.filters
             && self.factor.len() == self.filters
-            && band.input.len() >= self.size[0] * self.size[1] * self.channels + SLACK
-            && band.addend.is_none_or(|addend| addend.len() == values)
-            && band.sums.as_ref().is_none_or(|sums| sums.len() == values)
-            && band.bytes.as_ref().is_none_or(|bytes| bytes.len() == values)
-            && band.singles.as_ref().is_none_or(|singles| singles.len() == values)
     }
+
+    /// Whether a band has the sizes of its rows.
+    pub fn fits(&self, band: &Band<'_>) -> bool {
+        let input = product([self.size[0], self.size[1], self.channels]).and_then(|input| input.checked_add(SLACK));
+        let values = product([band.rows.len(), self.out_size[1], self.filters]);
+        band.rows.end <= self.out_size[0]
+            && input.is_some_and(|input| band.input.len() >= input)
+            && values.is_some_and(|values| band.has(values))
+    }
+}
+
+/// Of numbers, if it isn't too large for one.
+fn product<const N: usize>(numbers: [usize; N]) -> Option<usize> {
+    numbers.into_iter().try_fold(1, usize::checked_mul)
 }
 
 /// A map times its gate, whose values are of one pixel: `acc = (x - zero)·(g - gate_zero)`.
@@ -219,10 +226,14 @@ pub struct Pool {
 
 impl Pool {
     /// Rows (axis 0) or columns (1) of the input that a window has which aren't padding.
-    #[cfg(target_arch = "x86_64")]
     fn inside(&self, axis: usize, at: usize) -> Range<usize> {
-        let start = at * self.stride[axis];
-        let end = (start + self.kernel[axis]).saturating_sub(self.pads[axis]).min(self.size[axis]);
+        let start = at.saturating_mul(self.stride[axis]);
+        let end = start.saturating_add(self.kernel[axis]).saturating_sub(self.pads[axis]).min(self.size[axis]);
         start.saturating_sub(self.pads[axis]).min(end)..end
+    }
+
+    /// Pixels of a window, padding and all.
+    fn window(&self) -> Option<usize> {
+        product(self.kernel)
     }
 }

@@ -46,18 +46,6 @@ pub(super) fn panels(vectors: usize, most: usize) -> impl Iterator<Item = usize>
     (0..count).map(move |i| (vectors + i) / count)
 }
 
-/// Whether a convolution's sizes and weights fit together.
-fn is_whole(conv: &Conv) -> bool {
-    conv.groups > 0
-        && conv.channels > 0
-        && conv.channels.is_multiple_of(conv.groups)
-        && conv.filters.is_multiple_of(conv.groups)
-        && conv.stride.iter().chain(&conv.dilation).chain(&conv.kernel).chain(&conv.out_size).all(|&side| side > 0)
-        && conv.weight.len() == conv.filters * conv.kernel[0] * conv.kernel[1] * conv.depth()
-        && conv.bias.len() == conv.filters
-        && conv.factor.len() == conv.filters
-}
-
 impl Plan {
     fn of(conv: &Conv, processor: Processor) -> Self {
         let Some(Shape { lanes, unit, tiles, .. }) = processor.shape() else { return Self::Reference };
@@ -83,7 +71,7 @@ impl Packed {
     /// # Panics
     /// If the convolution's sizes and weights don't fit together, or the processor isn't here.
     pub fn new(processor: Processor, conv: Conv) -> Self {
-        assert!(processor.is_here() && is_whole(&conv));
+        assert!(processor.is_here() && conv.is_whole());
         let plan = Plan::of(&conv, processor);
         let mut packed = Self { processor, plan, weight: Lines::default(), bias: Vec::new(), factor: Vec::new(), conv };
         if let (Some(shape), true) = (processor.shape(), plan != Plan::Reference) {

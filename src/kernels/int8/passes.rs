@@ -29,11 +29,11 @@ macro_rules! kernel {
                 .collect();
             let factor = [gated.factor; VALUES];
             let zero = all(gated.zero.into());
-            let target = Target::of(&gated.output, &mut band, 0);
             let (mut at, mut channel) = (0, 0);
             while at < values {
                 let end = values.min(at + NEAR);
                 let start = at;
+                let target = Target::of(&gated.output, &mut band, 0);
                 while at < end {
                     // SAFETY: what is read after the last value is slack; there are as many gates and factors as a step has
                     unsafe {
@@ -65,11 +65,11 @@ macro_rules! kernel {
         pub(super) unsafe fn add(output: &Output, terms: &[i16], mut band: Band<'_>) {
             let values = terms.len();
             let factor = [1.0; VALUES];
-            let target = Target::of(output, &mut band, 0);
             let mut at = 0;
             while at < values {
                 let end = values.min(at + NEAR);
                 let start = at;
+                let target = Target::of(output, &mut band, 0);
                 while at < end {
                     let count = (end - at).min(VALUES);
                     // SAFETY: no more than what is left is read, there are as many factors as a step has

@@ -48,7 +48,7 @@ impl Processor {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => std::arch::is_x86_feature_detected!("avxvnni"),
+            Self::AvxVnni => Self::Avx2.is_here() && std::arch::is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 std::arch::is_x86_feature_detected!("avx512vnni")

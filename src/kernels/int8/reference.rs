@@ -66,7 +66,7 @@ fn put(output: &Output, i: usize, acc: i32, factor: f32, band: &mut Band<'_>) {
 
 /// Rows of a convolution.
 pub fn conv(conv: &Conv, mut band: Band<'_>) {
-    assert!(conv.fits(&band));
+    assert!(conv.is_whole() && conv.fits(&band));
     let ([height, width], depth) = (conv.size, conv.depth());
     let filters = conv.filters / conv.groups;
     let [kernel_height, kernel_width] = conv.kernel;
@@ -159,43 +159,35 @@ pub fn totals(x: &[u8], zero: u8, totals: &mut [i32]) {
 
 /// A pooling of one image.
 pub fn pool(pool: &Pool, x: &[u8], y: &mut [u8]) {
-    let ([height, width], c) = (pool.size, pool.channels);
-    let mut pixels = y.chunks_exact_mut(c);
-    for row in 0..pool.out_size[0] {
-        for column in 0..pool.out_size[1] {
-            let Some(pixel) = pixels.next() else { return };
-            let (mut counted, mut window) = (0, Vec::with_capacity(pool.kernel[0] * pool.kernel[1]));
-            for ky in 0..pool.kernel[0] {
-                for kx in 0..pool.kernel[1] {
-                    let y = (row * pool.stride[0] + ky).checked_sub(pool.pads[0]).filter(|&y| y < height);
-                    let x = (column * pool.stride[1] + kx).checked_sub(pool.pads[1]).filter(|&x| x < width);
-                    match (y, x) {
-                        (Some(y), Some(x)) => {
-                            window.push((y * width + x) * c);
-                            counted += 1;
-                        }
-                        _ => counted += i32::from(pool.counts_padding),
-                    }
-                }
-            }
-            for (channel, out) in pixel.iter_mut().enumerate() {
-                let values = window.iter().map(|&first| x[first + channel]);
-                *out = if pool.largest {
-                    values.max().unwrap_or(pool.zero)
-                } else {
-                    let total: i32 = values.map(|x| i32::from(x) - i32::from(pool.zero)).sum();
-                    // a window's average is between its values
-                    (halves_to_even(total, counted.max(1)) + i32::from(pool.zero)) as u8
-                };
-            }
+    let (width, c) = (pool.size[1], pool.channels);
+    let places = (0..pool.out_size[0]).flat_map(|row| (0..pool.out_size[1]).map(move |column| (row, column)));
+    for (pixel, (row, column)) in y.chunks_exact_mut(c.max(1)).zip(places) {
+        let (rows, columns) = (pool.inside(0, row), pool.inside(1, column));
+        let inside = rows.len() * columns.len();
+        let counted = if pool.counts_padding { pool.window().unwrap_or(usize::MAX) } else { inside.max(1) };
+        for (channel, out) in pixel.iter_mut().enumerate() {
+            let values =
+                rows.clone().flat_map(|y| columns.clone().map(move |x| (y * width + x) * c + channel)).map(|i| x[i]);
+            *out = if pool.largest {
+                values.max().unwrap_or(pool.zero)
+            } else {
+                let total: i64 = values.map(|x| i64::from(x) - i64::from(pool.zero)).sum();
+                // a window's average is between its values
+                (halves_to_even(total, i64::try_from(counted).unwrap_or(i64::MAX)) + i64::from(pool.zero)) as u8
+            };
         }
     }
 }
 
 /// `total / count` rounded to the nearest integer, halves to even, exactly.
-fn halves_to_even(total: i32, count: i32) -> i32 {
-    let (floor, twice) = (total.div_euclid(count), 2 * total.rem_euclid(count));
-    floor + i32::from(twice > count || (twice == count && floor % 2 != 0))
+fn halves_to_even(total: i64, count: i64) -> i64 {
+    let (floor, rest) = (total.div_euclid(count), total.rem_euclid(count));
+    let up = match rest.cmp(&(count - rest)) {
+        std::cmp::Ordering::Less => false,
+        std::cmp::Ordering::Equal => floor % 2 != 0,
+        std::cmp::Ordering::Greater => true,
+    };
+    floor + i64::from(up)
 }
 
 /// An image `[channels, height, width]` as u8, channels last: `clamp(rhe(x / scale) + zero, 0, 255)`.
