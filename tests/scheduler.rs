@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nfold::infer::error::InferError;
-use nfold::infer::job::{Golden, Invariance, Job, SchedulerOptions, StartError};
+use nfold::infer::job::{Golden, Invariance, Job, OpenBackend, SchedulerOptions, StartError};
 use nfold::infer::request::{Input, Output, Terms, Ticket};
 use nfold::infer::scheduler::Scheduler;
 use nfold::infer::system::Os;
@@ -368,7 +368,6 @@ fn warm_up_runs_every_batch_size() {
     assert_eq!(sizes, (1..=20).collect::<Vec<_>>());
 }
 
-/// A stage with a wide engine, for an idle machine.
 /// A scheduler that is ready at one image, and whose engines wait at `count` images and more until they are released.
 fn ready_at_one(options: SchedulerOptions, count: usize) -> Stage {
     let (strings, metrics) = (Arc::new(Strings::default()), Metrics::new());
@@ -455,6 +454,46 @@ fn a_server_stops_in_the_middle_of_its_warm_up() {
     assert!(!stage.strings.batches.lock().unwrap().contains(&3), "it goes on with it");
 }
 
+/// Engines of all workers are told apart by the order in which they are opened.
+#[test]
+fn a_size_that_fails_on_one_of_two_engines_stays_closed_for_both() {
+    let [whole, broken] = [Arc::new(Strings::default()), Arc::new(Strings::default())];
+    *broken.fault.lock().unwrap() = Some(Fault::ErrorFrom(4));
+    let (metrics, opened) = (Metrics::new(), AtomicUsize::new(0));
+    let openers = [opener(&whole), opener(&broken)];
+    let open: OpenBackend = Box::new(move || openers[opened.fetch_add(1, Ordering::SeqCst).min(1)]());
+    let job = Job { open, ..job(&whole, &metrics) };
+    let options = SchedulerOptions { ready_at_one: true, invariance: Invariance::Off, ..options(2, 4, 64) };
+    let scheduler = Scheduler::start(job, options).unwrap();
+    let tried = |strings: &Strings| strings.batches.lock().unwrap().contains(&4);
+    eventually("the largest batch is tried by both", || tried(&whole) && tried(&broken));
+    eventually("none runs", || scheduler.health().longest_run.is_none());
+    [&whole, &broken].iter().for_each(|strings| strings.forget_warm_up());
+    [&whole, &broken].iter().for_each(|strings| strings.hold());
+    let stage = Stage { scheduler, strings: whole, metrics };
+    let waiting: Vec<Ticket> = (1..=24).map(|id| stage.submit(id as f32).unwrap()).collect();
+    stage.strings.release();
+    broken.release();
+    waiting.into_iter().for_each(|ticket| drop(answer(ticket).unwrap()));
+    let largest = [&stage.strings, &broken].map(|strings| strings.batches.lock().unwrap().iter().copied().max());
+    assert!(largest.iter().flatten().all(|&images| images <= 3), "{largest:?}");
+}
+
+#[test]
+fn a_stop_with_images_waiting_warms_up_no_further() {
+    let stage = ready_at_one(options(1, 8, 64), 2);
+    eventually("a batch is tried", || stage.strings.batches.lock().unwrap().contains(&2));
+    let waiting: Vec<Ticket> = (1..=9).map(|id| stage.submit(id as f32).unwrap()).collect();
+    stage.scheduler.close();
+    stage.strings.forget_warm_up();
+    stage.strings.release();
+    waiting.into_iter().for_each(|ticket| drop(answer(ticket).unwrap()));
+    assert_eq!(stage.scheduler.join(Instant::now() + SOON), 0);
+    let batches = stage.strings.batches.lock().unwrap().clone();
+    assert!(batches.iter().all(|&images| images <= 2) && batches.iter().sum::<usize>() == 9, "{batches:?}");
+}
+
+/// A stage with a wide engine, for an idle machine.
 fn elastic(options: SchedulerOptions) -> (Stage, Arc<Strings>) {
     let (strings, wide, metrics) = (Arc::new(Strings::default()), Arc::new(Strings::default()), Metrics::new());
     let job = Job { open_wide: Some(opener(&wide)), ..job(&strings, &metrics) };

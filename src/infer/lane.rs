@@ -63,10 +63,14 @@ impl Lane {
             Ok(Err(error)) => Some(error.to_string()),
             Err(panic) => Some(message(panic.as_ref())),
         };
-        let (first, test) = (warm_up.first, warm_up.test);
+        let WarmUp { first, test, tried, .. } = *warm_up;
         let Warm { max_abs_diff, .. } = warm_up.end(shared);
-        if test {
+        // after a failure, that no difference was seen says nothing of what was not run
+        if test && (reason.is_none() || max_abs_diff > 0.0) {
             shared.differs(max_abs_diff);
+        }
+        if let Some(failed) = tried.filter(|_| reason.is_some()) {
+            shared.limit_batches(failed.saturating_sub(1).max(1));
         }
         let (model, worker, max_batch) = (&shared.job.what, self.number, shared.max_batch());
         match reason {
@@ -256,6 +260,8 @@ struct WarmUp {
     alone: Vec<f32>,
     /// Images in the next batch that is considered.
     next: usize,
+    /// Images in the batch that is being run, and failed if it still is when a step ends.
+    tried: Option<usize>,
     wide: bool,
     /// Time and images of the large batches.
     large: (Duration, u32),
@@ -272,6 +278,7 @@ impl WarmUp {
             images: images(shared, shared.options.max_batch),
             alone: Vec::new(),
             next: 2,
+            tried: None,
             wide: first && shared.job.open_wide.is_some(),
             large: (Duration::ZERO, 0),
             warm: Warm::default(),
@@ -312,8 +319,10 @@ impl WarmUp {
             if !(self.test || count == largest || shared.options.buckets.contains(&count)) {
                 continue;
             }
+            self.tried = Some(count);
             let images = &self.images[..count * shared.job.preprocessor.tensor_len()];
             let (logits, cost) = run(shared, images, |batch| lane.logits(shared, batch))?;
+            self.tried = None;
             if 2 * count > largest {
                 // the cost in large batches, averaged over all of them
                 let (took, ran) = &mut self.large;

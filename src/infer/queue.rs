@@ -99,6 +99,8 @@ pub(super) struct Queue {
     pub(super) engines: usize,
     /// Images in the largest batch that is warm.
     pub(super) warm: usize,
+    /// Images in the largest batch that no engine failed with.
+    pub(super) largest: usize,
     pub(super) failures: u32,
     pub(super) running: Vec<Option<Instant>>,
     /// How long images take.
@@ -121,6 +123,7 @@ impl Queue {
             sequence: 0,
             engines: 0,
             warm: usize::MAX,
+            largest: usize::MAX,
             failures: 0,
             running: vec![None; workers],
             estimate: Estimate::new(),
@@ -195,7 +198,9 @@ impl Queue {
                 if able.runs {
                     self.estimate.idle();
                 }
-                if able.warms_up && self.phase == Phase::Open {
+                // what waits for its deadline, its decoder or its batch must not wait for a run that answers nobody
+                let idle = wake.is_none() && self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0;
+                if able.warms_up && idle && self.phase == Phase::Open {
                     return Step::Do(Task::WarmUp);
                 }
                 return Step::Sleep(wake);
@@ -205,7 +210,7 @@ impl Queue {
 
     /// Most images in a batch now.
     pub(super) fn max_batch(&self, options: &SchedulerOptions) -> usize {
-        options.max_batch.min(self.warm)
+        options.max_batch.min(self.warm).min(self.largest)
     }
 
     /// How long `images` images keep the threads busy, by the measured speed.

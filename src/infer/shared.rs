@@ -409,6 +409,17 @@ impl Shared {
         self.release(state, now);
     }
 
+    /// From now on batches have at most so many images: an engine failed with more.
+    pub(super) fn limit_batches(&self, images: usize) {
+        let mut state = self.lock();
+        state.queue.largest = images.min(state.queue.largest);
+    }
+
+    /// Whether requests are accepted: not any more once a stop has begun.
+    pub(super) fn is_open(&self) -> bool {
+        self.lock().queue.phase == Phase::Open
+    }
+
     /// Images in the largest batch that is run.
     pub(super) fn max_batch(&self) -> usize {
         self.lock().queue.max_batch(&self.options)

@@ -77,8 +77,10 @@ fn work(shared: &Shared, caller: &Caller, lane: &mut Option<Lane>) {
                 if catch_unwind(AssertUnwindSafe(|| run(shared, lane, images, alone))).is_err() {
                     lane.lose(shared);
                 }
-                // a worker that always has work gets warm, too
-                lane.warm_up(shared);
+                // a worker that always has work gets warm, too; a stop is not to wait for that
+                if shared.is_open() {
+                    lane.warm_up(shared);
+                }
                 Done::Nothing
             }
             (Task::WarmUp, Some(lane)) => {
