@@ -3,6 +3,7 @@
 
 mod addresses;
 mod bench;
+mod calibrate;
 mod classify;
 mod completions;
 mod docs;

@@ -6,6 +6,7 @@ mod class_maps;
 mod fitted;
 mod gpu;
 pub mod graph_cache;
+mod int8;
 mod library;
 pub mod own_data;
 mod placement;
@@ -14,6 +15,7 @@ pub mod verify;
 use std::path::{Path, PathBuf};
 
 use ort::environment::Environment;
+use ort::operator::OperatorDomain;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionInputValue};
 use ort::value::TensorRef;
@@ -21,9 +23,10 @@ use serde::{Deserialize, Serialize};
 
 pub use self::bound::BoundBackend;
 pub use self::class_maps::ClassMaps;
-pub use self::fitted::{Fitted, channel_block};
+pub use self::fitted::{Fitted, channel_block, integer_kernels};
 pub use self::gpu::{GpuOptions, Profile};
 use self::graph_cache::GraphCache;
+use self::int8::NetworkOperator;
 pub use self::library::LIBRARY_VARIABLE;
 use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};
@@ -307,7 +310,24 @@ impl OrtBackend {
 
     /// As [`open`](Self::open).
     pub fn open_fitted(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<Self, EngineError> {
-        Self::commit(Self::builder(what, options, graph.level())?, graph, what)
+        Self::commit(Self::builder_of(graph, what, options)?, graph, what)
+    }
+
+    /// A builder with the graph's own operators.
+    fn builder_of(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<SessionBuilder, EngineError> {
+        let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
+        match graph.network().map_err(|e| bad(e.to_string()))? {
+            None => Self::builder(what, options, graph.level()),
+            Some(network) => {
+                // before anything else: it loads the library
+                let environment = environment()?;
+                let operator = NetworkOperator { network: network.clone(), threads: options.intra_threads };
+                let domain =
+                    operators::domain().and_then(|domain| domain.add(operator)).map_err(|e| bad(e.to_string()))?;
+                let builder = prepare_with(environment, options, graph.level(), domain);
+                builder.map_err(|e| bad(e.to_string()))
+            }
+        }
     }
 
     /// As [`open_fitted`](Self::open_fitted), from what ONNX Runtime made of the same graph before, if `cache` has it, else putting it
@@ -499,7 +519,7 @@ pub fn placement(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch
 
 /// Writes the graph as ONNX Runtime rewrites it for this machine's CPU to `path`: to see which operators really run.
 pub fn write_optimized(graph: &Fitted, what: &str, path: &Path) -> Result<(), EngineError> {
-    let builder = OrtBackend::builder(what, &EngineOptions::default(), graph.level())?;
+    let builder = OrtBackend::builder_of(graph, what, &EngineOptions::default())?;
     let builder = builder.with_optimized_model_path(path).map_err(|e| refused(what)(e.into()))?;
     OrtBackend::commit(builder, graph, what).map(drop)
 }
@@ -513,6 +533,15 @@ fn prepare(
     options: &EngineOptions,
     level: GraphOptimizationLevel,
 ) -> ort::Result<SessionBuilder> {
+    prepare_with(environment, options, level, operators::domain()?)
+}
+
+fn prepare_with(
+    environment: &Environment,
+    options: &EngineOptions,
+    level: GraphOptimizationLevel,
+    domain: OperatorDomain,
+) -> ort::Result<SessionBuilder> {
     let builder = Session::builder(environment)?
         .with_optimization_level(level)?
         .with_intra_threads(options.intra_threads.max(1))?
@@ -521,7 +550,7 @@ fn prepare(
         .with_config_entry("session.force_spinning_stop", if options.spinning { "1" } else { "0" })?
         .with_inter_op_spinning(false)?;
     match options.provider {
-        Provider::Cpu => Ok(builder.with_operators(operators::domain()?)?),
+        Provider::Cpu => Ok(builder.with_operators(domain)?),
         provider => gpu::register(builder, provider, &options.gpu),
     }
 }

@@ -26,6 +26,7 @@ const BATCH: &str = "batch";
 
 /// ONNX element types.
 pub(crate) const FLOAT: i32 = 1;
+pub(crate) const INT8: i32 = 3;
 const INT64: i32 = 7;
 pub(crate) const FLOAT16: i32 = 10;
 const DOUBLE: i32 = 11;
@@ -205,14 +206,14 @@ impl GraphBuilder {
     pub fn constant(&mut self, name: &str, dims: &[usize], values: &[f64]) -> Result<String, GraphError> {
         let precision = self.emission.precision;
         let overflow = |v: &&f64| match precision {
-            Precision::Fp32 => !(**v as f32).is_finite(),
+            Precision::Fp32 | Precision::Int8 => !(**v as f32).is_finite(),
             Precision::Fp16 => !f16::from_f64(**v).is_finite(),
         };
         if let Some(value) = values.iter().find(overflow) {
             return Err(GraphError::Overflow { name: name.into(), value: *value, precision });
         }
         let raw: Vec<u8> = match precision {
-            Precision::Fp32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+            Precision::Fp32 | Precision::Int8 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
             Precision::Fp16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
         };
         self.weight(name, dims, self.element(), raw)
@@ -261,7 +262,7 @@ impl GraphBuilder {
 
     fn element(&self) -> i32 {
         match self.emission.precision {
-            Precision::Fp32 => FLOAT,
+            Precision::Fp32 | Precision::Int8 => FLOAT,
             Precision::Fp16 => FLOAT16,
         }
     }
@@ -359,7 +360,7 @@ impl GraphBuilder {
     fn bound(&mut self, name: &str, value: f32) -> String {
         if !self.initializers.iter().any(|(t, _)| t.name == name) {
             let raw = match self.emission.precision {
-                Precision::Fp32 => value.to_le_bytes().to_vec(),
+                Precision::Fp32 | Precision::Int8 => value.to_le_bytes().to_vec(),
                 Precision::Fp16 => f16::from_f32(value).to_le_bytes().to_vec(),
             };
             self.initializer(name, &[], self.element(), raw);
@@ -540,7 +541,7 @@ impl GraphBuilder {
             logits = self.node("Gemm", &sum, &[values, weight, &logits], vec![int("transB", 1)]);
         }
         match self.emission.precision {
-            Precision::Fp32 => logits,
+            Precision::Fp32 | Precision::Int8 => logits,
             Precision::Fp16 => self.node("Cast", OUTPUT, &[&logits], vec![int("to", FLOAT.into())]),
         }
     }
@@ -685,4 +686,29 @@ pub(crate) fn ints(name: &str, values: &[usize]) -> AttributeProto {
 pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
     let s = value.as_bytes().to_vec();
     AttributeProto { name: name.into(), s, r#type: AttributeType::String.into(), ..Default::default() }
+}
+
+/// A map in single precision, of a shape that is not said.
+pub(crate) fn untyped(name: &str) -> ValueInfoProto {
+    let tensor = pb::TensorTypeProto { elem_type: FLOAT, shape: None };
+    ValueInfoProto { name: name.into(), r#type: Some(pb::TypeProto { tensor_type: Some(tensor) }) }
+}
+
+/// A batch of so many values each, in single precision.
+pub(crate) fn batch_of(name: &str, sides: &[usize]) -> ValueInfoProto {
+    let sides: Vec<_> = std::iter::once(dim(BATCH)).chain(sides.iter().map(|&side| fixed(side))).collect();
+    typed(name, FLOAT, &sides)
+}
+
+/// A graph with operators of a domain of our own, as nfold's model.
+pub(crate) fn model(graph: pb::GraphProto, domain: &str) -> pb::ModelProto {
+    let set = |domain: &str, version| pb::OperatorSetIdProto { domain: domain.into(), version };
+    pb::ModelProto {
+        ir_version: IR_VERSION,
+        producer_name: env!("CARGO_PKG_NAME").into(),
+        producer_version: env!("CARGO_PKG_VERSION").into(),
+        graph: Some(graph),
+        opset_import: vec![set("", OPSET), set(domain, 1)],
+        ..Default::default()
+    }
 }

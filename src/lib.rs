@@ -11,6 +11,7 @@
 //! * [`fold`]: checkpoint → plain convolutions → ONNX bytes. Synchronous; knows neither tokio nor ONNX Runtime.
 //! * [`pixels`]: untrusted bytes → tensor: limits, formats, resize, crop, normalise.
 //! * [`kernels`]: operators of nfold's own for those graphs: convolutions in groups, gates, activations.
+//! * [`int8`]: networks of integers: calibrated ranges → standard ONNX with quantised operators → what [`kernels`] run.
 //! * [`relayout`]: an ONNX graph rewritten for this processor, in memory only.
 //! * [`engine`]: runs graphs with ONNX Runtime: library, sessions, placement, kept graphs, comparison of two graphs.
 //! * [`infer`]: encoded image → predictions: queue, batch, top-k. Knows no protocol.
@@ -38,6 +39,7 @@ pub mod graph;
 pub mod hub;
 
 pub mod engine;
+pub mod int8;
 pub mod kernels;
 pub mod pixels;
 pub mod relayout;

@@ -5,6 +5,7 @@
 
 pub mod golden;
 mod preprocessing;
+pub mod quantisation;
 pub mod regular_file;
 mod repository;
 pub mod scoring;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::golden::Golden;
 pub use self::preprocessing::{Colors, CropMode, Interpolation, Preprocessing};
+pub use self::quantisation::{MapRange, Quantisation, RangeMethod};
 pub use self::repository::{LeftOut, Listing, list};
 pub use self::scoring::{ScoreFunction, Scoring};
 pub use self::source::{Source, SourceSetting};
@@ -116,6 +118,8 @@ pub enum Precision {
     Fp32,
     /// 16-bit floating point weights and arithmetic; input and logits stay 32-bit.
     Fp16,
+    /// 8-bit integers; input and logits stay 32-bit floating point.
+    Int8,
 }
 
 impl fmt::Display for Precision {
@@ -123,6 +127,7 @@ impl fmt::Display for Precision {
         f.write_str(match self {
             Self::Fp32 => "fp32",
             Self::Fp16 => "fp16",
+            Self::Int8 => "int8",
         })
     }
 }
@@ -242,6 +247,9 @@ pub struct Manifest {
     pub source: Source,
     /// What folding did.
     pub fold: FoldReport,
+    /// How the network became one of integers; absent in other precisions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantisation: Option<Quantisation>,
     /// What the graph answered when it was folded; a server asks it again before it serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub golden: Option<Golden>,
@@ -487,6 +495,11 @@ impl Staging {
     /// Where the graph is to be written.
     pub fn onnx(&self) -> PathBuf {
         self.draft.path().join(MODEL_FILE)
+    }
+
+    /// Writes another graph over the one that is there.
+    pub fn replace_onnx(&self, onnx: &[u8]) -> Result<(), ModelError> {
+        self.draft.write(MODEL_FILE, onnx).map_err(io("write", &self.onnx()))
     }
 }
 

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules, each with the modules that it may import.
-const ROOMS: [(&str, &[&str]); 26] = [
+const ROOMS: [(&str, &[&str]); 27] = [
     ("main", &["cli"]),
     (
         "cli",
@@ -37,11 +37,15 @@ const ROOMS: [(&str, &[&str]); 26] = [
     ("eval", &["model"]),
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics", "panics"]),
-    ("engine", &["kernels", "relayout", "graph", "model", "files"]),
+    ("int8", &["graph", "kernels", "model", "pb"]),
+    ("engine", &["int8", "kernels", "relayout", "graph", "model", "files"]),
     ("relayout", &["graph", "kernels", "nets", "model", "pb"]),
     ("kernels", &[]),
     ("pixels", &["model"]),
-    ("sources", &["infer", "engine", "fold", "hub", "checkpoint", "files", "metrics", "model"]),
+    (
+        "sources",
+        &["infer", "engine", "eval", "int8", "printable", "fold", "hub", "checkpoint", "files", "metrics", "model"],
+    ),
     ("hub", &["checkpoint", "files", "model", "printable"]),
     ("checkpoint", &["files", "nets", "model", "printable"]),
     ("graph", &["nets", "model", "pb"]),

@@ -36,6 +36,9 @@ mod reference;
 /// The same bits in any batch.
 mod invariance;
 
+/// Networks of integers.
+mod int8;
+
 /// Graphs padded to the processor's block size.
 mod channel_padding;
 

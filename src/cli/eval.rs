@@ -1,9 +1,10 @@
 //! `nfold eval`: the accuracy of a folded model on images whose classes are known.
 
-mod dataset;
+pub mod dataset;
 mod page;
 mod remote;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 
 use self::dataset::{Other, Sample};
 use self::remote::{Remote, Subject};
+use super::classify::search::Found;
 use super::classify::workers::{Given, ModelArgs, Refusal, Workers, bar, engine};
 use super::fold::quoted;
 use super::images::ImageArgs;
@@ -25,7 +27,7 @@ use crate::engine::Extras;
 use crate::eval::{Comparison, Evaluation, Fit, Judged, Share, TOP, fit_temperature};
 use crate::files::{self, DraftFile};
 use crate::infer::top_k::{Prediction, Selection, select};
-use crate::model::{ModelDir, ScoreFunction};
+use crate::model::{ModelDir, Precision, ScoreFunction};
 
 /// Classes that the table lists before it refers to --json.
 const CLASSES: usize = 40;
@@ -47,6 +49,9 @@ pub struct EvalArgs {
     /// Compare image by image with another run: JSON lines of `nfold classify` or of --predictions
     #[arg(long, env = "NFOLD_AGAINST", value_name = "FILE")]
     against: Option<PathBuf>,
+    /// Evaluate another model of the repository beside it, on the same images: the same network in int8, say
+    #[arg(long, env = "NFOLD_BESIDE", value_name = "NAME", conflicts_with_all = ["server", "against"])]
+    beside: Option<String>,
     /// Evaluate this many images, spread evenly over all
     #[arg(long, env = "NFOLD_LIMIT", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
@@ -82,6 +87,7 @@ struct Run {
     failed: Vec<(usize, String)>,
     evaluation: Evaluation,
     against: Option<(String, Comparison)>,
+    beside: Option<Beside>,
     fit: Option<Fitted>,
     seconds: f64,
 }
@@ -90,6 +96,51 @@ struct Run {
 enum Answerer {
     Here(Box<ModelDir>, Workers),
     There(Remote),
+}
+
+/// The model of --beside.
+struct Beside {
+    subject: Subject,
+    precision: Precision,
+    evaluation: Evaluation,
+    /// Of its answers with the other model's.
+    comparison: Comparison,
+    seconds: f64,
+}
+
+impl Beside {
+    /// Runs the model on all images and compares it with what was answered.
+    fn run(
+        (args, name): (&EvalArgs, &str),
+        (samples, images): (&[Sample], &[Found]),
+        classes: &BTreeMap<String, usize>,
+        answered: &[(usize, Judged, Vec<Prediction>)],
+    ) -> anyhow::Result<Self> {
+        let (decoder, memory) = args.limits.resolve();
+        let (model, workers) = Workers::open(&args.model.beside(name), images.len())?;
+        let first: BTreeMap<usize, usize> = answered.iter().map(|(i, judged, _)| (*i, judged.predicted)).collect();
+        let (scoring, labels) = (model.manifest.scoring(), model.manifest.labels.clone());
+        let (mut pairs, mut missed) = (Vec::new(), 0);
+        let progress = bar(images.len());
+        let started = Instant::now();
+        workers.each(&model, images, (decoder, &memory), Extras::NONE, |i, given| {
+            progress.inc(1);
+            let top =
+                given.and_then(|given| select(&given.logits, &scoring, Selection::top(TOP), &labels).map_err(engine));
+            match (top, first.get(&i)) {
+                (Ok(top), Some(predicted)) => pairs.push((judged(classes[&samples[i].class], &top), *predicted)),
+                _ => missed += 1,
+            }
+            Ok(())
+        })?;
+        progress.finish_and_clear();
+        if pairs.is_empty() {
+            bail!("--beside {}: none of {missed} images could be evaluated by both models", printable(name));
+        }
+        let evaluation = Evaluation::of(&pairs.iter().map(|(judged, _)| *judged).collect::<Vec<_>>());
+        let (comparison, seconds) = (Comparison::of(&pairs), started.elapsed().as_secs_f64());
+        Ok(Self { subject: Subject::of(&model), precision: model.manifest.precision, evaluation, comparison, seconds })
+    }
 }
 
 /// What --fit-temperature found.
@@ -216,9 +267,11 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => None,
     };
+    let beside = args.beside.as_deref();
+    let beside = beside.map(|name| Beside::run((args, name), (&samples, &images), &classes, &answered)).transpose()?;
     let fit = model.filter(|_| args.fit_temperature).map(|model| fit(args, &model, &rows)).transpose()?;
     drop(rows);
-    let run = Run { subject, samples, answered, failed, evaluation, against, fit, seconds };
+    let run = Run { subject, samples, answered, failed, evaluation, against, beside, fit, seconds };
     if let Some(folder) = &args.report {
         std::fs::create_dir_all(folder)
             .map_err(|e| anyhow!("can't make `{}`: {e}; check --report", printable::path(folder)))?;
@@ -332,6 +385,15 @@ fn object(run: &Run) -> Value {
             "calibration_error_after": found.evaluation.calibration_error,
             "command": found.command,
         })),
+        "beside": run.beside.as_ref().map(|beside| json!({
+            "model": beside.subject.name,
+            "version": beside.subject.version,
+            "onnx_sha256": beside.subject.onnx_sha256,
+            "precision": beside.precision,
+            "seconds": beside.seconds,
+            "evaluation": beside.evaluation,
+            "comparison": beside.comparison,
+        })),
         "against": run.against.as_ref().map(|(file, found)| json!({ "file": file, "comparison": found })),
     })
 }
@@ -403,6 +465,15 @@ fn table(run: &Run) -> String {
             "  right",
             format!("{} here only, {} there only; p = {:.3} (McNemar)", found.only_this, found.only_other, found.p),
         );
+    }
+    if let Some(Beside { subject, precision, evaluation, comparison, seconds }) = &run.beside {
+        line("beside", format!("{} version {}, {precision}", printable(&subject.name), subject.version));
+        line("  top-1", percent(&evaluation.top1));
+        line("  agreement", percent(&comparison.agreement));
+        let Comparison { only_this, only_other, p, .. } = comparison;
+        line("  right", format!("{only_this} there only, {only_other} here only; p = {p:.3} (McNemar)"));
+        let speed = comparison.agreement.of as f64 / seconds.max(1e-3);
+        line("  speed", format!("{speed:.1} images/s, decoding and all"));
     }
     let width = evaluation
         .classes

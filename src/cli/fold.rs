@@ -5,17 +5,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::bail;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::json;
 
+use super::calibrate::CalibrateArgs;
 use super::fetching::Progress;
 use super::inspect::Detail;
 use super::printable::say;
 use super::source::{FoldingArgs, SourceArgs};
 use crate::fold::FoldOptions;
 use crate::hub::HubOptions;
-use crate::model::{self, Manifest, ModelDir, ModelError, ScoreFunction, Staging, Target};
+use crate::model::{self, Manifest, ModelDir, ModelError, Precision, ScoreFunction, Staging, Target};
 use crate::sources::{FoldCache, Origin, fold_verified};
 
 /// Arguments of `nfold fold`.
@@ -38,6 +40,8 @@ pub struct FoldArgs {
     model_version: u64,
     #[command(flatten)]
     folding: FoldingArgs,
+    #[command(flatten)]
+    calibrate: CalibrateArgs,
     /// Keep standardisation, normalisation, gains, α and β as operations of the graph, for comparison
     #[arg(long, env = "NFOLD_UNFOLDED", value_parser = FalseyValueParser::new())]
     unfolded: bool,
@@ -65,10 +69,19 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let hub = || HubOptions::from_environment(spare.as_ref().map_or(Path::new("."), FoldCache::folder));
     let checkpoint = origin.open(&args.source.options(), hub, &mut |event| progress.show(event))?;
     let options = FoldOptions { unfolded: args.unfolded, ..args.folding.options() };
+    if options.precision == Precision::Int8 && options.unfolded {
+        bail!("int8 is of folded networks: leave out --unfolded or --precision int8");
+    }
+    if options.precision != Precision::Int8 && args.calibrate.is_given() {
+        bail!("--calibrate is for --precision int8; {} needs no calibration", options.precision);
+    }
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;
     let staging = Staging::new(&args.repository)?;
-    let folded = fold_verified(&checkpoint, &options, &staging)?;
+    let folded = match options.precision {
+        Precision::Int8 => args.calibrate.fold(&checkpoint, &options, &staging)?,
+        Precision::Fp32 | Precision::Fp16 => fold_verified(&checkpoint, &options, &staging)?,
+    };
 
     if folded.manifest.classes == 1 && folded.manifest.scoring().activation == ScoreFunction::Sigmoid {
         say(format_args!(

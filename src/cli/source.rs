@@ -83,7 +83,7 @@ pub struct FoldingArgs {
     /// Input size in pixels: `dynamic`, `H` or `HxW` [default: the checkpoint's evaluation size]
     #[arg(long, env = "NFOLD_SIZE", value_parser = parse_graph_size)]
     size: Option<Size>,
-    /// Number format of weights and arithmetic
+    /// Number format of weights and arithmetic; `int8` is calibrated on images, with `nfold fold --calibrate`
     #[arg(long, env = "NFOLD_PRECISION", default_value = "fp32")]
     precision: PrecisionArg,
     /// How attention gates multiply: `resize` is fastest on ONNX Runtime's CPU, `broadcast` suits other runtimes
@@ -135,6 +135,7 @@ fn parse_temperature(text: &str) -> Result<f64, String> {
 enum PrecisionArg {
     Fp32,
     Fp16,
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -151,6 +152,7 @@ impl FoldingArgs {
             precision: match self.precision {
                 PrecisionArg::Fp32 => Precision::Fp32,
                 PrecisionArg::Fp16 => Precision::Fp16,
+                PrecisionArg::Int8 => Precision::Int8,
             },
             gate: match self.gate {
                 GateArg::Resize => Gate::Resize,
@@ -190,6 +192,6 @@ fn parse_size(text: &str) -> Result<[u32; 2], String> {
 }
 
 /// Parses a word of a configuration, as config.json spells it.
-fn parse_word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn parse_word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(text.into()).map_err(|e| e.to_string())
 }

@@ -8,6 +8,9 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, Tensor};
 
 use super::{Backend as _, Batch, EngineOptions, LARGE, OrtBackend, environment};
+use crate::int8::network::Network;
+use crate::int8::{Int8Error, lowering};
+use crate::kernels::int8::processor::Processor as Integers;
 use crate::kernels::processor::Processor;
 use crate::relayout::detached_weights::Weight;
 use crate::relayout::sample;
@@ -20,12 +23,17 @@ pub struct Fitted {
     onnx: Vec<u8>,
     weights: Vec<(String, Arc<DynValue>)>,
     laid_out: bool,
+    /// The network of integers that the graph's one operator is; or why the graph, which is one, can't be run as that.
+    network: Option<Result<Arc<Network>, Int8Error>>,
 }
 
 impl Fitted {
     /// The graph as this machine's CPU runs it fastest with these kernels: padded to whole [blocks](channel_block) and laid out
-    /// in them, as far as that can be.
+    /// in them, as far as that can be. A graph with quantised maps becomes a network of integers.
     pub fn for_this_cpu(onnx: Vec<u8>, kernels: Kernels) -> Self {
+        if lowering::is_quantised_file(&onnx) {
+            return Self::of_integers(&onnx);
+        }
         let Some(block) = channel_block() else { return Self::as_it_is(onnx) };
         let onnx = Bytes::from(onnx);
         let lays_out = if environment().is_ok() { takes_layout(block, kernels) } else { None };
@@ -34,7 +42,19 @@ impl Fitted {
 
     /// The graph as it was written.
     pub fn as_it_is(onnx: Vec<u8>) -> Self {
-        Self { onnx, weights: Vec::new(), laid_out: false }
+        Self { onnx, weights: Vec::new(), laid_out: false, network: None }
+    }
+
+    /// A network of integers, from its graph with quantised maps.
+    fn of_integers(onnx: &[u8]) -> Self {
+        let network = lowering::lower(onnx).map(Arc::new);
+        let onnx = network.as_ref().map_or(Vec::new(), |network| lowering::one_operator(network));
+        Self { network: Some(network), ..Self::as_it_is(onnx) }
+    }
+
+    /// The network of integers that the graph's operator is, if it is one; or why it can't be run.
+    pub(super) fn network(&self) -> Result<Option<&Arc<Network>>, &Int8Error> {
+        self.network.as_ref().map(Result::as_ref).transpose()
     }
 
     /// The graph padded to blocks of so many channels, which need not be this CPU's; `None` where that does nothing.
@@ -52,7 +72,7 @@ impl Fitted {
         environment().ok()?;
         let blocks = in_blocks(onnx, block, lays_out, LARGE)?;
         let weights = blocks.graph.weights.into_iter().map(value).collect::<Option<_>>()?;
-        Some(Self { onnx: blocks.graph.onnx, weights, laid_out: blocks.laid_out })
+        Some(Self { weights, laid_out: blocks.laid_out, ..Self::as_it_is(blocks.graph.onnx) })
     }
 
     pub(super) fn onnx(&self) -> &[u8] {
@@ -61,7 +81,11 @@ impl Fitted {
 
     /// How much ONNX Runtime has to rewrite the graph.
     pub(super) fn level(&self) -> GraphOptimizationLevel {
-        if self.laid_out { GraphOptimizationLevel::Disable } else { GraphOptimizationLevel::All }
+        if self.laid_out || self.network.is_some() {
+            GraphOptimizationLevel::Disable
+        } else {
+            GraphOptimizationLevel::All
+        }
     }
 
     /// Gives a session the weights that aren't in [`onnx`](Self::onnx).
@@ -90,6 +114,17 @@ fn value(weight: Weight) -> Option<(String, Arc<DynValue>)> {
 /// with AVX2. `None` on other processors: graphs run there as they were folded.
 pub fn channel_block() -> Option<usize> {
     Processor::here().map(Processor::block)
+}
+
+/// The integer kernels of this processor, and whether they multiply bytes four at a time: others gain little on single precision.
+pub fn integer_kernels() -> (&'static str, bool) {
+    match Integers::here() {
+        Integers::Portable => ("portable", false),
+        Integers::Avx2 => ("AVX2", false),
+        Integers::AvxVnni => ("AVX-VNNI", true),
+        Integers::Avx512Vnni => ("AVX-512 VNNI", true),
+        Integers::Amx => ("AMX", true),
+    }
 }
 
 /// For whose kernels, of these or else of ONNX Runtime's, graphs can be [laid out](crate::relayout::blocked_layout) in this

@@ -194,7 +194,8 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
         height: preprocessing.height,
         width: preprocessing.width,
         dynamic,
-        precision: options.precision,
+        // integers are made of a graph in single precision
+        precision: if options.precision == Precision::Fp16 { Precision::Fp16 } else { Precision::Fp32 },
         gate,
         same_padding: checkpoint.network.same_padding(),
     };
@@ -251,6 +252,7 @@ fn emit<'a>(checkpoint: &'a Checkpoint, options: &FoldOptions, store: Option<Fil
             blocks,
             verification: None,
         },
+        quantisation: None,
         golden: None,
     };
     Ok(Emitted { checkpoint, graph, manifest })

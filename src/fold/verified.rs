@@ -104,7 +104,7 @@ pub fn verify<E: std::error::Error + 'static>(
     let reference = ask(&path, counterpart.unfolded, what, "the checkpoint's weights are too large")?;
     fs::remove_file(&path).map_err(|e| FoldError::Graph(GraphError::Io(e.to_string())))?;
     let advice = match options.precision {
-        Precision::Fp32 => "the checkpoint's weights are too large",
+        Precision::Fp32 | Precision::Int8 => "the checkpoint's weights are too large",
         Precision::Fp16 => "the network does not fit half precision, fold it with --precision fp32",
     };
     let mut logits = ask(onnx, options.unfolded, "the folded graph", advice)?;

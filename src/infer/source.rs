@@ -11,7 +11,7 @@ use crate::engine::{
     Provider, own_data,
 };
 use crate::metrics::Metrics;
-use crate::model::{self, Listing, ModelDir, ModelError};
+use crate::model::{self, Listing, ModelDir, ModelError, Precision};
 
 /// Which models are served, and how.
 #[derive(Debug, Clone)]
@@ -113,6 +113,17 @@ impl Source for RegistryOptions {
         // clients may see the text: it has no paths of this machine
         let what = format!("{}/{}/{}", dir.name, dir.version, model::MODEL_FILE);
         let engine = engine_of(dir, options);
+        let integers = dir.manifest.precision == Precision::Int8;
+        if integers && engine.provider != Provider::Cpu {
+            return Err(LoadError::Graph {
+                name: dir.name.clone(),
+                version: dir.version,
+                reason: format!(
+                    "it is an int8 network, which nfold runs on CPUs alone, and not on {}; fold it for GPUs with --precision fp16",
+                    engine.provider.name()
+                ),
+            });
+        }
         if engine.provider != Provider::Cpu {
             let p = &dir.manifest.preprocessing;
             let batch = Batch::zeros_of(options.scheduler.padded(1), p.shape());
@@ -131,7 +142,20 @@ impl Source for RegistryOptions {
         // `with_onnx` has checked the digest
         let mut identity = dir.manifest.onnx_sha256.clone();
         let kernels = options.kernels;
-        let pads = options.pad_channels && engine.provider == Provider::Cpu;
+        let (kernels_of_integers, are_fast) = engine::integer_kernels();
+        if integers && are_fast {
+            tracing::info!(model = dir.name, kernels = kernels_of_integers, "{} runs in integers", dir.name);
+        } else if integers {
+            tracing::warn!(
+                model = dir.name,
+                kernels = kernels_of_integers,
+                "{} runs in integers by {kernels_of_integers} kernels: this processor has none that multiply bytes four at a time \
+                 (VNNI), and single precision may be faster here; `nfold bench engine` compares them",
+                dir.name
+            );
+        }
+        // integers are no layout of ONNX Runtime's: there is nothing to leave as it is
+        let pads = (options.pad_channels || integers) && engine.provider == Provider::Cpu;
         if let Some(block) = engine::channel_block().filter(|_| pads) {
             // names the release, as another one may lay graphs out in another way
             identity.push_str(&format!(" in blocks of {block} for {kernels:?} by {}", env!("CARGO_PKG_VERSION")));
@@ -144,7 +168,8 @@ impl Source for RegistryOptions {
             ));
         let opener = |engine: EngineOptions| -> OpenBackend {
             let (graph, what) = (graph.clone(), what.clone());
-            let (cache, identity) = (options.graph_cache.clone(), identity.clone());
+            // a network of integers is no graph that ONNX Runtime could keep
+            let (cache, identity) = (options.graph_cache.clone().filter(|_| !integers), identity.clone());
             let sizes = options.scheduler.sizes();
             Box::new(move || {
                 if engine.provider != Provider::Cpu {

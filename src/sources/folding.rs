@@ -18,6 +18,11 @@ pub enum FoldingError {
     /// Folded and unfolded logits differ, or one of the graphs can't be run.
     #[error(transparent)]
     Verify(#[from] VerifyError<EngineError>),
+    /// Integers without images that their ranges could be measured on.
+    #[error(
+        "int8 needs calibration images: fold it with `nfold fold CHECKPOINT --precision int8 --calibrate DIR`, then serve the repository"
+    )]
+    NotCalibrated,
     /// The engine can't be opened.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -53,6 +58,9 @@ pub fn fold_verified(
     options: &FoldOptions,
     staging: &Staging,
 ) -> Result<FoldedFile, FoldingError> {
+    if options.precision == Precision::Int8 {
+        return Err(FoldingError::NotCalibrated);
+    }
     let mut folded = fold::fold_to_file(checkpoint, options, &staging.onnx())?;
     verify(checkpoint, &mut folded.manifest, staging, options)?;
     Ok(folded)
@@ -68,7 +76,7 @@ fn verify(
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let engine = EngineOptions { intra_threads: threads, ..EngineOptions::default() };
     let half = match options.precision {
-        Precision::Fp32 => None,
+        Precision::Fp32 | Precision::Int8 => None,
         Precision::Fp16 => Some(in_half(checkpoint, manifest, options, &engine)?),
     };
     let answers = |q: Question<'_>| {

@@ -1,16 +1,18 @@
 //! Sources that a user names (a folder, a file or a model on the hub), and how they become folded, verified models.
 //!
-//! `folding` folds and verifies; `cache` keeps folded models by the digest of their checkpoints; `served` provides the
+//! `folding` folds and verifies; `quantising` makes a network of integers of that; `cache` keeps folded models by the digest of their checkpoints; `served` provides the
 //! models of a server that was started with sources instead of a repository. Knows no protocol.
 
 mod cache;
 mod folding;
+mod quantising;
 mod served;
 
 use std::path::{Path, PathBuf};
 
 pub use self::cache::{CacheError, FoldCache};
 pub use self::folding::{FoldingError, fold_verified};
+pub use self::quantising::{Calibration, Quantised, QuantisingError, fold_quantised};
 pub use self::served::{Served, ServedOptions};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError, OpenOptions, WEIGHTS_FILE};
 use crate::hub::{self, Event, HubError, HubId, HubOptions};

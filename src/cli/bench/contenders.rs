@@ -64,6 +64,7 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
             _ if variant != "folded" => variant,
             Precision::Fp16 => "fp16",
             Precision::Fp32 => "folded",
+            Precision::Int8 => "int8",
         };
         // by its own name, as several models may share an architecture
         return Ok(Contender { model: folded.name, ..contender(onnx, &folded.manifest, label, size) });

@@ -46,6 +46,12 @@ impl ModelArgs {
         (self.model.as_deref(), self.model_version)
     }
 
+    /// The same flags for another model, in its highest version.
+    pub fn beside(&self, model: &str) -> Self {
+        let (repository, model) = (self.repository.clone(), Some(model.into()));
+        Self { repository, model, model_version: None, threads: self.threads }
+    }
+
     /// Model repository.
     pub fn repository(&self) -> &Path {
         &self.repository

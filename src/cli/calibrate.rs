@@ -1,0 +1,305 @@
+//! Calibration images of `nfold fold --precision int8`: finds and reads them, and shows how far it is.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{anyhow, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::classify::search::{Found, Search};
+use super::classify::workers::read;
+use super::eval::dataset::{Sample, resolve};
+use super::images::ImageArgs;
+use super::printable::{self, say};
+use crate::checkpoint::Checkpoint;
+use crate::fold::{FoldOptions, FoldedFile, Size};
+use crate::model::{Colors, Preprocessing, RangeMethod, Staging, golden};
+use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
+use crate::sources::{Calibration, QuantisingError, fold_quantised};
+
+/// Options of integers.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// With --precision int8: photographs like those that will be served, a few hundred; in a folder for each class, top-1 is
+    /// measured too. Three fifths give ranges, two fifths are held out. `theory` takes noise, as the theory of these networks assumes,
+    /// and measures nothing
+    #[arg(help_heading = "Integers", long, env = "NFOLD_CALIBRATE", value_name = "DIR|theory")]
+    calibrate: Option<PathBuf>,
+    /// How the ranges of integers are chosen: min_max, percentile or mse [default: all are tried, by agreement]
+    #[arg(help_heading = "Integers", long, env = "NFOLD_RANGE_METHOD", value_name = "METHOD", value_parser = super::source::parse_word::<RangeMethod>)]
+    range_method: Option<RangeMethod>,
+    /// Write nothing unless at least this share of the held-out photographs keeps the class of single precision, in per cent
+    #[arg(help_heading = "Integers", long, env = "NFOLD_MIN_AGREEMENT", value_name = "PERCENT", default_value_t = 97.5, value_parser = percent)]
+    min_agreement: f64,
+    /// Write nothing if top-1 falls by more, in points, where the folder says the classes
+    #[arg(help_heading = "Integers", long, env = "NFOLD_MAX_DROP", value_name = "POINTS", default_value_t = 0.5, value_parser = percent)]
+    max_drop: f64,
+    #[command(flatten)]
+    limits: ImageArgs,
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=100.0).contains(number));
+    number.ok_or_else(|| format!("`{text}` is no number between 0 and 100"))
+}
+
+/// What --calibrate is called without photographs.
+const THEORY: &str = "theory";
+/// Images of noise that ranges are taken from then.
+const NOISE: usize = 60;
+
+/// Most bytes of images that are kept; what is beyond is decoded again.
+const KEPT: usize = 1 << 29;
+
+/// Images as the network takes them.
+struct Images {
+    found: Vec<Found>,
+    preprocessor: Preprocessor,
+    shape: [usize; 3],
+    upright: bool,
+    decoder: Decoder,
+    memory: Arc<DecodeMemory>,
+    kept: RefCell<HashMap<usize, Vec<f32>>>,
+}
+
+impl Images {
+    fn get(&self, i: usize) -> Result<Vec<f32>, String> {
+        if let Some(image) = self.kept.borrow().get(&i) {
+            return Ok(image.clone());
+        }
+        let Found { path, refused } = &self.found[i];
+        let image = match refused {
+            Some(reason) => Err(reason.clone()),
+            None => self.decode(path),
+        };
+        let image = image.map_err(|reason| format!("`{}`: {reason}", printable::path(path)))?;
+        let mut kept = self.kept.borrow_mut();
+        if (kept.len() + 1).saturating_mul(image.len() * size_of::<f32>()) <= KEPT {
+            kept.insert(i, image.clone());
+        }
+        Ok(image)
+    }
+
+    fn decode(&self, path: &Path) -> Result<Vec<f32>, String> {
+        let bytes = read(path, self.decoder.limits.max_bytes).map_err(|e| format!("can't read it: {e}"))?;
+        let image = self.decoder.open(&bytes, self.upright).map_err(|e| e.to_string())?;
+        let need = image.need();
+        let share = self.memory.claim(need.bytes + self.preprocessor.scratch(need.width, need.height)).wait();
+        let image =
+            image.decode(|width, height| self.preprocessor.resized(width, height)).map_err(|e| e.to_string())?;
+        let mut tensor = vec![0.0; self.shape.iter().product()];
+        self.preprocessor.apply(&image, &mut tensor);
+        drop((image, share));
+        Ok(tensor)
+    }
+}
+
+impl CalibrateArgs {
+    /// Whether photographs were given.
+    pub fn is_given(&self) -> bool {
+        self.calibrate.is_some()
+    }
+
+    /// Folds into integers.
+    pub fn fold(
+        &self,
+        checkpoint: &Checkpoint,
+        options: &FoldOptions,
+        staging: &Staging,
+    ) -> anyhow::Result<FoldedFile> {
+        let Some(folder) = &self.calibrate else {
+            bail!(
+                "--precision int8 needs --calibrate DIR: photographs like those that will be served, a few hundred, of all classes"
+            );
+        };
+        let size = match options.size {
+            Size::Fixed(height, width) => Some((height, width)),
+            Size::Checkpoint => None,
+            Size::Dynamic => bail!("int8 needs a fixed size, and --size dynamic has none; fold with --size H or HxW"),
+        };
+        let (mut preprocessing, _) =
+            checkpoint.preprocessing(size).map_err(|reason| anyhow!("{reason}; choose another --size"))?;
+        preprocessing.exif_orientation = options.exif_orientation;
+        if folder.as_os_str() == THEORY {
+            return self.fold_by_theory((checkpoint, options, staging), preprocessing.shape());
+        }
+        let (mut images, left_out) = self.images(folder, &preprocessing)?;
+        let classes = classes(folder, &images.found, &checkpoint.labels, checkpoint.network.classes());
+        let mut progress = Progress::default();
+        // once, so that it is known how many there are
+        let mut readable = Vec::new();
+        let (total, mut unreadable) = (images.found.len(), Vec::new());
+        for i in 0..total {
+            progress.show("photographs", i, total);
+            match images.get(i) {
+                Ok(_) => readable.push(i),
+                Err(reason) => unreadable.push(reason),
+            }
+        }
+        progress.end();
+        if let Some(first) = unreadable.first() {
+            say(format_args!(
+                "note: left out {} of {total} photographs that can't be read; the first: {first}",
+                unreadable.len()
+            ));
+        }
+        for left in left_out {
+            say(format_args!("note: {left}"));
+        }
+        if readable.is_empty() {
+            bail!(
+                "`{}` holds no photograph that can be read; give --calibrate a folder of photographs",
+                printable::path(folder)
+            );
+        }
+        let classes = match classes {
+            Ok(classes) => Some(readable.iter().map(|&i| classes[i]).collect()),
+            Err(reason) => {
+                say(format_args!("note: top-1 isn't measured: {reason}"));
+                None
+            }
+        };
+        images.found.shrink_to_fit();
+        let mut calibration = Calibration {
+            images: readable.len(),
+            image: &mut |i| {
+                readable.get(i).ok_or_else(|| "no such photograph".to_string()).and_then(|&i| images.get(i))
+            },
+            classes,
+            method: self.range_method,
+            min_agreement: self.min_agreement / 100.0,
+            max_drop: self.max_drop / 100.0,
+            progress: &mut |what, done, of| progress.show(what, done, of),
+        };
+        let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
+        progress.end();
+        let quantised = quantised.map_err(|error| {
+            if let QuantisingError::Guard { layers, .. } = &error {
+                say(format_args!("layers that add most noise (share of the signal's power: added, and in all after it):"));
+                layers.iter().for_each(|layer| say(format_args!("{layer}")));
+                let reason = format!("{error}; give --calibrate more photographs like those that will be served, try --range-method, or fold with --precision fp32");
+                return anyhow!("{reason}");
+            }
+            error.into()
+        })?;
+        quantised.notes.iter().for_each(|note| say(format_args!("{note}")));
+        Ok(quantised.folded)
+    }
+
+    /// Folds into integers with ranges of unit Gaussian images: what the analysis of Brock et al. (2021) takes networks to see.
+    fn fold_by_theory(
+        &self,
+        (checkpoint, options, staging): (&Checkpoint, &FoldOptions, &Staging),
+        shape: [usize; 3],
+    ) -> anyhow::Result<FoldedFile> {
+        let noise: Vec<Vec<f32>> = golden::images(shape).take(NOISE).collect();
+        let mut progress = Progress::default();
+        let mut calibration = Calibration {
+            images: noise.len(),
+            image: &mut |i| noise.get(i).cloned().ok_or_else(|| "no such image".to_string()),
+            classes: None,
+            method: self.range_method,
+            // noise is of no class: which one it is called says nothing
+            min_agreement: 0.0,
+            max_drop: 1.0,
+            progress: &mut |what, done, of| progress.show(what, done, of),
+        };
+        let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
+        progress.end();
+        let mut folded = quantised?.folded;
+        if let Some(quantisation) = &mut folded.manifest.quantisation {
+            quantisation.theory = true;
+        }
+        say(format_args!(
+            "warning: ranges are those of noise, and nothing was measured: compare with single precision on photographs, by `nfold eval DATA --model \
+             NAME --beside {}`",
+            checkpoint.name
+        ));
+        Ok(folded)
+    }
+
+    fn images(&self, folder: &Path, preprocessing: &Preprocessing) -> anyhow::Result<(Images, Vec<String>)> {
+        let shown = printable::path(folder);
+        if !folder.is_dir() {
+            bail!("--calibrate `{shown}` is no folder; give a folder of photographs");
+        }
+        let channels = preprocessing.channels();
+        if Colors::of_channels(channels).is_none() {
+            bail!(
+                "the network takes {channels} channels, and a photograph has 1 or 3: it can't be calibrated on photographs"
+            );
+        }
+        let mut search = Search::new(false);
+        search.folder(folder).map_err(|e| anyhow!("can't search `{shown}`: {e}"))?;
+        let left_out = search.left_out().into_iter().map(|left| left.to_string()).collect();
+        if search.found.is_empty() {
+            bail!("`{shown}` holds no photographs; give --calibrate a folder of photographs");
+        }
+        let (decoder, memory) = self.limits.resolve();
+        let images = Images {
+            found: search.found,
+            preprocessor: Preprocessor::new(preprocessing),
+            shape: preprocessing.shape(),
+            upright: preprocessing.exif_orientation,
+            decoder,
+            memory,
+            kept: RefCell::default(),
+        };
+        Ok((images, left_out))
+    }
+}
+
+/// Every photograph's class, if each is in a folder that is named after one.
+fn classes(folder: &Path, found: &[Found], labels: &[String], classes: usize) -> anyhow::Result<Vec<usize>> {
+    let class = |found: &Found| {
+        let below = found.path.strip_prefix(folder).unwrap_or(&found.path);
+        let mut parts = below.components();
+        let first = parts.next().map(|part| printable::path(Path::new(part.as_os_str())));
+        first.filter(|_| parts.next().is_some()).ok_or_else(|| anyhow!("photographs aren't in folders of classes"))
+    };
+    let mut samples = Vec::with_capacity(found.len());
+    for found in found {
+        samples.push(Sample { name: String::new(), found: found.clone(), class: class(found)? });
+    }
+    let known = resolve(&samples, labels, classes)?;
+    Ok(samples.iter().map(|sample| known[&sample.class]).collect())
+}
+
+/// A bar on a terminal, a line for each thing elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    what: String,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { bar: ProgressBar::hidden(), what: String::new() }
+    }
+}
+
+impl Progress {
+    fn show(&mut self, what: &str, done: usize, of: usize) {
+        if what != self.what {
+            self.end();
+            self.what = what.into();
+            // hidden if stderr is no terminal
+            self.bar = ProgressBar::with_draw_target(Some(of as u64), ProgressDrawTarget::stderr());
+            if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {
+                self.bar.set_style(style);
+            }
+            self.bar.set_message(self.what.clone());
+            if self.bar.is_hidden() {
+                say(format_args!("{what}: {of} photographs"));
+            }
+        }
+        self.bar.set_position(done as u64);
+    }
+
+    fn end(&mut self) {
+        self.bar.finish_and_clear();
+        self.what.clear();
+    }
+}
