@@ -31,6 +31,7 @@ pub use self::library::LIBRARY_VARIABLE;
 use self::library::environment;
 pub use self::placement::{Placement, check as check_placement};
 use crate::files::DraftFolder;
+use crate::int8::Int8Error;
 use crate::kernels::operators;
 use crate::model::{FEATURES, MAP};
 pub use crate::relayout::Kernels;
@@ -65,6 +66,15 @@ pub enum EngineError {
         model: String,
         /// What ONNX Runtime said.
         reason: String,
+    },
+    /// The graph is of integers, and can't be computed as such.
+    #[error("`{model}`: {reason}")]
+    Integers {
+        /// What was to be loaded.
+        model: String,
+        /// Why not.
+        #[source]
+        reason: Int8Error,
     },
     /// Where a graph's operators run can't be seen.
     #[error(
@@ -316,7 +326,8 @@ impl OrtBackend {
     /// A builder with the graph's own operators.
     fn builder_of(graph: &Fitted, what: &str, options: &EngineOptions) -> Result<SessionBuilder, EngineError> {
         let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
-        match graph.network().map_err(|e| bad(e.to_string()))? {
+        let refused = |reason: &Int8Error| EngineError::Integers { model: what.into(), reason: reason.clone() };
+        match graph.network().map_err(refused)? {
             None => Self::builder(what, options, graph.level()),
             Some(network) => {
                 // before anything else: it loads the library

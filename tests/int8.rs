@@ -446,7 +446,16 @@ fn calibration_refuses_and_leaves_nothing() {
     );
     refused(&int8(&["--calibrate", "few", "--size", "dynamic"]), "fixed size");
     refused(&int8(&["--calibrate", "few", "--unfolded"]), "--unfolded");
-    refused(&nfold(&["fold", &demo, "--calibrate", "few"], here), "--calibrate is for --precision int8");
+    for flags in [["--calibrate", "few"], ["--range-method", "mse"], ["--min-agreement", "99"], ["--max-drop", "1"]] {
+        refused(
+            &nfold(&[&["fold", &demo][..], &flags].concat(), here),
+            &format!("{} is for --precision int8", flags[0]),
+        );
+    }
+    refused(
+        &int8(&["--calibrate", "theory", "--min-agreement", "99"]),
+        "measures nothing that --min-agreement could compare",
+    );
     let served = nfold(&["serve", &demo, "--precision", "int8", "--admin", "127.0.0.1:0", "--cache", "cache"], here);
     assert!(
         !served.status.success()
@@ -457,11 +466,8 @@ fn calibration_refuses_and_leaves_nothing() {
     fs::create_dir(here.join("noise")).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for i in 0..12 {
-        let mut file = b"P6 32 32 255\n".to_vec();
-        file.clear();
         let pixels: Vec<u8> = (0..SIDE * SIDE * 3).map(|_| rng.random()).collect();
-        file.extend(bmp(SIDE as u32, &pixels));
-        fs::write(here.join(format!("noise/{i}.bmp")), file).unwrap();
+        fs::write(here.join(format!("noise/{i}.bmp")), bmp(SIDE as u32, &pixels)).unwrap();
     }
     let output = int8(&["--calibrate", "noise", "--min-agreement", "0"]);
     let said = text(&output.stderr);

@@ -31,12 +31,13 @@ pub struct CalibrateArgs {
     /// How the ranges of integers are chosen: min_max, percentile or mse [default: all are tried, by agreement]
     #[arg(help_heading = "Integers", long, env = "NFOLD_RANGE_METHOD", value_name = "METHOD", value_parser = super::source::parse_word::<RangeMethod>)]
     range_method: Option<RangeMethod>,
-    /// Write nothing unless at least this share of the held-out photographs keeps the class of single precision, in per cent
-    #[arg(help_heading = "Integers", long, env = "NFOLD_MIN_AGREEMENT", value_name = "PERCENT", default_value_t = 97.5, value_parser = percent)]
-    min_agreement: f64,
-    /// Write nothing if top-1 falls by more, in points, where the folder says the classes
-    #[arg(help_heading = "Integers", long, env = "NFOLD_MAX_DROP", value_name = "POINTS", default_value_t = 0.5, value_parser = percent)]
-    max_drop: f64,
+    /// Write nothing unless at least this share of the held-out photographs keeps the class of single precision, in per cent [default:
+    /// 97.5]
+    #[arg(help_heading = "Integers", long, env = "NFOLD_MIN_AGREEMENT", value_name = "PERCENT", value_parser = percent)]
+    min_agreement: Option<f64>,
+    /// Write nothing if top-1 falls by more, in points, where the folder says the classes [default: 0.5]
+    #[arg(help_heading = "Integers", long, env = "NFOLD_MAX_DROP", value_name = "POINTS", value_parser = percent)]
+    max_drop: Option<f64>,
     #[command(flatten)]
     limits: ImageArgs,
 }
@@ -46,6 +47,10 @@ fn percent(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("`{text}` is no number between 0 and 100"))
 }
 
+/// The default of --min-agreement, in per cent.
+const MIN_AGREEMENT: f64 = 97.5;
+/// The default of --max-drop, in points.
+const MAX_DROP: f64 = 0.5;
 /// What --calibrate is called without photographs.
 const THEORY: &str = "theory";
 /// Images of noise that ranges are taken from then.
@@ -98,9 +103,16 @@ impl Images {
 }
 
 impl CalibrateArgs {
-    /// Whether photographs were given.
-    pub fn is_given(&self) -> bool {
-        self.calibrate.is_some()
+    /// The first of these flags that is given.
+    pub fn given(&self) -> Option<&'static str> {
+        let flags = [("--calibrate", self.calibrate.is_some()), ("--range-method", self.range_method.is_some())];
+        flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag).or_else(|| self.guard())
+    }
+
+    /// The first flag of the guard that is given.
+    fn guard(&self) -> Option<&'static str> {
+        let flags = [("--min-agreement", self.min_agreement.is_some()), ("--max-drop", self.max_drop.is_some())];
+        flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
     }
 
     /// Folds into integers.
@@ -124,6 +136,11 @@ impl CalibrateArgs {
             checkpoint.preprocessing(size).map_err(|reason| anyhow!("{reason}; choose another --size"))?;
         preprocessing.exif_orientation = options.exif_orientation;
         if folder.as_os_str() == THEORY {
+            if let Some(flag) = self.guard() {
+                bail!(
+                    "--calibrate theory measures nothing that {flag} could compare; leave that out, or give photographs (a folder of that name is ./theory)"
+                );
+            }
             return self.fold_by_theory((checkpoint, options, staging), preprocessing.shape());
         }
         let (mut images, left_out) = self.images(folder, &preprocessing)?;
@@ -170,8 +187,8 @@ impl CalibrateArgs {
             },
             classes,
             method: self.range_method,
-            min_agreement: self.min_agreement / 100.0,
-            max_drop: self.max_drop / 100.0,
+            min_agreement: self.min_agreement.unwrap_or(MIN_AGREEMENT) / 100.0,
+            max_drop: self.max_drop.unwrap_or(MAX_DROP) / 100.0,
             progress: &mut |what, done, of| progress.show(what, done, of),
         };
         let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
@@ -292,7 +309,7 @@ impl Progress {
             }
             self.bar.set_message(self.what.clone());
             if self.bar.is_hidden() {
-                say(format_args!("{what}: {of} photographs"));
+                say(format_args!("{what}: {of} images"));
             }
         }
         self.bar.set_position(done as u64);

@@ -112,12 +112,20 @@ impl Beside {
     /// Runs the model on all images and compares it with what was answered.
     fn run(
         (args, name): (&EvalArgs, &str),
+        subject: &Subject,
         (samples, images): (&[Sample], &[Found]),
         classes: &BTreeMap<String, usize>,
         answered: &[(usize, Judged, Vec<Prediction>)],
     ) -> anyhow::Result<Self> {
         let (decoder, memory) = args.limits.resolve();
         let (model, workers) = Workers::open(&args.model.beside(name), images.len())?;
+        if model.manifest.labels != subject.labels || model.manifest.classes as usize != subject.classes {
+            bail!(
+                "--beside {}: its classes are other ones than those of {}",
+                printable(name),
+                printable(&subject.name)
+            );
+        }
         let first: BTreeMap<usize, usize> = answered.iter().map(|(i, judged, _)| (*i, judged.predicted)).collect();
         let (scoring, labels) = (model.manifest.scoring(), model.manifest.labels.clone());
         let (mut pairs, mut missed) = (Vec::new(), 0);
@@ -136,6 +144,12 @@ impl Beside {
         progress.finish_and_clear();
         if pairs.is_empty() {
             bail!("--beside {}: none of {missed} images could be evaluated by both models", printable(name));
+        }
+        if missed > 0 {
+            say(format_args!(
+                "note: {missed} images aren't in the figures of {}: one of the models failed with them",
+                printable(name)
+            ));
         }
         let evaluation = Evaluation::of(&pairs.iter().map(|(judged, _)| *judged).collect::<Vec<_>>());
         let (comparison, seconds) = (Comparison::of(&pairs), started.elapsed().as_secs_f64());
@@ -268,7 +282,8 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
         _ => None,
     };
     let beside = args.beside.as_deref();
-    let beside = beside.map(|name| Beside::run((args, name), (&samples, &images), &classes, &answered)).transpose()?;
+    let beside =
+        beside.map(|name| Beside::run((args, name), &subject, (&samples, &images), &classes, &answered)).transpose()?;
     let fit = model.filter(|_| args.fit_temperature).map(|model| fit(args, &model, &rows)).transpose()?;
     drop(rows);
     let run = Run { subject, samples, answered, failed, evaluation, against, beside, fit, seconds };

@@ -72,8 +72,8 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     if options.precision == Precision::Int8 && options.unfolded {
         bail!("int8 is of folded networks: leave out --unfolded or --precision int8");
     }
-    if options.precision != Precision::Int8 && args.calibrate.is_given() {
-        bail!("--calibrate is for --precision int8; {} needs no calibration", options.precision);
+    if let Some(flag) = args.calibrate.given().filter(|_| options.precision != Precision::Int8) {
+        bail!("{flag} is for --precision int8; {} needs no calibration", options.precision);
     }
     let name = args.name.as_deref().unwrap_or(&checkpoint.name);
     model::check_name(name)?;

@@ -4,8 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
+use ort::session::Session;
 
 use super::EngineError;
+use crate::graph::{Emission, GraphBuilder};
+use crate::kernels::operators;
+use crate::model::{Gate, Precision};
 
 /// Environment variable with the path of the ONNX Runtime library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -36,7 +40,29 @@ fn start() -> Result<Environment, EngineFault> {
     let path = find_library()?;
     let unusable = |reason: String| EngineFault::Unusable(path.clone(), reason);
     let builder = ort::init_from(&path).map_err(|e| unusable(e.to_string()))?;
-    builder.with_name("nfold").with_telemetry(false).build().map_err(|e| unusable(e.to_string()))
+    let environment = builder.with_name("nfold").with_telemetry(false).build().map_err(|e| unusable(e.to_string()))?;
+    add_domain(&environment).map_err(|e| unusable(e.to_string()))?;
+    Ok(environment)
+}
+
+/// Opens a session with our operators. ONNX Runtime keeps the names of their domain for the whole process, and of two sessions that
+/// are the first to bring it at the same time one fails.
+fn add_domain(environment: &Environment) -> ort::Result<()> {
+    let emission = Emission {
+        height: 1,
+        width: 1,
+        dynamic: false,
+        precision: Precision::Fp32,
+        gate: Gate::Resize,
+        same_padding: false,
+    };
+    let (mut graph, image) = GraphBuilder::new(emission, 1);
+    let sigmoid = graph.sigmoid(&image, "sigmoid");
+    graph.output(&sigmoid);
+    let onnx = graph.encode(&[]).map_err(|e| ort::Error::new(e.to_string()))?;
+    let mut builder = Session::builder(environment)?.with_intra_threads(1)?.with_operators(operators::domain()?)?;
+    builder.commit_from_memory(&onnx)?;
+    Ok(())
 }
 
 /// Release of ONNX Runtime that nfold is tested with: the `onnxruntime` wheel that nfold's own wheel depends on.

@@ -198,9 +198,8 @@ impl Queue {
                 if able.runs {
                     self.estimate.idle();
                 }
-                // what waits for its deadline, its decoder or its batch must not wait for a run that answers nobody
-                let idle = wake.is_none() && self.raw.is_empty() && self.ready.is_empty() && self.decoding == 0;
-                if able.warms_up && idle && self.phase == Phase::Open {
+                // a batch that is due at a moment does not wait for a run that answers nobody; the thread comes back then
+                if able.warms_up && wake.is_none() && self.phase == Phase::Open {
                     return Step::Do(Task::WarmUp);
                 }
                 return Step::Sleep(wake);

@@ -492,9 +492,7 @@ impl<'a> Lowering<'a> {
             if most >= MOST {
                 return Err(overflows("a sum"));
             }
-            if finished.output != Output::Singles && (most * f64::from(factor)).is_nan()
-                || most * f64::from(factor) >= MOST_SCALED
-            {
+            if !factor.is_finite() || most * f64::from(factor) >= MOST_SCALED {
                 return Err(overflows("a scaled sum"));
             }
             conv.factor.push(factor);

@@ -23,7 +23,7 @@ pub enum Int8Error {
     #[error("int8: the graph can't be read: {0}")]
     Unreadable(String),
     /// An operator that int8 doesn't cover.
-    #[error("int8 has no operator for `{operator}` at `{name}`: {reason}; fold with --precision fp32")]
+    #[error("int8 has no operator for `{operator}` at `{name}`: {reason}; fold it anew, or with --precision fp32")]
     Uncovered {
         /// The operator, by its name in ONNX.
         operator: String,
