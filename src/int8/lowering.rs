@@ -33,7 +33,7 @@ const MOST_VALUES: usize = 1 << 30;
 /// Most values of a map: far more than any network has.
 const LARGEST_MAP: usize = 1 << 28;
 
-/// Whether a graph has quantised maps: whether it is one to [lower](lower).
+/// Whether a graph has quantised maps: whether it is one to [lower].
 pub fn is_quantised(model: &ModelProto) -> bool {
     model.graph.as_ref().is_some_and(|graph| graph.node.iter().any(|node| node.op_type == "QuantizeLinear"))
 }

@@ -1,4 +1,4 @@
-//! Operators of integer networks: what they are. `docs/int8.md` says what they compute, [`reference`] does it in plain Rust.
+//! Operators of integer networks: what they are. `docs/int8.md` says what they compute, [`mod@reference`] does it in plain Rust.
 //!
 //! Maps are `[H, W, C]` (channels last), one image after the other: u8, or s16 for residual sums.
 
