@@ -86,8 +86,12 @@ fn laid_out_graphs_are_those_that_the_runtime_makes() {
     assert_eq!(fewer.iter().collect::<Vec<_>>(), leaving);
     // gates that mix neighbouring channels which are no whole blocks, an activation that the runtime may have to compose,
     // the mean of two poolings
-    assert_eq!(stay.iter().collect::<Vec<_>>(), ["eca_regnet", "efficientnet_odd", "nf_resnet_channels"]);
-    assert_eq!(same, 42);
+    let (due, alike): (&[&str], _) = match block {
+        16 => (&["eca_regnet", "efficientnet_odd", "nf_resnet_channels"], 42),
+        _ => (&["efficientnet_odd", "nf_resnet_channels"], 43),
+    };
+    assert_eq!(stay.iter().collect::<Vec<_>>(), due);
+    assert_eq!(same, alike);
 }
 
 /// A graph that nfold does not lay out still gets the runtime's blocked layout: half precision, computed in single
@@ -117,10 +121,10 @@ fn operators(graph: &Fitted) -> BTreeMap<String, usize> {
 /// Every 3x3 in small groups, with what is around it, is one operator; so is every gate; no activation takes several.
 #[test]
 fn our_kernels_do_the_work_of_several_operators() {
-    if engine::channel_block().is_none() {
+    let Some(block) = engine::channel_block() else {
         crate::cli::skip("without AVX2 nothing is laid out");
         return;
-    }
+    };
     let (mut whole, mut fallen) = (0, Vec::new());
     for entry in std::fs::read_dir(goldens_folder()).unwrap().map(|e| e.unwrap()).filter(|e| e.path().is_dir()) {
         let name = entry.file_name().into_string().unwrap();
@@ -157,6 +161,8 @@ fn our_kernels_do_the_work_of_several_operators() {
             || name.contains("efficientnet")
             || name.contains("regnety")
             || name == "eca_regnet"
+            // their groups of 16 channels are more than a block there
+            || block == 8 && ["nfnet_tiered", "seresnet18_small"].contains(&name)
     };
     assert!(fallen.iter().all(|name| left(name)), "{fallen:?}");
 }

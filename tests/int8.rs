@@ -179,6 +179,10 @@ fn bits_depend_neither_on_the_batch_nor_on_threads() {
 /// ONNX Runtime reads the same file, and answers nearly the same.
 #[test]
 fn the_file_means_the_same_to_onnx_runtime() {
+    if ![Processor::AvxVnni, Processor::Avx512Vnni].into_iter().any(Processor::is_here) {
+        crate::cli::skip("without VNNI ONNX Runtime adds pairs of products up in 16 bits, which saturate");
+        return;
+    }
     let given: Vec<_> = images([3, SIDE, SIDE]).take(4).collect();
     for name in FAMILIES {
         let folded = folded(name, SideOutputs { features: true, map: true });
