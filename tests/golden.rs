@@ -11,6 +11,17 @@ use nfold::model::{Gate, Precision};
 use prost::Message as _;
 use safetensors::SafeTensors;
 
+/// A network of every family.
+pub const FAMILIES: [&str; 7] = [
+    "nf_regnet_small",
+    "nf_resnet_small",
+    "eca_nfnet_l0_small",
+    "dm_nfnet_f0_small",
+    "resnet50_small",
+    "regnety_small",
+    "efficientnet_small",
+];
+
 pub fn goldens_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
 }

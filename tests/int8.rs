@@ -21,20 +21,9 @@ use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cli::{nfold, project, refused, text};
-use crate::golden::goldens_folder;
+use crate::golden::{FAMILIES, goldens_folder};
 
 const SIDE: usize = 64;
-
-/// Networks of every family.
-const FAMILIES: [&str; 7] = [
-    "nf_regnet_small",
-    "nf_resnet_small",
-    "eca_nfnet_l0_small",
-    "dm_nfnet_f0_small",
-    "resnet50_small",
-    "regnety_small",
-    "efficientnet_small",
-];
 
 fn folded(name: &str, outputs: SideOutputs) -> Vec<u8> {
     let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();

@@ -8,22 +8,14 @@ use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution as _, StandardNormal};
 
-use crate::golden::{goldens_folder, ways_to_run};
+use crate::golden::{FAMILIES, goldens_folder, ways_to_run};
 
 const IMAGES: usize = 32;
 const BATCHES: [usize; 6] = [2, 3, 7, 8, 16, 32];
 
 #[test]
 fn logits_do_not_depend_on_the_batch() {
-    for name in [
-        "nf_regnet_small",
-        "nf_resnet_small",
-        "eca_nfnet_l0_small",
-        "dm_nfnet_f0_small",
-        "resnet50_small",
-        "regnety_small",
-        "efficientnet_small",
-    ] {
+    for name in FAMILIES {
         let checkpoint = Checkpoint::open(&goldens_folder().join(name)).unwrap();
         let options = FoldOptions { size: nfold::fold::Size::Fixed(67, 64), ..FoldOptions::default() };
         let folded = fold(&checkpoint, &options).unwrap();
