@@ -1,9 +1,11 @@
 //! Integer kernels of every processor equal the reference to the bit, whatever the shape and however the work is divided.
 
+use nfold::kernels::int8::float_conv::FloatConv;
 use nfold::kernels::int8::packed::Packed;
+use nfold::kernels::int8::packed_floats::PackedFloats;
 use nfold::kernels::int8::processor::Processor;
 use nfold::kernels::int8::scratch::Scratch;
-use nfold::kernels::int8::{Band, Conv, Gated, Output, Pool, Read, SLACK, ToBytes};
+use nfold::kernels::int8::{Band, Conv, Gated, Output, Pool, Read, SLACK, ToBytes, reference};
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -143,6 +145,83 @@ fn convolutions_are_the_references_in_any_bands() {
     }
 }
 
+/// The same convolution in single precision.
+fn floats(rng: &mut ChaCha8Rng, conv: &Conv) -> FloatConv {
+    FloatConv {
+        channels: conv.channels,
+        size: conv.size,
+        filters: conv.filters,
+        out_size: conv.out_size,
+        groups: conv.groups,
+        kernel: conv.kernel,
+        stride: conv.stride,
+        dilation: conv.dilation,
+        pads: conv.pads,
+        weight: conv.weight.iter().map(|_| rng.random_range(-1.0..1.0)).collect(),
+        bias: conv.bias.iter().map(|_| rng.random_range(-1.0..1.0)).collect(),
+    }
+}
+
+#[test]
+fn convolutions_in_single_precision_are_the_references_in_any_bands() {
+    let mut rng = ChaCha8Rng::seed_from_u64(29);
+    let processors = processors();
+    for _ in 0..400 {
+        let Some(conv) = conv(&mut rng) else { continue };
+        let conv = floats(&mut rng, &conv);
+        let input: Vec<f32> =
+            (0..conv.channels * conv.size[0] * conv.size[1]).map(|_| rng.random_range(-3.0..3.0)).collect();
+        let line = conv.out_size[1] * conv.filters;
+        let mut expected = vec![7.0; conv.out_size[0] * line];
+        reference::float_conv(&conv, 0..conv.out_size[0], &input, &mut expected);
+        let expected: Vec<u32> = expected.into_iter().map(f32::to_bits).collect();
+        for processor in processors.iter().copied().chain([Processor::Portable]) {
+            let packed = PackedFloats::new(processor, conv.clone());
+            let rows = rng.random_range(1..=conv.out_size[0]);
+            let mut found = vec![9.0; conv.out_size[0] * line];
+            for (i, band) in found.chunks_mut(rows * line).enumerate() {
+                packed.convolve(i * rows..i * rows + band.len() / line, &input, band);
+            }
+            let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+            let shape = || FloatConv { weight: Vec::new(), bias: Vec::new(), ..conv.clone() };
+            assert!(found == expected, "{processor:?} by {rows} rows: {:?}", shape());
+        }
+    }
+}
+
+/// The reference itself: against the definition, in double precision.
+#[test]
+fn convolutions_in_single_precision_are_convolutions() {
+    let mut rng = ChaCha8Rng::seed_from_u64(30);
+    for _ in 0..50 {
+        let Some(conv) = conv(&mut rng) else { continue };
+        let conv = floats(&mut rng, &conv);
+        let [height, width] = conv.size;
+        let input: Vec<f32> = (0..conv.channels * height * width).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let mut found = vec![0.0; conv.out_size[0] * conv.out_size[1] * conv.filters];
+        reference::float_conv(&conv, 0..conv.out_size[0], &input, &mut found);
+        let depth = conv.channels / conv.groups;
+        for (i, found) in found.into_iter().enumerate() {
+            let (filter, pixel) = (i % conv.filters, i / conv.filters);
+            let at = [pixel / conv.out_size[1], pixel % conv.out_size[1]];
+            let mut sum = f64::from(conv.bias[filter]);
+            for (tap, w) in
+                conv.weight.chunks_exact(conv.weight.len() / conv.filters).nth(filter).unwrap().iter().enumerate()
+            {
+                let (k, channel) = (tap / depth, filter / (conv.filters / conv.groups) * depth + tap % depth);
+                let k = [k / conv.kernel[1], k % conv.kernel[1]];
+                let [y, x] =
+                    [0, 1].map(|i| (at[i] * conv.stride[i] + k[i] * conv.dilation[i]) as i64 - conv.pads[i] as i64);
+                if (0..height as i64).contains(&y) && (0..width as i64).contains(&x) {
+                    let x = input[(y as usize * width + x as usize) * conv.channels + channel];
+                    sum += f64::from(x) * f64::from(*w);
+                }
+            }
+            assert!((f64::from(found) - sum).abs() < 1e-3, "{found} {sum}");
+        }
+    }
+}
+
 /// What is read beyond an image, or left in memory by what ran before, is of no account.
 #[test]
 fn no_answer_depends_on_what_is_around() {
@@ -209,7 +288,9 @@ fn passes_are_the_references() {
         let output = bytes_or_sums(&mut rng);
         let gate = bytes(&mut rng, channels);
         let (zero, gate_zero) = (rng.random(), rng.random());
-        let gated = Gated { zero, gate_zero, factor: 0.003, output: output.clone() };
+        let single = rng.random_range(0..5) == 0;
+        let product = if single { Output::Singles } else { output.clone() };
+        let gated = Gated { zero, gate_zero, factor: 0.003, output: product };
         let table = std::array::from_fn(|_| rng.random());
         let image: Vec<f32> = (0..values).map(|_| rng.random_range(-200.0..200.0)).collect();
         let all = |processor: Processor| {
@@ -226,12 +307,18 @@ fn passes_are_the_references() {
                 bytes: Some(bytes),
                 singles: None,
             };
-            processor.gated(&gated, &gate, band(gated_sums, gated_bytes));
+            let mut singles = vec![3.0; values];
+            let products = if single {
+                Band { sums: None, bytes: None, singles: Some(&mut singles), ..band(&mut [], &mut []) }
+            } else {
+                band(gated_sums, gated_bytes)
+            };
+            processor.gated(&gated, &gate, products);
             processor.add(&output, &terms, band(added_sums, added_bytes));
             processor.look_up(&table, &x[..values], found);
             processor.totals(&x[..values], zero, &mut totals);
             processor.quantise(&image, channels, (0.7, zero), quantised);
-            (sums, bytes, totals)
+            (sums, bytes, totals, singles.into_iter().map(f32::to_bits).collect::<Vec<_>>())
         };
         let expected = all(Processor::Portable);
         for &processor in &processors {

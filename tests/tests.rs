@@ -38,6 +38,8 @@ mod invariance;
 
 /// Networks of integers.
 mod int8;
+/// Layers of theirs that stay in single precision.
+mod int8_keep;
 
 /// Graphs padded to the processor's block size.
 mod channel_padding;

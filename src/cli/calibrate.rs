@@ -18,7 +18,7 @@ use crate::checkpoint::Checkpoint;
 use crate::fold::{FoldOptions, FoldedFile, Size};
 use crate::model::{Colors, Preprocessing, RangeMethod, Staging, golden};
 use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
-use crate::sources::{Calibration, QuantisingError, fold_quantised};
+use crate::sources::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, fold_quantised};
 
 /// Options of integers.
 #[derive(Debug, Args)]
@@ -38,6 +38,10 @@ pub struct CalibrateArgs {
     /// Write nothing if top-1 falls by more, in points, where the folder says the classes [default: 0.5]
     #[arg(help_heading = "Integers", long, env = "NFOLD_MAX_DROP", value_name = "POINTS", value_parser = percent)]
     max_drop: Option<f64>,
+    /// Layers that stay in single precision, by name, or all below a name such as `stages.3`; `auto`: if too few photographs keep their
+    /// class, the layers that gain most, at most a quarter of all
+    #[arg(help_heading = "Integers", long, env = "NFOLD_KEEP", value_name = "LAYER,…|auto", value_delimiter = ',')]
+    keep: Vec<String>,
     #[command(flatten)]
     limits: ImageArgs,
 }
@@ -51,6 +55,10 @@ fn percent(text: &str) -> Result<f64, String> {
 const MIN_AGREEMENT: f64 = 97.5;
 /// The default of --max-drop, in points.
 const MAX_DROP: f64 = 0.5;
+/// What --keep finds the layers by itself with.
+const AUTO: &str = "auto";
+/// Layers that are offered to be kept.
+const NAMED: usize = 5;
 /// What --calibrate is called without photographs.
 const THEORY: &str = "theory";
 /// Images of noise that ranges are taken from then.
@@ -105,7 +113,11 @@ impl Images {
 impl CalibrateArgs {
     /// The first of these flags that is given.
     pub fn given(&self) -> Option<&'static str> {
-        let flags = [("--calibrate", self.calibrate.is_some()), ("--range-method", self.range_method.is_some())];
+        let flags = [
+            ("--calibrate", self.calibrate.is_some()),
+            ("--range-method", self.range_method.is_some()),
+            ("--keep", !self.keep.is_empty()),
+        ];
         flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag).or_else(|| self.guard())
     }
 
@@ -113,6 +125,20 @@ impl CalibrateArgs {
     fn guard(&self) -> Option<&'static str> {
         let flags = [("--min-agreement", self.min_agreement.is_some()), ("--max-drop", self.max_drop.is_some())];
         flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
+    }
+
+    /// The layers that stay in single precision.
+    fn keep(&self) -> anyhow::Result<Keep> {
+        match self.keep.as_slice() {
+            [only] if only == AUTO => Ok(Keep::Auto),
+            names if names.iter().any(|name| name == AUTO) => {
+                bail!("--keep auto finds the layers: leave out the names, or `auto`")
+            }
+            names if names.iter().any(|name| name.is_empty()) => {
+                bail!("--keep has an empty name; give layers as in --keep stem.conv,stages.3")
+            }
+            names => Ok(Keep::Layers(names.to_vec())),
+        }
     }
 
     /// Folds into integers.
@@ -135,13 +161,19 @@ impl CalibrateArgs {
         let (mut preprocessing, _) =
             checkpoint.preprocessing(size).map_err(|reason| anyhow!("{reason}; choose another --size"))?;
         preprocessing.exif_orientation = options.exif_orientation;
+        let keep = self.keep()?;
         if folder.as_os_str() == THEORY {
             if let Some(flag) = self.guard() {
                 bail!(
                     "--calibrate theory measures nothing that {flag} could compare; leave that out, or give photographs (a folder of that name is ./theory)"
                 );
             }
-            return self.fold_by_theory((checkpoint, options, staging), preprocessing.shape());
+            if keep == Keep::Auto {
+                bail!(
+                    "--calibrate theory measures nothing that --keep auto could go by; name the layers, or give photographs"
+                );
+            }
+            return self.fold_by_theory((checkpoint, options, staging), preprocessing.shape(), keep);
         }
         let (mut images, left_out) = self.images(folder, &preprocessing)?;
         let classes = classes(folder, &images.found, &checkpoint.labels, checkpoint.network.classes());
@@ -187,18 +219,22 @@ impl CalibrateArgs {
             },
             classes,
             method: self.range_method,
-            min_agreement: self.min_agreement.unwrap_or(MIN_AGREEMENT) / 100.0,
-            max_drop: self.max_drop.unwrap_or(MAX_DROP) / 100.0,
+            keep,
+            guard: Some(Guard {
+                min_agreement: self.min_agreement.unwrap_or(MIN_AGREEMENT) / 100.0,
+                max_drop: self.max_drop.unwrap_or(MAX_DROP) / 100.0,
+            }),
             progress: &mut |what, done, of| progress.show(what, done, of),
         };
         let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
         progress.end();
         let quantised = quantised.map_err(|error| {
-            if let QuantisingError::Guard { layers, .. } = &error {
-                say(format_args!("layers that add most noise (share of the signal's power: added, and in all after it):"));
+            if let QuantisingError::Guard { layers, gains, .. } = &error {
+                say(format_args!(
+                    "layers that add most noise (share of the signal's power: added, and in all after it):"
+                ));
                 layers.iter().for_each(|layer| say(format_args!("{layer}")));
-                let reason = format!("{error}; give --calibrate more photographs like those that will be served, try --range-method, or fold with --precision fp32");
-                return anyhow!("{reason}");
+                return anyhow!("{error}; {}", self.next_step(gains));
             }
             error.into()
         })?;
@@ -206,11 +242,33 @@ impl CalibrateArgs {
         Ok(quantised.folded)
     }
 
+    /// Prints the layers that could stay in single precision, and says what to try.
+    fn next_step(&self, gains: &[Gain]) -> String {
+        const OTHERS: &str = "give --calibrate more photographs like those that will be served, try --range-method, or fold with --precision fp32";
+        if gains.is_empty() {
+            return OTHERS.into();
+        }
+        say(format_args!(
+            "layers that could stay in single precision, and how much of the error of logits each alone takes away:"
+        ));
+        let best = &gains[..gains.len().min(NAMED)];
+        best.iter().for_each(|Gain { layer, share }| {
+            say(format_args!("{:8.1} %  {}", 100.0 * share, printable::printable(layer)))
+        });
+        if self.keep.iter().any(|name| name == AUTO) {
+            return OTHERS.into();
+        }
+        let names: Vec<&str> =
+            self.keep.iter().map(String::as_str).chain(best.iter().map(|gain| gain.layer.as_str())).collect();
+        format!("keep layers in single precision (--keep auto, or --keep {}), {OTHERS}", names.join(","))
+    }
+
     /// Folds into integers with ranges of unit Gaussian images: what the analysis of Brock et al. (2021) takes networks to see.
     fn fold_by_theory(
         &self,
         (checkpoint, options, staging): (&Checkpoint, &FoldOptions, &Staging),
         shape: [usize; 3],
+        keep: Keep,
     ) -> anyhow::Result<FoldedFile> {
         let noise: Vec<Vec<f32>> = golden::images(shape).take(NOISE).collect();
         let mut progress = Progress::default();
@@ -219,17 +277,15 @@ impl CalibrateArgs {
             image: &mut |i| noise.get(i).cloned().ok_or_else(|| "no such image".to_string()),
             classes: None,
             method: self.range_method,
-            // noise is of no class: which one it is called says nothing
-            min_agreement: 0.0,
-            max_drop: 1.0,
+            keep,
+            guard: None,
             progress: &mut |what, done, of| progress.show(what, done, of),
         };
         let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
         progress.end();
-        let mut folded = quantised?.folded;
-        if let Some(quantisation) = &mut folded.manifest.quantisation {
-            quantisation.theory = true;
-        }
+        let Quantised { folded, notes } = quantised?;
+        // of ranges and noise nothing is to be said: it is noise
+        notes.iter().filter(|note| note.starts_with("int8:")).for_each(|note| say(format_args!("{note}")));
         say(format_args!(
             "warning: ranges are those of noise, and nothing was measured: compare with single precision on photographs, by `nfold eval DATA --model \
              NAME --beside {}`",

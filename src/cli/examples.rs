@@ -12,7 +12,7 @@ pub const FOLD: &str = "\
 Examples:
   nfold fold my-checkpoint
   nfold fold timm/nf_regnet_b1.ra2_in1k --name flowers --model-version 2 --size 288
-  nfold fold my-checkpoint --precision fp16 --replace --repository /srv/models";
+  nfold fold my-checkpoint --name flowers8 --precision int8 --calibrate photos --repository /srv/models";
 
 /// `nfold classify`.
 pub const CLASSIFY: &str = "\

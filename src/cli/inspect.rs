@@ -15,7 +15,7 @@ use super::printable::printable;
 use super::source::SourceArgs;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::fold::{FoldOptions, fold};
-use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, Scoring, SourceSetting};
+use crate::model::{MANIFEST_FILE, MODEL_FILE, Manifest, ModelDir, Quantisation, Scoring, SourceSetting};
 
 /// Arguments of `nfold inspect`.
 #[derive(Debug, Args)]
@@ -148,6 +148,9 @@ pub fn describe(m: &Manifest, detail: Detail) -> String {
     if let Some(headroom) = f.verification.as_ref().and_then(|v| v.headroom) {
         line("half precision", format!("the largest value of any map fits {headroom:.0} times"));
     }
+    if let Some(quantisation) = &m.quantisation {
+        integers(quantisation).into_iter().for_each(|(key, text)| line(key, text));
+    }
     if detail == Detail::Brief {
         return out;
     }
@@ -172,6 +175,38 @@ pub fn describe(m: &Manifest, detail: Detail) -> String {
         );
     }
     out
+}
+
+/// How a network of integers was made.
+fn integers(q: &Quantisation) -> Vec<(&'static str, String)> {
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let images = if q.theory { "images of noise, as the theory assumes" } else { "calibration images" };
+    let mut lines = vec![("integers", format!("ranges by {} of {} {images}", q.method.name(), q.images))];
+    match (q.agreement, q.agreement_interval) {
+        (Some(agreement), Some([low, high])) => {
+            let mut text = format!(
+                "{} of {} held-out images keep the class of single precision (95 % interval {} to {})",
+                percent(agreement),
+                q.held_out,
+                percent(low),
+                percent(high)
+            );
+            if let Some([single, integers]) = q.top1 {
+                let _ = write!(
+                    text,
+                    "; top-1 {:.2} % in single precision, {:.2} % in integers",
+                    100.0 * single,
+                    100.0 * integers
+                );
+            }
+            lines.push(("agreement", text));
+        }
+        _ => lines.push(("agreement", "not measured; `nfold eval DATA --beside NAME` does".into())),
+    }
+    if !q.keep.is_empty() {
+        lines.push(("kept in fp32", q.keep.join(", ")));
+    }
+    lines
 }
 
 /// The origins of settings in at most five lines: those of the same file and table share a line, and the last line sums

@@ -31,11 +31,11 @@ impl Fitted {
     /// The graph as this machine's CPU runs it fastest with these kernels: padded to whole [blocks](channel_block) and laid out
     /// in them, as far as that can be. A graph with quantised maps becomes a network of integers.
     pub fn for_this_cpu(onnx: Vec<u8>, kernels: Kernels) -> Self {
-        if lowering::is_quantised_file(&onnx) {
-            return Self::of_integers(&onnx);
-        }
-        let Some(block) = channel_block() else { return Self::as_it_is(onnx) };
         let onnx = Bytes::from(onnx);
+        if let Some(network) = lowering::lower_if_quantised(&onnx) {
+            return Self::of_integers(network);
+        }
+        let Some(block) = channel_block() else { return Self::as_it_is(onnx.into()) };
         let lays_out = if environment().is_ok() { takes_layout(block, kernels) } else { None };
         Self::fit(onnx.clone(), block, lays_out).unwrap_or_else(|| Self::as_it_is(onnx.into()))
     }
@@ -45,11 +45,20 @@ impl Fitted {
         Self { onnx, weights: Vec::new(), laid_out: false, network: None }
     }
 
-    /// A network of integers, from its graph with quantised maps.
-    fn of_integers(onnx: &[u8]) -> Self {
-        let network = lowering::lower(onnx).map(Arc::new);
+    /// A network of integers as the one operator of a graph.
+    fn of_integers(network: Result<Network, Int8Error>) -> Self {
+        let network = network.map(Arc::new);
         let onnx = network.as_ref().map_or(Vec::new(), |network| lowering::one_operator(network));
         Self { network: Some(network), ..Self::as_it_is(onnx) }
+    }
+
+    /// Bytes that all sessions share: the graph's and those of its weights.
+    pub fn bytes(&self) -> usize {
+        let lent = |(_, value): &(String, Arc<DynValue>)| {
+            value.try_extract_tensor::<f32>().map_or(0, |(_, values)| size_of_val(values))
+        };
+        let integers = self.network.as_ref().and_then(|network| network.as_ref().ok());
+        self.onnx.len() + self.weights.iter().map(lent).sum::<usize>() + integers.map_or(0, |network| network.weights())
     }
 
     /// The network of integers that the graph's operator is, if it is one; or why it can't be run.

@@ -3,8 +3,10 @@
 use std::cell::RefCell;
 use std::sync::Mutex;
 
+use super::function::Function;
 use super::scale::Scale;
 use crate::kernels::int8::packed::Packed;
+use crate::kernels::int8::packed_floats::PackedFloats;
 use crate::kernels::int8::processor::Processor;
 use crate::kernels::int8::scratch::Scratch;
 use crate::kernels::int8::{Band, Gated, Output, Pool, SLACK, Table, ToBytes, reference};
@@ -54,6 +56,27 @@ pub enum Work {
         /// Scale of `x`, times what the map is multiplied by.
         factor: f32,
     },
+    /// A layer that stays in single precision: a convolution of `from`, or the classifier.
+    FloatConv(Box<PackedFloats>),
+    /// A function of each of `from`.
+    Activate(Function),
+    /// The sum of `from` and `from_too`.
+    AddSingles,
+    /// `x` in single precision, by a table.
+    Dequantise(Box<[f32; 256]>),
+    /// `terms` in single precision, times this scale.
+    OfSums(f32),
+    /// The mean of `x` over all pixels, in single precision.
+    MeanInSingles {
+        /// Zero point of `x`.
+        zero: u8,
+        /// Scale of `x` divided by the number of pixels.
+        factor: f32,
+    },
+    /// `from` as u8.
+    Quantise(Scale),
+    /// `from` as a term of a residual sum of this scale.
+    ToSums(f32),
 }
 
 /// A step: what it does, what it reads and what it writes.
@@ -71,10 +94,16 @@ pub struct Step {
     pub terms: Option<Slot>,
     /// Residual sum that it adds.
     pub addend: Option<Slot>,
+    /// Map in single precision that it reads.
+    pub from: Option<Slot>,
+    /// The other one, of a sum of two.
+    pub from_too: Option<Slot>,
     /// Where residual sums go.
     pub sums: Option<Slot>,
     /// Where bytes go.
     pub bytes: Option<Slot>,
+    /// Where numbers in single precision go, if they aren't logits.
+    pub singles: Option<Slot>,
     /// Channels, height and width of what it writes.
     pub size: [usize; 3],
     /// Pixels of `x`, where a step reads all of them at once.
@@ -92,14 +121,16 @@ pub struct Network {
     pub steps: Vec<Step>,
     /// Channels, height and width of the image.
     pub shape: [usize; 3],
-    /// The image's scale.
-    pub input: Scale,
-    /// Where the image goes.
-    pub image: Slot,
+    /// Where the image goes as u8, and its scale.
+    pub image: Option<(Slot, Scale)>,
+    /// Where the image goes in single precision.
+    pub image_singles: Option<Slot>,
     /// Sizes of u8 slots.
     pub bytes: Vec<usize>,
     /// Sizes of slots of residual sums.
     pub sums: Vec<usize>,
+    /// Sizes of slots of numbers in single precision.
+    pub singles: Vec<usize>,
     /// Number of logits.
     pub classes: usize,
     /// Width of the output `features`.
@@ -113,6 +144,7 @@ pub struct Network {
 pub struct Memory {
     bytes: Vec<Vec<u8>>,
     sums: Vec<Vec<i16>>,
+    singles: Vec<Vec<f32>>,
     totals: Vec<i32>,
 }
 
@@ -176,13 +208,19 @@ impl Network {
             return;
         }
         memory.fit(self);
-        let mut first = std::mem::take(&mut memory.bytes[self.image]);
-        self.processor.quantise(image, channels, (self.input.scale, self.input.zero), &mut first);
-        memory.bytes[self.image] = first;
+        if let Some((slot, scale)) = self.image {
+            self.processor.quantise(image, channels, (scale.scale, scale.zero), &mut memory.bytes[slot]);
+        }
+        if let Some(slot) = self.image_singles {
+            channels_last(image, channels, &mut memory.singles[slot]);
+        }
         for step in &self.steps {
             let mut sums = step.sums.map(|slot| std::mem::take(&mut memory.sums[slot]));
             let mut bytes = step.bytes.map(|slot| std::mem::take(&mut memory.bytes[slot]));
-            self.step(step, memory, (sums.as_deref_mut(), bytes.as_deref_mut()), &mut answers, (threads, workers));
+            let mut singles = step.singles.map(|slot| std::mem::take(&mut memory.singles[slot]));
+            let written =
+                Written { sums: sums.as_deref_mut(), bytes: bytes.as_deref_mut(), singles: singles.as_deref_mut() };
+            self.step(step, memory, written, &mut answers, (threads, workers));
             if let (Some((map, scale)), Some(bytes)) = (&step.map, &bytes) {
                 let bytes = &bytes[..step.size.iter().product()];
                 seen(Seen { layer: &step.name, map, scale: *scale, size: step.size, bytes });
@@ -193,6 +231,9 @@ impl Network {
             if let (Some(slot), Some(bytes)) = (step.bytes, bytes) {
                 memory.bytes[slot] = bytes;
             }
+            if let (Some(slot), Some(singles)) = (step.singles, singles) {
+                memory.singles[slot] = singles;
+            }
         }
     }
 
@@ -200,20 +241,22 @@ impl Network {
         &self,
         step: &Step,
         memory: &mut Memory,
-        (sums, bytes): (Option<&mut [i16]>, Option<&mut [u8]>),
+        Written { sums, bytes, singles }: Written<'_>,
         answers: &mut Answers<'_>,
         (threads, workers): (usize, Workers<'_>),
     ) {
         let processor = self.processor;
         let [channels, height, width] = step.size;
         let len = channels * height * width;
-        let Memory { bytes: u8s, sums: s16s, totals } = memory;
+        let Memory { bytes: u8s, sums: s16s, singles: f32s, totals } = memory;
         let x: &[u8] = match step.x {
             Some(slot) => &u8s[slot],
             None => &[],
         };
         let bytes = bytes.map(|bytes| &mut bytes[..len]);
         let sums = sums.map(|sums| &mut sums[..len]);
+        let singles = singles.map(|singles| &mut singles[..len]);
+        let from = |slot: Option<Slot>| slot.map_or(&[][..], |slot| &f32s[slot]);
         let s16s = &s16s[..];
         let addend = step.addend.map(|slot| &s16s[slot][..len]);
         // whole rows, at least so many values, and some more than threads: not all pieces take as long
@@ -224,7 +267,8 @@ impl Network {
         let piece = (rows * width * channels).max(1);
         match &step.work {
             Work::Conv(packed) => {
-                let singles = if packed.conv().output == Output::Singles { Some(&mut *answers.logits) } else { None };
+                let is_single = packed.conv().output == Output::Singles;
+                let singles = if is_single { singles.or(Some(&mut *answers.logits)) } else { None };
                 let parts = Parts { piece, rows, height, addend, sums, bytes, singles };
                 parts.each(workers, |mut band| {
                     band.input = x;
@@ -236,7 +280,7 @@ impl Network {
                     Some(slot) => &u8s[slot][..channels],
                     None => &[],
                 };
-                let parts = Parts { piece, rows, height, addend, sums, bytes, singles: None };
+                let parts = Parts { piece, rows, height, addend, sums, bytes, singles };
                 parts.each(workers, |mut band| {
                     band.input = &x[band.rows.start * width * channels..];
                     processor.gated(gated, gate, band);
@@ -280,12 +324,74 @@ impl Network {
                     }
                 }
             }
+            Work::FloatConv(packed) => {
+                let singles = singles.or(Some(&mut *answers.logits));
+                let parts = Parts { piece, rows, height, addend: None, sums: None, bytes: None, singles };
+                let input = from(step.from);
+                parts.each(workers, |band| packed.convolve(band.rows, input, band.singles.unwrap_or_default()));
+                if step.singles.is_none() {
+                    // one bit pattern for what is no number
+                    answers.logits.iter_mut().filter(|logit| logit.is_nan()).for_each(|logit| *logit = f32::NAN);
+                }
+            }
+            Work::Activate(function) => {
+                let parts = Parts { piece, rows, height, addend: None, sums: None, bytes: None, singles };
+                let input = from(step.from);
+                parts.each(workers, |band| {
+                    let input = &input[band.rows.start * width * channels..];
+                    for (y, &x) in band.singles.unwrap_or_default().iter_mut().zip(input) {
+                        *y = function.apply(x.into()) as f32;
+                    }
+                });
+            }
+            Work::AddSingles => {
+                let terms = from(step.from).iter().zip(from(step.from_too));
+                singles.unwrap_or_default().iter_mut().zip(terms).for_each(|(sum, (a, b))| *sum = a + b);
+            }
+            Work::Dequantise(table) => {
+                singles.unwrap_or_default().iter_mut().zip(x).for_each(|(y, &x)| *y = table[usize::from(x)]);
+            }
+            Work::OfSums(scale) => {
+                let terms: &[i16] = match step.terms {
+                    Some(slot) => &s16s[slot],
+                    None => &[],
+                };
+                singles
+                    .unwrap_or_default()
+                    .iter_mut()
+                    .zip(terms)
+                    .for_each(|(y, &r)| *y = reference::single(r.into(), *scale));
+            }
+            Work::MeanInSingles { zero, factor } => {
+                totals.resize(channels, 0);
+                processor.totals(&x[..step.pixels * channels], *zero, totals);
+                let means = totals.iter().map(|&total| reference::single(total, *factor));
+                singles.unwrap_or_default().iter_mut().zip(means).for_each(|(to, mean)| *to = mean);
+            }
+            Work::Quantise(scale) => {
+                let parts = Parts { piece, rows, height, addend: None, sums: None, bytes, singles: None };
+                let input = from(step.from);
+                parts.each(workers, |band| {
+                    let input = &input[band.rows.start * width * channels..];
+                    for (byte, &x) in band.bytes.unwrap_or_default().iter_mut().zip(input) {
+                        *byte = reference::quantised(x, (scale.scale, scale.zero));
+                    }
+                });
+            }
+            Work::ToSums(scale) => {
+                let input = from(step.from);
+                sums.unwrap_or_default().iter_mut().zip(input).for_each(|(sum, &x)| *sum = reference::term(x, *scale));
+            }
         }
     }
 
     /// Bytes of weights.
     pub fn weights(&self) -> usize {
-        let of = |step: &Step| if let Work::Conv(packed) = &step.work { packed.bytes() } else { 0 };
+        let of = |step: &Step| match &step.work {
+            Work::Conv(packed) => packed.bytes(),
+            Work::FloatConv(packed) => packed.bytes(),
+            _ => 0,
+        };
         self.steps.iter().map(of).sum()
     }
 }
@@ -300,7 +406,25 @@ impl Memory {
         for (slot, &len) in self.sums.iter_mut().zip(&network.sums) {
             slot.resize(len, 0);
         }
+        self.singles.resize_with(network.singles.len(), Vec::new);
+        for (slot, &len) in self.singles.iter_mut().zip(&network.singles) {
+            slot.resize(len, 0.0);
+        }
     }
+}
+
+/// An image `[channels, pixels]` as `[pixels, channels]`.
+fn channels_last(image: &[f32], channels: usize, to: &mut [f32]) {
+    for (channel, values) in image.chunks_exact((image.len() / channels).max(1)).enumerate() {
+        to.iter_mut().skip(channel).step_by(channels).zip(values).for_each(|(to, &value)| *to = value);
+    }
+}
+
+/// What a step writes.
+struct Written<'a> {
+    sums: Option<&'a mut [i16]>,
+    bytes: Option<&'a mut [u8]>,
+    singles: Option<&'a mut [f32]>,
 }
 
 /// What a step writes, to be divided.

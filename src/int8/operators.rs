@@ -1,6 +1,6 @@
 //! A folded network as the operators that int8 covers, with quantised maps or without.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::Int8Error;
 use super::constants::{Constants, INT8, UINT8, number, real, says, sizes};
@@ -124,6 +124,10 @@ pub struct Operators {
     pub scales: HashMap<String, Scale>,
     /// Weights and biases that are integers, by what operators call them: the names of their integers and of their scales.
     pub integers: HashMap<String, [String; 2]>,
+    /// Operators that read a map, by its name: their places in `all`, and which of their inputs it is.
+    readers: HashMap<String, Vec<(usize, usize)>>,
+    /// Operators that make a map, by its name.
+    makers: HashMap<String, usize>,
 }
 
 impl Operators {
@@ -150,6 +154,8 @@ impl Operators {
             quantised: HashMap::new(),
             bytes: HashMap::new(),
             reshaped: HashMap::new(),
+            all: Vec::new(),
+            makers: HashMap::new(),
             read: Self {
                 all: Vec::new(),
                 input: input.name.clone(),
@@ -157,26 +163,33 @@ impl Operators {
                 outputs: graph.output.iter().map(|output| output.name.clone()).collect(),
                 scales: HashMap::new(),
                 integers: HashMap::new(),
+                readers: HashMap::new(),
+                makers: HashMap::new(),
             },
         };
         graph.node.iter().try_for_each(|node| reading.node(node))?;
-        let made: HashSet<&String> = reading.read.all.iter().map(|operator| &operator.output).collect();
-        if let Some(output) = reading.read.outputs.iter().find(|name| !made.contains(name)) {
+        let Reading { read: mut operators, all, .. } = reading;
+        operators.all = all.into_iter().flatten().collect();
+        for (i, operator) in operators.all.iter().enumerate() {
+            operators.makers.entry(operator.output.clone()).or_insert(i);
+            for (j, edge) in operator.inputs.iter().enumerate() {
+                operators.readers.entry(edge.map.clone()).or_default().push((i, j));
+            }
+        }
+        if let Some(output) = operators.outputs.iter().find(|name| !operators.makers.contains_key(*name)) {
             return Err(Int8Error::Unreadable(format!("nothing makes its output `{output}`")));
         }
-        Ok(reading.read)
+        Ok(operators)
     }
 
     /// Operators that read a map, by their places, and which of their inputs it is.
-    pub fn readers<'a>(&'a self, map: &'a str) -> impl Iterator<Item = (usize, usize)> + 'a {
-        let inputs =
-            |(i, operator): (usize, &'a Operator)| operator.inputs.iter().enumerate().map(move |(j, e)| (i, j, e));
-        self.all.iter().enumerate().flat_map(inputs).filter(move |(_, _, edge)| edge.map == map).map(|(i, j, _)| (i, j))
+    pub fn readers(&self, map: &str) -> impl ExactSizeIterator<Item = (usize, usize)> {
+        self.readers.get(map).map_or(&[][..], Vec::as_slice).iter().copied()
     }
 
     /// The operator that makes a map.
     pub fn maker(&self, map: &str) -> Option<&Operator> {
-        self.all.iter().find(|operator| operator.output == map)
+        self.makers.get(map).and_then(|&at| self.all.get(at))
     }
 }
 
@@ -189,6 +202,11 @@ struct Reading<'a> {
     bytes: HashMap<&'a str, &'a str>,
     /// Maps in another shape.
     reshaped: HashMap<&'a str, Edge>,
+    /// Operators; `None`: it is part of a later one.
+    all: Vec<Option<Operator>>,
+    /// Operators that make a map, by its name.
+    makers: HashMap<&'a str, usize>,
+    /// All else.
     read: Operators,
 }
 
@@ -297,13 +315,14 @@ impl<'a> Reading<'a> {
                 Some(factor) => Kind::Times(factor),
                 None => {
                     let factor = self.edge(input(1)?);
-                    let sigmoid = self.read.all.iter().position(|operator| operator.output == factor.map);
+                    let at = self.makers.get(factor.map.as_str()).copied();
+                    let sigmoid = at.and_then(|at| self.all.get_mut(at));
                     let is_silu = |operator: &Operator| {
                         operator.kind == Kind::Function(Function::Sigmoid) && operator.inputs == inputs && !factor.bytes
                     };
-                    match sigmoid.filter(|&at| is_silu(&self.read.all[at])) {
-                        Some(at) => {
-                            self.read.all.remove(at);
+                    match sigmoid.filter(|made| made.as_ref().is_some_and(is_silu)) {
+                        Some(sigmoid) => {
+                            *sigmoid = None;
                             Kind::Function(Function::Silu)
                         }
                         None => {
@@ -336,7 +355,8 @@ impl<'a> Reading<'a> {
             }
             _ => return Err(uncovered("it is not among those covered")),
         };
-        self.read.all.push(Operator { kind, name: node.name.clone(), inputs, output: output.clone() });
+        self.makers.entry(output).or_insert(self.all.len());
+        self.all.push(Some(Operator { kind, name: node.name.clone(), inputs, output: output.clone() }));
         Ok(())
     }
 }

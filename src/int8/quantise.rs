@@ -1,18 +1,21 @@
 //! A folded network in single precision, and the ranges of its maps, become standard ONNX with quantised operators:
 //! `QuantizeLinear` and `DequantizeLinear` around everything that is integer.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use prost::Message as _;
 
 use super::Int8Error;
 use super::constants::{Constants, INT8, INT32, UINT8};
 use super::function::Function;
-use super::operators::{Kind, Operators};
+use super::operators::{Kind, Operator, Operators};
 use super::scale::Scale;
 use crate::graph::{FLOAT, int};
 use crate::model::MapRange;
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto};
+
+/// Names that are offered for one that isn't known.
+const NEAREST: usize = 3;
 
 /// Largest bias: exact in single precision.
 const LARGEST_BIAS: f64 = (1 << 24) as f64;
@@ -22,6 +25,10 @@ const LARGEST_BIAS: f64 = (1 << 24) as f64;
 pub struct Plan {
     model: ModelProto,
     operators: Operators,
+    /// Range of the numbers of images.
+    image: (f32, f32),
+    /// Layers that stay in single precision.
+    kept: BTreeSet<String>,
     /// Maps that are u8, in the order they are made, and where those scales come from that aren't measured.
     maps: Vec<(String, Origin)>,
 }
@@ -42,23 +49,40 @@ impl Plan {
     pub fn new(onnx: &[u8], image: (f32, f32)) -> Result<Self, Int8Error> {
         let model = ModelProto::decode(onnx).map_err(|e| Int8Error::Unreadable(e.to_string()))?;
         let graph = model.graph.as_ref().ok_or_else(|| Int8Error::Unreadable("there is no graph in it".into()))?;
-        let mut operators = Operators::read(graph)?;
-        let wanted = wanted(&operators);
-        for (operator, inputs) in operators.all.iter_mut().zip(wanted) {
+        let operators = Operators::read(graph)?;
+        let mut plan = Self { operators, image, kept: BTreeSet::new(), maps: Vec::new(), model };
+        plan.arrange();
+        Ok(plan)
+    }
+
+    /// Chooses the layers that stay in single precision, by name. What is read of them is u8 only where an operator of
+    /// integers reads it, and what they read isn't where it comes from a convolution, a gate, a sum or a mean. Their [measured]
+    /// maps are among those of a plan without them.
+    ///
+    /// [measured]: Self::measured
+    pub fn keep(&mut self, layers: &BTreeSet<String>) {
+        self.kept.clone_from(layers);
+        self.arrange();
+    }
+
+    /// Finds the maps that are u8.
+    fn arrange(&mut self) {
+        let wanted = wanted(&self.operators, &self.kept);
+        for (operator, inputs) in self.operators.all.iter_mut().zip(wanted) {
             for (edge, bytes) in operator.inputs.iter_mut().zip(inputs) {
                 edge.bytes = bytes;
             }
         }
+        let operators = &self.operators;
         let made = std::iter::once(&operators.input).chain(operators.all.iter().map(|operator| &operator.output));
         let is_read = |map: &&String| operators.readers(map).any(|(i, j)| operators.all[i].inputs[j].bytes);
         let origin = |map: &String| match operators.maker(map).map(|maker| (&maker.kind, &maker.inputs[..])) {
-            None => Origin::Fixed(image.0, image.1),
+            None => Origin::Fixed(self.image.0, self.image.1),
             Some((Kind::MaxPool(_) | Kind::AveragePool(..), [from, ..])) => Origin::SameAs(from.map.clone()),
             Some((Kind::Function(Function::Sigmoid), _)) => Origin::Fixed(0.0, 1.0),
             Some(_) => Origin::Measured,
         };
-        let maps = made.filter(is_read).map(|map| (map.clone(), origin(map))).collect();
-        Ok(Self { model, operators, maps })
+        self.maps = made.filter(is_read).map(|map| (map.clone(), origin(map))).collect();
     }
 
     /// Maps whose ranges have to be known.
@@ -68,7 +92,7 @@ impl Plan {
 
     /// Maps that a ReLU makes: ranges of theirs begin at 0.
     pub fn never_negative(&self) -> impl Iterator<Item = &str> {
-        let makes = |maker: &super::operators::Operator| {
+        let makes = |maker: &Operator| {
             matches!(maker.kind, Kind::Function(Function::Relu | Function::Relu6 | Function::Sigmoid))
         };
         self.measured().filter(move |map| self.operators.maker(map).is_some_and(makes))
@@ -86,8 +110,45 @@ impl Plan {
 
     /// Layers with weights, in order.
     pub fn layers(&self) -> impl Iterator<Item = &str> {
-        let weighs = |kind: &Kind| matches!(kind, Kind::Conv { .. } | Kind::ChannelConv { .. } | Kind::Linear { .. });
-        self.operators.all.iter().filter(move |operator| weighs(&operator.kind)).map(|operator| operator.name.as_str())
+        self.operators.all.iter().filter(|operator| has_weights(operator)).map(|operator| operator.name.as_str())
+    }
+
+    /// The layers that a name means: that one, or those below it, such as `stages.3`. Otherwise the nearest names there are.
+    pub fn named(&self, name: &str) -> Result<Vec<&str>, String> {
+        let is_below =
+            |layer: &str| layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let found: Vec<&str> = self.layers().filter(|layer| is_below(layer)).collect();
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        let ends = |layer: &'_ str| -> Vec<usize> {
+            layer.match_indices('.').map(|(at, _)| at).chain([layer.len()]).collect()
+        };
+        let mut known: Vec<&str> =
+            self.layers().flat_map(|layer| ends(layer).into_iter().map(move |end| &layer[..end])).collect();
+        let likeness = |other: &str| strsim::normalized_damerau_levenshtein(name, other);
+        known.sort_by(|a, b| likeness(b).total_cmp(&likeness(a)).then(a.cmp(b)));
+        known.dedup();
+        known.truncate(NEAREST);
+        Err(known.join("`, `"))
+    }
+
+    /// The maps, of those that are `known`, that a map is made of.
+    pub fn sources(&self, map: &str, known: impl Fn(&str) -> bool) -> Vec<&str> {
+        let (mut found, mut seen, mut ahead) = (Vec::new(), HashSet::new(), vec![self.operators.maker(map)]);
+        while let Some(maker) = ahead.pop() {
+            for edge in maker.iter().flat_map(|maker| &maker.inputs) {
+                if !seen.insert(edge.map.as_str()) {
+                    continue;
+                }
+                if known(&edge.map) {
+                    found.push(edge.map.as_str());
+                } else {
+                    ahead.push(self.operators.maker(&edge.map));
+                }
+            }
+        }
+        found
     }
 
     /// Every u8 map's scale.
@@ -130,18 +191,20 @@ impl Plan {
                 u8_inputs.insert((&operator.output, &edge.map));
             }
         }
+        let silus: HashSet<&str> = self
+            .operators
+            .all
+            .iter()
+            .filter(|operator| operator.kind == Kind::Function(Function::Silu))
+            .flat_map(|operator| operator.inputs.iter().filter(|edge| edge.bytes).map(|edge| edge.map.as_str()))
+            .collect();
         for node in &graph.node {
             // the sigmoid of a SiLU reads what the product reads
             if let (None, [output], [input]) =
                 (node.output.first().and_then(|o| by_output.get(o.as_str())), &node.output[..], &node.input[..])
+                && silus.contains(input.as_str())
             {
-                let is_silu = |operator: &&super::operators::Operator| {
-                    operator.kind == Kind::Function(Function::Silu)
-                        && operator.inputs.iter().any(|edge| edge.map == *input)
-                };
-                if self.operators.all.iter().any(|operator| is_silu(&operator)) {
-                    u8_inputs.insert((output, input));
-                }
+                u8_inputs.insert((output, input));
             }
         }
         if let Some(scale) = scales.get(self.operators.input.as_str()) {
@@ -152,6 +215,7 @@ impl Plan {
             let Some(output) = node.output.first() else { continue };
             let mut node = node.clone();
             let operator = by_output.get(output.as_str()).map(|&i| &self.operators.all[i]);
+            let operator = operator.filter(|operator| !self.kept.contains(&operator.name));
             if let Some((Kind::ChannelConv { weight, .. }, edge)) =
                 operator.and_then(|operator| Some((&operator.kind, operator.inputs.first()?)))
             {
@@ -191,9 +255,48 @@ impl Plan {
     }
 }
 
-/// Which inputs of each operator are u8: all, but what is a term of a residual sum and wasn't u8 before, and what a ReLU
-/// reads that is part of the operator before it.
-fn wanted(operators: &Operators) -> Vec<Vec<bool>> {
+fn has_weights(operator: &Operator) -> bool {
+    matches!(operator.kind, Kind::Conv { .. } | Kind::ChannelConv { .. } | Kind::Linear { .. })
+}
+
+/// Maps that can be had in single precision without having been u8 last.
+fn unrounded(operators: &Operators) -> HashSet<&str> {
+    let mut maps = HashSet::from([operators.input.as_str()]);
+    for operator in &operators.all {
+        let is_unrounded = match &operator.kind {
+            Kind::Conv { .. } | Kind::ChannelConv { .. } | Kind::Linear { .. } | Kind::Add | Kind::Gate => true,
+            Kind::GlobalMean | Kind::Flatten => true,
+            Kind::Function(_) => operator.inputs.iter().all(|edge| maps.contains(edge.map.as_str())),
+            Kind::MaxPool(_) | Kind::AveragePool(..) | Kind::Times(_) => false,
+        };
+        if is_unrounded {
+            maps.insert(&operator.output);
+        }
+    }
+    maps
+}
+
+/// Which operators compute in single precision: layers that are kept, and activations right before or after them.
+fn in_singles(operators: &Operators, kept: &BTreeSet<String>, unrounded: &HashSet<&str>) -> Vec<bool> {
+    let is_kept = |operator: &Operator| has_weights(operator) && kept.contains(&operator.name);
+    let mut singles = vec![false; operators.all.len()];
+    // readers before what they read
+    for (at, operator) in operators.all.iter().enumerate().rev() {
+        singles[at] = match (&operator.kind, operator.inputs.first()) {
+            (Kind::Function(_), Some(edge)) => {
+                let is_read = || operators.readers(&operator.output).any(|(i, _)| singles[i]);
+                let is_after = operators.maker(&edge.map).is_some_and(is_kept);
+                is_after || (unrounded.contains(edge.map.as_str()) && is_read())
+            }
+            _ => is_kept(operator),
+        };
+    }
+    singles
+}
+
+/// Which inputs of each operator are u8: all, but what is a term of a residual sum and wasn't u8 before, what a ReLU
+/// reads that is part of the operator before it, and what is read in single precision.
+fn wanted(operators: &Operators, kept: &BTreeSet<String>) -> Vec<Vec<bool>> {
     let is_sum = |map: &str| match operators.maker(map) {
         Some(maker) => match &maker.kind {
             Kind::Conv { .. } | Kind::Gate | Kind::Add => true,
@@ -205,10 +308,13 @@ fn wanted(operators: &Operators) -> Vec<Vec<bool>> {
         },
         None => false,
     };
-    let wants = |kind: &Kind, map: &str| {
+    let unrounded = unrounded(operators);
+    let singles = in_singles(operators, kept, &unrounded);
+    let wants = |at: usize, kind: &Kind, map: &str| {
         let maker = operators.maker(map).map(|maker| &maker.kind);
-        let alone = operators.readers(map).count() == 1;
+        let alone = operators.readers(map).len() == 1;
         match (kind, maker) {
+            _ if singles[at] => !unrounded.contains(map),
             (Kind::Add, _) => !is_sum(map),
             (Kind::Function(Function::Relu | Function::Relu6), Some(Kind::Conv { .. })) => !alone,
             (Kind::Function(Function::Relu), Some(Kind::Add)) => !alone,
@@ -216,10 +322,10 @@ fn wanted(operators: &Operators) -> Vec<Vec<bool>> {
             _ => true,
         }
     };
-    let of = |operator: &super::operators::Operator| {
-        operator.inputs.iter().map(|edge| wants(&operator.kind, &edge.map)).collect()
+    let of = |(at, operator): (usize, &Operator)| {
+        operator.inputs.iter().map(|edge| wants(at, &operator.kind, &edge.map)).collect()
     };
-    operators.all.iter().map(of).collect()
+    operators.all.iter().enumerate().map(of).collect()
 }
 
 /// A graph in the making.

@@ -35,24 +35,36 @@ impl RangeMethod {
 pub struct Quantisation {
     /// How ranges were chosen.
     pub method: RangeMethod,
-    /// Whether images were noise (`--calibrate theory`): what was measured on them is no measure of the network then.
+    /// Whether images were noise (`--calibrate theory`): nothing was measured then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub theory: bool,
     /// Images that ranges are from.
     pub images: u32,
-    /// Share of these images that keep the class of single precision, by method: what the method was chosen by. 0 to 1.
+    /// Share of these images that keep the class of single precision, by method: what the method was chosen by. 0 to 1. Nothing
+    /// of noise.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tried: BTreeMap<String, f64>,
-    /// Images that were held out: the network was measured on them.
+    /// Images that were held out: the network was measured on them. 0 of noise.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub held_out: u32,
     /// Share of the held-out images that keep the class of single precision, 0 to 1.
-    pub agreement: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
     /// Its 95 % confidence interval (Wilson).
-    pub agreement_interval: [f64; 2],
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement_interval: Option<[f64; 2]>,
     /// Share of right answers on held-out images in single precision and in integers, where classes were known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top1: Option<[f64; 2]>,
+    /// Layers that stay in single precision, in the network's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keep: Vec<String>,
     /// Range, scale and zero point of every u8 map.
     pub maps: BTreeMap<String, MapRange>,
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// The numbers that a u8 map holds: `(q - zero)·scale`.

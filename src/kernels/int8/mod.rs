@@ -13,11 +13,13 @@ mod avx_vnni;
 #[cfg(target_arch = "x86_64")]
 mod dense;
 mod dispatch;
+pub mod float_conv;
 #[cfg(target_arch = "x86_64")]
 mod lanes8;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
 pub mod packed;
+pub mod packed_floats;
 #[cfg(target_arch = "x86_64")]
 mod passes;
 pub mod processor;

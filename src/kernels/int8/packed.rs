@@ -96,9 +96,11 @@ impl Packed {
         self.processor
     }
 
-    /// Bytes of weights, biases and factors.
+    /// Bytes of weights, biases and factors, in the kernel's order and in the convolution's.
     pub fn bytes(&self) -> usize {
-        self.weight.all().len() + self.conv.weight.len() + 4 * (self.bias.len() + self.factor.len())
+        let others =
+            [self.bias.capacity(), self.factor.capacity(), self.conv.bias.capacity(), self.conv.factor.capacity()];
+        self.weight.all().len() + self.conv.weight.capacity() + 4 * others.into_iter().sum::<usize>()
     }
 
     fn arrange(&mut self, shape: Shape) {

@@ -1,5 +1,8 @@
 //! The operators in plain Rust: what every kernel has to equal, to the bit.
 
+use std::ops::Range;
+
+use super::float_conv::FloatConv;
 use super::{Band, Conv, Gated, Output, Pool, Read, ToBytes};
 
 /// `rhe(f32(acc)·factor)`. Loading a network has made sure that it is below 2³⁰.
@@ -112,9 +115,7 @@ pub fn dot(x: &[u8], w: &[i8]) -> i32 {
 
 /// Pixels of a map times their gate, one value a channel. `band.rows` isn't read; `input` may be part of an image.
 pub fn gated(gated: &Gated, gate: &[u8], mut band: Band<'_>) {
-    let pixels =
-        band.bytes.as_ref().map_or(0, |bytes| bytes.len()).max(band.sums.as_ref().map_or(0, |sums| sums.len()));
-    let (input, channels) = (&band.input[..pixels], gate.len());
+    let (input, channels) = (&band.input[..band.values()], gate.len());
     for (i, &x) in input.iter().enumerate() {
         let g = i32::from(gate[i % channels]) - i32::from(gated.gate_zero);
         let acc = (i32::from(x) - i32::from(gated.zero)) * g;
@@ -190,14 +191,46 @@ fn halves_to_even(total: i64, count: i64) -> i64 {
     floor + i64::from(up)
 }
 
-/// An image `[channels, height, width]` as u8, channels last: `clamp(rhe(x / scale) + zero, 0, 255)`.
-pub fn quantise(image: &[f32], channels: usize, (scale, zero): (f32, u8), bytes: &mut [u8]) {
+/// A number in single precision as u8: `clamp(rhe(x / scale) + zero, 0, 255)`. No number is the zero point.
+#[inline]
+pub fn quantised(x: f32, (scale, zero): (f32, u8)) -> u8 {
+    // far outside, the conversion limits
+    let q = (x / scale).round_ties_even() as i32;
+    q.saturating_add(zero.into()).clamp(0, 255) as u8
+}
+
+/// A number in single precision as a term of a residual sum: `sat16(rhe(x / scale))`. No number is 0.
+#[inline]
+pub fn term(x: f32, scale: f32) -> i16 {
+    (x / scale).round_ties_even() as i16
+}
+
+/// An image `[channels, height, width]` as u8, channels last.
+pub fn quantise(image: &[f32], channels: usize, scale: (f32, u8), bytes: &mut [u8]) {
     let pixels = image.len() / channels.max(1);
     for (channel, values) in image.chunks_exact(pixels.max(1)).enumerate() {
         for (byte, &x) in bytes.iter_mut().skip(channel).step_by(channels).zip(values) {
-            // far outside, the conversion limits
-            let q = (x / scale).round_ties_even() as i32;
-            *byte = q.saturating_add(zero.into()).clamp(0, 255) as u8;
+            *byte = quantised(x, scale);
         }
+    }
+}
+
+/// Rows of a convolution in single precision: one product after the other.
+pub fn float_conv(conv: &FloatConv, rows: Range<usize>, input: &[f32], output: &mut [f32]) {
+    assert!(conv.is_whole() && conv.fits(&rows, input, output));
+    let (depth, filters) = (conv.depth(), conv.filters / conv.groups);
+    let [height, width] = conv.kernel;
+    for (i, out) in output.iter_mut().enumerate() {
+        let (pixel, filter) = (i / conv.filters, i % conv.filters);
+        let at = [rows.start + pixel / conv.out_size[1], pixel % conv.out_size[1]];
+        let weights = conv.weight[filter * height * width * depth..].chunks_exact(depth);
+        let mut sum = conv.bias[filter];
+        for (tap, weights) in weights.take(height * width).enumerate() {
+            let Some(first) = conv.pixel(at, [tap / width, tap % width]) else { continue };
+            for (x, w) in input[first + filter / filters * depth..].iter().zip(weights) {
+                sum += x * w;
+            }
+        }
+        *out = sum;
     }
 }
