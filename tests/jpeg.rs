@@ -122,6 +122,18 @@ fn bytes_between_segments_are_a_warning() {
     assert_eq!(decode(&bytes).unwrap(), pixels);
 }
 
+/// A table that swallows the first header of a frame hides it from one reader of markers and not from the other.
+#[test]
+fn a_frame_that_two_readers_see_differently_is_refused() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/found/jpeg/two-frames");
+    for decoder in [EXACT, FAST] {
+        match decoder.decode(&std::fs::read(path).unwrap(), false, |_, _| [8, 8]) {
+            Err(ImageError::Invalid { reason: "corrupt", detail }) => assert!(detail.contains("ambiguous"), "{detail}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 #[test]
 fn limits_hold_before_pixels_are_decoded() {
     let bytes = encoded("images/jpeg_progressive.jpg");

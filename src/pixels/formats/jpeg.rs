@@ -94,7 +94,7 @@ pub(super) fn decode(
         // Pillow needs an end marker, or bytes for the decoder's look-ahead
         let filled = bytes.iter().rposition(|&byte| byte != 0xFF).unwrap_or(0) + 1;
         let pixels = &bytes[..filled.saturating_sub(LOOK_AHEAD)];
-        decoder(pixels, limits)?.decode_raw().map_err(|_| truncated())?;
+        decoder(pixels, markers, limits)?.decode_raw().map_err(|_| truncated())?;
     }
     let [width, height] = [markers.width, markers.height];
     let divisor = match scale {
@@ -107,10 +107,10 @@ pub(super) fn decode(
     let even = |c: &Component| markers.max_across / c.across == markers.max_down / c.down;
     let absorbed = |c: &Component| even(c) && markers.max_across / c.across <= divisor as usize;
     if divisor > 1 && components == 4 && markers.components.iter().all(absorbed) {
-        return whole(bytes, limits, divisor, PixelFormat::Cmyk);
+        return whole(bytes, markers, limits, divisor, PixelFormat::Cmyk);
     }
     if (divisor > 1 && components < 4) || smoothed(markers) || markers.lossless {
-        return whole(bytes, limits, divisor, PixelFormat::Rgb);
+        return whole(bytes, markers, limits, divisor, PixelFormat::Rgb);
     }
     let samples = Samples::Components(planes(bytes, markers, limits, None)?);
     Ok(Picture { width, height, samples })
@@ -142,7 +142,7 @@ fn planes(
     limits: &ImageLimits,
     told: Option<Conversion>,
 ) -> Result<Components, ImageError> {
-    let strict = decoder(bytes, limits)?;
+    let strict = decoder(bytes, markers, limits)?;
     let read = match (strict.jpeg_color_space(), markers.components.len()) {
         (_, 1) => Conversion::Grey,
         (ColorSpace::Rgb, _) => Conversion::Rgb,
@@ -155,7 +155,7 @@ fn planes(
         Ok(raw) => raw,
         // errors that Pillow's decoder only warns about
         Err(JpegError::CorruptData(_) | JpegError::UnexpectedEof) => {
-            let mut lenient = decoder(bytes, limits)?;
+            let mut lenient = decoder(bytes, markers, limits)?;
             lenient.set_lenient(true);
             lenient.decode_raw().map_err(refusal)?
         }
@@ -175,10 +175,16 @@ fn planes(
 }
 
 /// Decodes to packed pixels with the decoder's own last steps: smoothing, or a scaled inverse transform.
-fn whole(bytes: &[u8], limits: &ImageLimits, divisor: u32, format: PixelFormat) -> Result<Picture, ImageError> {
+fn whole(
+    bytes: &[u8],
+    markers: &Markers<'_>,
+    limits: &ImageLimits,
+    divisor: u32,
+    format: PixelFormat,
+) -> Result<Picture, ImageError> {
     let scaling = ScalingFactor::try_new(1, divisor).map_err(refusal)?;
     let open = || -> Result<Jpeg<'_>, ImageError> {
-        let mut jpeg = decoder(bytes, limits)?;
+        let mut jpeg = decoder(bytes, markers, limits)?;
         jpeg.set_output_format(format);
         jpeg.set_block_smoothing(true);
         jpeg.set_scale(scaling);
@@ -207,7 +213,9 @@ fn draft(width: u32, height: u32, needed: [u32; 2]) -> u32 {
     [8, 4, 2].into_iter().find(|&factor| factor <= divisor).unwrap_or(1)
 }
 
-fn decoder<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Jpeg<'a>, ImageError> {
+/// The decoder, which reads the markers again. Broken segments may lead it to another frame than [`Markers`], to which no limit
+/// was applied: such files are refused.
+fn decoder<'a>(bytes: &'a [u8], markers: &Markers<'_>, limits: &ImageLimits) -> Result<Jpeg<'a>, ImageError> {
     let limits = DecodeLimits {
         max_width: limits.max_side as usize,
         max_height: limits.max_side as usize,
@@ -215,7 +223,21 @@ fn decoder<'a>(bytes: &'a [u8], limits: &ImageLimits) -> Result<Jpeg<'a>, ImageE
         max_scans: MAX_SCANS,
         max_memory: None,
     };
-    Jpeg::new_with_limits(bytes, limits).map_err(refusal)
+    let jpeg = Jpeg::new_with_limits(bytes, limits).map_err(refusal)?;
+    let frame = jpeg.header();
+    let sampling = frame.components.iter().map(|c| [c.horizontal_sampling, c.vertical_sampling].map(usize::from));
+    let same = [frame.width, frame.height].map(u32::from) == [markers.width, markers.height]
+        && frame.is_progressive == markers.progressive
+        && frame.is_lossless == markers.lossless
+        && sampling.eq(markers.components.iter().map(|c| [c.across, c.down]));
+    if same {
+        Ok(jpeg)
+    } else {
+        Err(ImageError::Invalid {
+            reason: "corrupt",
+            detail: "JPEG is broken: its header of the frame is ambiguous".to_owned(),
+        })
+    }
 }
 
 fn truncated() -> ImageError {
