@@ -68,6 +68,9 @@ mod fakes;
 /// Queue and workers, with faulty engines.
 mod scheduler;
 
+/// Places of the faults that `make mutation` and `make mutants` put into the code.
+mod mutants;
+
 /// Execution providers of the parts of a graph.
 mod providers;
 
