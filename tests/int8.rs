@@ -204,7 +204,7 @@ fn the_file_means_the_same_to_onnx_runtime() {
             let image = MapView { name: "input", shape: [1, 3, SIDE, SIDE], data };
             exposed.run(&[image], |map| ranges.add(map.name, map.data)).unwrap();
         }
-        let onnx = plan.quantise(&ranges.choose(RangeMethod::MinMax).unwrap()).unwrap();
+        let onnx = plan.quantise(&ranges.choose(RangeMethod::MinMax, |_| None).unwrap()).unwrap();
         let ours = session(&onnx, 1).run_with(&batch(&given), Extras { features: true, map: true }).unwrap();
         let mut theirs = OrtBackend::open(&onnx, name, &EngineOptions::default()).unwrap();
         let theirs = theirs.run_with(&batch(&given), Extras { features: true, map: true }).unwrap();

@@ -90,6 +90,16 @@ impl Plan {
         self.maps.iter().filter(|(_, origin)| *origin == Origin::Measured).map(|(map, _)| map.as_str())
     }
 
+    /// The activation of a map, if that is all that reads it as u8.
+    pub fn activation(&self, map: &str) -> Option<Function> {
+        let of = |(i, j): (usize, usize)| (&self.operators.all[i].kind, self.operators.all[i].inputs[j].bytes);
+        let mut readers = self.operators.readers(map).map(of).filter(|(_, bytes)| *bytes);
+        match (readers.next()?, readers.next()) {
+            ((Kind::Function(function), _), None) => Some(*function),
+            _ => None,
+        }
+    }
+
     /// Maps that a ReLU makes: ranges of theirs begin at 0.
     pub fn never_negative(&self) -> impl Iterator<Item = &str> {
         let makes = |maker: &Operator| {

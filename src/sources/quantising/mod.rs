@@ -167,7 +167,7 @@ pub fn fold_quantised(
 
     let (ranges, mut notes) = quantiser.look(&folded.manifest.labels)?;
     let (Candidate { method, onnx: mut quantised, .. }, tried) = quantiser.choose(&ranges)?;
-    let ranges = ranges.choose(method)?;
+    let ranges = ranges.choose(method, |map| quantiser.plan.activation(map))?;
     let mut judged = None;
     if let Some(guard) = quantiser.calibration.guard {
         let passed = quantiser.guarded(guard, &onnx, quantised, &ranges)?;
@@ -277,7 +277,7 @@ impl Quantiser<'_, '_> {
         let mut best: Option<Candidate> = None;
         let measured = self.measured.clone();
         for method in methods {
-            let onnx = self.plan.quantise(&ranges.choose(method)?)?;
+            let onnx = self.plan.quantise(&ranges.choose(method, |map| self.plan.activation(map))?)?;
             let logits = self.answers(&onnx, &measured, &format!("agreement of {}", method.name()))?;
             let pairs = logits.iter().zip(&self.in_single);
             let same = pairs.filter(|(integers, single)| decided(integers) == decided(single)).count();
