@@ -63,7 +63,7 @@ const ROOMS: [(&str, &[&str]); 27] = [
 
 /// Words, and the only files (or folders) that may use them.
 const CONFINED: [(&str, &[&str]); 20] = [
-    ("ort::", &["engine.rs", "engine/", "kernels/operators.rs"]),
+    ("ort::", &["engine.rs", "engine/", "kernels/operators.rs", "kernels/operators/"]),
     ("safetensors::", &["checkpoint/"]),
     ("ureq::", &["hub/client.rs"]),
     ("rustls_native_certs::", &["hub/client.rs"]),

@@ -9,6 +9,8 @@ pub enum Activation {
     Relu,
     /// `x / (1 + exp(-x))`.
     Silu,
+    /// `1 / (1 + exp(-x))`.
+    Sigmoid,
     /// `x (1 + erf(x / √2)) / 2`.
     Gelu,
 }
@@ -35,19 +37,23 @@ pub const ERFC: [f32; 10] = [
 ];
 
 impl Activation {
+    /// All that there are.
+    pub const ALL: [Self; 5] = [Self::None, Self::Relu, Self::Silu, Self::Sigmoid, Self::Gelu];
+
     /// Its name in a graph.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::None => "None",
             Self::Relu => "Relu",
             Self::Silu => "Silu",
+            Self::Sigmoid => "Sigmoid",
             Self::Gelu => "Gelu",
         }
     }
 
     /// The one of this name.
     pub fn named(name: &str) -> Option<Self> {
-        [Self::None, Self::Relu, Self::Silu, Self::Gelu].into_iter().find(|activation| activation.name() == name)
+        Self::ALL.into_iter().find(|activation| activation.name() == name)
     }
 
     /// As defined, by the standard library.
@@ -56,6 +62,7 @@ impl Activation {
             Self::None => x,
             Self::Relu => x.max(0.0),
             Self::Silu => x / (1.0 + (-x).exp()),
+            Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Self::Gelu => {
                 let polynomial = |a: f32| ERFC.iter().fold(0.0, |sum, c| f64::from(a).mul_add(sum, f64::from(*c)));
                 // beyond that nothing is left of a negative number

@@ -43,6 +43,13 @@ unsafe fn repeat<const M: usize>(values: *const f32) -> Vector {
     }
 }
 
+/// Asks for what will be read soon, wherever that is.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn prefetch(values: *const f32) {
+    _mm_prefetch::<_MM_HINT_T1>(values.cast());
+}
+
 /// These vectors, in registers from here on: left to itself, LLVM loads the last of them late and keeps in memory what waits
 /// for it.
 #[target_feature(enable = "avx2,fma")]
@@ -120,10 +127,24 @@ fn polynomial<const N: usize>(coefficients: &[f32], x: [Vector; N]) -> [Vector; 
 fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     // NaN stays: it is the second operand
     let x: [Vector; N] = each(|i| _mm256_max_ps(all(-87.0), x[i]));
+    let d: [Vector; N] = logistic(x);
+    each(|i| _mm256_div_ps(x[i], d[i]))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn sigmoid<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    let d: [Vector; N] = logistic(each(|i| _mm256_max_ps(all(-87.0), x[i])));
+    each(|i| _mm256_div_ps(all(1.0), d[i]))
+}
+
+/// `1 + exp(-x)` for `x ≥ -87`.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn logistic<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     let bounded = each(|i| _mm256_min_ps(all(87.0), x[i]));
     let e = exp2_of(bounded, [all(-std::f32::consts::LOG2_E); N]);
-    let d: [Vector; N] = each(|i| add(e[i], all(1.0)));
-    each(|i| _mm256_div_ps(x[i], d[i]))
+    each(|i| add(e[i], all(1.0)))
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -139,14 +160,9 @@ fn gelu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
 
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-fn activate<const N: usize>(activation: Activation, x: [Vector; N]) -> [Vector; N] {
-    match activation {
-        Activation::None => x,
-        // NaN stays
-        Activation::Relu => each(|i| _mm256_max_ps(all(0.0), x[i])),
-        Activation::Silu => silu(x),
-        Activation::Gelu => gelu(x),
-    }
+fn relu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    // NaN stays
+    each(|i| _mm256_max_ps(all(0.0), x[i]))
 }
 
 /// A vector for each number below `N`.
@@ -157,3 +173,4 @@ fn each<T, const N: usize>(f: impl FnMut(usize) -> T) -> [T; N] {
 
 super::grouped_conv::kernel!("avx2,fma", [1, 2], [(12, 1), (9, 1), (8, 1), (7, 1), (6, 2), (5, 2), (2, 4), (1, 1)]);
 super::pointwise::kernel!("avx2,fma");
+super::pointwise_conv::kernel!("avx2,fma", [6 5 4 3 2 1]);

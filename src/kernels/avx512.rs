@@ -41,6 +41,13 @@ unsafe fn repeat<const M: usize>(values: *const f32) -> Vector {
     }
 }
 
+/// Asks for what will be read soon, wherever that is.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn prefetch(values: *const f32) {
+    _mm_prefetch::<_MM_HINT_T1>(values.cast());
+}
+
 /// These vectors, in registers from here on: left to itself, LLVM loads the last of them late and keeps in memory what waits
 /// for it.
 #[target_feature(enable = "avx512f")]
@@ -118,13 +125,26 @@ fn polynomial<const N: usize>(coefficients: &[f32], x: [Vector; N]) -> [Vector; 
 fn silu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     // NaN stays: it is the second operand
     let x: [Vector; N] = each(|i| _mm512_max_ps(all(-87.0), x[i]));
+    let r = logistic(x);
+    each(|i| mul(x[i], r[i]))
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn sigmoid<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    logistic(each(|i| _mm512_max_ps(all(-87.0), x[i])))
+}
+
+/// `1 / (1 + exp(-x))` for `x ≥ -87`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn logistic<const N: usize>(x: [Vector; N]) -> [Vector; N] {
     let bounded = each(|i| _mm512_min_ps(all(87.0), x[i]));
     let e = exp2_of(bounded, [all(-std::f32::consts::LOG2_E); N]);
     let d: [Vector; N] = each(|i| add(e[i], all(1.0)));
     let r: [Vector; N] = each(|i| _mm512_rcp14_ps(d[i]));
     let rest: [Vector; N] = each(|i| _mm512_fnmadd_ps(d[i], r[i], all(1.0)));
-    let r: [Vector; N] = each(|i| fma(rest[i], r[i], r[i]));
-    each(|i| mul(x[i], r[i]))
+    each(|i| fma(rest[i], r[i], r[i]))
 }
 
 #[target_feature(enable = "avx512f")]
@@ -145,14 +165,9 @@ fn gelu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn activate<const N: usize>(activation: Activation, x: [Vector; N]) -> [Vector; N] {
-    match activation {
-        Activation::None => x,
-        // NaN stays
-        Activation::Relu => each(|i| _mm512_max_ps(all(0.0), x[i])),
-        Activation::Silu => silu(x),
-        Activation::Gelu => gelu(x),
-    }
+fn relu<const N: usize>(x: [Vector; N]) -> [Vector; N] {
+    // NaN stays
+    each(|i| _mm512_max_ps(all(0.0), x[i]))
 }
 
 /// A vector for each number below `N`.
@@ -163,3 +178,4 @@ fn each<T, const N: usize>(f: impl FnMut(usize) -> T) -> [T; N] {
 
 super::grouped_conv::kernel!("avx512f", [1, 2, 4], [(12, 2), (9, 2), (8, 3), (7, 3), (6, 3), (5, 5), (2, 4), (1, 1)]);
 super::pointwise::kernel!("avx512f");
+super::pointwise_conv::kernel!("avx512f", [12 11 10 9 8 7 6 5 4 3 2 1]);

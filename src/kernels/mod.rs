@@ -14,6 +14,7 @@ pub mod grouped_conv;
 pub mod int8;
 pub mod operators;
 mod pointwise;
+pub mod pointwise_conv;
 pub mod processor;
 pub mod scratch;
 
@@ -21,6 +22,10 @@ pub mod scratch;
 pub const DOMAIN: &str = "nfold";
 /// A [convolution in groups](grouped_conv).
 pub const GROUPED_CONV: &str = "GroupedConv";
+/// A convolution of single pixels and, of what comes of it, one [in groups](grouped_conv).
+pub const EXPAND_CONV: &str = "ExpandConv";
+/// A [convolution of single pixels](pointwise_conv).
+pub const POINTWISE_CONV: &str = "PointwiseConv";
 /// A map times its gate, and an activation of that.
 pub const GATED: &str = "Gated";
 /// An activation.

@@ -2,8 +2,9 @@
 
 use super::activation::Activation;
 use super::grouped_conv::{Block, GroupedConv};
-use super::pointwise;
+use super::pointwise_conv::{Outputs, Panel};
 use super::scratch::Scratch;
+use super::{pointwise, pointwise_conv};
 
 /// Whose instructions a kernel uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +64,25 @@ impl Processor {
         }
     }
 
+    /// Computes some pixels of some blocks of output channels.
+    ///
+    /// # Panics
+    /// If slices aren't as large as they have to be, or the processor isn't here.
+    pub fn convolve_pixels(self, panel: Panel<'_>, outputs: Outputs<'_, '_>) {
+        assert!(outputs.fit(&panel, self.block()) && self.is_here());
+        match self {
+            Self::Portable(block) => pointwise_conv::portable(block, panel, outputs),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor is here
+            Self::Avx2 => unsafe { super::avx2::pointwise_conv(panel, outputs) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor is here
+            Self::Avx512 => unsafe { super::avx512::pointwise_conv(panel, outputs) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => {}
+        }
+    }
+
     /// `y = activation(y)`, of whole blocks.
     ///
     /// # Panics
@@ -97,6 +117,33 @@ impl Processor {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the processor is here
             Self::Avx512 => unsafe { super::avx512::gated(activation, gate, y) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => {}
+        }
+    }
+
+    /// `y = activation(x · gate)`, of one block of channels, or of whole blocks without a gate, which is of one pixel.
+    ///
+    /// # Panics
+    /// If `x` isn't of whole blocks and as large as `y`, `gate` isn't one block, or the processor isn't here.
+    pub fn activate_from(self, activation: Activation, gate: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
+        let block = self.block();
+        assert!(self.is_here() && x.len() == y.len() && x.len().is_multiple_of(block));
+        assert!(gate.is_none_or(|gate| gate.len() == block));
+        match self {
+            Self::Portable(_) => {
+                y.copy_from_slice(x);
+                match gate {
+                    Some(gate) => pointwise::gated(activation, gate, y),
+                    None => pointwise::activate(activation, y),
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor is here
+            Self::Avx2 => unsafe { super::avx2::activate_from(activation, gate, x, y) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor is here
+            Self::Avx512 => unsafe { super::avx512::activate_from(activation, gate, x, y) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => {}
         }

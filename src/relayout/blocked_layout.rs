@@ -39,7 +39,7 @@ pub fn lay_out(model: &mut ModelProto, block: usize, kernels: Kernels) -> Option
     // before operators are fused: what they read must stay
     side.put_back(graph, |name| layout.maps.get(name).copied().map(Became::InBlocks));
     if kernels == Kernels::Own {
-        fuse(graph);
+        fuse(graph, block);
     }
     // without numbers that became attributes
     graph.initializer.retain(|tensor| graph.node.iter().any(|node| node.input.contains(&tensor.name)));
@@ -146,14 +146,17 @@ impl Layout {
         let even = channels == Some(rows) && Some(rows) == groups.checked_mul(columns) && height == width;
         let ours = Groups { block: self.block, group: columns, kernel: height };
         let ours = Some(ours).filter(|ours| self.kernels == Kernels::Own && even && ours.pays());
+        // one that is dilated stays ONNX Runtime's, as its padding has it
+        let ours = ours.and_then(|groups| Some((groups, grouped_conv(node.clone(), groups)?)));
         let fits = fits || ours.is_some();
-        let filter = Filter { block: self.block, columns, area: height.checked_mul(width)?, unit, ours };
+        let groups = ours.as_ref().map(|(groups, _)| *groups);
+        let filter = Filter { block: self.block, columns, area: height.checked_mul(width)?, unit, ours: groups };
         let values = rows.checked_mul(columns)?.checked_mul(filter.area)?;
         let all = values > 0 && count(tensor) == Some(values);
         // a tensor with two readers would be moved twice
         let alone = self.filters.insert(weight.clone(), filter).is_none() && self.readers.get(weight) == Some(&1);
         let node = match ours {
-            Some(groups) => grouped_conv(node, groups)?,
+            Some((_, ours)) => ours,
             None => blocked(node),
         };
         (fits && whole(rows) && all && alone).then_some((node, Some(rows)))

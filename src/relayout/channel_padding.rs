@@ -14,9 +14,10 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::Kernels;
+use super::fusions::grouped_conv;
 use super::side_outputs::{Became, SideOutputs};
 use crate::graph::{FLOAT, FLOAT16};
-use crate::kernels::grouped_conv::{Groups, KERNEL};
+use crate::kernels::grouped_conv::Groups;
 use crate::pb::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, dimension_proto};
 
 /// The graph with every map's channels padded to whole blocks; its single-precision weights are in `float_data`. `None`
@@ -66,7 +67,7 @@ struct Widths {
     of: HashMap<String, usize>,
     links: Vec<usize>,
     sets: Vec<Set>,
-    /// Grouped convolutions: set of their maps, and channels of a group.
+    /// Grouped convolutions that aren't [ours](Self::stays): set of their maps, and channels of a group.
     groups: Vec<(usize, usize)>,
 }
 
@@ -147,7 +148,9 @@ impl Widths {
                 let unit = lcm(size, self.block)?;
                 let root = self.root(input);
                 self.sets[root].unit = lcm(self.sets[root].unit, unit)?;
-                self.groups.push((root, size));
+                if !self.stays(node, weight, size) {
+                    self.groups.push((root, size));
+                }
                 Some(root)
             }
         }
@@ -184,14 +187,15 @@ impl Widths {
 
     /// Whether there are groups that are no whole blocks, and can be merged to some.
     fn merges(&self) -> bool {
-        self.groups.iter().any(|&(set, size)| {
-            !self.sets[self.root(set)].fixed && !size.is_multiple_of(self.block) && !self.stays(size)
-        })
+        self.groups.iter().any(|&(set, size)| !self.sets[self.root(set)].fixed && !size.is_multiple_of(self.block))
     }
 
     /// Whether groups of so many channels aren't merged: our kernels take a block of several as it is.
-    fn stays(&self, size: usize) -> bool {
-        self.kernels == Kernels::Own && Groups { block: self.block, group: size, kernel: KERNEL }.pays()
+    fn stays(&self, node: &NodeProto, weight: &TensorProto, size: usize) -> bool {
+        let kernel = weight.dims.get(2).and_then(|&side| usize::try_from(side).ok()).unwrap_or(0);
+        let groups = Groups { block: self.block, group: size, kernel };
+        let square = weight.dims.get(2) == weight.dims.get(3);
+        self.kernels == Kernels::Own && square && groups.pays() && grouped_conv(node.clone(), groups).is_some()
     }
 
     fn of(&self, map: &str) -> Option<Set> {
@@ -211,17 +215,18 @@ impl Widths {
         for node in &mut graph.node {
             match (node.op_type.as_str(), node.input.as_slice()) {
                 ("Conv", [x, weight, bias @ ..]) => {
-                    let reads = match graph.initializer.get(*indices.get(weight)?)? {
-                        tensor if tensor.dims.len() == 3 => continue,
-                        tensor => Reads::of(node, tensor)?,
-                    };
+                    let tensor = graph.initializer.get(*indices.get(weight)?)?;
+                    if tensor.dims.len() == 3 {
+                        continue;
+                    }
+                    let reads = Reads::of(node, tensor)?;
+                    let stays = |size| self.stays(node, tensor, size);
                     let (input, output) = (self.of(x)?, self.of(node.output.first()?)?.padded());
                     let (columns, groups, merged) = match reads {
                         Reads::All => (input.padded(), 1, 1),
                         Reads::One => (1, output, 1),
                         Reads::Group(size) => {
-                            let merged =
-                                if input.fixed || self.stays(size) { 1 } else { lcm(size, self.block)? / size };
+                            let merged = if input.fixed || stays(size) { 1 } else { lcm(size, self.block)? / size };
                             (size * merged, output / (size * merged), merged)
                         }
                     };

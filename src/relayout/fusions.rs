@@ -1,13 +1,15 @@
 //! What our own kernels do in a graph in blocks: convolutions in groups with the activations around them and the means of
-//! their channels, gates with the activation behind them, and other activations in one pass.
+//! their channels, convolutions of single pixels with the gates and activations before them and the sum and activation behind,
+//! other gates with the activation behind them, and other activations in one pass.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
+use super::side_outputs::BLOCKED;
 use crate::graph::{int, ints, string};
 use crate::kernels::activation::Activation;
 use crate::kernels::grouped_conv::Groups;
-use crate::kernels::{ACTIVATION, DOMAIN, GATED, GROUPED_CONV};
-use crate::pb::onnx::{GraphProto, NodeProto};
+use crate::kernels::{ACTIVATION, DOMAIN, EXPAND_CONV, GATED, GROUPED_CONV, POINTWISE_CONV};
+use crate::pb::onnx::{AttributeProto, GraphProto, NodeProto};
 
 /// A convolution of so grouped channels, as our operator. `None` where that isn't the same.
 pub(super) fn grouped_conv(node: NodeProto, groups: Groups) -> Option<NodeProto> {
@@ -36,17 +38,38 @@ pub(super) fn grouped_conv(node: NodeProto, groups: Groups) -> Option<NodeProto>
     (node.input.len() == 3).then(|| ours(NodeProto { attribute, ..node }, GROUPED_CONV))
 }
 
-/// Puts our operators in the place of several of ONNX Runtime's.
-pub(super) fn fuse(graph: &mut GraphProto) {
+/// Puts our operators, for blocks of so many channels, in the place of several of ONNX Runtime's.
+pub(super) fn fuse(graph: &mut GraphProto, block: usize) {
     let mut fusion = Fusion::read(graph);
+    let single = fusion.single_pixels();
+    let reads_many = |node: &NodeProto| node.input.first().is_some_and(|x| !single.contains(x));
+    let mut pointwise = Vec::new();
+    for (i, node) in fusion.nodes.iter().enumerate() {
+        if node.as_ref().is_some_and(|node| is_pointwise(node, graph, block) && reads_many(node)) {
+            pointwise.push(i);
+        }
+    }
     for i in 0..fusion.nodes.len() {
         fusion.convolution(i);
     }
     for i in 0..fusion.nodes.len() {
         fusion.gate(i);
     }
+    // what is behind one is not before the next: that one reads its map as it is then
+    for &i in &pointwise {
+        fusion.pointwise(i);
+    }
+    for &i in &pointwise {
+        fusion.before_pointwise(i);
+    }
     for i in 0..fusion.nodes.len() {
         fusion.activation(i);
+    }
+    graph.node = fusion.nodes.into_iter().flatten().collect();
+    // who reads what has changed
+    let mut fusion = Fusion::read(graph);
+    for i in 0..fusion.nodes.len() {
+        fusion.expansion(i, block);
     }
     graph.node = fusion.nodes.into_iter().flatten().collect();
 }
@@ -80,6 +103,86 @@ impl Fusion {
 
     fn readers(&self, map: &str) -> &[usize] {
         self.readers.get(map).map_or(&[], Vec::as_slice)
+    }
+
+    /// Maps of one pixel: means, and what convolutions make of them. Their weights are read once, which ONNX Runtime does as fast.
+    fn single_pixels(&self) -> HashSet<String> {
+        let mut single = HashSet::new();
+        for node in self.nodes.iter().flatten() {
+            let pooled = matches!(node.op_type.as_str(), "GlobalAveragePool" | "GlobalMaxPool" | "ReorderInput");
+            let after = node.input.first().is_some_and(|x| single.contains(x)) && node.op_type != "Upsample";
+            if pooled || after {
+                single.extend(node.output.iter().cloned());
+            }
+        }
+        single
+    }
+
+    /// A convolution of single pixels, with what is read of its output as its own work.
+    fn pointwise(&mut self, i: usize) -> Option<()> {
+        let mut fused = self.node(i)?.clone();
+        let attribute = |name: &str| fused.attribute.iter().find(|a| a.name == name);
+        let stride = attribute("strides").and_then(|strides| strides.ints.first().copied()).unwrap_or(1);
+        let given = attribute("activation").and_then(|a| Activation::named(str::from_utf8(&a.s).ok()?));
+        let after = given.or_else(|| self.behind(&mut fused)).unwrap_or(Activation::None);
+        let sums = i64::from(fused.input.len() == 4);
+        fused.attribute = vec![int("stride", stride), string("after", after.name()), int("sums", sums)];
+        self.place(i, ours(fused, POINTWISE_CONV));
+        Some(())
+    }
+
+    /// A gate and an activation that only a convolution of single pixels reads, as its own work.
+    fn before_pointwise(&mut self, i: usize) -> Option<()> {
+        let mut fused = self.node(i)?.clone();
+        let x = fused.input.first()?.clone();
+        let maker = self.makers.get(&x).copied().filter(|_| self.readers(&x).len() == 1);
+        let maker = maker.and_then(|maker| Some((maker, self.node(maker)?)));
+        let (mut before, mut gated) = (Activation::None, 0);
+        if let Some((maker, node)) = maker {
+            if let Some(activation) = activation(node) {
+                before = activation;
+                fused.input[0] = self.nodes[maker].take()?.input.into_iter().next()?;
+            } else if is_ours(node, GATED)
+                && let [map, gate] = node.input.as_slice()
+            {
+                before = node.attribute.iter().find_map(|a| Activation::named(str::from_utf8(&a.s).ok()?))?;
+                let (map, gate) = (map.clone(), gate.clone());
+                self.nodes[maker] = None;
+                fused.input[0] = map;
+                fused.input.push(gate);
+                gated = 1;
+            }
+        }
+        fused.attribute.extend([string("before", before.name()), int("gated", gated)]);
+        self.place(i, fused);
+        Some(())
+    }
+
+    /// A convolution of single pixels that only one in groups of a block at most reads: one operator, without a map between.
+    fn expansion(&mut self, i: usize, block: usize) -> Option<()> {
+        let first = self.node(i).filter(|node| is_ours(node, POINTWISE_CONV) && node.input.len() == 3)?;
+        let &[reader] = self.readers(first.output.first()?) else { return None };
+        let second = self.node(reader).filter(|node| is_ours(node, GROUPED_CONV))?;
+        let number = |node: &NodeProto, name: &str| node.attribute.iter().find(|a| a.name == name).map(|a| a.i);
+        let named = |node: &NodeProto, name: &str| {
+            let attribute = node.attribute.iter().find(|a| a.name == name);
+            attribute.and_then(|a| Activation::named(str::from_utf8(&a.s).ok()?))
+        };
+        let group = usize::try_from(number(second, "channels_of_group")?).ok()?;
+        let between = match (named(first, "after")?, named(second, "before")?) {
+            (Activation::None, activation) | (activation, Activation::None) => activation,
+            _ => return None,
+        };
+        if number(first, "stride") != Some(1) || group > block || second.input.first() != first.output.first() {
+            return None;
+        }
+        let mut fused = second.clone();
+        fused.input = first.input.iter().chain(&second.input[1..]).cloned().collect();
+        fused.attribute.retain(|a| a.name != "before");
+        fused.attribute.extend([string("first", named(first, "before")?.name()), string("before", between.name())]);
+        self.nodes[i] = None;
+        self.place(reader, ours(fused, EXPAND_CONV));
+        Some(())
     }
 
     /// What is read of a convolution's input and output, as its own work.
@@ -148,6 +251,29 @@ impl Fusion {
         self.makers.extend(node.output.iter().map(|name| (name.clone(), i)));
         self.nodes[i] = Some(node);
     }
+}
+
+/// Whether a convolution of blocks is one of single pixels, all channels with all, that our kernels do as well.
+fn is_pointwise(node: &NodeProto, graph: &GraphProto, block: usize) -> bool {
+    let weight = node.input.get(1).and_then(|name| graph.initializer.iter().find(|tensor| tensor.name == *name));
+    let dims = weight.map_or(&[][..], |weight| &weight.dims);
+    let whole =
+        |channels: i64| usize::try_from(channels).is_ok_and(|channels| channels > 0 && channels.is_multiple_of(block));
+    let known = |attribute: &AttributeProto| match (attribute.name.as_str(), attribute.ints.as_slice()) {
+        ("group", _) => attribute.i == 1,
+        ("kernel_shape" | "dilations", sides) => sides.iter().all(|&side| side == 1),
+        ("strides", &[height, width]) => height == width && height > 0,
+        ("pads", pads) => pads.iter().all(|&pad| pad == 0),
+        ("auto_pad", _) => attribute.s == b"NOTSET",
+        ("activation", _) => attribute.s == b"Relu" || attribute.s == b"Sigmoid",
+        _ => false,
+    };
+    node.domain == BLOCKED
+        && node.op_type == "Conv"
+        && matches!(*dims, [rows, columns, 1, 1] if whole(rows) && whole(columns))
+        && matches!(node.input.len(), 3 | 4)
+        && node.input.iter().all(|input| !input.is_empty())
+        && node.attribute.iter().all(known)
 }
 
 fn is_ours(node: &NodeProto, operator: &str) -> bool {

@@ -16,7 +16,8 @@ use prost::Message as _;
 use self::blocked_layout::lay_out;
 use self::channel_padding::pad_channels;
 use self::detached_weights::{Detached, detach_weights};
-use crate::kernels::{DOMAIN, GROUPED_CONV};
+use crate::kernels::activation::Activation;
+use crate::kernels::{DOMAIN, EXPAND_CONV, GROUPED_CONV};
 use crate::pb::onnx::ModelProto;
 
 /// A graph in blocks.
@@ -46,8 +47,7 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: Option<Kernels>, from: usi
             Some(padded) => padded,
             None => ModelProto::decode(onnx.clone()).ok()?,
         };
-        // without convolutions in groups ONNX Runtime's own are as fast, and write activations in place
-        let filters = lay_out(&mut model, block, Kernels::Own).filter(|_| has_grouped_conv(&model));
+        let filters = lay_out(&mut model, block, Kernels::Own).filter(|_| pay(&model));
         if let Some(filters) = filters {
             return Some(InBlocks { graph: detach_weights(model, &filters, from)?, laid_out: true });
         }
@@ -63,7 +63,13 @@ pub fn in_blocks(onnx: Bytes, block: usize, lays_out: Option<Kernels>, from: usi
     Some(InBlocks { graph: detach_weights(model, &filters.unwrap_or_default(), from)?, laid_out })
 }
 
-fn has_grouped_conv(model: &ModelProto) -> bool {
-    let nodes = model.graph.iter().flat_map(|graph| &graph.node);
-    nodes.into_iter().any(|node| node.domain == DOMAIN && node.op_type == GROUPED_CONV)
+/// Whether our kernels are faster than ONNX Runtime's: for convolutions in small groups, and for activations that it computes
+/// in passes of their own. With nothing but ReLU it is as fast or faster.
+fn pay(model: &ModelProto) -> bool {
+    let slow = [Activation::Silu, Activation::Gelu].map(Activation::name);
+    let nodes = model.graph.iter().flat_map(|graph| &graph.node).filter(|node| node.domain == DOMAIN);
+    nodes.into_iter().any(|node| {
+        let fused = node.attribute.iter().any(|a| slow.iter().any(|name| a.s == name.as_bytes()));
+        fused || [GROUPED_CONV, EXPAND_CONV].contains(&node.op_type.as_str())
+    })
 }

@@ -7,8 +7,8 @@ use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, ShortcutPool};
 
-/// Side of the image, in pixels.
-pub const SIDE: usize = 8;
+/// Side of the image, in pixels: its maps are so many that kernels divide them, and become so few that they don't.
+pub const SIDE: usize = 18;
 
 /// The classifier as ONNX, its widths being multiples of `block`; for our kernels with groups of less than that too.
 pub fn sample(block: usize, kernels: Kernels) -> Result<Vec<u8>, GraphError> {
@@ -27,7 +27,11 @@ pub fn sample(block: usize, kernels: Kernels) -> Result<Vec<u8>, GraphError> {
     let x = conv(&mut g, &x, "grouped", wide, 3, 2)?;
     let x = if kernels == Kernels::Own {
         let x = g.activation(&x, Activation::Silu, "grouped.act");
-        conv(&mut g, &x, "small groups", wide, 3, 4)?
+        let x = conv(&mut g, &x, "small groups", wide, 3, 4)?;
+        let x = g.activation(&x, Activation::Gelu, "small groups.act");
+        let x = conv(&mut g, &x, "expand", wide, 1, 1)?;
+        let x = g.activation(&x, Activation::Silu, "expand.act");
+        conv(&mut g, &x, "small groups again", wide, 3, 4)?
     } else {
         x
     };
@@ -43,11 +47,18 @@ pub fn sample(block: usize, kernels: Kernels) -> Result<Vec<u8>, GraphError> {
     let weight = g.constant("mix.weight", &[1, 1, 3], &numbers(3, 1))?;
     let mix = g.channel_conv(&mean, &weight, 3, "mix.conv")?;
     let x = g.gate(&x, &mix, "mix");
+    let x = if kernels == Kernels::Own { g.activation(&x, Activation::Silu, "mix.act") } else { x };
     let x = conv(&mut g, &x, "project", wide, 1, 1)?;
 
     let x = g.add(&x, &shortcut, "sum");
     let x = g.activation(&x, Activation::Relu, "sum.act");
     let x = g.max_pool(&x, "max");
+    let x = if kernels == Kernels::Own {
+        let x = g.activation(&x, Activation::Silu, "strided.act");
+        strided(&mut g, &x, "strided", wide, 1, 1, 2)?
+    } else {
+        x
+    };
     let x = conv(&mut g, &x, "last", wide, 1, 1)?;
     let x = g.activation(&x, Activation::Tanh, "last.act");
     let x = g.average_pool(&x, ShortcutPool::Average2, "average");
@@ -73,8 +84,20 @@ fn conv(
     kernel: usize,
     groups: usize,
 ) -> Result<Map, GraphError> {
+    strided(g, x, name, out_chs, kernel, groups, 1)
+}
+
+fn strided(
+    g: &mut GraphBuilder,
+    x: &Map,
+    name: &str,
+    out_chs: usize,
+    kernel: usize,
+    groups: usize,
+    stride: usize,
+) -> Result<Map, GraphError> {
     let norm = Norm::Plain;
-    let c = Conv { name: name.into(), in_chs: x.chs, out_chs, kernel, stride: 1, dilation: 1, groups, norm };
+    let c = Conv { name: name.into(), in_chs: x.chs, out_chs, kernel, stride, dilation: 1, groups, norm };
     let shape = c.weight_shape();
     let weight = g.constant(&format!("{name}.weight"), &shape, &numbers(shape.iter().product(), c.fan_in()))?;
     let bias = g.constant(&format!("{name}.bias"), &[out_chs], &numbers(out_chs, 1))?;
