@@ -6,6 +6,7 @@
 #   make dist              packages for machines without Rust, into dist/; check-dist: each in a clean root
 #   make rehearsal         30 restarts of three optimised servers behind HAProxy, under load
 #   make test-avx2         AVX2's kernels and layout on a machine with AVX-512, which is hidden (Intel's processors, Linux)
+#   make test-vnni         AVX-512 VNNI's integer kernels on a machine with VBMI and AMX, which are hidden (likewise)
 #   make test-otel         spans at a collector (cargo feature otel)
 #   make simulate          100,000 schedules of the scheduler on a simulated clock (make test: 1,000)
 #   make mutants           old faults put back into a copy of the tree, each to be found by the simulation
@@ -41,7 +42,7 @@ BENCH := target/bench
 ENGINE_FLAGS ?=
 LOAD_FLAGS ?=
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 test-vnni simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(if $(PROGRAM),,cargo build --quiet --locked)
@@ -59,11 +60,19 @@ test: ort target/python/onnx
 # as on a processor with AVX2 alone, at full speed: Intel's can hide the rest
 test-avx2: ort target/avx2_only.so
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(CURDIR)/target/avx2_only.so" cargo test --locked --test tests -- \
-		kernels:: blocked_layout:: channel_padding:: graph_cache:: golden:: invariance::
+		kernels:: blocked_layout:: channel_padding:: graph_cache:: golden:: invariance:: int8
+
+# as on a processor with AVX-512 VNNI that has neither VBMI nor AMX
+test-vnni: ort target/vnni_only.so
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(CURDIR)/target/vnni_only.so" cargo test --locked --test tests -- int8
 
 target/avx2_only.so: tests/avx2_only.c
 	mkdir -p target
 	cc -O2 -shared -fPIC -o $@ $<
+
+target/vnni_only.so: tests/avx2_only.c
+	mkdir -p target
+	cc -O2 -shared -fPIC -DVNNI -o $@ $<
 
 # every block of README.md on a clean copy, builds included
 check-readme:
