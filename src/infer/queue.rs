@@ -593,7 +593,23 @@ mod tests {
             stage.queue.warm = usize::MAX;
             assert_eq!(next(&mut stage), if delay.is_zero() { 2 } else { 4 });
             while next(&mut stage) > 0 {}
+            (0..8).for_each(|_| stage.decoded(0, 10_000));
+            stage.queue.largest = 2;
+            assert_eq!(next(&mut stage), 2, "an engine failed with three");
+            while next(&mut stage) > 0 {}
+            if !delay.is_zero() {
+                stage.decoded(40, 10_000);
+                let step = stage.queue.next(able, stage.start + 50 * MS, &stage.options);
+                assert!(matches!(step, Step::Sleep(Some(until)) if until == stage.at(60)), "a batch is due: {step:?}");
+                assert_eq!(stage.queue.ready.len(), 1);
+                let step = stage.queue.next(able, stage.start + 60 * MS, &stage.options);
+                assert!(matches!(step, Step::Do(Task::Run { .. })), "{step:?}");
+            }
             stage.queue.phase = Phase::Closing;
+            stage.queue.decoding = 1;
+            let step = stage.queue.next(able, stage.start, &stage.options);
+            assert!(matches!(step, Step::Sleep(None)), "another thread's image is still to come: {step:?}");
+            stage.queue.decoding = 0;
             let step = stage.queue.next(able, stage.start, &stage.options);
             assert!(matches!(step, Step::Do(Task::Stop)), "{step:?}");
         }
