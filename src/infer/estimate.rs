@@ -170,6 +170,15 @@ mod tests {
     }
 
     #[test]
+    fn the_slowest_workers_warm_up_counts() {
+        let mut estimate = Estimate::new();
+        for (run, prepare) in [(5, 3), (4, 7), (6, 1)] {
+            estimate.warmed(run * MS, prepare * MS);
+        }
+        assert_eq!((estimate.run_cost, estimate.prepare_cost), (6 * MS, 7 * MS));
+    }
+
+    #[test]
     fn speed_is_measured_only_while_the_engines_are_busy() {
         let (mut speed, start) = (Speed::new(), Instant::now());
         let at = |ms: u32| start + ms * MS;

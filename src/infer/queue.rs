@@ -241,6 +241,37 @@ impl Queue {
         self.standing.holds(wait, now, options);
     }
 
+    /// Records that a thread ends decoding an image, which took `took`; nothing is left of one that failed.
+    pub(super) fn prepared(&mut self, prepared: Option<Prepared>, took: Duration) {
+        self.decoding -= 1;
+        // a failed image says nothing about costs and speed
+        if let Some(prepared) = prepared {
+            if took > Duration::ZERO {
+                self.estimate.prepared(took);
+            }
+            self.ready.push(prepared);
+        }
+    }
+
+    /// Records that an engine run of `images` images ended, successfully or not (`ok`), and took `cost` for each image, if that is
+    /// typical. The images of a larger batch that failed are run again, one by one.
+    pub(super) fn ran(
+        &mut self,
+        images: usize,
+        ok: bool,
+        cost: Option<Duration>,
+        now: Instant,
+        options: &SchedulerOptions,
+    ) {
+        if ok || images == 1 {
+            if let Some(cost) = cost.filter(|_| ok) {
+                self.estimate.ran(images, cost, options);
+            }
+            self.leave(images, now, options);
+        }
+        self.failures = if ok { 0 } else { self.failures.saturating_add(1) };
+    }
+
     /// Records that `images` images leave the threads, answered or not.
     pub(super) fn leave(&mut self, images: usize, now: Instant, options: &SchedulerOptions) {
         // an engine that may wait for more images is busy only if a full batch waits
@@ -613,6 +644,38 @@ mod tests {
             let step = stage.queue.next(able, stage.start, &stage.options);
             assert!(matches!(step, Step::Do(Task::Stop)), "{step:?}");
         }
+    }
+
+    #[test]
+    fn the_measured_speed_follows_runs_beside_which_others_wait() {
+        // two engines need 5 ms for an image; one leaves every 20 ms
+        let after = |images: usize, ok: bool, waiting: usize| {
+            let mut stage = Stage::new(1, Duration::ZERO);
+            (0..waiting).for_each(|_| stage.decoded(0, 100_000));
+            (1..=200).for_each(|i| stage.queue.ran(images, ok, None, stage.at(20 * i), &stage.options));
+            stage.queue.drain_time(1, &stage.options)
+        };
+        let slow = after(1, true, 8);
+        assert!(slow > 15 * MS, "{slow:?}");
+        assert_eq!(after(1, false, 8), slow, "a failed run takes as long");
+        assert_eq!(after(2, false, 8), 5 * MS, "a failed batch leaves nothing: its images are run again");
+        assert_eq!(after(1, true, 0), 5 * MS, "a run after which nothing waits says nothing about the speed");
+    }
+
+    #[test]
+    fn decoding_costs_what_it_took() {
+        let mut stage = Stage::new(1, Duration::ZERO);
+        let mut decoded = |image: bool, took: Duration| {
+            let pending = stage.pending(0, 10_000, 100);
+            let prepared = Prepared { tensor: vec![], decode: Duration::ZERO, preprocess: Duration::ZERO, pending };
+            stage.queue.decoding += 1;
+            stage.queue.prepared(image.then_some(prepared), took);
+            (stage.queue.estimate.prepare_cost, stage.queue.ready.len(), stage.queue.decoding)
+        };
+        let (first, ..) = decoded(true, 10 * MS);
+        assert!(first > Duration::ZERO);
+        assert_eq!(decoded(true, Duration::ZERO), (first, 2, 0), "a tensor has nothing to decode");
+        assert_eq!(decoded(false, 50 * MS), (first, 2, 0), "an image that failed");
     }
 
     #[test]

@@ -248,14 +248,7 @@ impl Shared {
         match done {
             Done::Nothing => {}
             Done::Prepared(prepared, took) => {
-                state.queue.decoding -= 1;
-                // a failed image says nothing about costs and speed
-                if let Some(prepared) = prepared {
-                    if took > Duration::ZERO {
-                        state.queue.estimate.prepared(took);
-                    }
-                    state.queue.ready.push(prepared);
-                }
+                state.queue.prepared(prepared, took);
             }
             Done::Parked(parked) => {
                 state.queue.decoding -= 1;
@@ -298,19 +291,8 @@ impl Shared {
     pub(super) fn ran(&self, worker: usize, images: usize, ok: bool, cost: Option<Duration>) {
         let now = self.now();
         let mut state = self.lock();
-        let queue = &mut state.queue;
-        queue.running[worker] = None;
-        if ok || images == 1 {
-            if let Some(cost) = cost.filter(|_| ok) {
-                queue.estimate.ran(images, cost, &self.options);
-            }
-            queue.leave(images, now, &self.options);
-        }
-        if ok {
-            queue.failures = 0;
-        } else {
-            queue.failures = queue.failures.saturating_add(1);
-        }
+        state.queue.running[worker] = None;
+        state.queue.ran(images, ok, cost, now, &self.options);
     }
 
     /// Records that a worker opened (+1) or lost (-1) its engine.
