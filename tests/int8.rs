@@ -346,9 +346,14 @@ fn halves_are_rounded_to_even() {
 #[test]
 fn damaged_networks_are_refused() {
     let onnx = quantised("resnet18_small");
+    let mut plan = Plan::new(&folded("nf_regnet_small", SideOutputs::default()), (-3.0, 3.0)).unwrap();
+    let ranges = same_ranges(&plan);
+    let kept = plan.layers().step_by(3).map(str::to_string).collect();
+    plan.keep(&kept);
+    let mixed = plan.quantise(&ranges).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(11);
-    for _ in 0..300 {
-        let mut damaged = onnx.clone();
+    for i in 0..600 {
+        let mut damaged = if i % 2 == 0 { onnx.clone() } else { mixed.clone() };
         // the graph's structure is at its end and start, weights in between
         let at = match rng.random_range(0..3) {
             0 => rng.random_range(0..2000),
