@@ -15,7 +15,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::search::Found;
-use crate::engine::{Answers, Backend, Batch, ClassMaps, EngineOptions, Extras, Fitted, Kernels, OrtBackend};
+use crate::engine::{Answers, Backend, Batch, ClassMaps, EngineOptions, Extras, Fitted, Kernels, OrtBackend, verify};
 use crate::infer::top_k::NotFinite;
 use crate::model::{Colors, ModelDir};
 use crate::pixels::{DecodeMemory, Decoder, ImageError, Preprocessor};
@@ -95,8 +95,19 @@ impl Workers {
         let intra_threads = if workers == 1 { threads } else { 1 };
         let options = EngineOptions { intra_threads, ..EngineOptions::default() };
         let what = model.onnx().display().to_string();
-        let backends =
-            (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<_, _>>()?;
+        let mut backends =
+            (0..workers).map(|_| OrtBackend::open_fitted(&graph, &what, &options)).collect::<Result<Vec<_>, _>>()?;
+        if let (Some(golden), Some(backend)) = (&model.manifest.golden, backends.first_mut()) {
+            let logits = verify::answers(backend, 1, model.manifest.preprocessing.shape())?;
+            let (difference, tolerance) = (verify::compare(&golden.logits, &logits).max_abs_diff, golden.tolerance);
+            if difference > tolerance {
+                bail!(
+                    "`{}` gives other answers here than at folding: logits differ by {difference:.3e} (tolerance {tolerance:.3e}); fold \
+                     the checkpoint again",
+                    model.name
+                );
+            }
+        }
         Ok((model, Self(backends, class_maps)))
     }
 

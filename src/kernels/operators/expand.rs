@@ -159,8 +159,8 @@ impl Kernel for ExpandKernel {
                 let Some(unit) = unit else { return };
                 let (band, first) = (i / pairs, i % pairs * PAIR);
                 let last = first + unit.outputs.len();
-                let rows = rows.min(conv.out_height - band * rows);
-                let band = Band::of(&conv, band * rows, rows);
+                let top = band * rows;
+                let band = Band::of(&conv, top, rows.min(conv.out_height - top));
                 let between = band.conv.height * width * b;
                 BETWEEN_ROWS.with_borrow_mut(|memory| {
                     let memory = memory.values(unit.outputs.len() * between);
