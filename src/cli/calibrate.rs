@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,10 +41,14 @@ pub struct CalibrateArgs {
     max_drop: Option<f64>,
     /// Layers that stay in single precision, by name, or all below a name such as `stages.3`; `auto`: if too few photographs keep their
     /// class, the layers that gain most, at most a quarter of all
-    #[arg(help_heading = "Integers", long, env = "NFOLD_KEEP", value_name = "LAYER,…|auto", value_delimiter = ',')]
+    #[arg(help_heading = "Integers", long, env = "NFOLD_KEEP", value_name = "LAYER,…|auto", value_delimiter = ',', value_parser = trimmed)]
     keep: Vec<String>,
     #[command(flatten)]
     limits: ImageArgs,
+}
+
+fn trimmed(text: &str) -> Result<String, Infallible> {
+    Ok(text.trim().to_owned())
 }
 
 fn percent(text: &str) -> Result<f64, String> {

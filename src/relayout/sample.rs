@@ -7,7 +7,8 @@ use crate::model::{Gate, Precision};
 use crate::nets::activation::Activation;
 use crate::nets::{Conv, Norm, ShortcutPool};
 
-/// Side of the image, in pixels: its maps are so many that kernels divide them, and become so few that they don't.
+/// Side of the image, in pixels: its maps have so many that convolutions in groups divide them, and come to have so few that they don't.
+/// How larger maps are divided shows in a model's golden answer.
 pub const SIDE: usize = 18;
 
 /// The classifier as ONNX, its widths being multiples of `block`; for our kernels with groups of less than that too.

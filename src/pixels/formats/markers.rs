@@ -74,6 +74,33 @@ fn tables_in(mut body: &[u8]) -> usize {
     tables
 }
 
+/// Whether a segment with tables, a frame or a scan is as long as what is in it; others may have any length.
+fn has_its_length(marker: u8, mut body: &[u8]) -> bool {
+    match marker {
+        // DQT: precision and slot, and 64 values of one or two bytes
+        0xDB => {
+            while let Some((&table, rest)) = body.split_first() {
+                let Some(rest) = rest.get(if table >> 4 == 0 { 64 } else { 128 }..) else { return false };
+                body = rest;
+            }
+            true
+        }
+        // DHT
+        0xC4 => {
+            while let Some(counts) = body.get(1..17) {
+                let codes: usize = counts.iter().map(|&count| usize::from(count)).sum();
+                let Some(rest) = body.get(17 + codes..) else { return false };
+                body = rest;
+            }
+            body.is_empty()
+        }
+        // DRI
+        0xDD => body.len() == 2,
+        START_OF_SCAN => body.first().is_some_and(|&count| body.len() == 4 + 2 * usize::from(count)),
+        _ => true,
+    }
+}
+
 impl<'a> Markers<'a> {
     /// Reads all markers, up to the end of the image.
     ///
@@ -86,7 +113,11 @@ impl<'a> Markers<'a> {
         let mut scans = Vec::new();
         let mut huffman_tables = 0;
         let mut end = End::Missing;
-        for Segment { marker, body } in Segments::new(bytes) {
+        for Segment { marker, body, cut } in Segments::new(bytes) {
+            // libjpeg refuses them, and readers that go by what is inside would go on elsewhere
+            if !cut && !has_its_length(marker, body) {
+                return Err(corrupt("the length of a segment does not fit what is in it"));
+            }
             match marker {
                 END_OF_IMAGE => {
                     end = End::Marked;
@@ -255,7 +286,7 @@ impl Frame {
             known.then_some(Component { id: three[0], across, down })
         };
         let components: Option<Vec<Component>> = rest.chunks_exact(3).take(usize::from(*count)).map(of).collect();
-        let components = components.filter(|found| found.len() == usize::from(*count));
+        let components = components.filter(|_| rest.len() == 3 * usize::from(*count));
         let components = components.ok_or_else(|| corrupt("the header of the frame is broken"))?;
         Ok(Self {
             width,
@@ -282,6 +313,8 @@ impl Scan {
 struct Segment<'a> {
     marker: u8,
     body: &'a [u8],
+    /// Whether the file ends inside it.
+    cut: bool,
 }
 
 /// Iterates over marker segments; skips bytes between them, such as entropy-coded data.
@@ -318,7 +351,7 @@ impl<'a> Iterator for Segments<'a> {
         };
         let (segment, rest) = after.split_at(length.min(after.len()));
         self.rest = rest;
-        Some(Segment { marker, body: segment.get(2..).unwrap_or_default() })
+        Some(Segment { marker, body: segment.get(2..).unwrap_or_default(), cut: segment.len() < length })
     }
 }
 

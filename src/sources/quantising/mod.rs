@@ -364,6 +364,9 @@ impl Quantiser<'_, '_> {
                     "; with the {count} layers that gain most in single precision, as many as --keep auto keeps, {share:.1} % keep it"
                 );
             }
+            // the report is of the network without layers in single precision
+            self.kept.clear();
+            self.plan.keep(&self.kept);
         }
         let noise = self.noise(&onnx)?;
         Err(QuantisingError::Guard { reason, layers: report(&noise), gains })
