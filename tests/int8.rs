@@ -487,6 +487,8 @@ fn calibration_refuses_and_leaves_nothing() {
         let pixels: Vec<u8> = (0..SIDE * SIDE * 3).map(|_| rng.random()).collect();
         fs::write(here.join(format!("noise/{i}.bmp")), bmp(SIDE as u32, &pixels)).unwrap();
     }
+    let share = int8(&["--calibrate", "noise", "--min-agreement", "0.975"]);
+    assert_eq!(share.status.code(), Some(2), "a share is no percentage");
     let output = int8(&["--calibrate", "noise", "--min-agreement", "0"]);
     let said = text(&output.stderr);
     assert!(

@@ -34,7 +34,7 @@ pub struct CalibrateArgs {
     range_method: Option<RangeMethod>,
     /// Write nothing unless at least this share of the held-out photographs keeps the class of single precision, in per cent [default:
     /// 97.5]
-    #[arg(help_heading = "Integers", long, env = "NFOLD_MIN_AGREEMENT", value_name = "PERCENT", value_parser = percent)]
+    #[arg(help_heading = "Integers", long, env = "NFOLD_MIN_AGREEMENT", value_name = "PERCENT", value_parser = agreement)]
     min_agreement: Option<f64>,
     /// Write nothing if top-1 falls by more, in points, where the folder says the classes [default: 0.5]
     #[arg(help_heading = "Integers", long, env = "NFOLD_MAX_DROP", value_name = "POINTS", value_parser = percent)]
@@ -49,6 +49,16 @@ pub struct CalibrateArgs {
 
 fn trimmed(text: &str) -> Result<String, Infallible> {
     Ok(text.trim().to_owned())
+}
+
+/// Per cent, and no share by mistake, which would let everything pass.
+fn agreement(text: &str) -> Result<f64, String> {
+    match percent(text)? {
+        share if share > 0.0 && share < 1.0 => {
+            Err(format!("`{text}` is less than 1 per cent; give 97.5 for 97.5 per cent"))
+        }
+        number => Ok(number),
+    }
 }
 
 fn percent(text: &str) -> Result<f64, String> {
