@@ -9,10 +9,11 @@ use nfold::checkpoint::Checkpoint;
 use nfold::engine::{Backend, Batch, EngineOptions, Extras, Fitted, Kernels, MapBackend, MapView, OrtBackend};
 use nfold::fold::{FoldOptions, SideOutputs, Size, fold};
 use nfold::int8::lowering::lower;
-use nfold::int8::network::{Answers, Memory, one_by_one};
+use nfold::int8::network::{Answers, Memory, Network, one_by_one};
 use nfold::int8::quantise::Plan;
 use nfold::int8::ranges::Ranges;
 use nfold::int8::{Int8Error, lowering};
+use nfold::kernels::int8::conv_shape::ConvShape;
 use nfold::kernels::int8::processor::Processor;
 use nfold::kernels::int8::{Band, Conv, Output, Pool, SLACK, ToBytes, reference};
 use nfold::model::golden::{digest, images};
@@ -63,6 +64,19 @@ pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
+/// Logits of two images, as the digests have them.
+pub fn two_answers(network: &Network) -> Vec<f32> {
+    let mut logits = vec![0.0; 2 * network.classes];
+    let mut memory = Memory::default();
+    for (image, logits) in images(network.shape).zip(logits.chunks_exact_mut(network.classes)) {
+        let mut features = network.features.map(|width| vec![0.0; width]);
+        let mut map = network.map.map(|map| vec![0.0; map.iter().product()]);
+        let answers = Answers { logits, features: features.as_deref_mut(), map: map.as_deref_mut() };
+        network.run(&image, &mut memory, answers, (1, &one_by_one), &mut |_| {});
+    }
+    logits
+}
+
 /// The promise itself, for every network that is compared with timm: a digest that differs on some machine is a bug there, not
 /// noise. Networks that int8 doesn't cover say why.
 #[test]
@@ -93,14 +107,7 @@ fn logits_have_the_same_bits_on_every_machine() {
         let onnx = quantised(name);
         for processor in Processor::ALL.into_iter().filter(|processor| processor.is_here()) {
             let network = lowering::lower_for(&onnx, processor).unwrap();
-            let mut logits = vec![0.0; 2 * network.classes];
-            let mut memory = Memory::default();
-            for (image, logits) in images(network.shape).zip(logits.chunks_exact_mut(network.classes)) {
-                let mut features = network.features.map(|width| vec![0.0; width]);
-                let mut map = network.map.map(|map| vec![0.0; map.iter().product()]);
-                let answers = Answers { logits, features: features.as_deref_mut(), map: map.as_deref_mut() };
-                network.run(&image, &mut memory, answers, (1, &one_by_one), &mut |_| {});
-            }
+            let logits = two_answers(&network);
             assert_eq!(digest(&logits), expected[name], "{name} by {processor:?}");
         }
     }
@@ -241,22 +248,26 @@ fn an_image_that_is_not_finite_has_no_logits_and_others_have_theirs() {
 /// A convolution by its definition: over real pixels alone, zero points subtracted.
 fn by_definition(conv: &Conv, weight: impl Fn(usize) -> i64, bias: &[i64], x: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    let depth = conv.depth();
-    for row in 0..conv.out_size[0] {
-        for column in 0..conv.out_size[1] {
+    let depth = conv.shape.depth();
+    for row in 0..conv.shape.out_size[0] {
+        for column in 0..conv.shape.out_size[1] {
             for (filter, &bias) in bias.iter().enumerate() {
-                let group = filter / (conv.filters / conv.groups);
+                let group = filter / (conv.shape.filters / conv.shape.groups);
                 let mut acc = bias;
-                for ky in 0..conv.kernel[0] {
-                    for kx in 0..conv.kernel[1] {
-                        let y = (row * conv.stride[0] + ky * conv.dilation[0]) as i64 - conv.pads[0] as i64;
-                        let x_at = (column * conv.stride[1] + kx * conv.dilation[1]) as i64 - conv.pads[1] as i64;
-                        if y < 0 || x_at < 0 || y >= conv.size[0] as i64 || x_at >= conv.size[1] as i64 {
+                for ky in 0..conv.shape.kernel[0] {
+                    for kx in 0..conv.shape.kernel[1] {
+                        let y = (row * conv.shape.stride[0] + ky * conv.shape.dilation[0]) as i64
+                            - conv.shape.pads[0] as i64;
+                        let x_at = (column * conv.shape.stride[1] + kx * conv.shape.dilation[1]) as i64
+                            - conv.shape.pads[1] as i64;
+                        if y < 0 || x_at < 0 || y >= conv.shape.size[0] as i64 || x_at >= conv.shape.size[1] as i64 {
                             continue;
                         }
                         for d in 0..depth {
-                            let pixel = (y as usize * conv.size[1] + x_at as usize) * conv.channels + group * depth + d;
-                            let tap = ((filter * conv.kernel[0] + ky) * conv.kernel[1] + kx) * depth + d;
+                            let pixel = (y as usize * conv.shape.size[1] + x_at as usize) * conv.shape.channels
+                                + group * depth
+                                + d;
+                            let tap = ((filter * conv.shape.kernel[0] + ky) * conv.shape.kernel[1] + kx) * depth + d;
                             acc += weight(tap) * (i64::from(x[pixel]) - i64::from(conv.zero));
                         }
                     }
@@ -291,15 +302,17 @@ fn padding_adds_nothing_and_zero_points_fold_into_the_bias() {
             (bias[filter] - i64::from(zero) * sum) as i32
         };
         let conv = Conv {
-            channels,
-            size,
-            filters,
-            out_size: [out(0), out(1)],
-            groups,
-            kernel,
-            stride,
-            dilation,
-            pads,
+            shape: ConvShape {
+                channels,
+                size,
+                filters,
+                out_size: [out(0), out(1)],
+                groups,
+                kernel,
+                stride,
+                dilation,
+                pads,
+            },
             zero,
             bias: (0..filters).map(folded).collect(),
             factor: (0..filters).map(|_| rng.random_range(1e-4..5e-3)).collect(),
@@ -311,7 +324,7 @@ fn padding_adds_nothing_and_zero_points_fold_into_the_bias() {
         // what is behind the image changes nothing
         x.extend((0..SLACK).map(|_| rng.random::<u8>()));
         let mut found = vec![0; expected.len()];
-        let rows = 0..conv.out_size[0];
+        let rows = 0..conv.shape.out_size[0];
         let band = Band { rows, input: &x, addend: None, sums: None, bytes: Some(&mut found), singles: None };
         reference::conv(&conv, band);
         assert_eq!(found, expected);

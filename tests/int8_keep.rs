@@ -8,7 +8,7 @@ use std::process::Output;
 use nfold::engine::{Backend as _, EngineOptions, Extras, MapBackend, MapView, OrtBackend};
 use nfold::fold::SideOutputs;
 use nfold::int8::lowering;
-use nfold::int8::network::{Answers, Memory, Work, one_by_one};
+use nfold::int8::network::Work;
 use nfold::int8::quantise::Plan;
 use nfold::int8::ranges::Ranges;
 use nfold::kernels::int8::processor::Processor;
@@ -17,7 +17,7 @@ use nfold::model::{ModelDir, RangeMethod};
 
 use crate::cli::{nfold, project, refused, text};
 use crate::golden::FAMILIES;
-use crate::int8::{SIDE, batch, bits, folded, photographs, same_ranges, session};
+use crate::int8::{SIDE, batch, bits, folded, photographs, same_ranges, session, two_answers};
 
 /// Sets of layers, by name: the first, the last, every third, all but every third, and all but one.
 fn sets(plan: &Plan) -> Vec<(&'static str, BTreeSet<String>)> {
@@ -53,15 +53,7 @@ fn logits_have_the_same_bits_on_every_machine() {
                 let network = lowering::lower_for(&onnx, processor).unwrap_or_else(|e| panic!("{name}, {set}: {e}"));
                 let floats = network.steps.iter().filter(|step| matches!(step.work, Work::FloatConv(_))).count();
                 assert_eq!(floats, kept.len(), "{name}, {set}");
-                let mut logits = vec![0.0; 2 * network.classes];
-                let mut memory = Memory::default();
-                for (image, logits) in images(network.shape).zip(logits.chunks_exact_mut(network.classes)) {
-                    let mut features = network.features.map(|width| vec![0.0; width]);
-                    let mut map = network.map.map(|map| vec![0.0; map.iter().product()]);
-                    let answers = Answers { logits, features: features.as_deref_mut(), map: map.as_deref_mut() };
-                    network.run(&image, &mut memory, answers, (1, &one_by_one), &mut |_| {});
-                }
-                let digest = digest(&logits);
+                let digest = digest(&two_answers(&network));
                 let first = found.entry(format!("{name}, {set}")).or_insert(digest.clone());
                 assert_eq!(*first, digest, "{name}, {set} by {processor:?}");
             }

@@ -1,5 +1,6 @@
 //! Integer kernels of every processor equal the reference to the bit, whatever the shape and however the work is divided.
 
+use nfold::kernels::int8::conv_shape::ConvShape;
 use nfold::kernels::int8::float_conv::FloatConv;
 use nfold::kernels::int8::packed::Packed;
 use nfold::kernels::int8::packed_floats::PackedFloats;
@@ -78,15 +79,7 @@ fn conv(rng: &mut ChaCha8Rng) -> Option<Conv> {
     let scale = 1e-5 / (taps as f32).sqrt();
     let output = if rng.random_range(0..5) == 0 { Output::Singles } else { bytes_or_sums(rng) };
     Some(Conv {
-        channels,
-        size,
-        filters,
-        out_size,
-        groups,
-        kernel,
-        stride,
-        dilation,
-        pads: before,
+        shape: ConvShape { channels, size, filters, out_size, groups, kernel, stride, dilation, pads: before },
         zero: rng.random(),
         weight: (0..filters * taps).map(|_| rng.random()).collect(),
         bias: (0..filters).map(|_| rng.random_range(-10_000..10_000)).collect(),
@@ -104,11 +97,11 @@ fn run(
     scratch: &mut Scratch,
 ) -> (Vec<i16>, Vec<u8>, Vec<u32>) {
     let conv = packed.conv();
-    let line = conv.out_size[1] * conv.filters;
-    let values = conv.out_size[0] * line;
+    let line = conv.shape.out_size[1] * conv.shape.filters;
+    let values = conv.shape.out_size[0] * line;
     let (mut sums, mut bytes, mut singles) = (vec![7; values], vec![9; values], vec![1.0; values]);
-    for first in (0..conv.out_size[0]).step_by(rows) {
-        let end = conv.out_size[0].min(first + rows);
+    for first in (0..conv.shape.out_size[0]).step_by(rows) {
+        let end = conv.shape.out_size[0].min(first + rows);
         let part = first * line..end * line;
         let band = Band {
             rows: first..end,
@@ -129,14 +122,14 @@ fn convolutions_are_the_references_in_any_bands() {
     let processors = processors();
     for _ in 0..400 {
         let Some(conv) = conv(&mut rng) else { continue };
-        let input = bytes(&mut rng, conv.channels * conv.size[0] * conv.size[1] + SLACK);
-        let values = conv.filters * conv.out_size[0] * conv.out_size[1];
+        let input = bytes(&mut rng, conv.shape.channels * conv.shape.size[0] * conv.shape.size[1] + SLACK);
+        let values = conv.shape.filters * conv.shape.out_size[0] * conv.shape.out_size[1];
         let addend = rng.random::<bool>().then(|| shorts(&mut rng, values));
         let reference = Packed::new(Processor::Portable, conv.clone());
-        let expected = run(&reference, &input, addend.as_deref(), conv.out_size[0], &mut scratch);
+        let expected = run(&reference, &input, addend.as_deref(), conv.shape.out_size[0], &mut scratch);
         for &processor in &processors {
             let packed = Packed::new(processor, conv.clone());
-            for rows in [conv.out_size[0], rng.random_range(1..=conv.out_size[0])] {
+            for rows in [conv.shape.out_size[0], rng.random_range(1..=conv.shape.out_size[0])] {
                 let got = run(&packed, &input, addend.as_deref(), rows, &mut scratch);
                 let shape = || Conv { weight: Vec::new(), bias: Vec::new(), factor: Vec::new(), ..conv.clone() };
                 assert!(got == expected, "{processor:?} by {rows} rows: {:?}", shape());
@@ -148,15 +141,7 @@ fn convolutions_are_the_references_in_any_bands() {
 /// The same convolution in single precision.
 fn floats(rng: &mut ChaCha8Rng, conv: &Conv) -> FloatConv {
     FloatConv {
-        channels: conv.channels,
-        size: conv.size,
-        filters: conv.filters,
-        out_size: conv.out_size,
-        groups: conv.groups,
-        kernel: conv.kernel,
-        stride: conv.stride,
-        dilation: conv.dilation,
-        pads: conv.pads,
+        shape: conv.shape,
         weight: conv.weight.iter().map(|_| rng.random_range(-1.0..1.0)).collect(),
         bias: conv.bias.iter().map(|_| rng.random_range(-1.0..1.0)).collect(),
     }
@@ -169,16 +154,17 @@ fn convolutions_in_single_precision_are_the_references_in_any_bands() {
     for _ in 0..400 {
         let Some(conv) = conv(&mut rng) else { continue };
         let conv = floats(&mut rng, &conv);
-        let input: Vec<f32> =
-            (0..conv.channels * conv.size[0] * conv.size[1]).map(|_| rng.random_range(-3.0..3.0)).collect();
-        let line = conv.out_size[1] * conv.filters;
-        let mut expected = vec![7.0; conv.out_size[0] * line];
-        reference::float_conv(&conv, 0..conv.out_size[0], &input, &mut expected);
+        let input: Vec<f32> = (0..conv.shape.channels * conv.shape.size[0] * conv.shape.size[1])
+            .map(|_| rng.random_range(-3.0..3.0))
+            .collect();
+        let line = conv.shape.out_size[1] * conv.shape.filters;
+        let mut expected = vec![7.0; conv.shape.out_size[0] * line];
+        reference::float_conv(&conv, 0..conv.shape.out_size[0], &input, &mut expected);
         let expected: Vec<u32> = expected.into_iter().map(f32::to_bits).collect();
         for processor in processors.iter().copied().chain([Processor::Portable]) {
             let packed = PackedFloats::new(processor, conv.clone());
-            let rows = rng.random_range(1..=conv.out_size[0]);
-            let mut found = vec![9.0; conv.out_size[0] * line];
+            let rows = rng.random_range(1..=conv.shape.out_size[0]);
+            let mut found = vec![9.0; conv.shape.out_size[0] * line];
             for (i, band) in found.chunks_mut(rows * line).enumerate() {
                 packed.convolve(i * rows..i * rows + band.len() / line, &input, band);
             }
@@ -196,24 +182,26 @@ fn convolutions_in_single_precision_are_convolutions() {
     for _ in 0..50 {
         let Some(conv) = conv(&mut rng) else { continue };
         let conv = floats(&mut rng, &conv);
-        let [height, width] = conv.size;
-        let input: Vec<f32> = (0..conv.channels * height * width).map(|_| rng.random_range(-1.0..1.0)).collect();
-        let mut found = vec![0.0; conv.out_size[0] * conv.out_size[1] * conv.filters];
-        reference::float_conv(&conv, 0..conv.out_size[0], &input, &mut found);
-        let depth = conv.channels / conv.groups;
+        let [height, width] = conv.shape.size;
+        let input: Vec<f32> = (0..conv.shape.channels * height * width).map(|_| rng.random_range(-1.0..1.0)).collect();
+        let mut found = vec![0.0; conv.shape.out_size[0] * conv.shape.out_size[1] * conv.shape.filters];
+        reference::float_conv(&conv, 0..conv.shape.out_size[0], &input, &mut found);
+        let depth = conv.shape.channels / conv.shape.groups;
         for (i, found) in found.into_iter().enumerate() {
-            let (filter, pixel) = (i % conv.filters, i / conv.filters);
-            let at = [pixel / conv.out_size[1], pixel % conv.out_size[1]];
+            let (filter, pixel) = (i % conv.shape.filters, i / conv.shape.filters);
+            let at = [pixel / conv.shape.out_size[1], pixel % conv.shape.out_size[1]];
             let mut sum = f64::from(conv.bias[filter]);
             for (tap, w) in
-                conv.weight.chunks_exact(conv.weight.len() / conv.filters).nth(filter).unwrap().iter().enumerate()
+                conv.weight.chunks_exact(conv.weight.len() / conv.shape.filters).nth(filter).unwrap().iter().enumerate()
             {
-                let (k, channel) = (tap / depth, filter / (conv.filters / conv.groups) * depth + tap % depth);
-                let k = [k / conv.kernel[1], k % conv.kernel[1]];
-                let [y, x] =
-                    [0, 1].map(|i| (at[i] * conv.stride[i] + k[i] * conv.dilation[i]) as i64 - conv.pads[i] as i64);
+                let (k, channel) =
+                    (tap / depth, filter / (conv.shape.filters / conv.shape.groups) * depth + tap % depth);
+                let k = [k / conv.shape.kernel[1], k % conv.shape.kernel[1]];
+                let [y, x] = [0, 1].map(|i| {
+                    (at[i] * conv.shape.stride[i] + k[i] * conv.shape.dilation[i]) as i64 - conv.shape.pads[i] as i64
+                });
                 if (0..height as i64).contains(&y) && (0..width as i64).contains(&x) {
-                    let x = input[(y as usize * width + x as usize) * conv.channels + channel];
+                    let x = input[(y as usize * width + x as usize) * conv.shape.channels + channel];
                     sum += f64::from(x) * f64::from(*w);
                 }
             }
@@ -228,13 +216,13 @@ fn no_answer_depends_on_what_is_around() {
     let mut rng = ChaCha8Rng::seed_from_u64(82);
     for _ in 0..100 {
         let Some(conv) = conv(&mut rng) else { continue };
-        let mut input = bytes(&mut rng, conv.channels * conv.size[0] * conv.size[1] + SLACK);
+        let mut input = bytes(&mut rng, conv.shape.channels * conv.shape.size[0] * conv.shape.size[1] + SLACK);
         for processor in processors() {
             let packed = Packed::new(processor, conv.clone());
             let mut answer = |slack: u8, scratch: &mut Scratch| {
                 let image = input.len() - SLACK;
                 input[image..].fill(slack);
-                run(&packed, &input, None, conv.out_size[0], scratch)
+                run(&packed, &input, None, conv.shape.out_size[0], scratch)
             };
             let mut used = Scratch::default();
             let first = answer(0, &mut used);
@@ -250,15 +238,17 @@ fn extremes_neither_saturate_nor_wrap() {
     for ((x, weight), groups) in extremes.into_iter().flat_map(|pair| [1, 4, 32].map(|groups| (pair, groups))) {
         let (channels, kernel) = (32, [3, 3]);
         let conv = Conv {
-            channels,
-            size: [5, 6],
-            filters: 32,
-            out_size: [5, 6],
-            groups,
-            kernel,
-            stride: [1, 1],
-            dilation: [1, 1],
-            pads: [1, 1],
+            shape: ConvShape {
+                channels,
+                size: [5, 6],
+                filters: 32,
+                out_size: [5, 6],
+                groups,
+                kernel,
+                stride: [1, 1],
+                dilation: [1, 1],
+                pads: [1, 1],
+            },
             zero: 255,
             weight: vec![weight; 32 * 9 * channels / groups],
             bias: vec![0; 32],

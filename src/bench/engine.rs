@@ -134,7 +134,7 @@ pub struct Row {
     pub images_per_s: f64,
     /// Arithmetic throughput at the median, in GFLOP/s; a multiply-accumulate counts as two operations.
     pub gflops: Option<f64>,
-    /// `gflops` as a share of the measured peak of the same number of threads.
+    /// `gflops` as a share of the measured peak of the same number of threads in single precision; none for networks of integers.
     pub peak_share: Option<f64>,
     /// Speed relative to the reference at the same batch size and thread count; above 1 is faster.
     pub speed: Option<Ratio>,
@@ -348,7 +348,7 @@ fn summarise(lanes: &[Lane<'_>], plan: &Plan, threads: usize, peak: Option<&Peak
             percentiles_ms: (0..=100).map(|p| statistics::quantile(&sorted, f64::from(p) / 100.0)).collect(),
             images_per_s,
             gflops,
-            peak_share: gflops.zip(peak).map(|(g, peak)| g / peak.gflops),
+            peak_share: gflops.zip(peak).filter(|_| c.variant != "int8").map(|(g, peak)| g / peak.gflops),
             speed: reference.and_then(|r| statistics::ratio(&r.rounds, &lane.rounds, plan.seed)),
             published: c.published.clone(),
             latency_ms,

@@ -1,6 +1,6 @@
 //! Convolutions, the classifier and gates.
 
-use super::layer::{Layer, fits};
+use super::layer::fits;
 use super::outputs::Finished;
 use super::{Lowering, MOST, MOST_SCALED, step, uncovered};
 use crate::int8::Int8Error;
@@ -20,8 +20,8 @@ impl<'a> Lowering<'a> {
         let dims = self.constants.dims(weight).ok_or_else(unreadable)?;
         let weight = self.constants.bytes(weight, INT8).ok_or_else(unreadable)?;
         let scales = self.constants.singles(scales).ok_or_else(unreadable)?;
-        let Layer { window, groups, bias, sizes: [[channels, height, width], out], .. } = layer;
-        let (filters, depth, taps) = (out[0], channels / groups, window.kernel[0] * window.kernel[1]);
+        let (bias, shape) = (layer.bias, layer.shape());
+        let (filters, depth, taps) = (shape.filters, shape.depth(), shape.kernel[0] * shape.kernel[1]);
         let bias = match bias {
             Some(bias) => {
                 let [bias, steps] = self.integers(bias).ok_or_else(unreadable)?;
@@ -42,15 +42,7 @@ impl<'a> Lowering<'a> {
             return Err(unreadable());
         }
         let mut conv = Conv {
-            channels,
-            size: [height, width],
-            filters,
-            out_size: [out[1], out[2]],
-            groups,
-            kernel: window.kernel,
-            stride: window.stride,
-            dilation: window.dilation,
-            pads: [window.pads[0], window.pads[1]],
+            shape,
             zero: input.zero,
             weight: Vec::with_capacity(weight.len()),
             bias: Vec::with_capacity(filters),

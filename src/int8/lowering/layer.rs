@@ -3,6 +3,7 @@
 use super::{Lowering, uncovered};
 use crate::int8::Int8Error;
 use crate::int8::operators::{Kind, Operator, Window};
+use crate::kernels::int8::conv_shape::ConvShape;
 
 /// A convolution, or the classifier as one.
 pub(super) struct Layer<'a> {
@@ -14,6 +15,24 @@ pub(super) struct Layer<'a> {
     pub bias: Option<&'a str>,
     /// Channels, height and width of what it reads and of what it makes.
     pub sizes: [[usize; 3]; 2],
+}
+
+impl Layer<'_> {
+    /// Its sizes, as kernels take them.
+    pub(super) fn shape(&self) -> ConvShape {
+        let ([[channels, height, width], [filters, out_height, out_width]], window) = (self.sizes, self.window);
+        ConvShape {
+            channels,
+            size: [height, width],
+            filters,
+            out_size: [out_height, out_width],
+            groups: self.groups,
+            kernel: window.kernel,
+            stride: window.stride,
+            dilation: window.dilation,
+            pads: [window.pads[0], window.pads[1]],
+        }
+    }
 }
 
 impl<'a> Lowering<'a> {

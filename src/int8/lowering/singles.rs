@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::layer::{Layer, fits};
+use super::layer::fits;
 use super::{Lowering, Storage, step, uncovered};
 use crate::int8::Int8Error;
 use crate::int8::function::Function;
@@ -155,16 +155,16 @@ impl<'a> Lowering<'a> {
     fn float_conv(&self, operator: &'a Operator) -> Result<FloatConv, Int8Error> {
         let edge = operator.inputs.first().ok_or_else(|| uncovered(operator, "an input is missing"))?;
         let layer = self.layer(operator, self.sizes[edge.map.as_str()])?;
-        let Layer { window, groups, weight, bias, sizes: [[channels, height, width], out] } = layer;
+        let (weight, bias, shape) = (layer.weight, layer.bias, layer.shape());
         let unreadable =
             || uncovered(operator, "its weights are neither integers nor in single precision, or don't fit it");
         let dims = self.constants.dims(weight).ok_or_else(unreadable)?;
         let values = self.constants.singles(weight).ok_or_else(unreadable)?;
         let bias = match bias {
             Some(bias) => self.constants.singles(bias).ok_or_else(unreadable)?,
-            None => vec![0.0; out[0]],
+            None => vec![0.0; shape.filters],
         };
-        let (filters, depth, taps) = (out[0], channels / groups, window.kernel[0] * window.kernel[1]);
+        let (filters, depth, taps) = (shape.filters, shape.depth(), shape.kernel[0] * shape.kernel[1]);
         if !fits(&dims, &layer) || bias.len() != filters {
             return Err(unreadable());
         }
@@ -176,19 +176,7 @@ impl<'a> Lowering<'a> {
             // channels last
             ordered.extend((0..taps).flat_map(|tap| (0..depth).map(move |d| filter[d * taps + tap])));
         }
-        let conv = FloatConv {
-            channels,
-            size: [height, width],
-            filters,
-            out_size: [out[1], out[2]],
-            groups,
-            kernel: window.kernel,
-            stride: window.stride,
-            dilation: window.dilation,
-            pads: [window.pads[0], window.pads[1]],
-            weight: ordered,
-            bias,
-        };
+        let conv = FloatConv { shape: layer.shape(), weight: ordered, bias };
         if conv.is_whole() { Ok(conv) } else { Err(unreadable()) }
     }
 }

@@ -39,9 +39,9 @@ static TILES: Tiles = Tiles({
 /// The band fits, and the convolution is packed for AMX.
 pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut Scratch) {
     let conv = &packed.conv;
-    let width = conv.out_size[1];
+    let width = conv.shape.out_size[1];
     let pixels = band.rows.len() * width;
-    let all = conv.kernel[0] * conv.kernel[1] * conv.channels;
+    let all = conv.shape.kernel[0] * conv.shape.kernel[1] * conv.shape.channels;
     let steps = all.div_ceil(ROW);
     let pitch = steps * ROW;
     let is_pixel = windows_are_pixels(conv);
@@ -61,7 +61,7 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
         let count = at_a_time.min(pixels - first);
         // rows of tiles: the input itself where pixels are all there is to a window
         let (source, pitch) = if is_pixel && count >= SIDE {
-            (band.input[(band.rows.start * width + first) * conv.channels..].as_ptr(), conv.channels)
+            (band.input[(band.rows.start * width + first) * conv.shape.channels..].as_ptr(), conv.shape.channels)
         } else {
             let (mut row, mut column) = (band.rows.start + first / width, first % width);
             for i in 0..count {
@@ -73,8 +73,8 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
             }
             (memory.as_ptr(), pitch)
         };
-        let target = Target::of(&conv.output, &mut band, first * conv.filters);
-        for (panel, channel) in (0..conv.filters).step_by(SIDE).enumerate() {
+        let target = Target::of(&conv.output, &mut band, first * conv.shape.filters);
+        for (panel, channel) in (0..conv.shape.filters).step_by(SIDE).enumerate() {
             let weight = packed.weight.all()[panel * steps * 16 * 2 * ROW..].as_ptr();
             let lanes = panel * SIDE;
             let mut tile = done - first;
@@ -96,7 +96,7 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
                         tile - start..(count - start).min(SIDE),
                         packed.factor[lanes..].as_ptr(),
                         [start, channel],
-                        conv.filters,
+                        conv.shape.filters,
                         &target,
                     );
                 }
@@ -106,7 +106,10 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
         if let Some((table, bytes)) = conv.output.table().zip(band.bytes.as_deref_mut()) {
             // SAFETY: whoever has tiles has AVX-512
             unsafe {
-                super::avx512::look_up_in_place(table, &mut bytes[done * conv.filters..(first + count) * conv.filters])
+                super::avx512::look_up_in_place(
+                    table,
+                    &mut bytes[done * conv.shape.filters..(first + count) * conv.shape.filters],
+                )
             };
         }
         done = first + count;
@@ -117,25 +120,28 @@ pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut
 
 /// Whether a pixel's window is the pixel itself, and the next pixel's is the next.
 fn windows_are_pixels(conv: &Conv) -> bool {
-    conv.kernel == [1, 1] && conv.stride == [1, 1] && conv.pads == [0, 0] && conv.size == conv.out_size
+    conv.shape.kernel == [1, 1]
+        && conv.shape.stride == [1, 1]
+        && conv.shape.pads == [0, 0]
+        && conv.shape.size == conv.shape.out_size
 }
 
 /// Copies the window of a pixel of the output, its rows one after another.
 fn copy_window(conv: &Conv, x: &[u8], row: usize, column: usize, to: &mut [u8]) {
-    let run = conv.kernel[1] * conv.channels;
-    let left = (column * conv.stride[1]) as isize - conv.pads[1] as isize;
+    let run = conv.shape.kernel[1] * conv.shape.channels;
+    let left = (column * conv.shape.stride[1]) as isize - conv.shape.pads[1] as isize;
     // columns of the kernel that are inside
-    let from = (-left).clamp(0, conv.kernel[1] as isize) as usize;
-    let until = (conv.size[1] as isize - left).clamp(from as isize, conv.kernel[1] as isize) as usize;
-    for ky in 0..conv.kernel[0] {
+    let from = (-left).clamp(0, conv.shape.kernel[1] as isize) as usize;
+    let until = (conv.shape.size[1] as isize - left).clamp(from as isize, conv.shape.kernel[1] as isize) as usize;
+    for ky in 0..conv.shape.kernel[0] {
         let to = &mut to[ky * run..];
-        let y = (row * conv.stride[0] + ky).checked_sub(conv.pads[0]).filter(|&y| y < conv.size[0]);
+        let y = (row * conv.shape.stride[0] + ky).checked_sub(conv.shape.pads[0]).filter(|&y| y < conv.shape.size[0]);
         let Some(y) = y.filter(|_| until > from) else {
             to[..run].fill(conv.zero);
             continue;
         };
-        let start = (y * conv.size[1] + (left + from as isize) as usize) * conv.channels;
-        let (before, inside) = (from * conv.channels, (until - from) * conv.channels);
+        let start = (y * conv.shape.size[1] + (left + from as isize) as usize) * conv.shape.channels;
+        let (before, inside) = (from * conv.shape.channels, (until - from) * conv.shape.channels);
         to[..before].fill(conv.zero);
         // in whole lines: what is too much is slack, or overwritten by what follows
         let lines = inside.div_ceil(ROW) * ROW;

@@ -15,7 +15,7 @@ macro_rules! kernel {
         #[target_feature(enable = $features)]
         pub(super) unsafe fn convolve(packed: &Packed, mut band: Band<'_>, scratch: &mut Scratch) {
             let (conv, plan) = (&packed.conv, packed.plan);
-            let line = conv.out_size[1] * conv.filters;
+            let line = conv.shape.out_size[1] * conv.shape.filters;
             let source = Source::of(packed, $shape);
             let (at_a_time, is_there) = (source.at_a_time(), source.is_there());
             let mut first = band.rows.start;
@@ -25,7 +25,7 @@ macro_rules! kernel {
                 let target = Target::of(&conv.output, &mut band, start);
                 let (rows, source) = if is_there {
                     let rows = source.direct();
-                    (rows, &band.input[first * conv.stride[0] * rows.pitch..])
+                    (rows, &band.input[first * conv.shape.stride[0] * rows.pitch..])
                 } else {
                     let rows = source.copied(count);
                     let memory = scratch.rows.bytes(rows.plane * source.planes() + super::SLACK);
@@ -64,11 +64,11 @@ macro_rules! kernel {
         #[target_feature(enable = $features)]
         unsafe fn dense(packed: &Packed, rows: Rows, source: &[u8], count: usize, target: &Target) {
             let conv = &packed.conv;
-            let units = (conv.kernel[1] * conv.depth()).div_ceil($shape.unit);
-            let filters = conv.filters / conv.groups;
+            let units = (conv.shape.kernel[1] * conv.shape.depth()).div_ceil($shape.unit);
+            let filters = conv.shape.filters / conv.shape.groups;
             let mut weight = packed.weight.all().as_ptr();
             let mut lane = 0;
-            for group in 0..conv.groups {
+            for group in 0..conv.shape.groups {
                 let source = source.as_ptr().wrapping_add(group * rows.plane);
                 let mut done = 0;
                 for vectors in panels(filters.div_ceil(LANES), $shape.panel) {
@@ -86,7 +86,7 @@ macro_rules! kernel {
                     unsafe {
                         match vectors {
                             // a gate's one pixel
-                            $($vectors if count * conv.out_size[1] == 1 => {
+                            $($vectors if count * conv.shape.out_size[1] == 1 => {
                                 dense_panel::<1, $vectors>(&panel, conv, source, count, first);
                             })*
                             $($vectors => dense_panel::<$pixels, $vectors>(&panel, conv, source, count, first),)*
@@ -110,9 +110,9 @@ macro_rules! kernel {
             count: usize,
             first: usize,
         ) {
-            let width = conv.out_size[1];
+            let width = conv.shape.out_size[1];
             let pixels = count * width;
-            let (step, pixel) = (panel.rows.step * panel.rows.pitch, conv.stride[1] * panel.rows.pixel);
+            let (step, pixel) = (panel.rows.step * panel.rows.pitch, conv.shape.stride[1] * panel.rows.pixel);
             let (mut row, mut column) = (source, 0);
             let mut done = 0;
             while done < pixels {
@@ -133,7 +133,7 @@ macro_rules! kernel {
                     (row, column) = (row.wrapping_add(step), 0);
                 }
                 // SAFETY: as above
-                unsafe { dense_tile::<P, N>(panel, places, now, done * conv.filters + first, conv.filters) };
+                unsafe { dense_tile::<P, N>(panel, places, now, done * conv.shape.filters + first, conv.shape.filters) };
                 done += now;
             }
         }

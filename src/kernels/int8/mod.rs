@@ -11,6 +11,7 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
 #[cfg(target_arch = "x86_64")]
+pub mod conv_shape;
 mod dense;
 mod dispatch;
 pub mod float_conv;
@@ -33,6 +34,8 @@ mod target;
 mod tiles;
 
 use std::ops::Range;
+
+use self::conv_shape::ConvShape;
 
 /// Bytes after the last image of a u8 map that a kernel may read, whatever they are.
 pub const SLACK: usize = 64;
@@ -89,24 +92,8 @@ impl Output {
 /// A convolution of one image of fixed size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conv {
-    /// Channels of the input.
-    pub channels: usize,
-    /// Height and width of the input.
-    pub size: [usize; 2],
-    /// Channels of the output.
-    pub filters: usize,
-    /// Height and width of the output.
-    pub out_size: [usize; 2],
-    /// Groups of channels.
-    pub groups: usize,
-    /// Height and width of the kernel.
-    pub kernel: [usize; 2],
-    /// Vertical and horizontal stride.
-    pub stride: [usize; 2],
-    /// Vertical and horizontal dilation.
-    pub dilation: [usize; 2],
-    /// Pixels of padding above and to the left; what is missing below and to the right is padding too.
-    pub pads: [usize; 2],
+    /// Its sizes.
+    pub shape: ConvShape,
     /// Value of the padding: the input's zero point.
     pub zero: u8,
     /// `[filters, kernel height, kernel width, channels / groups]`.
@@ -157,29 +144,17 @@ impl Band<'_> {
 }
 
 impl Conv {
-    /// Channels of a group.
-    pub fn depth(&self) -> usize {
-        self.channels / self.groups.max(1)
-    }
-
     /// Whether sizes, weights, biases and factors fit together.
     pub fn is_whole(&self) -> bool {
-        let sides = [self.stride, self.dilation, self.kernel, self.out_size].into_iter().flatten();
-        self.groups > 0
-            && self.channels > 0
-            && self.channels.is_multiple_of(self.groups)
-            && self.filters.is_multiple_of(self.groups)
-            && sides.into_iter().all(|side| side > 0)
-            && product([self.filters, self.kernel[0], self.kernel[1], self.depth()]) == Some(self.weight.len())
-            && self.bias.len() == self.filters
-            && self.factor.len() == self.filters
+        self.shape.has_weights(self.weight.len(), self.bias.len()) && self.factor.len() == self.shape.filters
     }
 
     /// Whether a band has the sizes of its rows.
     pub fn fits(&self, band: &Band<'_>) -> bool {
-        let input = product([self.size[0], self.size[1], self.channels]).and_then(|input| input.checked_add(SLACK));
-        let values = product([band.rows.len(), self.out_size[1], self.filters]);
-        band.rows.end <= self.out_size[0]
+        let input = product([self.shape.size[0], self.shape.size[1], self.shape.channels])
+            .and_then(|input| input.checked_add(SLACK));
+        let values = product([band.rows.len(), self.shape.out_size[1], self.shape.filters]);
+        band.rows.end <= self.shape.out_size[0]
             && input.is_some_and(|input| band.input.len() >= input)
             && values.is_some_and(|values| band.has(values))
     }

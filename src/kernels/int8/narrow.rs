@@ -11,7 +11,7 @@ macro_rules! kernel {
             const SMALL: usize = LANES * 4 / $shape.unit;
             // SAFETY: the caller's
             unsafe {
-                match (packed.plan, conv.stride[1]) {
+                match (packed.plan, conv.shape.stride[1]) {
                     (Plan::Depthwise, 1) => narrow_rows::<LANES, { LANES * 4 }, 1>(packed, rows, source, count, target),
                     (Plan::Depthwise, _) => narrow_rows::<LANES, { LANES * 4 }, 2>(packed, rows, source, count, target),
                     (Plan::Merged(1), 1) => narrow_rows::<1, SMALL, 1>(packed, rows, source, count, target),
@@ -38,20 +38,20 @@ macro_rules! kernel {
             target: &Target,
         ) {
             const TILES: &[usize] = &[$($pixels),*];
-            let (conv, width) = (&packed.conv, packed.conv.out_size[1]);
-            let units = conv.kernel[1] * (PIXEL / (M * 4));
+            let (conv, width) = (&packed.conv, packed.conv.shape.out_size[1]);
+            let units = conv.shape.kernel[1] * (PIXEL / (M * 4));
             // as few pixels twice as can be, then as wide as can be
             let cost = |&&pixels: &&usize| width.div_ceil(pixels) * (pixels + 2);
             let &pixels = TILES.iter().filter(|&&pixels| pixels <= width).min_by_key(cost).unwrap_or(&1);
             let order = order_of::<M>();
-            for (block, source) in source.chunks_exact(rows.plane).take(conv.filters.div_ceil(LANES)).enumerate() {
+            for (block, source) in source.chunks_exact(rows.plane).take(conv.shape.filters.div_ceil(LANES)).enumerate() {
                 let panel = Panel {
                     rows,
                     units,
                     weight: packed.weight.all()[block * rows.height * units * LANES * 4..].as_ptr(),
                     bias: packed.bias[block * LANES..].as_ptr(),
                     factor: packed.factor[block * LANES..].as_ptr(),
-                    count: (conv.filters - block * LANES).min(LANES),
+                    count: (conv.shape.filters - block * LANES).min(LANES),
                     target,
                 };
                 for y in 0..count {
@@ -59,11 +59,11 @@ macro_rules! kernel {
                     for piece in 0..width.div_ceil(pixels) {
                         let x = (piece * pixels).min(width - pixels);
                         let place = row.wrapping_add(x * S * PIXEL);
-                        let at = (y * width + x) * conv.filters + block * LANES;
+                        let at = (y * width + x) * conv.shape.filters + block * LANES;
                         // SAFETY: the caller's
                         unsafe {
                             match pixels {
-                                $($pixels => narrow_tile::<$pixels, M, PIXEL, S>(&panel, place, order, at, conv.filters),)*
+                                $($pixels => narrow_tile::<$pixels, M, PIXEL, S>(&panel, place, order, at, conv.shape.filters),)*
                                 _ => {}
                             }
                         }

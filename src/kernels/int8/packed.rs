@@ -49,15 +49,19 @@ pub(super) fn panels(vectors: usize, most: usize) -> impl Iterator<Item = usize>
 impl Plan {
     fn of(conv: &Conv, processor: Processor) -> Self {
         let Some(Shape { lanes, unit, tiles, .. }) = processor.shape() else { return Self::Reference };
-        let (depth, filters) = (conv.depth(), conv.filters / conv.groups.max(1));
-        let narrow = conv.groups > 1 && depth == filters && matches!(conv.stride[1], 1 | 2);
-        if conv.dilation != [1, 1] {
+        let (depth, filters) = (conv.shape.depth(), conv.shape.filters / conv.shape.groups.max(1));
+        let narrow = conv.shape.groups > 1 && depth == filters && matches!(conv.shape.stride[1], 1 | 2);
+        if conv.shape.dilation != [1, 1] {
             Self::Reference
         } else if narrow && depth == 1 {
             Self::Depthwise
         } else if narrow && depth <= lanes && lanes % depth == 0 && lanes / depth <= 4 && depth % unit == 0 {
             Self::Merged(lanes / depth)
-        } else if tiles && conv.groups == 1 && conv.channels >= 16 && conv.out_size[0] * conv.out_size[1] >= 8 {
+        } else if tiles
+            && conv.shape.groups == 1
+            && conv.shape.channels >= 16
+            && conv.shape.out_size[0] * conv.shape.out_size[1] >= 8
+        {
             Self::Tiles
         } else {
             Self::Dense
@@ -136,7 +140,7 @@ impl Packed {
     fn unit(&self, filter: Option<usize>, from: usize, to: usize, unit: usize) -> [i8; 4] {
         let mut values = [0; 4];
         if let Some(filter) = filter {
-            let row = self.conv.kernel[0] * self.conv.kernel[1] * self.conv.depth();
+            let row = self.conv.shape.kernel[0] * self.conv.shape.kernel[1] * self.conv.shape.depth();
             for (value, at) in values.iter_mut().take(unit).zip(from..to) {
                 *value = self.conv.weight[filter * row + at];
             }
@@ -146,15 +150,15 @@ impl Packed {
 
     /// `[groups, panels, rows of the kernel, units, vectors of the panel, lanes]`
     fn dense(&mut self, shape: Shape, most: usize) -> Vec<[i8; 4]> {
-        let filters = self.conv.filters / self.conv.groups;
-        let run = self.conv.kernel[1] * self.conv.depth();
+        let filters = self.conv.shape.filters / self.conv.shape.groups;
+        let run = self.conv.shape.kernel[1] * self.conv.shape.depth();
         let mut units = Vec::new();
-        for group in 0..self.conv.groups {
+        for group in 0..self.conv.shape.groups {
             let mut first = group * filters;
             let end = first + filters;
             for panel in panels(filters.div_ceil(shape.lanes), most) {
                 let lanes = panel * shape.lanes;
-                for ky in 0..self.conv.kernel[0] {
+                for ky in 0..self.conv.shape.kernel[0] {
                     for at in (0..run).step_by(shape.unit) {
                         for lane in first..first + lanes {
                             let filter = (lane < end).then_some(lane);
@@ -171,49 +175,49 @@ impl Packed {
 
     /// `[panels, units (all of the kernel, to a multiple of 16), 2 vectors, 16 lanes]`
     fn tiles(&mut self, shape: Shape) -> Vec<[i8; 4]> {
-        let all = self.conv.kernel[0] * self.conv.kernel[1] * self.conv.channels;
+        let all = self.conv.shape.kernel[0] * self.conv.shape.kernel[1] * self.conv.shape.channels;
         let (mut units, lanes) = (Vec::new(), 2 * shape.lanes);
-        for first in (0..self.conv.filters).step_by(lanes) {
+        for first in (0..self.conv.shape.filters).step_by(lanes) {
             for at in (0..all.next_multiple_of(64)).step_by(4) {
                 for lane in first..first + lanes {
-                    let filter = (lane < self.conv.filters).then_some(lane);
+                    let filter = (lane < self.conv.shape.filters).then_some(lane);
                     units.push(self.unit(filter, at, all, 4));
                 }
             }
-            self.lanes(first..self.conv.filters.min(first + lanes), lanes, |lane| lane);
+            self.lanes(first..self.conv.shape.filters.min(first + lanes), lanes, |lane| lane);
         }
         units
     }
 
     /// `[blocks, rows of the kernel, columns, units of a group, lanes]`
     fn merged(&mut self, shape: Shape, m: usize) -> Vec<[i8; 4]> {
-        let (depth, [height, width]) = (self.conv.depth(), self.conv.kernel);
+        let (depth, [height, width]) = (self.conv.shape.depth(), self.conv.shape.kernel);
         let mut units = Vec::new();
         // lane after lane, the groups take turns
         let channel = |lane: usize| lane % m * depth + lane / m;
-        for first in (0..self.conv.filters).step_by(shape.lanes) {
+        for first in (0..self.conv.shape.filters).step_by(shape.lanes) {
             for at in (0..height * width * depth).step_by(shape.unit) {
                 for lane in 0..shape.lanes {
-                    let filter = Some(first + channel(lane)).filter(|&filter| filter < self.conv.filters);
+                    let filter = Some(first + channel(lane)).filter(|&filter| filter < self.conv.shape.filters);
                     units.push(self.unit(filter, at, height * width * depth, shape.unit));
                 }
             }
-            self.lanes(first..self.conv.filters.min(first + shape.lanes), shape.lanes, channel);
+            self.lanes(first..self.conv.shape.filters.min(first + shape.lanes), shape.lanes, channel);
         }
         units
     }
 
     /// `[blocks, units of the kernel's height, columns, lanes]`
     fn depthwise(&mut self, shape: Shape) -> Vec<[i8; 4]> {
-        let [height, width] = self.conv.kernel;
+        let [height, width] = self.conv.shape.kernel;
         let mut units = Vec::new();
-        for first in (0..self.conv.filters).step_by(shape.lanes) {
+        for first in (0..self.conv.shape.filters).step_by(shape.lanes) {
             for top in (0..height).step_by(shape.unit) {
                 for column in 0..width {
                     for filter in first..first + shape.lanes {
                         let mut unit = [0; 4];
                         for (value, row) in unit.iter_mut().take(shape.unit).zip(top..height) {
-                            if filter < self.conv.filters {
+                            if filter < self.conv.shape.filters {
                                 *value = self.conv.weight[(filter * height + row) * width + column];
                             }
                         }
@@ -221,7 +225,7 @@ impl Packed {
                     }
                 }
             }
-            self.lanes(first..self.conv.filters.min(first + shape.lanes), shape.lanes, |lane| lane);
+            self.lanes(first..self.conv.shape.filters.min(first + shape.lanes), shape.lanes, |lane| lane);
         }
         units
     }

@@ -44,14 +44,14 @@ impl PackedFloats {
     /// If the convolution's sizes and weights don't fit together, or the processor isn't here.
     pub fn new(processor: Processor, mut conv: FloatConv) -> Self {
         assert!(processor.is_here() && conv.is_whole());
-        let (depth, filters) = (conv.depth(), conv.filters / conv.groups);
+        let (depth, filters) = (conv.shape.depth(), conv.shape.filters / conv.shape.groups);
         let plan = match processor {
             Processor::Portable => Plan::Reference,
             _ if depth == 1 && filters == 1 => Plan::Depthwise,
             _ if filters >= BLOCK => Plan::Blocks(BLOCK),
             _ => Plan::Blocks(SMALL_BLOCK),
         };
-        let taps = conv.kernel[0] * conv.kernel[1] * depth;
+        let taps = conv.shape.kernel[0] * conv.shape.kernel[1] * depth;
         let mut weight = Vec::new();
         match plan {
             Plan::Reference => {}
@@ -60,7 +60,9 @@ impl PackedFloats {
                 weight.extend((0..taps).flat_map(of));
             }
             Plan::Blocks(block) => {
-                for first in (0..conv.groups).flat_map(|group| (0..filters).step_by(block).map(move |f| [group, f])) {
+                for first in
+                    (0..conv.shape.groups).flat_map(|group| (0..filters).step_by(block).map(move |f| [group, f]))
+                {
                     let [group, from] = first;
                     for tap in 0..taps {
                         let of = |lane: usize| conv.weight[(group * filters + from + lane) * taps + tap];
@@ -114,7 +116,7 @@ impl PackedFloats {
 
     #[inline(always)]
     fn rows(&self, rows: Range<usize>, input: &[f32], output: &mut [f32]) {
-        let line = (self.conv.out_size[1] * self.conv.filters).max(1);
+        let line = (self.conv.shape.out_size[1] * self.conv.shape.filters).max(1);
         for (row, line) in rows.zip(output.chunks_exact_mut(line)) {
             match self.plan {
                 Plan::Depthwise => self.depthwise(row, input, line),
@@ -127,11 +129,11 @@ impl PackedFloats {
     #[inline(always)]
     fn depthwise(&self, row: usize, input: &[f32], line: &mut [f32]) {
         let conv = &self.conv;
-        for (column, pixel) in line.chunks_exact_mut(conv.filters).enumerate() {
+        for (column, pixel) in line.chunks_exact_mut(conv.shape.filters).enumerate() {
             pixel.copy_from_slice(&conv.bias);
-            let mut weights = self.weight.chunks_exact(conv.filters);
-            for ky in 0..conv.kernel[0] {
-                for kx in 0..conv.kernel[1] {
+            let mut weights = self.weight.chunks_exact(conv.shape.filters);
+            for ky in 0..conv.shape.kernel[0] {
+                for kx in 0..conv.shape.kernel[1] {
                     let Some(weights) = weights.next() else { return };
                     let Some(at) = conv.pixel([row, column], [ky, kx]) else { continue };
                     for ((sum, x), w) in pixel.iter_mut().zip(&input[at..]).zip(weights) {
@@ -145,21 +147,21 @@ impl PackedFloats {
     #[inline(always)]
     fn blocks<const B: usize>(&self, row: usize, input: &[f32], line: &mut [f32]) {
         let conv = &self.conv;
-        let (depth, filters) = (conv.depth(), conv.filters / conv.groups);
-        let taps = conv.kernel[0] * conv.kernel[1] * depth;
+        let (depth, filters) = (conv.shape.depth(), conv.shape.filters / conv.shape.groups);
+        let taps = conv.shape.kernel[0] * conv.shape.kernel[1] * depth;
         let (weights, _) = self.weight.as_chunks::<B>();
         let mut blocks = weights.chunks_exact(taps);
-        for group in 0..conv.groups {
+        for group in 0..conv.shape.groups {
             for from in (0..filters).step_by(B) {
                 let Some(weights) = blocks.next() else { return };
                 let (first, count) = (group * filters + from, B.min(filters - from));
                 let mut bias = [0.0; B];
                 bias[..count].copy_from_slice(&conv.bias[first..first + count]);
-                for (i, pixels) in line.chunks_mut(PIXELS * conv.filters).enumerate() {
+                for (i, pixels) in line.chunks_mut(PIXELS * conv.shape.filters).enumerate() {
                     let mut sums = [bias; PIXELS];
-                    let there = pixels.len() / conv.filters;
+                    let there = pixels.len() / conv.shape.filters;
                     for (tap, weights) in weights.chunks_exact(depth).enumerate() {
-                        let tap = [tap / conv.kernel[1], tap % conv.kernel[1]];
+                        let tap = [tap / conv.shape.kernel[1], tap % conv.shape.kernel[1]];
                         // pixels that aren't there are the row's last once more
                         let at: [Option<usize>; PIXELS] =
                             std::array::from_fn(|p| conv.pixel([row, i * PIXELS + p.min(there - 1)], tap));
@@ -177,7 +179,7 @@ impl PackedFloats {
                             }
                         }
                     }
-                    for (pixel, sums) in pixels.chunks_exact_mut(conv.filters).zip(sums) {
+                    for (pixel, sums) in pixels.chunks_exact_mut(conv.shape.filters).zip(sums) {
                         pixel[first..first + count].copy_from_slice(&sums[..count]);
                     }
                 }

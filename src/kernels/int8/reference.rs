@@ -70,24 +70,25 @@ fn put(output: &Output, i: usize, acc: i32, factor: f32, band: &mut Band<'_>) {
 /// Rows of a convolution.
 pub fn conv(conv: &Conv, mut band: Band<'_>) {
     assert!(conv.is_whole() && conv.fits(&band));
-    let ([height, width], depth) = (conv.size, conv.depth());
-    let filters = conv.filters / conv.groups;
-    let [kernel_height, kernel_width] = conv.kernel;
+    let ([height, width], depth) = (conv.shape.size, conv.shape.depth());
+    let filters = conv.shape.filters / conv.shape.groups;
+    let [kernel_height, kernel_width] = conv.shape.kernel;
     let padding = vec![conv.zero; depth];
     let mut window = vec![0_u8; kernel_height * kernel_width * depth];
     let mut at = 0;
     for row in band.rows.clone() {
-        for column in 0..conv.out_size[1] {
-            for group in 0..conv.groups {
+        for column in 0..conv.shape.out_size[1] {
+            for group in 0..conv.shape.groups {
                 // the window that the filters of a group read, padding and all
                 let mut parts = window.chunks_exact_mut(depth);
                 for ky in 0..kernel_height {
-                    let y = (row * conv.stride[0] + ky * conv.dilation[0]).checked_sub(conv.pads[0]);
+                    let y = (row * conv.shape.stride[0] + ky * conv.shape.dilation[0]).checked_sub(conv.shape.pads[0]);
                     for kx in 0..kernel_width {
-                        let x = (column * conv.stride[1] + kx * conv.dilation[1]).checked_sub(conv.pads[1]);
+                        let x = (column * conv.shape.stride[1] + kx * conv.shape.dilation[1])
+                            .checked_sub(conv.shape.pads[1]);
                         let pixel = match (y.filter(|&y| y < height), x.filter(|&x| x < width)) {
                             (Some(y), Some(x)) => {
-                                let first = (y * width + x) * conv.channels + group * depth;
+                                let first = (y * width + x) * conv.shape.channels + group * depth;
                                 &band.input[first..first + depth]
                             }
                             _ => &padding[..],
@@ -218,11 +219,11 @@ pub fn quantise(image: &[f32], channels: usize, scale: (f32, u8), bytes: &mut [u
 /// Rows of a convolution in single precision: one product after the other.
 pub fn float_conv(conv: &FloatConv, rows: Range<usize>, input: &[f32], output: &mut [f32]) {
     assert!(conv.is_whole() && conv.fits(&rows, input, output));
-    let (depth, filters) = (conv.depth(), conv.filters / conv.groups);
-    let [height, width] = conv.kernel;
+    let (depth, filters) = (conv.shape.depth(), conv.shape.filters / conv.shape.groups);
+    let [height, width] = conv.shape.kernel;
     for (i, out) in output.iter_mut().enumerate() {
-        let (pixel, filter) = (i / conv.filters, i % conv.filters);
-        let at = [rows.start + pixel / conv.out_size[1], pixel % conv.out_size[1]];
+        let (pixel, filter) = (i / conv.shape.filters, i % conv.shape.filters);
+        let at = [rows.start + pixel / conv.shape.out_size[1], pixel % conv.shape.out_size[1]];
         let weights = conv.weight[filter * height * width * depth..].chunks_exact(depth);
         let mut sum = conv.bias[filter];
         for (tap, weights) in weights.take(height * width).enumerate() {

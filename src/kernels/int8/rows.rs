@@ -43,45 +43,47 @@ impl<'a> Source<'a> {
     /// Whether a kernel can read the input where it is.
     pub fn is_there(self) -> bool {
         let conv = self.conv;
-        let inside = |axis: usize| (conv.out_size[axis] - 1) * conv.stride[axis] + conv.kernel[axis] <= conv.size[axis];
+        let inside = |axis: usize| {
+            (conv.shape.out_size[axis] - 1) * conv.shape.stride[axis] + conv.shape.kernel[axis] <= conv.shape.size[axis]
+        };
         self.plan == Plan::Dense
             && self.shape.unit == 4
-            && conv.pads == [0, 0]
+            && conv.shape.pads == [0, 0]
             && inside(0)
             && inside(1)
-            && (conv.groups == 1 || (conv.kernel[1] == 1 && conv.depth().is_multiple_of(4)))
+            && (conv.shape.groups == 1 || (conv.shape.kernel[1] == 1 && conv.shape.depth().is_multiple_of(4)))
     }
 
     /// Rows in the input itself.
     pub fn direct(self) -> Rows {
         let conv = self.conv;
         Rows {
-            plane: conv.depth(),
-            pitch: conv.size[1] * conv.channels,
-            pixel: conv.channels,
-            step: conv.stride[0],
-            height: conv.kernel[0],
+            plane: conv.shape.depth(),
+            pitch: conv.shape.size[1] * conv.shape.channels,
+            pixel: conv.shape.channels,
+            step: conv.shape.stride[0],
+            height: conv.shape.kernel[0],
         }
     }
 
     /// Rows in memory of their own, for so many of the output.
     pub fn copied(self, rows: usize) -> Rows {
         let conv = self.conv;
-        let columns = (conv.out_size[1] - 1) * conv.stride[1] + conv.kernel[1];
+        let columns = (conv.shape.out_size[1] - 1) * conv.shape.stride[1] + conv.shape.kernel[1];
         let number = self.number();
         let pixel = match self.plan {
             Plan::Depthwise => self.shape.lanes * 4,
             Plan::Merged(_) => self.shape.lanes * number,
-            _ => conv.depth() * number,
+            _ => conv.shape.depth() * number,
         };
         let pitch = columns * pixel;
         if self.plan == Plan::Depthwise {
             // each row of the output has rows of its own
-            let height = conv.kernel[0].div_ceil(self.shape.unit);
+            let height = conv.shape.kernel[0].div_ceil(self.shape.unit);
             return Rows { plane: rows * height * pitch, pitch, pixel, step: height, height };
         }
-        let high = (rows - 1) * conv.stride[0] + conv.kernel[0];
-        Rows { plane: high * pitch, pitch, pixel, step: conv.stride[0], height: conv.kernel[0] }
+        let high = (rows - 1) * conv.shape.stride[0] + conv.shape.kernel[0];
+        Rows { plane: high * pitch, pitch, pixel, step: conv.shape.stride[0], height: conv.shape.kernel[0] }
     }
 
     /// Bytes of a channel of a unit.
@@ -92,8 +94,8 @@ impl<'a> Source<'a> {
     /// Planes of the input.
     pub fn planes(self) -> usize {
         match self.plan {
-            Plan::Merged(_) | Plan::Depthwise => self.conv.channels.div_ceil(self.shape.lanes),
-            _ => self.conv.groups,
+            Plan::Merged(_) | Plan::Depthwise => self.conv.shape.channels.div_ceil(self.shape.lanes),
+            _ => self.conv.shape.groups,
         }
     }
 
@@ -101,11 +103,12 @@ impl<'a> Source<'a> {
     pub fn at_a_time(self) -> usize {
         let conv = self.conv;
         let row = if self.is_there() {
-            conv.out_size[1] * (conv.stride[0] * conv.stride[1] * conv.channels + conv.filters)
+            conv.shape.out_size[1]
+                * (conv.shape.stride[0] * conv.shape.stride[1] * conv.shape.channels + conv.shape.filters)
         } else {
             (self.copied(2).plane - self.copied(1).plane) * self.planes()
         };
-        (BUDGET / row.max(1)).clamp(1, conv.out_size[0].max(1))
+        (BUDGET / row.max(1)).clamp(1, conv.shape.out_size[0].max(1))
     }
 
     /// Copies what so many rows of the output from `first` on are made of. Blocks of channels that aren't whole end in channels
@@ -113,18 +116,18 @@ impl<'a> Source<'a> {
     #[inline(always)]
     pub fn copy(self, rows: Rows, first: usize, x: &[u8], to: &mut [u8]) {
         let (conv, lanes, unit) = (self.conv, self.shape.lanes, self.shape.unit);
-        let top = first * conv.stride[0];
+        let top = first * conv.shape.stride[0];
         for (i, plane) in to.chunks_exact_mut(rows.plane).take(self.planes()).enumerate() {
             for (at, to) in plane.chunks_exact_mut(rows.pitch).enumerate() {
                 match self.plan {
                     Plan::Depthwise => {
                         let (y, part) = (at / rows.step, at % rows.step);
-                        let from = top + y * conv.stride[0] + part * unit;
-                        let high = unit.min(conv.kernel[0] - part * unit);
+                        let from = top + y * conv.shape.stride[0] + part * unit;
+                        let high = unit.min(conv.shape.kernel[0] - part * unit);
                         self.interleaved(rows, from..from + high, &x[(i * lanes).min(x.len())..], to);
                     }
                     Plan::Merged(m) => self.row(rows, m, top + at, &x[(i * lanes).min(x.len())..], to),
-                    _ => self.row(rows, 1, top + at, &x[(i * conv.depth()).min(x.len())..], to),
+                    _ => self.row(rows, 1, top + at, &x[(i * conv.shape.depth()).min(x.len())..], to),
                 }
             }
         }
@@ -132,14 +135,14 @@ impl<'a> Source<'a> {
 
     /// Where a row of the padded input begins, if it isn't padding.
     fn start(self, row: usize) -> Option<usize> {
-        let row = row.checked_sub(self.conv.pads[0]).filter(|&row| row < self.conv.size[0])?;
-        Some(row * self.conv.size[1] * self.conv.channels)
+        let row = row.checked_sub(self.conv.shape.pads[0]).filter(|&row| row < self.conv.shape.size[0])?;
+        Some(row * self.conv.shape.size[1] * self.conv.shape.channels)
     }
 
     /// What is left and right of the input in a row, and what is of the input.
     fn parts(self, rows: Rows, to: &mut [u8]) -> [&mut [u8]; 3] {
-        let (left, rest) = to.split_at_mut((self.conv.pads[1] * rows.pixel).min(to.len()));
-        let (middle, right) = rest.split_at_mut((self.conv.size[1] * rows.pixel).min(rest.len()));
+        let (left, rest) = to.split_at_mut((self.conv.shape.pads[1] * rows.pixel).min(to.len()));
+        let (middle, right) = rest.split_at_mut((self.conv.shape.size[1] * rows.pixel).min(rest.len()));
         [left, middle, right]
     }
 
@@ -157,7 +160,7 @@ impl<'a> Source<'a> {
         let [left, middle, right] = self.parts(rows, to);
         self.pad(left);
         self.pad(right);
-        let (x, channels) = (&x[start..], self.conv.channels);
+        let (x, channels) = (&x[start..], self.conv.shape.channels);
         match (self.number(), m, rows.pixel) {
             (1, 1, pixel) if pixel == channels => middle.copy_from_slice(&x[..middle.len()]),
             (1, 1, 16) => pixels::<16, 16, 1, 4, 1>(x, channels, middle),
@@ -184,7 +187,7 @@ impl<'a> Source<'a> {
     /// Some rows of the padded input, the numbers of a column and channel side by side.
     #[inline(always)]
     fn interleaved(self, rows: Rows, from: std::ops::Range<usize>, x: &[u8], to: &mut [u8]) {
-        let (channels, unit) = (self.conv.channels, self.shape.unit);
+        let (channels, unit) = (self.conv.shape.channels, self.shape.unit);
         let padding = [self.conv.zero; LANES];
         // rows that aren't there are the same pixel over and over
         let sources: [(&[u8], usize); 4] = std::array::from_fn(|i| {

@@ -49,8 +49,8 @@ impl Judged {
         let Share { value, of, low, high, .. } = self.same;
         if value < min_agreement {
             return Some(format!(
-                "int8 keeps the class of single precision for {:.1} % of {of} held-out images (95 % interval {:.1} to {:.1}), and \
-                 --min-agreement asks for {:.1}",
+                "int8 keeps the class of single precision for {:.2} % of {of} held-out images (95 % interval {:.2} to {:.2}), and \
+                 --min-agreement asks for {:.2}",
                 100.0 * value,
                 100.0 * low,
                 100.0 * high,

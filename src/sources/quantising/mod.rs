@@ -345,7 +345,7 @@ impl Quantiser<'_, '_> {
         let gains = self.gains(&onnx, ranges)?;
         if self.calibration.keep == Keep::Auto {
             let most = (self.plan.layers().count() / MOST_KEPT).max(1).min(gains.len());
-            let mut last = None;
+            let mut best: Option<(usize, f64)> = None;
             for count in doubled(most) {
                 self.kept = gains[..count].iter().map(|gain| gain.layer.clone()).collect();
                 self.plan.keep(&self.kept);
@@ -355,13 +355,16 @@ impl Quantiser<'_, '_> {
                     let notes = vec![format!("without layers in single precision, {reason}")];
                     return Ok(Passed { onnx, judged: mixed, notes });
                 }
-                last = Some((count, mixed));
+                // more layers are not always better
+                if best.is_none_or(|(_, share)| mixed.same.value > share) {
+                    best = Some((count, mixed.same.value));
+                }
             }
-            if let Some((count, mixed)) = last {
-                let share = 100.0 * mixed.same.value;
+            if let Some((count, share)) = best {
+                let share = 100.0 * share;
                 let _ = write!(
                     reason,
-                    "; with the {count} layers that gain most in single precision, as many as --keep auto keeps, {share:.1} % keep it"
+                    "; of what --keep auto tried, {most} layers at most, {count} in single precision were best: {share:.2} % keep it"
                 );
             }
             // the report is of the network without layers in single precision
