@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::error::InferError;
 use super::job::{Golden, Job, OpenBackend, SchedulerOptions, StartError};
@@ -280,12 +281,14 @@ impl LiveModel {
                 continue;
             }
             let timings = output.timings;
-            if let Some(Summary { class, shares }) = summarise(&output.logits, &self.scoring) {
-                let label = self.manifest.labels.get(class).cloned().unwrap_or_else(|| class.to_string());
-                self.metrics.predicted(class, &label, shares);
-            }
             let checked = if by_hand { Ok(()) } else { check_finite(&output.logits) };
-            let finished = checked.and_then(|()| finish(output));
+            let finished = off_io_threads(output.logits.len(), || {
+                if let Some(Summary { class, shares }) = summarise(&output.logits, &self.scoring) {
+                    let label = self.manifest.labels.get(class).cloned().unwrap_or_else(|| class.to_string());
+                    self.metrics.predicted(class, &label, shares);
+                }
+                checked.and_then(|()| finish(output))
+            });
             let elapsed = started.elapsed();
             self.metrics.phase(Phase::Postprocess, elapsed);
             answers.push(match finished {
@@ -407,6 +410,16 @@ impl LiveModel {
     }
 }
 
+/// Most logits whose scores are computed on the thread that waits for them: some tens of microseconds.
+const IN_PLACE: usize = 4096;
+
+/// Runs work on this many logits. An async I/O thread first hands its other tasks to another thread where they are many.
+fn off_io_threads<T>(logits: usize, work: impl FnOnce() -> T) -> T {
+    // a runtime of one thread has nobody to hand them to
+    let many_threads = || Handle::try_current().is_ok_and(|h| h.runtime_flavor() == RuntimeFlavor::MultiThread);
+    if logits > IN_PLACE && many_threads() { tokio::task::block_in_place(work) } else { work() }
+}
+
 /// Counts one request in the statistics on drop: as failed if no image was answered.
 struct Counted<'a> {
     statistics: &'a Statistics,
@@ -447,4 +460,23 @@ fn golden(dir: &ModelDir, reduced: bool) -> Result<Option<Golden>, LoadError> {
     let span = verify::compare(&golden.logits, &golden.logits).logit_span;
     let least = if reduced { verify::tolerance(Precision::Fp16, span) } else { 0.0 };
     Ok(Some(Golden { input, logits: golden.logits.clone(), tolerance: golden.tolerance.max(least) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_of_many_classes_do_not_hold_the_io_threads_up() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().expect("a runtime");
+        let (other_ran, ran) = std::sync::mpsc::channel();
+        let waits = runtime.spawn(async move {
+            off_io_threads(IN_PLACE + 1, || ran.recv_timeout(Duration::from_secs(20)).expect("the other task runs"));
+        });
+        runtime.spawn(async move { other_ran.send(()) });
+        runtime.block_on(waits).expect("no panic");
+        let alone = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        assert_eq!(alone.block_on(async { off_io_threads(IN_PLACE + 1, || 1) }), 1);
+        assert_eq!(off_io_threads(IN_PLACE + 1, || 2), 2);
+    }
 }
