@@ -314,12 +314,14 @@ bombs! {
     };
 }
 
-/// Sixteen at once get no more than the whole budget.
+/// Sixteen at once get no more than the whole budget. A buffer that grows is there twice while it is copied: at most 32 MiB,
+/// above which glibc moves pages, on each core.
 #[test]
 fn sixteen_at_once() {
     let _alone = alone();
     let server = Server::start(&[]);
     let packed = gzipped(&typed("FP32", ld(6, &vec![0; 60 * M])));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let mut slowest = Vec::new();
     for _ in 0..5 {
         let ((), cost) = under_attack(&server, || {
@@ -332,7 +334,7 @@ fn sixteen_at_once() {
                 }
             });
         });
-        assert!(cost.growth < ROOM + 256 * MIB && cost.failed == 0, "{cost:?}");
+        assert!(cost.growth < ROOM + 256 * MIB + 32 * MIB * cores && cost.failed == 0, "{cost:?}");
         println!("sixteen at once: {cost:?}");
         slowest.push(cost.health);
         if cost.health < HEALTH {
