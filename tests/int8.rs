@@ -18,6 +18,8 @@ use nfold::kernels::int8::processor::Processor;
 use nfold::kernels::int8::{Band, Conv, Output, Pool, SLACK, ToBytes, reference};
 use nfold::model::golden::{digest, images};
 use nfold::model::{Gate, ModelDir, RangeMethod};
+use nfold::pb::onnx::{GraphProto, ModelProto};
+use prost::Message as _;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -386,6 +388,48 @@ fn damaged_networks_are_refused() {
     }
     assert!(matches!(lower(&onnx[..onnx.len() / 2]), Err(Int8Error::Unreadable(_))));
     assert!(lowering::lower_if_quantised(&folded("resnet18_small", SideOutputs::default()).into()).is_none());
+}
+
+/// A name is of one map: a graph that makes it twice is refused with both who do, where two operators do and where one makes
+/// what is there already.
+#[test]
+fn maps_that_are_made_twice_are_named() {
+    let twice = |change: &dyn Fn(&mut GraphProto)| {
+        let mut model = ModelProto::decode(&quantised("nf_regnet_small")[..]).unwrap();
+        change(model.graph.as_mut().unwrap());
+        lower(&model.encode_to_vec()).unwrap_err().to_string()
+    };
+    let convolutions = |graph: &GraphProto| -> Vec<usize> {
+        (0..graph.node.len()).filter(|&i| graph.node[i].op_type == "Conv" && graph.node[i].input.len() == 3).collect()
+    };
+    let model = ModelProto::decode(&quantised("nf_regnet_small")[..]).unwrap();
+    let graph = model.graph.unwrap();
+    let [first, second] = [convolutions(&graph)[1], convolutions(&graph)[2]];
+    let (one, other) = (&graph.node[first], &graph.node[second]);
+    let error = twice(&|graph| graph.node[second].output[0] = one.output[0].clone());
+    let due =
+        format!("`{}` is made twice, by `Conv` at `{}` and by `Conv` at `{}`", one.output[0], one.name, other.name);
+    assert!(error.contains(&due), "{error}");
+    // the same operator again, and a map in u8
+    let error = twice(&|graph| graph.node.push(graph.node[first].clone()));
+    assert!(error.contains(&format!("`{}` is made twice", one.output[0])), "{error}");
+    let quantised = graph.node.iter().rposition(|node| node.op_type == "QuantizeLinear").unwrap();
+    let error = twice(&|graph| graph.node[quantised].output[0] = one.output[0].clone());
+    assert!(error.contains("by `Conv` at ") && error.contains("by `QuantizeLinear` at "), "{error}");
+    for (name, first) in [(&graph.input[0].name, "the input"), (&graph.initializer[0].name, "a constant")] {
+        let error = twice(&|graph| graph.node[second].output[0] = name.clone());
+        let due = format!("`{name}` is made twice, by {first} and by `Conv` at `{}`", other.name);
+        assert!(error.contains(&due), "{error}");
+    }
+    let error = twice(&|graph| graph.initializer.push(graph.initializer[0].clone()));
+    assert!(error.contains("by a constant and by a constant"), "{error}");
+    // in single precision, ONNX Runtime refuses it
+    let mut model = ModelProto::decode(&folded("nf_regnet_small", SideOutputs::default())[..]).unwrap();
+    let graph = model.graph.as_mut().unwrap();
+    let [first, second] = [convolutions(graph)[1], convolutions(graph)[2]];
+    graph.node[second].output[0] = graph.node[first].output[0].clone();
+    let fitted = Fitted::for_this_cpu(model.encode_to_vec(), Kernels::Own);
+    assert!(OrtBackend::open_fitted(&fitted, "twice", &EngineOptions::default()).is_err());
 }
 
 #[test]

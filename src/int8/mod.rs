@@ -32,6 +32,14 @@ pub enum Int8Error {
         /// What of it is not covered.
         reason: &'static str,
     },
+    /// Two operators, or an operator and a constant, make the same map.
+    #[error("int8: `{map}` is made twice, by {makers}; fold it anew")]
+    MadeTwice {
+        /// The map's name.
+        map: String,
+        /// Who makes it, joined by `and by`: operators and where they are in the network, a constant or the input.
+        makers: String,
+    },
     /// A number is too large for integers.
     #[error("int8: {what} of `{name}` could leave its range; fold with --precision fp32")]
     Overflow {

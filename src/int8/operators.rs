@@ -149,6 +149,7 @@ impl Operators {
         if channels == 0 || height == 0 || width == 0 || graph.node.len() > MOST_OPERATORS {
             return Err(unreadable("its input is empty, or it has more operators than any network"));
         }
+        made_once(graph)?;
         let mut reading = Reading {
             constants: Constants::of(graph),
             quantised: HashMap::new(),
@@ -171,7 +172,7 @@ impl Operators {
         let Reading { read: mut operators, all, .. } = reading;
         operators.all = all.into_iter().flatten().collect();
         for (i, operator) in operators.all.iter().enumerate() {
-            operators.makers.entry(operator.output.clone()).or_insert(i);
+            operators.makers.insert(operator.output.clone(), i);
             for (j, edge) in operator.inputs.iter().enumerate() {
                 operators.readers.entry(edge.map.clone()).or_default().push((i, j));
             }
@@ -355,10 +356,25 @@ impl<'a> Reading<'a> {
             }
             _ => return Err(uncovered("it is not among those covered")),
         };
-        self.makers.entry(output).or_insert(self.all.len());
+        self.makers.insert(output, self.all.len());
         self.all.push(Some(Operator { kind, name: node.name.clone(), inputs, output: output.clone() }));
         Ok(())
     }
+}
+
+/// Refuses a graph in which a name is of two maps or constants: who reads it would depend on their order.
+fn made_once(graph: &GraphProto) -> Result<(), Int8Error> {
+    let inputs = graph.input.iter().map(|input| (&input.name, "the input".to_string()));
+    let constants = graph.initializer.iter().map(|tensor| (&tensor.name, "a constant".to_string()));
+    let maker = |node: &NodeProto| format!("`{}` at `{}`", node.op_type, node.name);
+    let maps = graph.node.iter().flat_map(|node| node.output.iter().map(move |output| (output, maker(node))));
+    let mut makers = HashMap::new();
+    for (map, second) in inputs.chain(constants).chain(maps) {
+        if let Some(first) = makers.insert(map, second.clone()) {
+            return Err(Int8Error::MadeTwice { map: map.clone(), makers: format!("{first} and by {second}") });
+        }
+    }
+    Ok(())
 }
 
 /// The window of an operator over height and width.
