@@ -37,6 +37,18 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     draft.publish()
 }
 
+/// Checks that files can be written into `folder`, or into one that would be made there, before the work for them is done.
+/// Leaves nothing.
+pub fn check_folder(folder: &Path) -> io::Result<()> {
+    let mut parents =
+        folder.ancestors().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    let there = parents.find(|parent| parent.symlink_metadata().is_ok()).unwrap_or(folder);
+    if !there.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    DraftFolder::create_in(there).map(drop)
+}
+
 /// A file that is being written; removed on drop unless it is published.
 #[derive(Debug)]
 pub struct DraftFile(Destination);

@@ -435,14 +435,8 @@ impl ModelDir {
 
     /// As [`publish`](Self::publish), with the graph that lies in `staging` already, synced.
     pub fn publish_staged(at: &Target<'_>, staging: Staging, manifest: &Manifest) -> Result<Self, ModelError> {
-        let Target { repository, name, version, replace } = *at;
-        check_name(name)?;
-        let parent = repository.join(name);
-        let target = parent.join(version.to_string());
-        files::recover(&parent);
-        if target.exists() && !replace {
-            return Err(ModelError::Exists(target));
-        }
+        let target = at.folder()?;
+        let (parent, replace) = (at.repository.join(at.name), at.replace);
         let json = serde_json::to_vec_pretty(manifest).map_err(|e| e.to_string());
         let json = json.and_then(|json| match serde_json::from_slice::<Manifest>(&json) {
             // what can't be read back must not be there
@@ -514,6 +508,23 @@ pub struct Target<'a> {
     pub version: u64,
     /// Replace the version when it exists.
     pub replace: bool,
+}
+
+impl Target<'_> {
+    /// The version's folder. It is an error if the name can't be a model's, or if the version exists and isn't to be replaced:
+    /// known before a model is folded.
+    pub fn folder(&self) -> Result<PathBuf, ModelError> {
+        check_name(self.name)?;
+        let parent = self.repository.join(self.name);
+        files::recover(&parent);
+        let folder = parent.join(self.version.to_string());
+        if folder.exists() && !self.replace { Err(ModelError::Exists(folder)) } else { Ok(folder) }
+    }
+
+    /// Checks that the repository can be written, or made. Leaves nothing.
+    pub fn check_repository(&self) -> Result<(), ModelError> {
+        files::check_folder(self.repository).map_err(io("write into", self.repository))
+    }
 }
 
 /// Widest features, and most values of a map: far more than any network has. What an answer takes is reckoned from them.

@@ -70,6 +70,18 @@ fn folds_reports_and_inspects() {
     assert_eq!(entries(&here.join("repository")), ["nf_seresnet_small"]);
 
     // the same fold again changes nothing; a different one needs --replace
+    // another checkpoint, or another precision, is known to differ before an engine is needed
+    for other in [
+        &[&golden("resnet18_small")[..], "--name", "nf_seresnet_small"][..],
+        &[&golden("nf_seresnet_small"), "--precision", "fp16"],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nfold"));
+        let command = command.arg("fold").args(other).env("ORT_DYLIB_PATH", "nowhere.so").current_dir(here);
+        refused(
+            &command.output().unwrap(),
+            "exists already; choose another --model-version, or replace it with --replace",
+        );
+    }
     let before = fs::read(here.join("repository/nf_seresnet_small/1/model.onnx")).unwrap();
     let again = nfold(&["fold", &golden("nf_seresnet_small")], here);
     assert!(again.status.success() && text(&again.stderr).contains("unchanged"), "{}", text(&again.stderr));

@@ -133,6 +133,30 @@ fn what_cannot_be_written_is_named() {
     }
 }
 
+/// Commands that work for minutes refuse a report that can't be written before they begin: what would be refused next is not.
+#[test]
+fn what_cannot_be_written_is_named_before_the_work() {
+    let folder = with_demo();
+    let here = folder.path();
+    fs::write(here.join("file"), "").unwrap();
+    for (args, what) in [
+        (&["bench", "engine", "nowhere", "--report", "file"][..], "can't write `file`"),
+        (&["bench", "engine", "nowhere", "--report", "file/report"], "can't write `file/report`"),
+        (&["bench", "load", "--image", "nowhere", "--report", "file"], "can't write `file`"),
+        (&["eval", "nowhere", "--report", "file"], "can't make `file`"),
+        (&["eval", "nowhere", "--report", "file/a/b"], "can't make `file/a/b`"),
+        (&["spp", "nowhere", "--csv", "nowhere/a.csv"], "can't write `nowhere/a.csv`"),
+        (&["spp", "nowhere", "--svg", "file/a.svg"], "can't write `file/a.svg`"),
+    ] {
+        refused(&at_once(args, here), what);
+    }
+    // and a folder that could be made is not made for nothing
+    refused(&nfold(&["eval", "nowhere", "--report", "a/b"], here), "can't read `nowhere`");
+    let mut left: Vec<_> = fs::read_dir(here).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["file", "repository"]);
+}
+
 /// A misspelt `NFOLD_` variable is reported; variables of other programs are not.
 #[test]
 fn misspelt_variables_are_told() {

@@ -476,6 +476,28 @@ fn int8_is_folded_served_and_compared() {
     assert!(folded.status.success(), "{said}");
     assert!(said.contains("held-out images keep their class") && said.contains("top-1"), "{said}");
     assert!(said.contains("left out 1 of 61 photographs that can't be read") && said.contains("broken.jpg"), "{said}");
+    // what is counted is said
+    for stage in [
+        "reading photographs: 61 files",
+        "ranges of maps in single precision: 36 images",
+        "answers in integers, ranges by min_max: 36 images",
+        "answers in single precision: 24 held-out images",
+        "answers in integers: 24 held-out images",
+    ] {
+        assert!(said.lines().any(|line| line == stage), "{stage}: {said}");
+    }
+    // a version that is there is refused before anything is calibrated: there is nothing that it could be
+    fs::create_dir(here.join("none")).unwrap();
+    let again = |name: &str, extra: &[&str]| {
+        let args = ["fold", &demo, "--name", name, "--precision", "int8", "--calibrate", "none"];
+        nfold(&[&args[..], extra].concat(), here)
+    };
+    for name in ["demo8", "demo"] {
+        let due = "exists already; choose another --model-version, or replace it with --replace";
+        refused(&again(name, &[]), due);
+        refused(&again(name, &["--replace"]), "`none` holds no photographs");
+        refused(&again(name, &["--model-version", "2"]), "`none` holds no photographs");
+    }
     let model = ModelDir::open(&here.join("repository"), Some("demo8"), None).unwrap();
     let quantisation = model.manifest.quantisation.as_ref().unwrap();
     assert_eq!((quantisation.images, quantisation.held_out), (36, 24));

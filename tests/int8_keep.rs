@@ -209,6 +209,8 @@ fn layers_are_kept_by_name_and_found() {
     let without = int8("strict", &strict);
     let said = text(&without.stderr);
     assert!(!without.status.success(), "{said}");
+    let ranked = said.lines().find(|line| line.starts_with("each layer alone in single precision: "));
+    assert!(ranked.is_some_and(|line| line.ends_with(" layers")), "{said}");
     for due in ["layers that add most noise", "layers that could stay in single precision", "--keep auto, or --keep s"]
     {
         assert!(said.contains(due), "{due}: {said}");

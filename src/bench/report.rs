@@ -20,6 +20,11 @@ pub const LOAD: &str = "load";
 /// File name of the page with all reports of the folder.
 pub const PAGE: &str = "index.html";
 
+/// Checks that reports can be written into the folder, before anything is measured for them. Leaves nothing.
+pub fn check(folder: &Path) -> Result<(), BenchError> {
+    files::check_folder(folder).map_err(|source| BenchError::Write { path: folder.into(), source })
+}
+
 /// Writes `folder/engine.json`, `folder/engine.csv` and the page.
 pub fn write_engine(folder: &Path, report: &engine::Report) -> Result<(), BenchError> {
     write_json(folder, ENGINE, report)?;

@@ -123,6 +123,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn run_engine(args: &EngineArgs) -> anyhow::Result<ExitCode> {
+    args.report.as_deref().map(report::check).transpose()?;
     let named: Vec<&str> = if args.models.is_empty() && args.onnx.is_empty() {
         DEFAULT.to_vec()
     } else {

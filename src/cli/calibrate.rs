@@ -17,9 +17,9 @@ use super::images::ImageArgs;
 use super::printable::{self, say};
 use crate::checkpoint::Checkpoint;
 use crate::fold::{FoldOptions, FoldedFile, Size};
-use crate::model::{Colors, Preprocessing, RangeMethod, Staging, golden};
+use crate::model::{Colors, Precision, Preprocessing, RangeMethod, Staging, golden};
 use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
-use crate::sources::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, fold_quantised};
+use crate::sources::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, Stage, fold_quantised};
 
 /// Options of integers.
 #[derive(Debug, Args)]
@@ -142,6 +142,47 @@ impl CalibrateArgs {
         flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
     }
 
+    /// Refuses what is known to be wrong before a checkpoint is read or fetched.
+    pub fn check(&self, options: &FoldOptions) -> anyhow::Result<()> {
+        if options.precision != Precision::Int8 {
+            return match self.given() {
+                Some(flag) => bail!("{flag} is for --precision int8; {} needs no calibration", options.precision),
+                None => Ok(()),
+            };
+        }
+        if options.unfolded {
+            bail!("int8 is of folded networks: leave out --unfolded or --precision int8");
+        }
+        fixed_size(options)?;
+        let (folder, keep) = (self.folder()?, self.keep()?);
+        if folder.as_os_str() != THEORY {
+            if !folder.is_dir() {
+                bail!("--calibrate `{}` is no folder; give a folder of photographs", printable::path(folder));
+            }
+            return Ok(());
+        }
+        if let Some(flag) = self.guard() {
+            bail!(
+                "--calibrate theory measures nothing that {flag} could compare; leave that out, or give photographs (a folder of that name is ./theory)"
+            );
+        }
+        if keep == Keep::Auto {
+            bail!(
+                "--calibrate theory measures nothing that --keep auto could go by; name the layers, or give photographs"
+            );
+        }
+        Ok(())
+    }
+
+    fn folder(&self) -> anyhow::Result<&Path> {
+        let Some(folder) = &self.calibrate else {
+            bail!(
+                "--precision int8 needs --calibrate DIR: photographs like those that will be served, a few hundred, of all classes"
+            );
+        };
+        Ok(folder)
+    }
+
     /// The layers that stay in single precision.
     fn keep(&self) -> anyhow::Result<Keep> {
         match self.keep.as_slice() {
@@ -156,38 +197,19 @@ impl CalibrateArgs {
         }
     }
 
-    /// Folds into integers.
+    /// Folds into integers, with what was [checked](Self::check).
     pub fn fold(
         &self,
         checkpoint: &Checkpoint,
         options: &FoldOptions,
         staging: &Staging,
     ) -> anyhow::Result<FoldedFile> {
-        let Some(folder) = &self.calibrate else {
-            bail!(
-                "--precision int8 needs --calibrate DIR: photographs like those that will be served, a few hundred, of all classes"
-            );
-        };
-        let size = match options.size {
-            Size::Fixed(height, width) => Some((height, width)),
-            Size::Checkpoint => None,
-            Size::Dynamic => bail!("int8 needs a fixed size, and --size dynamic has none; fold with --size H or HxW"),
-        };
+        let (folder, size) = (self.folder()?, fixed_size(options)?);
         let (mut preprocessing, _) =
             checkpoint.preprocessing(size).map_err(|reason| anyhow!("{reason}; choose another --size"))?;
         preprocessing.exif_orientation = options.exif_orientation;
         let keep = self.keep()?;
         if folder.as_os_str() == THEORY {
-            if let Some(flag) = self.guard() {
-                bail!(
-                    "--calibrate theory measures nothing that {flag} could compare; leave that out, or give photographs (a folder of that name is ./theory)"
-                );
-            }
-            if keep == Keep::Auto {
-                bail!(
-                    "--calibrate theory measures nothing that --keep auto could go by; name the layers, or give photographs"
-                );
-            }
             return self.fold_by_theory((checkpoint, options, staging), preprocessing.shape(), keep);
         }
         let (mut images, left_out) = self.images(folder, &preprocessing)?;
@@ -196,8 +218,9 @@ impl CalibrateArgs {
         // once, so that it is known how many there are
         let mut readable = Vec::new();
         let (total, mut unreadable) = (images.found.len(), Vec::new());
+        let reading = Stage { what: "reading photographs", of: total, unit: "files" };
         for i in 0..total {
-            progress.show("photographs", i, total);
+            progress.show(&reading, i);
             match images.get(i) {
                 Ok(_) => readable.push(i),
                 Err(reason) => unreadable.push(reason),
@@ -239,7 +262,7 @@ impl CalibrateArgs {
                 min_agreement: self.min_agreement.unwrap_or(MIN_AGREEMENT) / 100.0,
                 max_drop: self.max_drop.unwrap_or(MAX_DROP) / 100.0,
             }),
-            progress: &mut |what, done, of| progress.show(what, done, of),
+            progress: &mut |stage, done| progress.show(stage, done),
         };
         let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
         progress.end();
@@ -294,7 +317,7 @@ impl CalibrateArgs {
             method: self.range_method,
             keep,
             guard: None,
-            progress: &mut |what, done, of| progress.show(what, done, of),
+            progress: &mut |stage, done| progress.show(stage, done),
         };
         let quantised = fold_quantised(checkpoint, options, staging, &mut calibration);
         progress.end();
@@ -311,9 +334,6 @@ impl CalibrateArgs {
 
     fn images(&self, folder: &Path, preprocessing: &Preprocessing) -> anyhow::Result<(Images, Vec<String>)> {
         let shown = printable::path(folder);
-        if !folder.is_dir() {
-            bail!("--calibrate `{shown}` is no folder; give a folder of photographs");
-        }
         let channels = preprocessing.channels();
         if Colors::of_channels(channels).is_none() {
             bail!(
@@ -340,6 +360,15 @@ impl CalibrateArgs {
     }
 }
 
+/// Height and width, as far as they are given.
+fn fixed_size(options: &FoldOptions) -> anyhow::Result<Option<(u32, u32)>> {
+    match options.size {
+        Size::Fixed(height, width) => Ok(Some((height, width))),
+        Size::Checkpoint => Ok(None),
+        Size::Dynamic => bail!("int8 needs a fixed size, and --size dynamic has none; fold with --size H or HxW"),
+    }
+}
+
 /// Every photograph's class, if each is in a folder that is named after one.
 fn classes(folder: &Path, found: &[Found], labels: &[String], classes: usize) -> anyhow::Result<Vec<usize>> {
     let class = |found: &Found| {
@@ -356,7 +385,7 @@ fn classes(folder: &Path, found: &[Found], labels: &[String], classes: usize) ->
     Ok(samples.iter().map(|sample| known[&sample.class]).collect())
 }
 
-/// A bar on a terminal, a line for each thing elsewhere.
+/// A bar on a terminal, a line for each stage elsewhere.
 struct Progress {
     bar: ProgressBar,
     what: String,
@@ -369,18 +398,20 @@ impl Default for Progress {
 }
 
 impl Progress {
-    fn show(&mut self, what: &str, done: usize, of: usize) {
+    fn show(&mut self, stage: &Stage<'_>, done: usize) {
+        let Stage { what, of, unit } = *stage;
         if what != self.what {
             self.end();
             self.what = what.into();
             // hidden if stderr is no terminal
             self.bar = ProgressBar::with_draw_target(Some(of as u64), ProgressDrawTarget::stderr());
-            if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {
+            if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {prefix}, {eta} left") {
                 self.bar.set_style(style);
             }
             self.bar.set_message(self.what.clone());
+            self.bar.set_prefix(unit);
             if self.bar.is_hidden() {
-                say(format_args!("{what}: {of} images"));
+                say(format_args!("{what}: {of} {unit}"));
             }
         }
         self.bar.set_position(done as u64);

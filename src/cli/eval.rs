@@ -172,6 +172,10 @@ const MOST_KEPT: usize = 2 << 30;
 /// Runs `nfold eval`. Exit code 1 if any image could not be evaluated.
 pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let (decoder, memory) = args.limits.resolve();
+    if let Some(folder) = &args.report {
+        files::check_folder(folder)
+            .map_err(|e| anyhow!("can't make `{}`: {e}; check --report", printable::path(folder)))?;
+    }
     let mut samples = dataset::read(&args.data, args.hidden)?;
     if let Some(limit) = args.limit {
         samples = dataset::limited(samples, usize::try_from(limit).unwrap_or(usize::MAX));

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::bail;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::json;
@@ -64,19 +63,23 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let mut progress = Progress::default();
     let origin = Origin::parse(&args.checkpoint)?;
+    let options = FoldOptions { unfolded: args.unfolded, ..args.folding.options() };
+    args.calibrate.check(&options)?;
+    let target =
+        |name| Target { repository: &args.repository, name, version: args.model_version, replace: args.replace };
+    let known = match &origin {
+        Origin::Hub(id) => args.name.as_deref().or(Some(id.name())),
+        Origin::Path(_) => args.name.as_deref(),
+    };
+    if let Some(name) = known {
+        check_target(&target(name), options.precision, None)?;
+    }
     // kept until the checkpoint is read: it may be a temporary folder
     let spare = if matches!(origin, Origin::Hub(_)) { Some(FoldCache::open(None)?) } else { None };
     let hub = || HubOptions::from_environment(spare.as_ref().map_or(Path::new("."), FoldCache::folder));
     let checkpoint = origin.open(&args.source.options(), hub, &mut |event| progress.show(event))?;
-    let options = FoldOptions { unfolded: args.unfolded, ..args.folding.options() };
-    if options.precision == Precision::Int8 && options.unfolded {
-        bail!("int8 is of folded networks: leave out --unfolded or --precision int8");
-    }
-    if let Some(flag) = args.calibrate.given().filter(|_| options.precision != Precision::Int8) {
-        bail!("{flag} is for --precision int8; {} needs no calibration", options.precision);
-    }
-    let name = args.name.as_deref().unwrap_or(&checkpoint.name);
-    model::check_name(name)?;
+    let target = target(args.name.as_deref().unwrap_or(&checkpoint.name));
+    check_target(&target, options.precision, Some(&checkpoint.sha256))?;
     let staging = Staging::new(&args.repository)?;
     let folded = match options.precision {
         Precision::Int8 => args.calibrate.fold(&checkpoint, &options, &staging)?,
@@ -88,7 +91,6 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
             "warning: the network has one output; `classify` and `serve` answer its sigmoid as the score, /v2 the logit itself"
         ));
     }
-    let target = Target { repository: &args.repository, name, version: args.model_version, replace: args.replace };
     let (written, state) = match ModelDir::publish_staged(&target, staging, &folded.manifest) {
         Ok(written) => (written, "wrote"),
         Err(ModelError::Exists(path)) => match ModelDir::open_path(&path) {
@@ -109,6 +111,26 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         say(format_args!("next: {}", next(args, &written)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a target before the work for it is done. A version that is there is refused later if it can still turn out to be the
+/// same model; with integers that would take the whole calibration, and is not asked.
+fn check_target(target: &Target<'_>, precision: Precision, sha256: Option<&str>) -> Result<(), ModelError> {
+    target.check_repository()?;
+    match target.folder() {
+        Err(ModelError::Exists(path)) => {
+            let may_be_same = |there: &Manifest| {
+                precision != Precision::Int8
+                    && there.precision == precision
+                    && sha256.is_none_or(|sha256| there.source_sha256 == sha256)
+            };
+            match ModelDir::open_path(&path) {
+                Ok(there) if may_be_same(&there.manifest) => Ok(()),
+                _ => Err(ModelError::Exists(path)),
+            }
+        }
+        free => free.map(drop),
+    }
 }
 
 /// The next command for the user, with the same flags.

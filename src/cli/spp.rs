@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::classify::search::Search;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
 use crate::engine::Batch;
-use crate::files::{self, DraftFolder};
+use crate::files::{DraftFile, DraftFolder};
 use crate::fold::{FoldError, FoldOptions, Folded, SideOutputs, Size, fold};
 use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing, regular_file};
 use crate::nets::activation::{ACTIVATIONS, Activation};
@@ -125,6 +125,8 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
     if !(1..=100_000).contains(&args.count) {
         bail!("--count {} can't be; 1 to 100000 images are possible", args.count);
     }
+    let csv = args.csv.as_deref().map(create).transpose()?;
+    let svg = args.svg.as_deref().map(create).transpose()?;
     let mut findings = Findings::default();
     for spec in &args.arch {
         let profile = at_initialisation(spec, args)?;
@@ -150,6 +152,12 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
     }
     let limits = Limits { explode: args.explode, vanish: args.vanish };
     findings.problems.extend(findings.profiles.iter().flat_map(|p| health::examine(p, &limits)));
+    if let Some(file) = csv {
+        write_whole(file, &render::csv(&findings.profiles))?;
+    }
+    if let Some(file) = svg {
+        write_whole(file, &render::figure(&findings.profiles, &args.title).svg())?;
+    }
     tell(&findings, args)?;
     match findings.problems.as_slice() {
         [] => Ok(ExitCode::SUCCESS),
@@ -162,12 +170,6 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn tell(findings: &Findings, args: &SppArgs) -> anyhow::Result<()> {
-    if let Some(path) = &args.csv {
-        write_whole(path, &render::csv(&findings.profiles))?;
-    }
-    if let Some(path) = &args.svg {
-        write_whole(path, &render::figure(&findings.profiles, &args.title).svg())?;
-    }
     let mut out = io::stdout().lock();
     if args.json {
         let Findings { profiles, comparisons, problems } = findings;
@@ -190,9 +192,20 @@ fn tell(findings: &Findings, args: &SppArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a file completely or not at all.
-fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
-    files::write(path, text.as_bytes()).map_err(|e| anyhow!("can't write `{}`: {e}; check the folder", path.display()))
+/// A file that appears once it is complete, and its name.
+type Draft<'a> = (DraftFile, &'a Path);
+
+/// Begins a file before the networks are run, so that one that can't be written is known then.
+fn create(path: &Path) -> anyhow::Result<Draft<'_>> {
+    Ok((DraftFile::create(path).map_err(|e| not_written(path, &e))?, path))
+}
+
+fn write_whole((mut draft, path): Draft<'_>, text: &str) -> anyhow::Result<()> {
+    draft.write_all(text.as_bytes()).and_then(|()| draft.publish()).map_err(|e| not_written(path, &e))
+}
+
+fn not_written(path: &Path, error: &io::Error) -> anyhow::Error {
+    anyhow!("can't write `{}`: {error}; check the folder", path.display())
 }
 
 /// Adds a checkpoint's graphs; the first of them is the reference for the others.

@@ -60,6 +60,12 @@ fn a_name_on_the_hub_is_folded() {
     assert_eq!(manifest["source"]["settings"][0]["setting"], "checkpoint");
     assert!(below(&here.join(".cache/huggingface/hub")).contains("models--timm--demo/refs/main"));
 
+    // a version that is there is known before a second machine fetches anything
+    hub.state().down = true;
+    let second = empty_machine(&hub.endpoint(), &here.join("second"));
+    let int8 = run(&["fold", REPOSITORY, "--precision", "int8", "--calibrate", "."], here, &second);
+    refused(&int8, "exists already; choose another --model-version");
+
     // the same from the cache, without the network; with --verbose; the next command depends on the folder
     let offline = [&machine[..], &[("HF_HUB_OFFLINE", "1".to_string())]].concat();
     hub.state().down = true;

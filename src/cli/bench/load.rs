@@ -108,6 +108,7 @@ enum ArrivalsArg {
 
 /// Runs the load. Exit code 1 if the generator could not keep up in some step.
 pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
+    args.report.as_deref().map(report::check).transpose()?;
     let connections: Vec<usize> = match args.connections.as_slice() {
         [] if args.rate.is_empty() => vec![4],
         [] if args.sweep => vec![4],

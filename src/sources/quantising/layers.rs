@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::{COMPARED, EXPOSED, Quantiser, QuantisingError, RANKED, apart};
+use super::{COMPARED, EXPOSED, IMAGES, Quantiser, QuantisingError, RANKED, Stage, apart};
 use crate::engine::{MapBackend, MapView};
 use crate::int8::lowering;
 use crate::int8::network::{Answers, Memory, one_by_one};
@@ -47,7 +47,7 @@ impl Quantiser<'_, '_> {
     ) -> Result<Vec<Gain>, QuantisingError> {
         let images: Vec<usize> = self.measured.iter().copied().take(RANKED).collect();
         let error = |logits: &[Vec<f32>], of: &Self| apart(logits, &of.in_single[..logits.len()]);
-        let logits = self.answers(onnx, &images, "logits")?;
+        let logits = self.answers(onnx, &images, ("answers that layers are ranked by", IMAGES))?;
         let all = error(&logits, self);
         let layers: Vec<String> =
             self.plan.layers().filter(|layer| !self.kept.contains(*layer)).map(str::to_string).collect();
@@ -58,8 +58,9 @@ impl Quantiser<'_, '_> {
             self.plan.keep(&kept);
             let onnx = self.plan.quantise(ranges)?;
             let mut session = super::open(onnx, &self.engine)?;
-            let logits = self.logits(&mut session, &images, "")?;
-            (self.calibration.progress)("layers, each alone in single precision", done, layers.len());
+            let logits = self.logits(&mut session, &images, None)?;
+            let stage = Stage { what: "each layer alone in single precision", of: layers.len(), unit: "layers" };
+            (self.calibration.progress)(&stage, done);
             let share = 1.0 - error(&logits, self) / all.max(f64::MIN_POSITIVE);
             if share > 0.0 {
                 gains.push(Gain { layer: layer.clone(), share });

@@ -73,9 +73,25 @@ pub struct Calibration<'a> {
     pub keep: Keep,
     /// What is measured; `None`: nothing, the images are noise.
     pub guard: Option<Guard>,
-    /// Told what is being done and how far it is: images done, of how many.
-    pub progress: &'a mut dyn FnMut(&str, usize, usize),
+    /// Told what is being done, and how many of its units are.
+    pub progress: &'a mut dyn FnMut(&Stage<'_>, usize),
 }
+
+/// A part of calibration that takes a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stage<'a> {
+    /// What is done.
+    pub what: &'a str,
+    /// Number of units.
+    pub of: usize,
+    /// What is counted, in the plural.
+    pub unit: &'static str,
+}
+
+/// Units of a [`Stage`]: photographs that ranges are taken from, or noise.
+const IMAGES: &str = "images";
+/// Units of a [`Stage`]: photographs that ranges are not taken from.
+const HELD_OUT: &str = "held-out images";
 
 /// Why a network of integers isn't written.
 #[derive(Debug, thiserror::Error)]
@@ -251,7 +267,8 @@ impl Quantiser<'_, '_> {
         let [channels, height, width] = self.shape;
         let mut classes = Vec::with_capacity(self.measured.len());
         for at in 0..self.measured.len() {
-            (self.calibration.progress)("ranges", at, self.measured.len());
+            let stage = Stage { what: "ranges of maps in single precision", of: self.measured.len(), unit: IMAGES };
+            (self.calibration.progress)(&stage, at);
             let data = self.image(self.measured[at])?;
             looked.add(&data, self.shape);
             let mut logits = Vec::new();
@@ -278,7 +295,8 @@ impl Quantiser<'_, '_> {
         let measured = self.measured.clone();
         for method in methods {
             let onnx = self.plan.quantise(&ranges.choose(method, |map| self.plan.activation(map))?)?;
-            let logits = self.answers(&onnx, &measured, &format!("agreement of {}", method.name()))?;
+            let what = format!("answers in integers, ranges by {}", method.name());
+            let logits = self.answers(&onnx, &measured, (&what, IMAGES))?;
             let pairs = logits.iter().zip(&self.in_single);
             let same = pairs.filter(|(integers, single)| decided(integers) == decided(single)).count();
             tried.insert(method.name().to_string(), same as f64 / measured.len() as f64);
@@ -291,23 +309,28 @@ impl Quantiser<'_, '_> {
     }
 
     /// Logits of these images by a network of integers.
-    fn answers(&mut self, onnx: &[u8], images: &[usize], what: &str) -> Result<Vec<Vec<f32>>, QuantisingError> {
+    fn answers(
+        &mut self,
+        onnx: &[u8],
+        images: &[usize],
+        stage: (&str, &'static str),
+    ) -> Result<Vec<Vec<f32>>, QuantisingError> {
         let mut session = open(onnx.to_vec(), &self.engine)?;
-        self.logits(&mut session, images, what)
+        self.logits(&mut session, images, Some(stage))
     }
 
-    /// Logits of these images; `what` they are is told, if it is anything.
+    /// Logits of these images; what they are for, and what images they are, is told if it is given.
     fn logits(
         &mut self,
         session: &mut OrtBackend,
         images: &[usize],
-        what: &str,
+        stage: Option<(&str, &'static str)>,
     ) -> Result<Vec<Vec<f32>>, QuantisingError> {
         let [channels, height, width] = self.shape;
         let mut all = Vec::with_capacity(images.len());
         for together in images.chunks(TOGETHER) {
-            if !what.is_empty() {
-                (self.calibration.progress)(what, all.len(), images.len());
+            if let Some((what, unit)) = stage {
+                (self.calibration.progress)(&Stage { what, of: images.len(), unit }, all.len());
             }
             let mut data = Vec::with_capacity(together.len() * channels * height * width);
             for &i in together {
@@ -330,15 +353,15 @@ impl Quantiser<'_, '_> {
     ) -> Result<Passed, QuantisingError> {
         let held_out = self.held_out.clone();
         let mut reference = OrtBackend::open(single, "the network in single precision", &self.engine)?;
-        let in_single = self.logits(&mut reference, &held_out, "held-out images in single precision")?;
+        let in_single = self.logits(&mut reference, &held_out, Some(("answers in single precision", HELD_OUT)))?;
         drop(reference);
         let classes = self.calibration.classes.as_ref();
         let labels: Option<Vec<usize>> = classes.map(|classes| held_out.iter().map(|&i| classes[i]).collect());
         let judge = |of: &mut Self, onnx: &[u8], what: &str| {
-            let logits = of.answers(onnx, &held_out, what)?;
+            let logits = of.answers(onnx, &held_out, (what, HELD_OUT))?;
             Judged::new(&in_single, &logits, labels.as_deref())
         };
-        let judged = judge(self, &onnx, "held-out images in integers")?;
+        let judged = judge(self, &onnx, "answers in integers")?;
         let Some(mut reason) = judged.refusal(guard) else {
             return Ok(Passed { onnx, judged, notes: Vec::new() });
         };
@@ -350,7 +373,7 @@ impl Quantiser<'_, '_> {
                 self.kept = gains[..count].iter().map(|gain| gain.layer.clone()).collect();
                 self.plan.keep(&self.kept);
                 let onnx = self.plan.quantise(ranges)?;
-                let mixed = judge(self, &onnx, &format!("held-out images, {count} layers in single precision"))?;
+                let mixed = judge(self, &onnx, &format!("answers with {count} layers in single precision"))?;
                 if mixed.refusal(guard).is_none() {
                     let notes = vec![format!("without layers in single precision, {reason}")];
                     return Ok(Passed { onnx, judged: mixed, notes });
