@@ -283,6 +283,31 @@ fn classify_answers_and_refuses() {
     refused(&nfold(&["classify", &cat], here), "sha256");
 }
 
+/// What is named but isn't there is skipped as a broken image is: named in the output, counted, without failing the run.
+#[test]
+fn missing_images_are_skipped_like_broken_ones() {
+    let folder = with_demo();
+    let here = folder.path();
+    let cat = project("tests/data/cat.jpg");
+    fs::write(here.join("broken.jpg"), "no image").unwrap();
+    let images = ["broken.jpg", &cat, "nowhere.jpg"];
+    let strict = nfold(&[&["classify"], &images[..]].concat(), here);
+    refused(&strict, "can't read `nowhere.jpg`: ");
+    assert!(text(&strict.stderr).contains("--skip-broken"), "{}", text(&strict.stderr));
+    let table = nfold(&[&["classify", "--skip-broken"], &images[..]].concat(), here);
+    let said = text(&table.stderr);
+    assert!(table.status.success() && text(&table.stdout).starts_with(&cat), "{said}");
+    assert!(said.contains("error: `nowhere.jpg`: can't read it: No such file"), "{said}");
+    assert!(said.contains("classified 1 of 3 images in ") && said.ends_with("; 2 could not be\n"), "{said}");
+    let output = nfold(&[&["classify", "--skip-broken", "--json"], &images[..]].concat(), here);
+    let lines: Vec<Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(output.status.success() && lines.len() == 3 && lines[1]["predictions"].is_array(), "{lines:?}");
+    assert_eq!((&lines[2]["image"], &lines[2]["error"]["reason"]), (&"nowhere.jpg".into(), &"unreadable".into()));
+    // alone, too
+    let alone = nfold(&["classify", "--skip-broken", "nowhere.jpg"], here);
+    assert!(alone.status.success() && text(&alone.stderr).contains("`nowhere.jpg`"), "{}", text(&alone.stderr));
+}
+
 /// Shards partition the images, and together give the results of one process.
 #[test]
 fn shards_are_a_partition() {

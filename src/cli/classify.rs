@@ -71,7 +71,7 @@ pub struct ClassifyArgs {
     /// Also write a picture for each image into this folder: where it speaks for its most probable class
     #[arg(long, env = "NFOLD_EXPLAIN", value_name = "DIR")]
     explain: Option<PathBuf>,
-    /// Exit 0 even if some images could not be classified; the output names them
+    /// Exit 0 even if some images are missing or could not be classified; the output names them
     #[arg(long, env = "NFOLD_SKIP_BROKEN", value_parser = FalseyValueParser::new())]
     skip_broken: bool,
     /// Short for --format jsonl
@@ -157,7 +157,7 @@ pub fn run(args: &ClassifyArgs) -> anyhow::Result<ExitCode> {
     Ok(if failed == 0 || args.skip_broken { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The named files, and the images of the named folders.
+/// The named files, and the images of the named folders. With --skip-broken, what can't be read is among them, with the reason.
 fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
     let mut search = Search::new(args.hidden);
     for path in &args.images {
@@ -169,7 +169,11 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
             }
             Ok(there) if there.is_dir() => {
                 let before = search.found.len();
-                search.folder(path).map_err(|e| anyhow!("can't search `{shown}`: {e}"))?;
+                match search.folder(path) {
+                    Ok(()) => {}
+                    Err(e) if args.skip_broken => search.refuse(path.clone(), format!("can't search it: {e}")),
+                    Err(e) => bail!("can't search `{shown}`: {e}"),
+                }
                 if search.found.len() == before {
                     let left = search.left_out().map(|left| format!("; {left}")).unwrap_or_default();
                     let known = search::known();
@@ -180,7 +184,9 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
             }
             // a pipe or device is read like a file
             Ok(_) => search.found.push(Found::image(path.clone())),
-            Err(e) => bail!("can't read `{shown}`: {e}; check the path"),
+            Err(e) if args.skip_broken => search.refuse(path.clone(), format!("can't read it: {e}")),
+            Err(e) if args.images.len() == 1 => bail!("can't read `{shown}`: {e}; check the path"),
+            Err(e) => bail!("can't read `{shown}`: {e}; check the path (--skip-broken classifies the others)"),
         }
     }
     if let Some(left) = search.left_out() {

@@ -86,7 +86,8 @@ impl Search {
         Ok(())
     }
 
-    fn refuse(&mut self, path: PathBuf, reason: String) {
+    /// Adds an entry that can't be read.
+    pub fn refuse(&mut self, path: PathBuf, reason: String) {
         self.found.push(Found { path, refused: Some(reason) });
     }
 

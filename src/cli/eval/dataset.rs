@@ -57,7 +57,10 @@ fn folder(data: &Path, hidden: bool) -> anyhow::Result<Vec<Sample>> {
             continue;
         }
         let mut search = Search::new(hidden);
-        search.folder(&path).map_err(|e| anyhow!("can't search `{}`: {e}", printable::path(&path)))?;
+        if let Err(e) = search.folder(&path) {
+            // as a folder below it
+            search.refuse(path, format!("can't search it: {e}"));
+        }
         left_out.extend(search.left_out().map(|left| format!("in {class}: {left}")));
         samples.extend(search.found.into_iter().map(|found| {
             let name = found.path.strip_prefix(data).unwrap_or(&found.path).to_string_lossy().replace('\\', "/");
