@@ -136,6 +136,9 @@ fn parse() -> Result<Cli, ExitCode> {
     parsed.map_err(|error| {
         tell(&error, &program);
         let typed: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+        if let Some(mistaken) = environment::mistaken(&error, &program, &typed) {
+            say(format_args!("note: {mistaken}"));
+        }
         if let Some(blame) = environment::blame(&error, &program, &typed) {
             say(format_args!("note: {blame}"));
         }

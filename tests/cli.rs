@@ -138,6 +138,13 @@ fn fold_refuses_and_leaves_nothing() {
         &nfold(&["fold", &golden("nf_regnet_small"), "--size", "100000"], here),
         "height 100000 is outside 1..=4096",
     );
+    let demo = project("models/nf_regnet_cifar10");
+    for weights in [&demo, &format!("{demo}/model.safetensors"), &golden("resnet18_small")] {
+        let unknown = nfold(&["fold", weights, "--arch", "nf_regnet_b7"], here);
+        refused(&unknown, "`nf_regnet_b7` is not supported; the nearest that are: nf_regnet_b0, ");
+        assert!(text(&unknown.stderr).contains("`nfold init --help` lists all"), "{}", text(&unknown.stderr));
+        refused(&nfold(&["fold", weights, "--arch", "nf_regnet_b5"], here), "--arch nf_regnet_b5 contradicts `");
+    }
     fs::write(here.join("file"), "").unwrap();
     refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "file"], here), "`file`");
     refused(&nfold(&["fold", &golden("nf_regnet_small"), "--repository", "/proc/nowhere"], here), "/proc/nowhere");

@@ -157,6 +157,50 @@ fn what_cannot_be_written_is_named_before_the_work() {
     assert_eq!(left, ["file", "repository"]);
 }
 
+/// A flag that took the argument it was written before is named.
+#[test]
+fn an_argument_that_a_flag_took_is_named() {
+    let folder = with_demo();
+    let here = folder.path();
+    for (args, what) in [
+        (
+            &["classify", "--explain", "cat.jpg"][..],
+            "`cat.jpg` is read as the DIR of --explain; if <IMAGE>... is meant",
+        ),
+        (
+            &["classify", "--features", "cat.jpg", "--json"],
+            "`cat.jpg` is read as the FILE of --features; if <IMAGE>...",
+        ),
+        (&["classify", "-k", "3"], "`3` is read as the K of --top-k; if <IMAGE>..."),
+        (&["eval", "--report", "photos"], "`photos` is read as the DIR of --report; if <DATA> is meant, name the DIR"),
+        (
+            &["fold", "--calibrate", "photos"],
+            "`photos` is read as the DIR|theory of --calibrate; if <CHECKPOINT> is meant",
+        ),
+    ] {
+        let output = nfold(args, here);
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains(&format!("note: {what}")), "{args:?}: {said}");
+    }
+    // nothing was taken
+    for args in [&["classify"][..], &["classify", "--json"], &["classify", "--explain=heat"], &["init", "resnet18"]] {
+        let output = nfold(args, here);
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && !said.contains("is read as"), "{args:?}: {said}");
+    }
+    fs::write(here.join("cat.jpg"), "").unwrap();
+    let file = nfold(&["classify", "--explain", "cat.jpg", "cat.jpg"], here);
+    refused(&file, "`cat.jpg` is a file; --explain takes the folder that pictures are written into");
+    refused(
+        &nfold(&["classify", "--explain", "heat", "cat.jpg"], here),
+        "--explain: `nf_regnet_cifar10` was folded without",
+    );
+    let bench = nfold(&["bench", "engine", "--rounds", "1", "./cat.jpg"], here);
+    let said = text(&bench.stderr);
+    assert!(bench.status.code() == Some(1) && said.contains("error: `./cat.jpg` is a file; name the folder"), "{said}");
+    refused(&nfold(&["spp", "cat.jpg"], here), "`cat.jpg` is a file");
+}
+
 /// A misspelt `NFOLD_` variable is reported; variables of other programs are not.
 #[test]
 fn misspelt_variables_are_told() {

@@ -90,6 +90,11 @@ fn what_names_no_class_or_image_is_refused() {
     fs::create_dir_all(here.join("empty/cat")).unwrap();
     refused(&nfold(&["eval", "empty"], here), "CLASS/IMAGE");
     refused(&nfold(&["eval", "nowhere"], here), "check the path");
+    let image = nfold(&["eval", &project("tests/data/cat.jpg")], here);
+    refused(&image, "is an image, and of one image there is no accuracy: eval takes a folder");
+    assert!(text(&image.stderr).contains("`nfold classify` classifies it"), "{}", text(&image.stderr));
+    let weights = nfold(&["eval", &project("models/nf_regnet_cifar10/model.safetensors")], here);
+    refused(&weights, "model.safetensors` is no text; give a folder");
     fs::write(here.join("one.csv"), "a.jpg\n").unwrap();
     refused(&nfold(&["eval", "one.csv"], here), "line 1: two columns");
     fs::write(here.join("other.jsonl"), "{\"image\":\"x.jpg\",\"predictions\":[{\"label\":\"cat\"}]}\n").unwrap();

@@ -113,7 +113,16 @@ pub fn open(path: &Path, use_ema: bool) -> Result<Opened, CheckpointError> {
     Ok(opened)
 }
 
-fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, CheckpointError> {
+/// Refuses a file that is something else than weights by its first bytes.
+pub fn check(path: &Path) -> Result<(), CheckpointError> {
+    if is_index(&path.to_string_lossy()) {
+        return Ok(());
+    }
+    start(&SourceFile::open(path).map_err(read(path))?).map(drop)
+}
+
+/// The first bytes, which are a file's of torch.save or safetensors.
+fn start(source: &SourceFile) -> Result<Vec<u8>, CheckpointError> {
     let path = &source.path;
     let start = source.start(512).map_err(read(path))?;
     if is_pointer(&start) {
@@ -122,7 +131,21 @@ fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, Checkp
     if let Some(what) = other_kind(&start) {
         return Err(CheckpointError::Kind { path: path.clone(), what });
     }
-    if start.starts_with(b"PK") || start.starts_with(&[0x80]) && start.get(8) != Some(&b'{') {
+    let is_safetensors = path.to_string_lossy().ends_with(".safetensors") || start.get(8) == Some(&b'{');
+    if !is_torch(&start) && !is_safetensors {
+        let what = "neither a file of torch.save nor safetensors, or cut short";
+        return Err(CheckpointError::Kind { path: path.clone(), what });
+    }
+    Ok(start)
+}
+
+fn is_torch(start: &[u8]) -> bool {
+    start.starts_with(b"PK") || start.starts_with(&[0x80]) && start.get(8) != Some(&b'{')
+}
+
+fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, CheckpointError> {
+    let path = &source.path;
+    if is_torch(&start(source)?) {
         let contents = torch::open(source, use_ema)
             .map_err(|reason| CheckpointError::Torch { path: path.clone(), reason: reason.to_string() })?;
         let mut opened = Opened {
@@ -135,11 +158,6 @@ fn one(source: &SourceFile, file: usize, use_ema: bool) -> Result<Opened, Checkp
         };
         opened.tensors.entries = contents.entries;
         return Ok(opened);
-    }
-    let name = path.to_string_lossy();
-    if !name.ends_with(".safetensors") && start.get(8) != Some(&b'{') {
-        let what = "neither a file of torch.save nor safetensors, or cut short";
-        return Err(CheckpointError::Kind { path: path.clone(), what });
     }
     let header = safetensors_file::read(source, file)
         .map_err(|e| CheckpointError::Weights { path: path.clone(), reason: e.to_string() })?;

@@ -196,6 +196,22 @@ pub struct OpenOptions {
     pub use_ema: bool,
 }
 
+impl OpenOptions {
+    /// Refuses a given architecture that isn't known, or isn't what the configuration in this file says.
+    fn check_architecture(&self, told: Option<(&Path, &str)>) -> Result<(), CheckpointError> {
+        let Some(given) = &self.architecture else { return Ok(()) };
+        if let Err(unknown @ NetError::UnknownArchitecture { .. }) = Network::plan(given, &Map::new()) {
+            return Err(unknown.into());
+        }
+        match told {
+            Some((path, found)) if nets::base_name(given) != nets::base_name(found) => {
+                Err(CheckpointError::OtherArchitecture { given: given.clone(), found: found.into(), path: path.into() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Source of class names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LabelChoice {
@@ -233,8 +249,17 @@ impl Checkpoint {
         Self::open_with(path, &OpenOptions::default())
     }
 
-    /// As [`open`](Self::open), with the user's options.
-    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
+    /// Refuses what can't be opened by its names, its configuration and its first bytes, without reading the weights.
+    pub fn check(path: &Path, options: &OpenOptions) -> Result<(), CheckpointError> {
+        files::check(&Self::described(path, options)?.0.weights)
+    }
+
+    /// Where the checkpoint is, and its configuration: the text, and what it says with the user's options.
+    fn described(
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<(files::Location, Vec<u8>, Option<Config>), CheckpointError> {
+        options.check_architecture(None)?;
         let at = files::locate(path)?;
         // read first, so that an unreadable configuration is the first error
         let text = at.config.as_deref().map(files::text).transpose()?.unwrap_or_default();
@@ -252,21 +277,22 @@ impl Checkpoint {
         }
         if let Some(config) = &mut config {
             config.model_args.extend(options.model_args.clone());
+            options.check_architecture(at.config.as_deref().map(|file| (file, config.architecture.as_str())))?;
             // report an unsupported network before the weights are read
             Network::plan(&config.architecture, &config.model_args)?;
         }
+        Ok((at, text, config))
+    }
+
+    /// As [`open`](Self::open), with the user's options.
+    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
+        let (at, text, config) = Self::described(path, options)?;
         let opened = files::open(&at.weights, options.use_ema)?;
         let told = config.is_some();
         let (config, architecture_from) = match config {
             Some(config) => (config, format!("architecture in {CONFIG_FILE}")),
             None => without_config(&at.weights, options, &opened)?,
         };
-        if let Some(given) = options.architecture.as_deref().filter(|_| told)
-            && nets::base_name(given) != nets::base_name(&config.architecture)
-        {
-            let path = at.config.unwrap_or_default();
-            return Err(CheckpointError::OtherArchitecture { given: given.into(), found: config.architecture, path });
-        }
         let mut checkpoint =
             Assembly { path: &at.weights, options, config, opened, told: text, source: Source::default() };
         checkpoint.source.settings.push(setting("architecture", architecture_from));
@@ -277,6 +303,7 @@ impl Checkpoint {
     pub fn check_config(text: &[u8], options: &OpenOptions) -> Result<(), CheckpointError> {
         let bad = |reason| CheckpointError::Config { path: CONFIG_FILE.into(), reason: brief(reason) };
         let mut config = Config::parse(text).map_err(bad)?;
+        options.check_architecture(Some((Path::new(CONFIG_FILE), &config.architecture)))?;
         config.model_args.extend(options.model_args.clone());
         Ok(Network::plan(&config.architecture, &config.model_args).map(drop)?)
     }

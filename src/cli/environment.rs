@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 
-use clap::error::{ContextKind, ContextValue};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command};
 
 use super::printable;
@@ -76,6 +76,27 @@ pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option
     }
     let names: Vec<String> = arguments().filter_map(variable).collect();
     if names.is_empty() { None } else { Some(format!("set in the environment: {}", names.join(", "))) }
+}
+
+/// A line about the last value that a flag has taken, where an argument without a flag is missing: the value may be meant as that.
+pub fn mistaken(error: &clap::Error, program: &Command, typed: &[String]) -> Option<String> {
+    if error.kind() != ErrorKind::MissingRequiredArgument {
+        return None;
+    }
+    let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else { return None };
+    let missing = missing.iter().find(|name| name.starts_with('<'))?;
+    let command = command_of(program, typed);
+    let flag = |word: &str| {
+        let is_it = |argument: &&Arg| match (word.strip_prefix("--"), word.strip_prefix('-')) {
+            (Some(long), _) => argument.get_long() == Some(long),
+            (None, Some(short)) => argument.get_short().is_some_and(|letter| short == letter.to_string()),
+            (None, None) => false,
+        };
+        command.get_arguments().find(is_it).filter(|argument| argument.get_action().takes_values())
+    };
+    let (argument, value) = typed.windows(2).rev().find_map(|pair| Some((flag(&pair[0])?, &pair[1])))?;
+    let (long, name) = (argument.get_long()?, argument.get_value_names()?.first()?);
+    Some(format!("`{value}` is read as the {name} of --{long}; if {missing} is meant, name the {name} before it"))
 }
 
 /// The subcommand on the command line.

@@ -135,6 +135,8 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
     for network in &args.networks {
         if network.join(CONFIG_FILE).is_file() {
             checkpoint(network, args, &mut findings)?;
+        } else if network.is_file() {
+            bail!("`{}` is a file; name a checkpoint's folder, a version folder or a model", network.display());
         } else {
             let model = if network.join(MANIFEST_FILE).is_file() {
                 ModelDir::open_path(network)?

@@ -73,6 +73,9 @@ fn graph(text: &str, rest: &str, variant: &str, repository: &Path, seed: u64) ->
     if path.join(CONFIG_FILE).is_file() {
         return folded(&Checkpoint::open(path)?, &options, variant);
     }
+    if !is_architecture && path.is_file() {
+        bail!("`{name}` is a file; name the folder that it is in, or an ONNX file with --onnx");
+    }
     if !is_architecture {
         bail!(
             "`{name}` is neither a folder with {CONFIG_FILE} or {MANIFEST_FILE}, nor a model of the repository, nor an \

@@ -134,7 +134,8 @@ impl Search {
     }
 }
 
-fn is_image(path: &Path) -> bool {
+/// Whether a file's name is an image's.
+pub fn is_image(path: &Path) -> bool {
     let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
     extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
 }

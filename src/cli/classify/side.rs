@@ -42,7 +42,7 @@ impl Features {
         let shown = printable::path(path);
         let Some(width) = model.manifest.features else {
             bail!(
-                "`{}` was folded without the output `features`; fold it again with --outputs logits,features",
+                "--features: `{}` was folded without the output `features`; fold it again with --outputs logits,features",
                 model.name
             );
         };
@@ -148,16 +148,22 @@ impl<'a> Heat<'a> {
         maps: Option<&'a Result<ClassMaps, &'static str>>,
         images: usize,
     ) -> anyhow::Result<Self> {
+        let shown = printable::path(folder);
+        if folder.is_file() {
+            bail!("`{shown}` is a file; --explain takes the folder that pictures are written into, before the images");
+        }
         let (Some([_, height, width]), Some(maps)) = (model.manifest.map, maps) else {
             bail!(
-                "`{}` was folded without the output `map`; fold it again with --outputs logits,features,map",
+                "--explain: `{}` was folded without the output `map`; fold it again with --outputs logits,features,map",
                 model.name
             );
         };
         let maps = maps.as_ref().map_err(|reason| {
-            anyhow!("`{}` has no class activation maps: {reason}, and a map is exact for means alone", model.name)
+            anyhow!(
+                "--explain: `{}` has no class activation maps: {reason}, and a map is exact for means alone",
+                model.name
+            )
         })?;
-        let shown = printable::path(folder);
         fs::create_dir_all(folder).map_err(|e| anyhow!("can't make `{shown}`: {e}; check --explain"))?;
         Ok(Self {
             folder: folder.into(),

@@ -33,6 +33,12 @@ pub struct Sample {
 pub fn read(data: &Path, hidden: bool) -> anyhow::Result<Vec<Sample>> {
     let shown = printable::path(data);
     let there = fs::metadata(data).map_err(|e| anyhow!("can't read `{shown}`: {e}; check the path"))?;
+    if !there.is_dir() && search::is_image(data) {
+        bail!(
+            "`{shown}` is an image, and of one image there is no accuracy: eval takes a folder with a folder of images for each class \
+             (CLASS/IMAGE), or a table of path,class; `nfold classify` classifies it"
+        );
+    }
     let samples = if there.is_dir() { folder(data, hidden)? } else { table(data, there.len())? };
     if samples.is_empty() {
         bail!("`{shown}` names no image; give a folder with a folder for each class, or a table of path,class");
@@ -94,7 +100,12 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
     let mut samples = Vec::new();
     let base = path.parent().unwrap_or(Path::new(""));
     for (row, record) in reader.map_err(|e| anyhow!("can't read `{shown}`: {e}"))?.into_records().enumerate() {
-        let record = record.map_err(|e| bad(row as u64 + 1, e.to_string()))?;
+        let record = record.map_err(|e| match e.kind() {
+            csv::ErrorKind::Utf8 { .. } => {
+                anyhow!("`{shown}` is no text; give a folder of CLASS/IMAGE, or a table of path,class")
+            }
+            _ => bad(row as u64 + 1, e.to_string()),
+        })?;
         let line = record.position().map_or(row as u64 + 1, csv::Position::line);
         let (Some(image), Some(class)) = (record.get(0).filter(|i| !i.is_empty()), record.get(1)) else {
             return Err(bad(line, "two columns are needed".into()));
