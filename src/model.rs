@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use self::golden::Golden;
 pub use self::preprocessing::{Colors, CropMode, Interpolation, Preprocessing};
 pub use self::quantisation::{MapRange, Quantisation, RangeMethod};
-pub use self::repository::{LeftOut, Listing, list};
+pub use self::repository::{LeftOut, Listing, check as check_repository, list};
 pub use self::scoring::{ScoreFunction, Scoring};
 pub use self::source::{Source, SourceSetting};
 use crate::files::{self, DraftFolder};
@@ -51,6 +51,9 @@ pub enum ModelError {
         "model repository `{0}` does not exist; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`"
     )]
     NoRepository(PathBuf),
+    /// Something else is where the repository should be.
+    #[error("`{0}` is no folder: a model repository is one, which `nfold fold CHECKPOINT --repository DIR` writes")]
+    NoFolder(PathBuf),
     /// Nothing is in the repository.
     #[error("repository `{0}` holds no model; fold a checkpoint into it with `nfold fold CHECKPOINT --repository {0}`")]
     Empty(PathBuf),

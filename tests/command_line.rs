@@ -157,6 +157,36 @@ fn what_cannot_be_written_is_named_before_the_work() {
     assert_eq!(left, ["file", "repository"]);
 }
 
+/// A file where a folder is meant, and the reverse, before anything listens or is computed.
+#[test]
+fn the_server_refuses_what_is_no_repository_before_its_ports_listen() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    fs::write(here.join("text.txt"), "text").unwrap();
+    fs::create_dir(here.join("empty")).unwrap();
+    let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+    let weights = project("models/nf_regnet_cifar10/model.safetensors");
+    for (args, what) in [
+        (&["--repository", "nowhere"][..], "model repository `nowhere` does not exist"),
+        (&["--repository", "text.txt"], "`text.txt` is no folder: a model repository is one"),
+        (&["text.txt"], "`text.txt` is neither a file of torch.save nor safetensors"),
+        (&["nowhere"], "`nowhere` is not here"),
+        (&["nowhere.pth"], "`nowhere.pth` is not here"),
+        (&["empty"], "empty/model.safetensors"),
+        (&[&weights, "text.txt"], "`text.txt` is neither"),
+        (&[&weights, "--arch", "nf_regnet_b7"], "the nearest that are: nf_regnet_b0"),
+    ] {
+        // one line: no port was opened
+        refused(&at_once(&[&["serve"], args, &ports[..]].concat(), here), what);
+        refused(&at_once(&[&["serve", "--check"], args].concat(), here), what);
+    }
+    // what may be skipped is told while the others load
+    let output = at_once(&[&["serve", "--skip-broken-models", "text.txt"], &ports[..]].concat(), here);
+    let said = text(&output.stderr);
+    assert!(said.contains("skipped, it can't be served: `text.txt` is neither"), "{said}");
+    assert!(said.ends_with("error: none of 1 models can be served; the log says why of each\n"), "{said}");
+}
+
 /// A flag that took the argument it was written before is named.
 #[test]
 fn an_argument_that_a_flag_took_is_named() {

@@ -22,6 +22,7 @@ use crate::infer::job::{Invariance, SchedulerOptions};
 use crate::infer::registry::{Registry, RegistryError, RegistryOptions};
 use crate::logging::{self, LogFormat};
 use crate::metrics::Metrics;
+use crate::model::check_repository;
 use crate::server::{self, Hosts, Options, Server, TlsOptions};
 use crate::sources::{Served, ServedOptions};
 
@@ -470,6 +471,13 @@ pub fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     }
     let check = args.check;
     let (options, registry, served) = args.resolve()?;
+    // before a port listens
+    match &served {
+        None => check_repository(&registry.repository)?,
+        // one that is broken is told when the others are loaded
+        Some(_) if registry.skip_broken => {}
+        Some(served) => served.check()?,
+    }
     if check {
         return check_models(registry, served);
     }

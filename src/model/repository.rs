@@ -53,13 +53,19 @@ impl std::fmt::Display for LeftOut {
     }
 }
 
+/// Refuses a repository that does not exist or is no folder, without looking into it.
+pub fn check(repository: &Path) -> Result<(), ModelError> {
+    match fs::metadata(repository) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(ModelError::NoFolder(repository.into())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(ModelError::NoRepository(repository.into())),
+        Err(e) => Err(io("read", repository)(e)),
+    }
+}
+
 /// Lists every folder of a repository. Fails only if the repository itself can't be read.
 pub fn list(repository: &Path) -> Result<Listing, ModelError> {
-    match fs::metadata(repository) {
-        Ok(metadata) if metadata.is_dir() => {}
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("read", repository)(e)),
-        _ => return Err(ModelError::NoRepository(repository.into())),
-    }
+    check(repository)?;
     let mut listing = Listing::default();
     for name in names(repository).map_err(io("read", repository))? {
         let folder = repository.join(&name);

@@ -72,6 +72,15 @@ impl Origin {
         Err(SourceError::Missing(word.into()))
     }
 
+    /// Refuses a path that is no checkpoint, without reading its weights. Nothing is asked about the hub.
+    pub fn check(&self, options: &OpenOptions) -> Result<(), SourceError> {
+        let Self::Path(path) = self else { return Ok(()) };
+        if let Some(repository) = model::repository_of(path) {
+            return Err(SourceError::Folded(path.clone(), repository));
+        }
+        Ok(Checkpoint::check(path, options)?)
+    }
+
     /// Opens the checkpoint; one on the hub is fetched first. Blocks.
     pub fn open(
         &self,

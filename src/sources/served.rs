@@ -29,6 +29,13 @@ pub struct ServedOptions {
     pub cache: Option<PathBuf>,
 }
 
+impl ServedOptions {
+    /// Refuses sources that are not here or no checkpoints, without reading their weights or asking the hub.
+    pub fn check(&self) -> Result<(), SourceError> {
+        self.sources.iter().try_for_each(|(_, path)| Origin::parse(path)?.check(&self.open))
+    }
+}
+
 /// Why a source can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServedError {
