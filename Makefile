@@ -33,6 +33,8 @@ PYTHON ?= python3
 # a program that is built already; else demo and serve build theirs
 PROGRAM ?=
 DEMO := $(or $(PROGRAM),target/debug/nfold)
+# builds target/debug/nfold and says so, unless PROGRAM is there
+BUILD = $(if $(PROGRAM),,@echo "building nfold: about 6 minutes on 2 cores the first time" >&2; cargo build --quiet --locked)
 SERVE := $(or $(PROGRAM),target/release/nfold)
 # apart from ./repository, which is the reader's
 DEMO_REPOSITORY := target/demo
@@ -45,7 +47,7 @@ LOAD_FLAGS ?=
 .PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 test-vnni simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
-	$(if $(PROGRAM),,cargo build --quiet --locked)
+	$(BUILD)
 	$(DEMO) fold models/nf_regnet_cifar10 --repository $(DEMO_REPOSITORY) --replace
 	@echo
 	$(DEMO) classify --repository $(DEMO_REPOSITORY) --top-k 3 $(PHOTOGRAPHS)
@@ -80,7 +82,7 @@ check-readme:
 
 # the same with the debug build, in some seconds
 check-readme-quick: ort
-	cargo build --quiet --locked
+	$(BUILD)
 	$(PYTHON) tests/readme.py --quick $(DEMO)
 
 # wheel, tarball, .deb, SBOM and checksums into dist/
@@ -95,7 +97,7 @@ compare-pillow: target/pillow/installed
 	PYTHONPATH=target/pillow $(PYTHON) tests/data/preprocess/compare_pillow.py
 
 eval: ort
-	$(if $(PROGRAM),,cargo build --quiet --locked)
+	$(BUILD)
 	$(DEMO) fold models/nf_regnet_cifar10 --repository $(DEMO_REPOSITORY) --replace --json > /dev/null
 	$(PYTHON) tests/data/timm_answers.py > $(DEMO_REPOSITORY).timm.jsonl
 	$(DEMO) eval tests/data/cifar10 --repository $(DEMO_REPOSITORY) --against $(DEMO_REPOSITORY).timm.jsonl
@@ -178,7 +180,7 @@ target/manifests/installed: deploy/schemas.txt
 	touch $@
 
 docs:
-	cargo build --quiet --locked
+	$(BUILD)
 	$(DEMO) docs > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
 
