@@ -14,6 +14,7 @@
 #   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
 #   make check-all         what is too long for every change: all sets of features, all published checkpoints up to 80 M
 #                          parameters, and the long runs: simulate, mutants, mutation, fuzz (5 minutes a door), soak, rehearsal
+#   make check-portable    compiles as on a processor that is no x86-64, without its kernels
 #   make check-features    every set of features compiles without a warning
 #   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
 #                          memory and descriptors
@@ -44,7 +45,7 @@ BENCH := target/bench
 ENGINE_FLAGS ?=
 LOAD_FLAGS ?=
 
-.PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 test-vnni simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-features check-manifests docs tools ort ort-gpu check-all
+.PHONY: dist check-dist check-readme check-readme-quick bench demo test test-avx2 test-vnni simulate mutants mutation fuzz compare-pillow bench-pixels eval serve rehearsal test-otel soak check-deny check-portable check-features check-manifests docs tools ort ort-gpu check-all
 
 demo: ort
 	$(BUILD)
@@ -153,6 +154,14 @@ check-features:
 	for features in gpu otel gpu,otel; do cargo clippy --locked --all-targets --features $$features -- -D warnings || exit 1; done
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	! cargo tree --locked --no-default-features --edges normal --prefix none | grep -E '^(ureq|hf-hub|reqwest) '
+
+# a copy in which no processor is an x86-64, so that no other standard library is needed; what only its kernels use is unused there
+check-portable:
+	rm -rf target/portable && mkdir -p target/portable
+	ln -s $(addprefix ../../,$(filter-out src target,$(wildcard *))) target/portable
+	cp -r src target/portable/src
+	grep -rlZ 'target_arch = "x86_64"' target/portable/src | xargs -0 sed -i 's/target_arch = "x86_64"/target_arch = "riscv64"/g'
+	cargo clippy --locked --lib --bins --manifest-path target/portable/Cargo.toml --target-dir target -- -A warnings
 
 soak: ort
 	cargo test --locked --test tests -- --ignored --nocapture --test-threads 1 soak:: overload::

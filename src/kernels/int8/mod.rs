@@ -10,8 +10,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
-#[cfg(target_arch = "x86_64")]
 pub mod conv_shape;
+#[cfg(target_arch = "x86_64")]
 mod dense;
 mod dispatch;
 pub mod float_conv;
