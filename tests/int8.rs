@@ -18,7 +18,7 @@ use nfold::kernels::int8::processor::Processor;
 use nfold::kernels::int8::{Band, Conv, Output, Pool, SLACK, ToBytes, reference};
 use nfold::model::golden::{digest, images};
 use nfold::model::{Gate, ModelDir, RangeMethod};
-use nfold::pb::onnx::{GraphProto, ModelProto};
+use nfold::pb::onnx::{GraphProto, ModelProto, NodeProto};
 use prost::Message as _;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -430,6 +430,80 @@ fn maps_that_are_made_twice_are_named() {
     graph.node[second].output[0] = graph.node[first].output[0].clone();
     let fitted = Fitted::for_this_cpu(model.encode_to_vec(), Kernels::Own);
     assert!(OrtBackend::open_fitted(&fitted, "twice", &EngineOptions::default()).is_err());
+}
+
+/// What a file may repeat is bounded: neither memory nor an error grows with the number of maps times the length of a name.
+#[test]
+fn long_names_and_many_outputs_are_refused_in_few_words() {
+    let refusal = |change: &dyn Fn(&mut GraphProto)| {
+        let mut model = ModelProto::decode(&quantised("nf_regnet_small")[..]).unwrap();
+        change(model.graph.as_mut().unwrap());
+        let error = lower(&model.encode_to_vec()).unwrap_err().to_string();
+        assert!(error.len() < 2000, "{} bytes: {}", error.len(), error.chars().take(2000).collect::<String>());
+        error
+    };
+    let relu = |name: &str, input: &str, output: Vec<String>| NodeProto {
+        name: name.into(),
+        op_type: "Relu".into(),
+        input: vec![input.into()],
+        output,
+        ..NodeProto::default()
+    };
+    let numbered = || (0..20_000).map(|i| format!("o{i}")).collect();
+    let long = "a".repeat(1 << 20);
+    // each output times the name would be 20 GB
+    let error = refusal(&|graph| graph.node.push(relu(&long, "input", numbered())));
+    assert!(error.contains("a name in it has 1048576 bytes, at most 512 are read"), "{error}");
+    let error = refusal(&|graph| graph.node.push(relu("many", "input", numbered())));
+    assert!(error.contains("`Relu` at `many`: it has not one output"), "{error}");
+    let twice = || vec!["o".to_string(); 20_000];
+    let error = refusal(&|graph| graph.node.push(relu("many", "input", twice())));
+    assert!(error.contains("`o` is made twice, by `Relu` at `many` and by `Relu` at `many`"), "{error}");
+    // as would be a map that many operators read by a short name
+    for change in [
+        &|graph: &mut GraphProto| graph.node[0].input[0].clone_from(&long),
+        &|graph: &mut GraphProto| graph.node[0].output[0].clone_from(&long),
+        &|graph: &mut GraphProto| graph.node[0].op_type.clone_from(&long),
+        &|graph: &mut GraphProto| graph.input[0].name.clone_from(&long),
+        &|graph: &mut GraphProto| graph.output[0].name.clone_from(&long),
+        &|graph: &mut GraphProto| graph.initializer[0].name.clone_from(&long),
+    ] as [&dyn Fn(&mut GraphProto); 6]
+    {
+        assert!(refusal(change).contains("a name in it has 1048576 bytes"));
+    }
+}
+
+/// An output or input without a name is one that is left out, not one map that many share.
+#[test]
+fn outputs_without_a_name_are_left_out() {
+    let onnx = quantised("nf_regnet_small");
+    let changed = |change: &dyn Fn(&mut GraphProto)| {
+        let mut model = ModelProto::decode(&onnx[..]).unwrap();
+        change(model.graph.as_mut().unwrap());
+        lower(&model.encode_to_vec())
+    };
+    let image = images([3, SIDE, SIDE]).next().unwrap();
+    let logits = |network: &Network| {
+        let (mut logits, mut memory) = (vec![0.0; network.classes], Memory::default());
+        let answers = Answers { logits: &mut logits, features: None, map: None };
+        network.run(&image, &mut memory, answers, (1, &one_by_one), &mut |_| {});
+        logits
+    };
+    let with_more = changed(&|graph| {
+        graph.node.iter_mut().filter(|node| node.op_type == "Conv").for_each(|node| node.output.push(String::new()));
+    });
+    assert_eq!(logits(&with_more.unwrap()), logits(&lower(&onnx).unwrap()));
+    let convolution = |graph: &GraphProto| graph.node.iter().position(|node| node.op_type == "Conv").unwrap();
+    let nothing = changed(&|graph| {
+        let at = convolution(graph);
+        graph.node[at].output[0].clear();
+    });
+    assert!(nothing.unwrap_err().to_string().contains("it has not one output"));
+    let unnamed = changed(&|graph| {
+        let at = convolution(graph);
+        graph.node[at].input[0].clear();
+    });
+    assert!(unnamed.unwrap_err().to_string().contains("an input is missing"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A folded network as the operators that int8 covers, with quantised maps or without.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use super::Int8Error;
 use super::constants::{Constants, INT8, UINT8, number, real, says, sizes};
@@ -38,6 +39,9 @@ const LARGEST_SIDE: usize = 1 << 10;
 
 /// Most operators of a network.
 const MOST_OPERATORS: usize = 1 << 14;
+
+/// Most bytes of a name: far more than any layer's has.
+const LONGEST_NAME: usize = 1 << 9;
 
 /// What an operator does.
 #[derive(Debug, Clone, PartialEq)]
@@ -134,6 +138,7 @@ impl Operators {
     /// Reads a graph.
     pub fn read(graph: &GraphProto) -> Result<Self, Int8Error> {
         let unreadable = |reason: &str| Int8Error::Unreadable(reason.into());
+        short_names(graph)?;
         let [input] = graph.input.as_slice() else { return Err(unreadable("it has not one input")) };
         let sides = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref()).and_then(|t| t.shape.as_ref());
         let sides: Vec<Option<usize>> = sides.map_or(Vec::new(), |shape| {
@@ -236,8 +241,13 @@ impl<'a> Reading<'a> {
     /// The next operator of the graph, in its order.
     fn node(&mut self, node: &'a NodeProto) -> Result<(), Int8Error> {
         let uncovered = |reason| Int8Error::uncovered(&node.op_type, &node.name, reason);
-        let [output] = node.output.as_slice() else { return Err(uncovered("it has not one output")) };
-        let input = |i: usize| node.input.get(i).map(String::as_str).ok_or_else(|| uncovered("an input is missing"));
+        // without a name: left out
+        let output = match node.output.as_slice() {
+            [output, others @ ..] if !output.is_empty() && others.iter().all(String::is_empty) => output,
+            _ => return Err(uncovered("it has not one output")),
+        };
+        let given = |i: usize| node.input.get(i).map(String::as_str).filter(|name| !name.is_empty());
+        let input = |i: usize| given(i).ok_or_else(|| uncovered("an input is missing"));
         let first = input(0)?;
         // only gates that mix channels read what was reshaped
         let takes = |i: usize| match node.op_type.as_str() {
@@ -362,19 +372,54 @@ impl<'a> Reading<'a> {
     }
 }
 
-/// Refuses a graph in which a name is of two maps or constants: who reads it would depend on their order.
+/// What makes a map.
+#[derive(Clone, Copy)]
+enum Maker<'a> {
+    Input,
+    Constant,
+    Node(&'a NodeProto),
+}
+
+impl fmt::Display for Maker<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input => f.write_str("the input"),
+            Self::Constant => f.write_str("a constant"),
+            Self::Node(node) => write!(f, "`{}` at `{}`", node.op_type, node.name),
+        }
+    }
+}
+
+/// Refuses a graph in which a name is of two maps or constants: who reads it would depend on their order. An output without a
+/// name is one that is left out.
 fn made_once(graph: &GraphProto) -> Result<(), Int8Error> {
-    let inputs = graph.input.iter().map(|input| (&input.name, "the input".to_string()));
-    let constants = graph.initializer.iter().map(|tensor| (&tensor.name, "a constant".to_string()));
-    let maker = |node: &NodeProto| format!("`{}` at `{}`", node.op_type, node.name);
-    let maps = graph.node.iter().flat_map(|node| node.output.iter().map(move |output| (output, maker(node))));
+    let inputs = graph.input.iter().map(|input| (&input.name, Maker::Input));
+    let constants = graph.initializer.iter().map(|tensor| (&tensor.name, Maker::Constant));
+    let made = |node| move |output| (output, Maker::Node(node));
+    let maps = graph.node.iter().flat_map(|node| node.output.iter().filter(|name| !name.is_empty()).map(made(node)));
     let mut makers = HashMap::new();
     for (map, second) in inputs.chain(constants).chain(maps) {
-        if let Some(first) = makers.insert(map, second.clone()) {
+        if let Some(first) = makers.insert(map.as_str(), second) {
             return Err(Int8Error::MadeTwice { map: map.clone(), makers: format!("{first} and by {second}") });
         }
     }
     Ok(())
+}
+
+/// Refuses names longer than any network's: operators and errors repeat them.
+fn short_names(graph: &GraphProto) -> Result<(), Int8Error> {
+    let of_node = |node: &NodeProto| {
+        let maps = node.input.iter().chain(&node.output).map(String::len).max();
+        node.name.len().max(node.op_type.len()).max(maps.unwrap_or(0))
+    };
+    let ends = graph.input.iter().chain(&graph.output).map(|end| end.name.len());
+    let constants = graph.initializer.iter().map(|tensor| tensor.name.len());
+    match ends.chain(constants).chain(graph.node.iter().map(of_node)).max() {
+        Some(bytes) if bytes > LONGEST_NAME => {
+            Err(Int8Error::Unreadable(format!("a name in it has {bytes} bytes, at most {LONGEST_NAME} are read")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The window of an operator over height and width.
