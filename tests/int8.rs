@@ -560,14 +560,26 @@ fn int8_is_folded_served_and_compared() {
     ] {
         assert!(said.lines().any(|line| line == stage), "{stage}: {said}");
     }
-    // a version that is there is refused before anything is calibrated: there is nothing that it could be
+    // the same again is the same, as in single precision
+    let written = fs::read(here.join("repository/demo8/1/model.onnx")).unwrap();
+    let again = nfold(&int8, here);
+    let said = text(&again.stderr);
+    assert!(again.status.success() && said.contains("unchanged: "), "{said}");
+    assert!(written == fs::read(here.join("repository/demo8/1/model.onnx")).unwrap());
+    // what contradicts what is recorded of its calibration is refused before anything is calibrated
+    let due = "exists already; choose another --model-version, or replace it with --replace";
+    for extra in [&["--range-method", "min_max"][..], &["--keep", "stem"]] {
+        refused(&nfold(&[&int8[..], extra].concat(), here), due);
+    }
+    let noise = ["fold", &demo, "--name", "demo8", "--precision", "int8", "--calibrate", "theory"];
+    refused(&nfold(&noise, here), due);
+    // so is a folder of fewer photographs, and a version in another precision
     fs::create_dir(here.join("none")).unwrap();
     let again = |name: &str, extra: &[&str]| {
         let args = ["fold", &demo, "--name", name, "--precision", "int8", "--calibrate", "none"];
         nfold(&[&args[..], extra].concat(), here)
     };
     for name in ["demo8", "demo"] {
-        let due = "exists already; choose another --model-version, or replace it with --replace";
         refused(&again(name, &[]), due);
         refused(&again(name, &["--replace"]), "`none` holds no photographs");
         refused(&again(name, &["--model-version", "2"]), "`none` holds no photographs");

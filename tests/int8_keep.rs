@@ -246,6 +246,12 @@ fn theory_records_no_agreement() {
     for absent in ["agreement", "agreement_interval", "tried", "held_out", "top1"] {
         assert!(!said.contains_key(absent), "{absent}: {}", said[absent]);
     }
+    // the same again, by a name that means the same layers
+    let again = nfold(&[&args[..9], &["stem.conv"]].concat(), here);
+    assert!(again.status.success() && text(&again.stderr).contains("unchanged: "), "{}", text(&again.stderr));
+    for keep in [&[][..], &["--keep", "stem,final_conv"], &["--keep", "logits"]] {
+        refused(&nfold(&[&args[..8], keep].concat(), here), "exists already; choose another --model-version");
+    }
     let inspected = text(&nfold(&["inspect", "theory"], here).stdout);
     assert!(inspected.contains("images of noise") && inspected.contains("agreement      not measured"), "{inspected}");
 }

@@ -17,9 +17,9 @@ use super::images::ImageArgs;
 use super::printable::{self, say};
 use crate::checkpoint::Checkpoint;
 use crate::fold::{FoldOptions, FoldedFile, Size};
-use crate::model::{Colors, Precision, Preprocessing, RangeMethod, Staging, golden};
+use crate::model::{Colors, Precision, Preprocessing, Quantisation, RangeMethod, Staging, golden};
 use crate::pixels::{DecodeMemory, Decoder, Preprocessor};
-use crate::sources::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, Stage, fold_quantised};
+use crate::sources::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, Stage, fold_quantised, is_below};
 
 /// Options of integers.
 #[derive(Debug, Args)]
@@ -98,7 +98,7 @@ impl Images {
         if let Some(image) = self.kept.borrow().get(&i) {
             return Ok(image.clone());
         }
-        let Found { path, refused } = &self.found[i];
+        let Found { path, refused, .. } = &self.found[i];
         let image = match refused {
             Some(reason) => Err(reason.clone()),
             None => self.decode(path),
@@ -181,6 +181,30 @@ impl CalibrateArgs {
             );
         };
         Ok(folder)
+    }
+
+    /// Whether folding with these flags can give the network that this is recorded of: nothing recorded contradicts them.
+    pub fn may_give(&self, recorded: &Quantisation) -> bool {
+        let (Ok(folder), Ok(keep)) = (self.folder(), self.keep()) else { return false };
+        let has = |layers: &[String], name: &String| layers.iter().any(|layer| is_below(layer, name));
+        let may_keep = match &keep {
+            Keep::Auto => true,
+            Keep::Layers(names) => {
+                let is_named = |layer: &String| names.iter().any(|name| is_below(layer, name));
+                recorded.keep.iter().all(is_named) && names.iter().all(|name| has(&recorded.keep, name))
+            }
+        };
+        if !may_keep || self.range_method.is_some_and(|method| method != recorded.method) {
+            return false;
+        }
+        if recorded.theory || folder.as_os_str() == THEORY {
+            return recorded.theory && folder.as_os_str() == THEORY;
+        }
+        let tried = self.range_method.map_or(RangeMethod::ALL.len(), |_| 1);
+        let mut search = Search::new(false);
+        // what can't be read may be among those that are there
+        let photographs = search.folder(folder).map_or(0, |()| search.found.len() as u64);
+        recorded.tried.len() == tried && photographs >= u64::from(recorded.images) + u64::from(recorded.held_out)
     }
 
     /// The layers that stay in single precision.
@@ -382,7 +406,8 @@ fn classes(folder: &Path, found: &[Found], labels: &[String], classes: usize) ->
         samples.push(Sample { name: String::new(), found: found.clone(), class: class(found)? });
     }
     let known = resolve(&samples, labels, classes)?;
-    Ok(samples.iter().map(|sample| known[&sample.class]).collect())
+    // only that of a folder that can't be searched is unknown, and no photograph's
+    Ok(samples.iter().map(|sample| known.get(&sample.class).copied().unwrap_or_default()).collect())
 }
 
 /// A bar on a terminal, a line for each stage elsewhere.

@@ -72,14 +72,14 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
         Origin::Path(_) => args.name.as_deref(),
     };
     if let Some(name) = known {
-        check_target(&target(name), options.precision, None)?;
+        check_target(&target(name), (options.precision, &args.calibrate), None)?;
     }
     // kept until the checkpoint is read: it may be a temporary folder
     let spare = if matches!(origin, Origin::Hub(_)) { Some(FoldCache::open(None)?) } else { None };
     let hub = || HubOptions::from_environment(spare.as_ref().map_or(Path::new("."), FoldCache::folder));
     let checkpoint = origin.open(&args.source.options(), hub, &mut |event| progress.show(event))?;
     let target = target(args.name.as_deref().unwrap_or(&checkpoint.name));
-    check_target(&target, options.precision, Some(&checkpoint.sha256))?;
+    check_target(&target, (options.precision, &args.calibrate), Some(&checkpoint.sha256))?;
     let staging = Staging::new(&args.repository)?;
     let folded = match options.precision {
         Precision::Int8 => args.calibrate.fold(&checkpoint, &options, &staging)?,
@@ -114,14 +114,18 @@ pub fn run(args: &FoldArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Refuses a target before the work for it is done. A version that is there is refused later if it can still turn out to be the
-/// same model; with integers that would take the whole calibration, and is not asked.
-fn check_target(target: &Target<'_>, precision: Precision, sha256: Option<&str>) -> Result<(), ModelError> {
+/// same model: one of this precision and checkpoint, of integers also of such a calibration.
+fn check_target(
+    target: &Target<'_>,
+    (precision, calibrate): (Precision, &CalibrateArgs),
+    sha256: Option<&str>,
+) -> Result<(), ModelError> {
     target.check_repository()?;
     match target.folder() {
         Err(ModelError::Exists(path)) => {
             let may_be_same = |there: &Manifest| {
-                precision != Precision::Int8
-                    && there.precision == precision
+                there.precision == precision
+                    && there.quantisation.as_ref().is_none_or(|recorded| calibrate.may_give(recorded))
                     && sha256.is_none_or(|sha256| there.source_sha256 == sha256)
             };
             match ModelDir::open_path(&path) {

@@ -44,6 +44,11 @@ enum Origin {
     SameAs(String),
 }
 
+/// Whether a layer has this name, or is below it.
+pub fn is_below(layer: &str, name: &str) -> bool {
+    layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
 impl Plan {
     /// Reads a folded graph; `image` is the range of the numbers of images.
     pub fn new(onnx: &[u8], image: (f32, f32)) -> Result<Self, Int8Error> {
@@ -125,9 +130,7 @@ impl Plan {
 
     /// The layers that a name means: that one, or those below it, such as `stages.3`. Otherwise the nearest names there are.
     pub fn named(&self, name: &str) -> Result<Vec<&str>, String> {
-        let is_below =
-            |layer: &str| layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        let found: Vec<&str> = self.layers().filter(|layer| is_below(layer)).collect();
+        let found: Vec<&str> = self.layers().filter(|layer| is_below(layer, name)).collect();
         if !found.is_empty() {
             return Ok(found);
         }

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 pub use self::cache::{CacheError, FoldCache};
 pub use self::folding::{FoldingError, fold_verified};
-pub use self::quantising::{Calibration, Gain, Guard, Keep, Quantised, QuantisingError, Stage, fold_quantised};
+pub use self::quantising::{
+    Calibration, Gain, Guard, Keep, Quantised, QuantisingError, Stage, fold_quantised, is_below,
+};
 pub use self::served::{Served, ServedOptions};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError, OpenOptions, WEIGHTS_FILE};
 use crate::hub::{self, Event, HubError, HubId, HubOptions};

@@ -20,6 +20,7 @@ use crate::engine::{
 use crate::fold::{FoldOptions, FoldedFile};
 use crate::int8::Int8Error;
 use crate::int8::quantise::Plan;
+pub use crate::int8::quantise::is_below;
 use crate::int8::ranges::Ranges;
 use crate::model::{
     Gate, Golden, INPUT, ModelError, OUTPUT, Precision, Preprocessing, Quantisation, RangeMethod, Staging,
