@@ -192,6 +192,8 @@ fn the_server_refuses_what_is_no_repository_before_its_ports_listen() {
 fn an_argument_that_a_flag_took_is_named() {
     let folder = with_demo();
     let here = folder.path();
+    fs::write(here.join("test.csv"), "a.jpg,cat\n").unwrap();
+    fs::write(here.join("a.safetensors"), "").unwrap();
     for (args, what) in [
         (
             &["classify", "--explain", "cat.jpg"][..],
@@ -201,11 +203,22 @@ fn an_argument_that_a_flag_took_is_named() {
             &["classify", "--features", "cat.jpg", "--json"],
             "`cat.jpg` is read as the FILE of --features; if <IMAGE>...",
         ),
-        (&["classify", "-k", "3"], "`3` is read as the K of --top-k; if <IMAGE>..."),
-        (&["eval", "--report", "photos"], "`photos` is read as the DIR of --report; if <DATA> is meant, name the DIR"),
+        // not the flag that is last
         (
-            &["fold", "--calibrate", "photos"],
-            "`photos` is read as the DIR|theory of --calibrate; if <CHECKPOINT> is meant",
+            &["classify", "--explain", "cat.jpg", "--top-k", "3"],
+            "`cat.jpg` is read as the DIR of --explain; if <IMAGE>...",
+        ),
+        (
+            &["classify", "--repository", "repository", "--features", "cat.jpg", "--model", "m"],
+            "`cat.jpg` is read as the FILE of --features; if <IMAGE>...",
+        ),
+        (
+            &["eval", "--report", "test.csv"],
+            "`test.csv` is read as the DIR of --report; if <DATA> is meant, name the DIR",
+        ),
+        (
+            &["fold", "--calibrate", "a.safetensors"],
+            "`a.safetensors` is read as the DIR|theory of --calibrate; if <CHECKPOINT> is meant",
         ),
     ] {
         let output = nfold(args, here);
@@ -213,7 +226,18 @@ fn an_argument_that_a_flag_took_is_named() {
         assert!(output.status.code() == Some(2) && said.contains(&format!("note: {what}")), "{args:?}: {said}");
     }
     // nothing was taken
-    for args in [&["classify"][..], &["classify", "--json"], &["classify", "--explain=heat"], &["init", "resnet18"]] {
+    for args in [
+        &["classify"][..],
+        &["classify", "--json"],
+        &["classify", "--explain=heat"],
+        &["classify", "-k", "3"],
+        &["classify", "--repository", "repository"],
+        &["classify", "--model", "nf_regnet_cifar10"],
+        &["classify", "--output", "test.csv", "--explain", "heat"],
+        &["eval", "--report", "page"],
+        &["fold", "--labels", "test.csv", "--name", "cat.jpg"],
+        &["init", "resnet18"],
+    ] {
         let output = nfold(args, here);
         let said = text(&output.stderr);
         assert!(output.status.code() == Some(2) && !said.contains("is read as"), "{args:?}: {said}");
@@ -229,6 +253,12 @@ fn an_argument_that_a_flag_took_is_named() {
     let said = text(&bench.stderr);
     assert!(bench.status.code() == Some(1) && said.contains("error: `./cat.jpg` is a file; name the folder"), "{said}");
     refused(&nfold(&["spp", "cat.jpg"], here), "`cat.jpg` is a file");
+    // a model of the repository is meant, whatever else is called so
+    fs::write(here.join("nf_regnet_cifar10"), "").unwrap();
+    let spp = nfold(&["spp", "nf_regnet_cifar10", "--count", "2"], here);
+    assert!(spp.status.success(), "{}", text(&spp.stderr));
+    let bench = nfold(&["bench", "engine", "--rounds", "1", "nf_regnet_cifar10"], here);
+    assert!(!text(&bench.stderr).contains("is a file"), "{}", text(&bench.stderr));
 }
 
 /// A misspelt `NFOLD_` variable is reported; variables of other programs are not.

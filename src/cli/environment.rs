@@ -5,10 +5,12 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command};
 
+use super::classify::search;
 use super::printable;
 
 /// The command, ignoring every variable that counts as not set.
@@ -78,7 +80,8 @@ pub fn blame(error: &clap::Error, program: &Command, typed: &[String]) -> Option
     if names.is_empty() { None } else { Some(format!("set in the environment: {}", names.join(", "))) }
 }
 
-/// A line about the last value that a flag has taken, where an argument without a flag is missing: the value may be meant as that.
+/// A line about the value of a flag that takes a file or folder, where an argument without a flag is missing, and the value looks
+/// like that: an image where images are missing, a file that a flag for folders has taken.
 pub fn mistaken(error: &clap::Error, program: &Command, typed: &[String]) -> Option<String> {
     if error.kind() != ErrorKind::MissingRequiredArgument {
         return None;
@@ -94,8 +97,19 @@ pub fn mistaken(error: &clap::Error, program: &Command, typed: &[String]) -> Opt
         };
         command.get_arguments().find(is_it).filter(|argument| argument.get_action().takes_values())
     };
-    let (argument, value) = typed.windows(2).rev().find_map(|pair| Some((flag(&pair[0])?, &pair[1])))?;
-    let (long, name) = (argument.get_long()?, argument.get_value_names()?.first()?);
+    let taken = |pair: &'_ [String]| -> Option<(String, String, String)> {
+        let (argument, value) = (flag(&pair[0])?, &pair[1]);
+        let (long, name) = (argument.get_long()?, argument.get_value_names()?.first()?);
+        let takes = |kind| name.split('|').any(|word| word == kind);
+        let is_image = missing.starts_with("<IMAGE>") && search::is_image(Path::new(value));
+        let is_meant = match (takes("DIR"), takes("FILE")) {
+            (true, _) => is_image || Path::new(value).is_file(),
+            (false, true) => is_image,
+            (false, false) => false,
+        };
+        if is_meant { Some((long.into(), name.to_string(), value.clone())) } else { None }
+    };
+    let (long, name, value) = typed.windows(2).find_map(taken)?;
     Some(format!("`{value}` is read as the {name} of --{long}; if {missing} is meant, name the {name} before it"))
 }
 

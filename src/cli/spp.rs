@@ -16,7 +16,7 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint, init};
 use crate::engine::Batch;
 use crate::files::{DraftFile, DraftFolder};
 use crate::fold::{FoldError, FoldOptions, Folded, SideOutputs, Size, fold};
-use crate::model::{MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing, regular_file};
+use crate::model::{self, MANIFEST_FILE, Manifest, ModelDir, Precision, Preprocessing, regular_file};
 use crate::nets::activation::{ACTIVATIONS, Activation};
 use crate::pixels::{Decoder, Preprocessor};
 use crate::spp::health::{self, Limits, Problem};
@@ -132,10 +132,14 @@ pub fn run(args: &SppArgs) -> anyhow::Result<ExitCode> {
         let profile = at_initialisation(spec, args)?;
         findings.profiles.push(profile);
     }
+    let in_repository = |network: &Path| {
+        let listing = model::list(&args.repository);
+        listing.is_ok_and(|listing| listing.models.contains_key(network.to_string_lossy().as_ref()))
+    };
     for network in &args.networks {
         if network.join(CONFIG_FILE).is_file() {
             checkpoint(network, args, &mut findings)?;
-        } else if network.is_file() {
+        } else if network.is_file() && !in_repository(network) {
             bail!("`{}` is a file; name a checkpoint's folder, a version folder or a model", network.display());
         } else {
             let model = if network.join(MANIFEST_FILE).is_file() {
