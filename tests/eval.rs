@@ -95,6 +95,11 @@ fn what_names_no_class_or_image_is_refused() {
     assert!(text(&image.stderr).contains("`nfold classify` classifies it"), "{}", text(&image.stderr));
     let weights = nfold(&["eval", &project("models/nf_regnet_cifar10/model.safetensors")], here);
     refused(&weights, "model.safetensors` is no text; give a folder");
+    fs::write(here.join("latin.csv"), b"a.jpg,cat\nb.jpg,\xe9\n").unwrap();
+    refused(&nfold(&["eval", "latin.csv"], here), "latin.csv`, line 2 is not UTF-8; save the table as UTF-8");
+    let wide: Vec<u8> = "\u{feff}a.jpg,cat\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    fs::write(here.join("wide.csv"), wide).unwrap();
+    refused(&nfold(&["eval", "wide.csv"], here), "is not UTF-8 but UTF-16; save the table as UTF-8");
     fs::write(here.join("one.csv"), "a.jpg\n").unwrap();
     refused(&nfold(&["eval", "one.csv"], here), "line 1: two columns");
     fs::write(here.join("other.jsonl"), "{\"image\":\"x.jpg\",\"predictions\":[{\"label\":\"cat\"}]}\n").unwrap();
@@ -102,6 +107,40 @@ fn what_names_no_class_or_image_is_refused() {
     refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "no image of");
     fs::write(here.join("other.jsonl"), "cat\n").unwrap();
     refused(&nfold(&["eval", "data", "--against", "other.jsonl"], here), "line 1");
+}
+
+/// A class's folder that can't be searched is named, counts as no image, and the others are evaluated.
+#[cfg(unix)]
+#[test]
+fn folders_that_cannot_be_searched_are_named() {
+    use std::os::unix::fs::symlink;
+    let folder = with_demo();
+    let here = folder.path();
+    fs::create_dir_all(here.join("data/cat")).unwrap();
+    fs::copy(project("tests/data/cat.jpg"), here.join("data/cat/1.jpg")).unwrap();
+    symlink("/nowhere", here.join("data/dog")).unwrap();
+    let output = nfold(&["eval", "data"], here);
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("error: `dog`: can't search it: No such file"), "{said}");
+    assert!(
+        said.ends_with(
+            "error: 1 folder could not be searched; the lines above say why (--skip-broken exits with 0 all the same)\n"
+        ),
+        "{said}"
+    );
+    assert!(text(&output.stdout).contains("of 1; 95 %"), "{}", text(&output.stdout));
+    // its name needs to be no class: it is not known what is in it
+    symlink("backup", here.join("data/backup")).unwrap();
+    fs::write(here.join("data/cat/2.jpg"), "no image").unwrap();
+    let output = nfold(&["eval", "data", "--json"], here);
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("error: `backup`: can't search it: "), "{said}");
+    assert!(said.contains("error: 1 of 2 images could not be evaluated and 2 folders not searched; "), "{said}");
+    assert!(nfold(&["eval", "data", "--skip-broken"], here).status.success());
+    // a link that is called as an image is one beside the folders
+    symlink("/nowhere", here.join("data/gone.jpg")).unwrap();
+    let said = text(&nfold(&["eval", "data", "--skip-broken"], here).stderr);
+    assert!(said.contains("left out 1 files beside the folders") && !said.contains("`gone.jpg`"), "{said}");
 }
 
 /// What a server answers is what its model answers in process, image by image and figure by figure.

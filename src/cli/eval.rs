@@ -301,12 +301,17 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     }
     let text = if args.json { format!("{}\n", object(&run)) } else { table(&run) };
     std::io::stdout().lock().write_all(text.as_bytes())?;
-    let failed = run.failed.len();
-    if failed > 0 && !args.skip_broken {
-        say(format_args!(
-            "error: {failed} of {} images could not be evaluated; the lines above say why (--skip-broken exits with 0 all the same)",
-            run.samples.len()
-        ));
+    if !run.failed.is_empty() && !args.skip_broken {
+        let is_folder = |sample: &Sample| sample.found.is_folder;
+        let folders = run.samples.iter().filter(|sample| is_folder(sample)).count();
+        let (failed, images) = (run.failed.len() - folders, run.samples.len() - folders);
+        let unsearched = if folders == 1 { "1 folder".into() } else { format!("{folders} folders") };
+        let missed = match (failed, folders) {
+            (_, 0) => format!("{failed} of {images} images could not be evaluated"),
+            (0, _) => format!("{unsearched} could not be searched"),
+            _ => format!("{failed} of {images} images could not be evaluated and {unsearched} not searched"),
+        };
+        say(format_args!("error: {missed}; the lines above say why (--skip-broken exits with 0 all the same)"));
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)

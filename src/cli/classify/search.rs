@@ -24,12 +24,14 @@ pub struct Found {
     pub path: PathBuf,
     /// Why it can't be read; `None` for an image to classify.
     pub refused: Option<String>,
+    /// Whether it is a folder that can't be searched.
+    pub is_folder: bool,
 }
 
 impl Found {
     /// An image to classify.
     pub fn image(path: PathBuf) -> Self {
-        Self { path, refused: None }
+        Self { path, refused: None, is_folder: false }
     }
 }
 
@@ -73,7 +75,7 @@ impl Search {
                 Ok(there) if there.is_dir() && path.is_symlink() => self.leave_out(Reason::Link, name),
                 Ok(there) if there.is_dir() => {
                     if let Err(e) = self.folder(&path) {
-                        self.refuse(path, format!("can't search it: {e}"));
+                        self.refuse_folder(path, &e);
                     }
                 }
                 Ok(_) | Err(_) if !is_image(&path) => self.leave_out(Reason::Kind, name),
@@ -88,7 +90,12 @@ impl Search {
 
     /// Adds an entry that can't be read.
     pub fn refuse(&mut self, path: PathBuf, reason: String) {
-        self.found.push(Found { path, refused: Some(reason) });
+        self.found.push(Found { path, refused: Some(reason), is_folder: false });
+    }
+
+    /// Adds a folder that can't be searched.
+    pub fn refuse_folder(&mut self, path: PathBuf, error: &io::Error) {
+        self.found.push(Found { path, refused: Some(format!("can't search it: {error}")), is_folder: true });
     }
 
     fn leave_out(&mut self, reason: Reason, name: &OsStr) {
@@ -101,7 +108,7 @@ impl Search {
     pub fn readable(self, hint: &str) -> anyhow::Result<Vec<PathBuf>> {
         let left_out = self.left_out();
         let mut files = Vec::new();
-        for Found { path, refused } in self.found {
+        for Found { path, refused, .. } in self.found {
             match refused {
                 None => files.push(path),
                 Some(reason) => say(format_args!("warning: `{}` is left out: {reason}", printable::path(&path))),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read as _;
 use std::path::Path;
 
 use anyhow::{anyhow, bail};
@@ -13,6 +14,8 @@ use crate::cli::printable::{self, printable, say};
 
 /// Most bytes of a table.
 const LARGEST_TABLE: u64 = 1 << 30;
+/// Bytes at a table's start that show whether it is text.
+const HEAD: u64 = 1 << 13;
 /// Names of a table's first column that make its first row a header.
 const HEADERS: [&str; 5] = ["path", "image", "file", "filename", "filepath"];
 /// Unknown names that a message lists.
@@ -58,14 +61,20 @@ fn folder(data: &Path, hidden: bool) -> anyhow::Result<Vec<Sample>> {
         if class.starts_with('.') && !hidden {
             continue;
         }
-        if !path.is_dir() {
-            outside += 1;
-            continue;
-        }
         let mut search = Search::new(hidden);
-        if let Err(e) = search.folder(&path) {
-            // as a folder below it
-            search.refuse(path, format!("can't search it: {e}"));
+        match fs::metadata(&path) {
+            Ok(there) if there.is_dir() => {
+                if let Err(e) = search.folder(&path) {
+                    // as a folder below it
+                    search.refuse_folder(path, &e);
+                }
+            }
+            // a link to a folder that is gone: images aren't called so
+            Err(e) if !search::is_image(&path) => search.refuse_folder(path, &e),
+            Ok(_) | Err(_) => {
+                outside += 1;
+                continue;
+            }
         }
         left_out.extend(search.left_out().map(|left| format!("in {class}: {left}")));
         samples.extend(search.found.into_iter().map(|found| {
@@ -95,14 +104,24 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
     if bytes > LARGEST_TABLE {
         bail!("`{shown}` has {bytes} bytes, at most {LARGEST_TABLE} are read; is it a table of path,class?");
     }
+    let mut head = Vec::new();
+    let file = fs::File::open(path).and_then(|file| file.take(HEAD).read_to_end(&mut head));
+    file.map_err(|e| anyhow!("can't read `{shown}`: {e}"))?;
+    if head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]) {
+        bail!("`{shown}` is not UTF-8 but UTF-16; save the table as UTF-8");
+    }
+    if head.contains(&0) {
+        bail!("`{shown}` is no text; give a folder of CLASS/IMAGE, or a table of path,class");
+    }
     let bad = |line: u64, why: String| anyhow!("`{shown}`, line {line}: {why}; a line is path,class");
     let reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).trim(csv::Trim::All).from_path(path);
     let mut samples = Vec::new();
     let base = path.parent().unwrap_or(Path::new(""));
     for (row, record) in reader.map_err(|e| anyhow!("can't read `{shown}`: {e}"))?.into_records().enumerate() {
         let record = record.map_err(|e| match e.kind() {
-            csv::ErrorKind::Utf8 { .. } => {
-                anyhow!("`{shown}` is no text; give a folder of CLASS/IMAGE, or a table of path,class")
+            csv::ErrorKind::Utf8 { pos, .. } => {
+                let line = pos.as_ref().map_or(row as u64 + 1, csv::Position::line);
+                anyhow!("`{shown}`, line {line} is not UTF-8; save the table as UTF-8")
             }
             _ => bad(row as u64 + 1, e.to_string()),
         })?;
@@ -119,13 +138,13 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
     Ok(samples)
 }
 
-/// The index in the model's logits of each class of the data.
+/// The index in the model's logits of each class of the data. A folder that can't be searched needs none.
 pub fn resolve(samples: &[Sample], labels: &[String], classes: usize) -> anyhow::Result<BTreeMap<String, usize>> {
     let known = Known::new(labels, classes);
     let mut found = BTreeMap::new();
     let mut unknown = Vec::new();
     for sample in samples {
-        if found.contains_key(&sample.class) || unknown.contains(&sample.class) {
+        if sample.found.is_folder || found.contains_key(&sample.class) || unknown.contains(&sample.class) {
             continue;
         }
         match known.find(&sample.class)? {
