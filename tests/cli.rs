@@ -315,6 +315,54 @@ fn missing_images_are_skipped_like_broken_ones() {
     assert!(alone.status.success() && text(&alone.stderr).contains("`nowhere.jpg`"), "{}", text(&alone.stderr));
 }
 
+/// A folder without images, or one that is not to be searched, is skipped as a missing one is.
+#[test]
+fn folders_are_skipped_like_broken_images() {
+    let folder = with_demo();
+    let here = folder.path();
+    let cat = project("tests/data/cat.jpg");
+    fs::create_dir_all(here.join("empty")).unwrap();
+    fs::create_dir_all(here.join("photos")).unwrap();
+    fs::write(here.join("empty/notes.txt"), "no image").unwrap();
+    fs::copy(&cat, here.join("photos/cat.jpg")).unwrap();
+    let recursive = ["empty", "gone", &cat, "photos"];
+    let plain = ["photos", &cat];
+    for (flags, images, strict, skipped) in [
+        (
+            &["--recursive"][..],
+            &recursive[..],
+            "folder `empty` holds no image file (looked for: jpg,",
+            &[("empty", "the folder holds no image file (looked for: jpg,"), ("gone", "can't read it: ")][..],
+        ),
+        (
+            &[],
+            &plain,
+            "`photos` is a folder; add --recursive",
+            &[("photos", "it is a folder; add --recursive to classify the images in it")],
+        ),
+    ] {
+        let run =
+            |more: &[&str], images: &[&str]| nfold(&[&["classify", "--json"], flags, more, images].concat(), here);
+        refused(&run(&[], images), strict);
+        let output = run(&["--skip-broken"], images);
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let lines: Vec<Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.len(), images.len(), "{lines:?}");
+        for line in &lines {
+            match skipped.iter().find(|(name, _)| line["image"] == *name) {
+                Some((_, why)) => assert!(line["error"]["message"].as_str().unwrap().starts_with(why), "{line}"),
+                None => assert!(line["predictions"].is_array(), "{line}"),
+            }
+        }
+        let end = format!("; {} could not be\n", skipped.len());
+        assert!(said.ends_with(&end), "{said}");
+        // alone: as if all images were broken
+        let alone = run(&["--skip-broken"], &[skipped[0].0]);
+        assert!(alone.status.success() && text(&alone.stderr).contains(skipped[0].1), "{}", text(&alone.stderr));
+    }
+}
+
 /// Shards partition the images, and together give the results of one process.
 #[test]
 fn shards_are_a_partition() {

@@ -165,21 +165,26 @@ fn gather(args: &ClassifyArgs) -> anyhow::Result<Vec<Found>> {
         match fs::metadata(path) {
             _ if is_stdin(path) => search.found.push(Found::image(path.clone())),
             Ok(there) if there.is_dir() && !args.recursive => {
-                bail!("`{shown}` is a folder; add --recursive to classify the images in it");
+                const WHY: &str = "is a folder; add --recursive to classify the images in it";
+                if !args.skip_broken {
+                    bail!("`{shown}` {WHY}");
+                }
+                search.refuse(path.clone(), format!("it {WHY}"));
             }
             Ok(there) if there.is_dir() => {
                 let before = search.found.len();
                 match search.folder(path) {
                     Ok(()) => {}
-                    Err(e) if args.skip_broken => search.refuse(path.clone(), format!("can't search it: {e}")),
+                    Err(e) if args.skip_broken => search.refuse_folder(path.clone(), &e),
                     Err(e) => bail!("can't search `{shown}`: {e}"),
                 }
                 if search.found.len() == before {
                     let left = search.left_out().map(|left| format!("; {left}")).unwrap_or_default();
-                    let known = search::known();
-                    bail!(
-                        "folder `{shown}` holds no image file (looked for: {known}); name the files themselves{left}"
-                    );
+                    let why = format!("holds no image file (looked for: {})", search::known());
+                    if !args.skip_broken {
+                        bail!("folder `{shown}` {why}; name the files themselves{left}");
+                    }
+                    search.refuse(path.clone(), format!("the folder {why}"));
                 }
             }
             // a pipe or device is read like a file
