@@ -34,6 +34,7 @@ use crate::files::DraftFolder;
 use crate::int8::Int8Error;
 use crate::kernels::operators;
 use crate::model::{FEATURES, MAP};
+use crate::printable::brief;
 pub use crate::relayout::Kernels;
 
 /// What can go wrong before a graph runs.
@@ -413,8 +414,8 @@ impl OrtBackend {
         level: GraphOptimizationLevel,
     ) -> Result<SessionBuilder, EngineError> {
         prepare(environment()?, options, level).map_err(|e| match options.provider {
-            Provider::Cpu => EngineError::BadModel { model: what.into(), reason: e.to_string() },
-            _ => EngineError::NoProvider { provider: options.provider.name(), reason: e.to_string() },
+            Provider::Cpu => EngineError::BadModel { model: what.into(), reason: brief(e) },
+            _ => EngineError::NoProvider { provider: options.provider.name(), reason: brief(e) },
         })
     }
 
@@ -536,7 +537,7 @@ pub fn write_optimized(graph: &Fitted, what: &str, path: &Path) -> Result<(), En
 }
 
 fn refused(what: &str) -> impl Fn(ort::Error) -> EngineError {
-    move |e| EngineError::BadModel { model: what.into(), reason: e.to_string() }
+    move |e| EngineError::BadModel { model: what.into(), reason: brief(e) }
 }
 
 fn prepare(

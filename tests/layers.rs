@@ -38,7 +38,7 @@ const ROOMS: [(&str, &[&str]); 27] = [
     ("spp", &["engine", "graph", "nets", "model", "pb", "chart"]),
     ("infer", &["engine", "pixels", "model", "metrics", "panics"]),
     ("int8", &["graph", "kernels", "model", "pb"]),
-    ("engine", &["int8", "kernels", "relayout", "graph", "model", "files"]),
+    ("engine", &["int8", "kernels", "relayout", "graph", "model", "files", "printable"]),
     ("relayout", &["graph", "kernels", "nets", "model", "pb"]),
     ("kernels", &[]),
     ("pixels", &["model"]),
