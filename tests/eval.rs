@@ -128,7 +128,11 @@ fn folders_that_cannot_be_searched_are_named() {
         ),
         "{said}"
     );
-    assert!(text(&output.stdout).contains("of 1; 95 %"), "{}", text(&output.stdout));
+    let table = text(&output.stdout);
+    assert!(
+        table.contains("of 1; 95 %") && table.contains("; 0 could not be read, 1 folder not be searched\n"),
+        "{table}"
+    );
     // its name needs to be no class: it is not known what is in it
     symlink("backup", here.join("data/backup")).unwrap();
     fs::write(here.join("data/cat/2.jpg"), "no image").unwrap();
@@ -136,7 +140,11 @@ fn folders_that_cannot_be_searched_are_named() {
     let said = text(&output.stderr);
     assert!(output.status.code() == Some(1) && said.contains("error: `backup`: can't search it: "), "{said}");
     assert!(said.contains("error: 1 of 2 images could not be evaluated and 2 folders not searched; "), "{said}");
-    assert!(nfold(&["eval", "data", "--skip-broken"], here).status.success());
+    assert!(nfold(&["eval", "data", "--skip-broken", "--report", "page"], here).status.success());
+    let page = fs::read_to_string(here.join("page/index.html")).unwrap();
+    assert!(
+        page.contains("<p>1 images could not be read and are not counted.</p><p>2 folders could not be searched.</p>")
+    );
     // a link that is called as an image is one beside the folders
     symlink("/nowhere", here.join("data/gone.jpg")).unwrap();
     let said = text(&nfold(&["eval", "data", "--skip-broken"], here).stderr);

@@ -92,6 +92,20 @@ struct Run {
     seconds: f64,
 }
 
+impl Run {
+    /// Number of images that could not be evaluated, and number of folders that could not be searched, as in `1 folder`; `None` if
+    /// all could.
+    fn missed(&self) -> (usize, Option<String>) {
+        let folders = self.samples.iter().filter(|sample| sample.found.is_folder).count();
+        let named = match folders {
+            0 => None,
+            1 => Some("1 folder".into()),
+            _ => Some(format!("{folders} folders")),
+        };
+        (self.failed.len() - folders, named)
+    }
+}
+
 /// Where predictions come from.
 enum Answerer {
     Here(Box<ModelDir>, Workers),
@@ -302,14 +316,12 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let text = if args.json { format!("{}\n", object(&run)) } else { table(&run) };
     std::io::stdout().lock().write_all(text.as_bytes())?;
     if !run.failed.is_empty() && !args.skip_broken {
-        let is_folder = |sample: &Sample| sample.found.is_folder;
-        let folders = run.samples.iter().filter(|sample| is_folder(sample)).count();
-        let (failed, images) = (run.failed.len() - folders, run.samples.len() - folders);
-        let unsearched = if folders == 1 { "1 folder".into() } else { format!("{folders} folders") };
+        let (failed, folders) = run.missed();
+        let of = run.answered.len() + failed;
         let missed = match (failed, folders) {
-            (_, 0) => format!("{failed} of {images} images could not be evaluated"),
-            (0, _) => format!("{unsearched} could not be searched"),
-            _ => format!("{failed} of {images} images could not be evaluated and {unsearched} not searched"),
+            (_, None) => format!("{failed} of {of} images could not be evaluated"),
+            (0, Some(folders)) => format!("{folders} could not be searched"),
+            (_, Some(folders)) => format!("{failed} of {of} images could not be evaluated and {folders} not searched"),
         };
         say(format_args!("error: {missed}; the lines above say why (--skip-broken exits with 0 all the same)"));
         return Ok(ExitCode::FAILURE);
@@ -441,13 +453,14 @@ fn table(run: &Run) -> String {
         format!("{} version {}, sha256 {:.12}", printable(&subject.name), subject.version, subject.onnx_sha256),
     );
     let speed = run.answered.len() as f64 / run.seconds.max(1e-3);
+    let (failed, folders) = run.missed();
+    let unsearched = folders.map(|folders| format!(", {folders} not be searched")).unwrap_or_default();
     line(
         "images",
         format!(
-            "{} in {:.1} s ({speed:.1} images/s); {} could not be read",
+            "{} in {:.1} s ({speed:.1} images/s); {failed} could not be read{unsearched}",
             run.answered.len(),
             run.seconds,
-            run.failed.len()
         ),
     );
     line("top-1", percent(&evaluation.top1));

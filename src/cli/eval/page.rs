@@ -54,8 +54,12 @@ pub fn html(run: &Run, max_bytes: usize) -> String {
             found.p
         );
     }
-    if !run.failed.is_empty() {
-        let _ = write!(out, "<p>{} images could not be read and are not counted.</p>", run.failed.len());
+    let (failed, folders) = run.missed();
+    if failed > 0 {
+        let _ = write!(out, "<p>{failed} images could not be read and are not counted.</p>");
+    }
+    if let Some(folders) = folders {
+        let _ = write!(out, "<p>{folders} could not be searched.</p>");
     }
     errors(&mut out, run, max_bytes);
     out.push_str("<h2>Classes</h2><div class=\"wide\"><table><tr><th>class<th>images<th>recall<th><th>precision</tr>");
