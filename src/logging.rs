@@ -13,8 +13,10 @@ use std::panic::PanicHookInfo;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -22,10 +24,10 @@ use tracing_subscriber::fmt::MakeWriter;
 const LINES: usize = 8192;
 /// Most bytes in the queue.
 const BYTES: usize = 4 << 20;
-/// Most bytes of lines written together: a pipe takes them in one piece (PIPE_BUF), not mixed with another program's.
+/// Most bytes of lines written together: a pipe of Linux takes them in one piece (PIPE_BUF), not mixed with another program's.
 const TOGETHER: usize = 4096;
-/// How long lines are gathered after some were written. A wake-up and a write for each of a thousand lines a second take a
-/// twentieth of a core.
+/// How long lines are gathered after some were written, unless a warning or an error comes. A wake-up and a write for each of
+/// a thousand lines a second take some per cent of a core.
 const GATHERING: Duration = Duration::from_millis(10);
 /// Longest that the process waits at its end for lines to be written.
 const LAST_LINES: Duration = Duration::from_millis(500);
@@ -71,7 +73,7 @@ pub fn dropped_lines() -> u64 {
 /// Writes a line to stderr after all queued lines, waiting for at most half a second. Ignores failures.
 pub fn last_line(text: &str) {
     match QUEUE.get() {
-        Some(queue) => queue.push(format!("{text}\n").into_bytes()),
+        Some(queue) => queue.push(format!("{text}\n").into_bytes(), true),
         None => drop(writeln!(io::stderr(), "{text}")),
     }
     flush();
@@ -83,13 +85,14 @@ pub fn flush() {
     let deadline = Instant::now() + LAST_LINES;
     let (written, done) = mpsc::sync_channel(1);
     let mut message = Message::Flush(written);
-    while let Err(mpsc::TrySendError::Full(back)) = queue.0.try_send(message) {
+    while let Err(mpsc::TrySendError::Full(back)) = queue.lines.try_send(message) {
         if Instant::now() > deadline {
             return;
         }
         message = back;
         std::thread::sleep(Duration::from_millis(5));
     }
+    queue.writer.unpark();
     let _ = done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
 }
 
@@ -108,23 +111,30 @@ enum Message {
 }
 
 /// Sender to the writing thread.
-struct Queue(SyncSender<Message>);
+struct Queue {
+    lines: SyncSender<Message>,
+    writer: Thread,
+}
 
 impl Queue {
     fn start() -> io::Result<Self> {
-        let (queue, lines) = mpsc::sync_channel(LINES);
+        let (lines, queued) = mpsc::sync_channel(LINES);
         // not the standard library's handle: a blocked writer would hold its lock
         let stderr = stderr()?;
-        std::thread::Builder::new().name("nfold-log".into()).spawn(move || write(&lines, stderr))?;
-        Ok(Self(queue))
+        let writer = std::thread::Builder::new().name("nfold-log".into()).spawn(move || write(&queued, stderr))?;
+        Ok(Self { lines, writer: writer.thread().clone() })
     }
 
-    fn push(&self, line: Vec<u8>) {
+    /// Queues a line; one that must not be lost by the process's death is written without gathering more.
+    fn push(&self, line: Vec<u8>, at_once: bool) {
         let bytes = line.len();
         let fits = WAITING.fetch_add(bytes, Ordering::Relaxed) + bytes <= BYTES;
-        if !fits || self.0.try_send(Message::Line(line)).is_err() {
+        if !fits || self.lines.try_send(Message::Line(line)).is_err() {
             WAITING.fetch_sub(bytes, Ordering::Relaxed);
             DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+        if at_once {
+            self.writer.unpark();
         }
     }
 }
@@ -141,17 +151,26 @@ fn stderr() -> io::Result<File> {
     Ok(File::from(io::stderr().as_handle().try_clone_to_owned()?))
 }
 
+/// Whole lines that are written together.
+#[derive(Default)]
+struct Together {
+    bytes: Vec<u8>,
+    /// Where each line ends.
+    ends: Vec<usize>,
+}
+
 fn write(lines: &Receiver<Message>, mut stderr: File) {
-    let (mut together, mut said) = (Vec::new(), 0);
+    let (mut together, mut said) = (Together::default(), 0);
     while let Ok(first) = lines.recv() {
         let mut next = Some(first);
         while let Some(message) = next {
             match message {
                 Message::Line(line) => {
-                    if together.len() + line.len() > TOGETHER {
+                    if together.bytes.len() + line.len() > TOGETHER {
                         write_out(&mut stderr, &mut together, &mut said);
                     }
-                    together.extend_from_slice(&line);
+                    together.bytes.extend_from_slice(&line);
+                    together.ends.push(together.bytes.len());
                 }
                 Message::Flush(done) => {
                     write_out(&mut stderr, &mut together, &mut said);
@@ -167,21 +186,23 @@ fn write(lines: &Receiver<Message>, mut stderr: File) {
             said = dropped;
         }
         // whoever logs meanwhile need not wake this thread
-        std::thread::sleep(GATHERING);
+        std::thread::park_timeout(GATHERING);
     }
 }
 
-/// Writes whole lines to stderr, and counts those that can't be written.
-fn write_out(stderr: &mut File, lines: &mut Vec<u8>, said: &mut u64) {
-    WAITING.fetch_sub(lines.len(), Ordering::Relaxed);
-    let unwritten = write_all(stderr, lines);
-    if !unwritten.is_empty() {
-        let dropped = unwritten.iter().filter(|&&byte| byte == b'\n').count();
+/// Writes the lines to stderr, and counts those that can't be written, or not whole.
+fn write_out(stderr: &mut File, together: &mut Together, said: &mut u64) {
+    let Together { bytes, ends } = together;
+    WAITING.fetch_sub(bytes.len(), Ordering::Relaxed);
+    let written = bytes.len() - write_all(stderr, bytes).len();
+    let dropped = ends.iter().filter(|&&end| end > written).count();
+    if dropped > 0 {
         DROPPED.fetch_add(dropped as u64, Ordering::Relaxed);
         // not logged: that line would be dropped as well
         *said = dropped_lines();
     }
-    lines.clear();
+    bytes.clear();
+    ends.clear();
 }
 
 /// Writes everything, even to a non-blocking stream; returns what can't be written.
@@ -199,11 +220,14 @@ fn write_all<'a>(stderr: &mut File, mut bytes: &'a [u8]) -> &'a [u8] {
 }
 
 /// Writer of one event, which the formatter writes in one call.
-struct Line<'a>(&'a Queue);
+struct Line<'a> {
+    queue: &'a Queue,
+    at_once: bool,
+}
 
 impl Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.push(line.to_vec());
+        self.queue.push(line.to_vec(), self.at_once);
         Ok(line.len())
     }
 
@@ -216,6 +240,10 @@ impl MakeWriter<'_> for &'static Queue {
     type Writer = Line<'static>;
 
     fn make_writer(&self) -> Line<'static> {
-        Line(self)
+        Line { queue: self, at_once: false }
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> Line<'static> {
+        Line { queue: self, at_once: *event.level() <= Level::WARN }
     }
 }

@@ -321,6 +321,13 @@ fn health_says_what_is() {
     let admin = server.admin.to_string();
     let folder = tempfile::tempdir().unwrap();
     assert!(nfold(&["healthcheck", "--admin", &admin], folder.path()).status.success());
+    for other in [server.http, server.grpc] {
+        let wrong = nfold(&["healthcheck", "--admin", &other.to_string()], folder.path());
+        let said = String::from_utf8_lossy(&wrong.stderr);
+        assert!(wrong.status.code() == Some(1) && said.contains("admin port"), "{wrong:?}");
+    }
+    let probed = ask(server.grpc, "GET", "/v2/health/ready", &[], b"").unwrap();
+    assert!(probed.status == 415 && probed.body.contains("HTTP port"), "{probed:?}");
 
     // still answering, but not ready, while the hold lasts
     drop(server);

@@ -111,7 +111,7 @@ impl Watched {
         Growth { in_use: rate(&samples, |sample| sample.in_use), resident: rate(&samples, |sample| sample.resident) }
     }
 
-    /// Growth with the control: a client that leaves half a request of 64 KiB open twenty times a second, 1.3 MB/s.
+    /// Growth with the control: a client that leaves half a request of 64 KiB open twenty times a second, 1.3 MB/s and their buffers.
     fn growth_with_a_taker(&self) -> Growth {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {

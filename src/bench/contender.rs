@@ -8,7 +8,7 @@ use crate::engine::{EngineOptions, Kernels};
 pub struct Contender {
     /// Name of the model: the architecture, or the user's name for it.
     pub model: String,
-    /// `folded`, `runtime`, `unpadded`, `unfolded`, `fp16`, `broadcast` or `onnx`.
+    /// `folded`, `runtime`, `unpadded`, `unfolded`, `fp16`, `int8`, `broadcast` or `onnx`.
     pub variant: String,
     /// Settings of the session that differ from the default.
     pub settings: Vec<Setting>,
@@ -24,6 +24,8 @@ pub struct Contender {
     pub pad_channels: bool,
     /// Whose kernels it is laid out for, where it is padded.
     pub kernels: Kernels,
+    /// It computes in integers.
+    pub integers: bool,
     /// Trainable parameters, where known.
     pub parameters: Option<u64>,
     /// Billions of multiply-accumulates per image, if known.

@@ -348,7 +348,7 @@ fn summarise(lanes: &[Lane<'_>], plan: &Plan, threads: usize, peak: Option<&Peak
             percentiles_ms: (0..=100).map(|p| statistics::quantile(&sorted, f64::from(p) / 100.0)).collect(),
             images_per_s,
             gflops,
-            peak_share: gflops.zip(peak).filter(|_| c.variant != "int8").map(|(g, peak)| g / peak.gflops),
+            peak_share: gflops.zip(peak).filter(|_| !c.integers).map(|(g, peak)| g / peak.gflops),
             speed: reference.and_then(|r| statistics::ratio(&r.rounds, &lane.rounds, plan.seed)),
             published: c.published.clone(),
             latency_ms,

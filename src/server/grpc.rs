@@ -95,17 +95,18 @@ pub(super) fn is_stream<B>(request: &HttpRequest<B>) -> bool {
 
 /// Refuses requests that are not gRPC with HTTP status 415, as gRPC's HTTP/2 protocol wants.
 async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
-    // without a content type, the services refuse it
-    let Some(kind) = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes) else {
-        return next.run(request).await;
-    };
+    let kind = request.headers().get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let name = kind.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
     if [&b"application/grpc"[..], b"application/grpc+proto"].iter().any(|known| name.eq_ignore_ascii_case(known)) {
         return next.run(request).await;
     }
-    let shown = String::from_utf8_lossy(kind);
-    let text =
-        format!("content type `{}` is not taken on the gRPC port; send application/grpc", cut(&shown).escape_debug());
+    let text = if kind.is_empty() {
+        // a probe that asks the wrong port must not find it ready
+        "this is the gRPC port, which takes application/grpc only; /v2/health/ready is on the HTTP port (--http), /readyz on the admin port (--admin)".into()
+    } else {
+        let shown = String::from_utf8_lossy(kind);
+        format!("content type `{}` is not taken on the gRPC port; send application/grpc", cut(&shown).escape_debug())
+    };
     ApiError::new(Code::UnsupportedMediaType, text).into_response()
 }
 

@@ -53,8 +53,8 @@ pub fn under_attack<T>(server: &Server, attack: impl FnOnce() -> T) -> (T, Cost)
     warm(server);
     let before = resident(server.pid());
     std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
-    // over HTTP/1 the gRPC port answers with a gRPC status: any response counts
-    let doors = [(server.http, "/v2/health/live", 200), (server.admin, "/livez", 200), (server.grpc, "/", 200)];
+    // the gRPC port refuses what is not gRPC: any response counts
+    let doors = [(server.http, "/v2/health/live", 200), (server.admin, "/livez", 200), (server.grpc, "/", 415)];
     let watch = Watch::start(&doors);
     let started = Instant::now();
     let outcome = attack();

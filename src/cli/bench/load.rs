@@ -183,6 +183,11 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<ExitCode> {
 
 /// Reads the named files and the files of named folders; at most `most`, spread evenly over them.
 fn images(named: &[PathBuf], most: usize) -> anyhow::Result<Vec<Vec<u8>>> {
+    if named.is_empty() {
+        bail!(
+            "there is no photograph to send; name one, or a folder of them, with --image (--protocol oip-… sends noise)"
+        );
+    }
     let mut search = Search::new(false);
     for path in named {
         if path.is_dir() {
