@@ -37,13 +37,13 @@ fn ends(child: &mut Child, within: Duration) -> ExitStatus {
     }
 }
 
-/// Names in a folder and below, without the files that `with_demo` made.
+/// Names in a folder and below, without the files that `with_demo` made. What is removed meanwhile may be left out.
 fn left(folder: &Path) -> Vec<String> {
     let mut names = Vec::new();
     let mut folders = vec![folder.to_path_buf()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
+        for entry in std::fs::read_dir(folder).into_iter().flatten() {
+            let Ok(path) = entry.map(|entry| entry.path()) else { continue };
             names.push(path.file_name().unwrap().to_string_lossy().into_owned());
             if path.is_dir() {
                 folders.push(path);
@@ -52,6 +52,15 @@ fn left(folder: &Path) -> Vec<String> {
     }
     names.sort();
     names
+}
+
+/// Ends a thread that looks at it, even if a test fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn start(args: &[&str], folder: &Path) -> Child {
@@ -184,7 +193,12 @@ fn a_version_is_there_at_any_instant_of_its_replacement() {
     let repository = here.join("repository");
     let (model, version) = (repository.join("nf_regnet_small"), repository.join("nf_regnet_small/1"));
     let (over, looks, missing) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    let drafts =
+        || -> Vec<String> { left(&repository).into_iter().filter(|name| name.starts_with(".nfold-draft-")).collect() };
+    // those that were killed while a draft of theirs was there
+    let mut drafted = 0;
     std::thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
                 looks.fetch_add(1, Ordering::Relaxed);
@@ -192,10 +206,11 @@ fn a_version_is_there_at_any_instant_of_its_replacement() {
             }
         });
         for round in 0..24_u64 {
-            let args = fold(round + 1);
+            let (args, before) = (fold(round + 1), drafts());
             let mut child = start(&args.each_ref().map(String::as_str), here);
-            let drafts = || left(&repository).iter().any(|name| name.starts_with(".nfold-draft-"));
-            while child.try_wait().unwrap().is_none() && !drafts() {}
+            let is_drafted = || drafts().iter().any(|name| !before.contains(name));
+            while child.try_wait().unwrap().is_none() && !is_drafted() {}
+            drafted += usize::from(child.try_wait().unwrap().is_none());
             // the draft is written, synced, exchanged, and the old version removed: the kill hits each of these
             std::thread::sleep(Duration::from_micros(round * 150));
             let _ = child.kill();
@@ -203,8 +218,8 @@ fn a_version_is_there_at_any_instant_of_its_replacement() {
             assert!(is_whole(&version), "round {round}: {:?}", left(here));
         }
         run(0);
-        over.store(true, Ordering::Relaxed);
     });
+    assert!(drafted > 12, "only {drafted} of 24 were killed in the middle");
     let (looks, missing) = (looks.into_inner(), missing.into_inner());
     assert!(looks > 1000 && missing == 0, "away in {missing} of {looks} looks");
     // drafts of killed processes are removed
