@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::cli::with_demo;
 use crate::connections::{frame, hello, request};
-use crate::fakes::eventually;
+use crate::fakes::{SetOnDrop, eventually};
 use crate::process::{Server, ask, connect, data, exchange};
 use crate::wall::calls::{self, gzip};
 
@@ -115,6 +115,7 @@ impl Watched {
     fn growth_with_a_taker(&self) -> Growth {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _stop = SetOnDrop(&stop);
             scope.spawn(|| {
                 let mut held = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
@@ -125,9 +126,7 @@ impl Watched {
                     std::thread::sleep(Duration::from_millis(50));
                 }
             });
-            let growth = self.growth(4.0);
-            stop.store(true, Ordering::Relaxed);
-            growth
+            self.growth(4.0)
         })
     }
 }
@@ -157,10 +156,9 @@ fn soak(seconds: f64, limit: f64) {
     let watched = Watched::start();
     let (over, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     let (calm, taken) = std::thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
         scope.spawn(|| load(&watched.server, &over, &answered));
-        let measured = (watched.growth(seconds), watched.growth_with_a_taker());
-        over.store(true, Ordering::Relaxed);
-        measured
+        (watched.growth(seconds), watched.growth_with_a_taker())
     });
     let answered = answered.into_inner();
     println!("{answered} photographs answered");
@@ -255,6 +253,7 @@ fn siege(seconds: f64, limit: f64) {
     let attacks = attacks(server);
     attacks.iter().for_each(|attack| attack());
     let (before, calm, taken) = std::thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
         scope.spawn(|| load(server, &over, &answered));
         std::thread::sleep(Duration::from_secs(1));
         let before = descriptors(server.pid());
@@ -264,12 +263,11 @@ fn siege(seconds: f64, limit: f64) {
                 rounds.fetch_add(1, Ordering::Relaxed);
             }
         });
+        let at_peace = SetOnDrop(&peace);
         let calm = watched.growth(seconds);
-        peace.store(true, Ordering::Relaxed);
+        drop(at_peace);
         attacking.join().unwrap();
-        let taken = watched.growth_with_a_taker();
-        over.store(true, Ordering::Relaxed);
-        (before, calm, taken)
+        (before, calm, watched.growth_with_a_taker())
     });
     // connections that were left open on this side end within their time
     let (mut after, until) = (descriptors(server.pid()), Instant::now() + Duration::from_secs(40));

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Copy;
 use crate::cli::{golden, nfold, project, refused, skip, text, with_demo};
-use crate::fakes::eventually;
+use crate::fakes::{SetOnDrop, eventually};
 
 const NFOLD: &str = env!("CARGO_BIN_EXE_nfold");
 /// Longest time to end after a signal: far below any grace period, far above what a busy machine needs.
@@ -52,15 +52,6 @@ fn left(folder: &Path) -> Vec<String> {
     }
     names.sort();
     names
-}
-
-/// Ends a thread that looks at it, even if a test fails.
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn start(args: &[&str], folder: &Path) -> Child {
