@@ -18,11 +18,14 @@ const RATE: u32 = 200;
 const LONGEST: Duration = Duration::from_secs(2);
 /// A client that retries within this after a refusal retries at once; `retry-after` is never shorter.
 const STRAIGHT: Duration = Duration::from_secs(1);
-/// Refusals held at once, in quarters of the connections that a port may have open: the rest stay free for clients that
-/// could be answered. Refusals beyond that are sent at once.
+/// Refusals that wait in line at once, in quarters of the connections that a port may have open: the rest stay free for
+/// clients that could be answered. Refusals beyond that are held briefly.
 const HELD_OF_FOUR: usize = 3;
-/// Most refusals held per connection: the rest of its HTTP/2 streams stay free.
+/// Most refusals of a connection that wait in line: the rest of its HTTP/2 streams are held briefly.
 const HELD_EACH: usize = 16;
+/// How long a refusal is held that finds no room in the line: a dozen clients that are refused at once, again and again, take as much
+/// processor time as all answers.
+const BRIEFLY: Duration = Duration::from_millis(100);
 
 /// The refusals of one connection.
 #[derive(Debug, Clone)]
@@ -68,7 +71,7 @@ pub(super) struct Hold {
 #[derive(Debug)]
 struct Counted {
     held: IntGauge,
-    _room: [OwnedSemaphorePermit; 2],
+    _room: Option<[OwnedSemaphorePermit; 2]>,
 }
 
 impl Drop for Counted {
@@ -90,20 +93,27 @@ impl Pace {
         if !straight_back {
             return None;
         }
-        let own = visits.room.clone().try_acquire_owned().ok()?;
-        let room = [own, self.room.clone().try_acquire_owned().ok()?];
         // at most half of the time left: sending the response takes time as well
         let latest = now + (deadline.saturating_duration_since(now) / 2).min(LONGEST);
-        let until = {
+        let room = self.room(visits);
+        let until = if room.is_some() {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
             let until = (*next).clamp(now, latest);
             *next = ((*next).max(now) + Duration::from_secs(1) / RATE).min(now + LONGEST);
             until
+        } else {
+            (now + BRIEFLY).min(latest)
         };
         visits.set(Some(until));
         self.held.inc();
         let counted = Counted { held: self.held.clone(), _room: room };
         (until > now).then(|| Hold { until, _counted: Arc::new(counted) })
+    }
+
+    /// Room to wait in line, for this connection and among all.
+    fn room(&self, visits: &Visits) -> Option<[OwnedSemaphorePermit; 2]> {
+        let own = visits.room.clone().try_acquire_owned().ok()?;
+        Some([own, self.room.clone().try_acquire_owned().ok()?])
     }
 }
 
@@ -159,10 +169,13 @@ mod tests {
         };
         let of_one: Vec<_> = (0..HELD_EACH).map(|_| hold(&visits)).collect();
         assert!(of_one.iter().all(Option::is_some));
-        assert!(hold(&visits).is_none(), "no more than {HELD_EACH} of one connection");
+        let briefly = || hold(&visits).is_some_and(|hold| hold.until == start + 10 * MS + BRIEFLY);
+        assert!(briefly(), "no more than {HELD_EACH} of one connection wait in line");
         drop(of_one);
         let holds: Vec<_> = (0..HELD).map(|_| hold(&Visits::default())).collect();
         assert!(holds.iter().all(Option::is_some));
-        assert!(hold(&visits).is_none(), "no more than {HELD} are held");
+        assert!(briefly(), "no more than {HELD} wait in line");
+        drop(holds);
+        assert_eq!(pace.room.available_permits(), HELD);
     }
 }
