@@ -64,6 +64,20 @@ fn who_comes_straight_back_waits_a_moment() {
     crate::fakes::eventually("nothing is held", || metric(server.admin, "nfold_held_refusals") == 0);
 }
 
+/// More clients than can wait in line, 48 of 64 connections: the rest are held for a tenth of a second, not refused at once.
+#[test]
+fn who_finds_the_line_full_waits_a_moment_too() {
+    const CLIENTS: usize = 60;
+    const TIME: Duration = Duration::from_secs(4);
+    let flags = ["--workers", "1", "--elastic-threads", "0", "--queue-limit", "1", "--connections", "64"];
+    let server = Server::start(&flags);
+    let (answered, refused, slowest) = crowd(&server, CLIENTS, TIME);
+    println!("{answered} answered, {refused} refused, the slowest after {slowest:?}");
+    // 200 a second in line, and 10 a second of each of the others
+    let most = CLIENTS + (200 + 10 * (CLIENTS - 48)) * (TIME.as_secs() as usize + 2);
+    assert!(refused < most && answered > 20, "{answered} answered, {refused} refused, of {most}");
+}
+
 /// Cheap requests in between do not reset a client's refusals.
 #[test]
 fn other_requests_between_do_not_help() {
