@@ -14,7 +14,7 @@
 #   make fuzz TIME=60      hostile bytes at every door, so many seconds each (make test: a smoke run)
 #   make check-all         what is too long for every change: all sets of features, all published checkpoints up to 80 M
 #                          parameters, and the long runs: simulate, mutants, mutation, fuzz (5 minutes a door), soak, rehearsal
-#   make check-portable    compiles as on a processor that is no x86-64, without its kernels
+#   make check-portable    compiles without what is marked as of x86-64, as on another processor
 #   make check-features    every set of features compiles without a warning
 #   make soak              overload for three minutes, mixed load for ten, and for thirteen with attacks beside it, watching
 #                          memory and descriptors

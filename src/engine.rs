@@ -334,10 +334,9 @@ impl OrtBackend {
                 // before anything else: it loads the library
                 let environment = environment()?;
                 let operator = NetworkOperator { network: network.clone(), threads: options.intra_threads };
-                let domain =
-                    operators::domain().and_then(|domain| domain.add(operator)).map_err(|e| bad(e.to_string()))?;
+                let domain = operators::domain().and_then(|domain| domain.add(operator)).map_err(|e| bad(brief(e)))?;
                 let builder = prepare_with(environment, options, graph.level(), domain);
-                builder.map_err(|e| bad(e.to_string()))
+                builder.map_err(|e| bad(brief(e)))
             }
         }
     }
@@ -366,13 +365,13 @@ impl OrtBackend {
         });
         if let Some(onnx) = cached {
             let opened = Self::builder(what, options, GraphOptimizationLevel::Disable)
-                .map_err(|e| e.to_string())
+                .map_err(brief)
                 .and_then(|builder| {
                     let entry = ("session.model_external_initializers_file_folder_path", folder.to_string_lossy());
-                    configure(builder, [entry]).map_err(|e| e.to_string())
+                    configure(builder, [entry]).map_err(brief)
                 })
-                .and_then(|mut builder| builder.commit_from_memory(&onnx).map_err(|e| e.to_string()))
-                .and_then(|session| Self::of(session, what).map_err(|e| e.to_string()));
+                .and_then(|mut builder| builder.commit_from_memory(&onnx).map_err(brief))
+                .and_then(|session| Self::of(session, what).map_err(brief));
             match opened {
                 Ok(backend) => {
                     tracing::info!(model = what, %path, "graph cache: hit");
@@ -386,16 +385,16 @@ impl OrtBackend {
                 }
             }
         }
-        let kept = cache.draft().map_err(|e| e.to_string()).and_then(|draft| {
+        let kept = cache.draft().map_err(brief).and_then(|draft| {
             let graph = graph();
-            let builder = Self::builder(what, options, graph.level()).map_err(|e| e.to_string())?;
-            let builder = builder.with_optimized_model_path(draft.graph()).map_err(|e| e.to_string())?;
+            let builder = Self::builder(what, options, graph.level()).map_err(brief)?;
+            let builder = builder.with_optimized_model_path(draft.graph()).map_err(brief)?;
             let entries = [
                 ("session.optimized_model_external_initializers_file_name", draft.weights()),
                 ("session.optimized_model_external_initializers_min_size_in_bytes", LARGE.to_string()),
             ];
-            let builder = configure(builder, entries).map_err(|e| e.to_string())?;
-            let backend = Self::commit(builder, graph, what).map_err(|e| e.to_string())?;
+            let builder = configure(builder, entries).map_err(brief)?;
+            let backend = Self::commit(builder, graph, what).map_err(brief)?;
             match cache.keep(draft, &folder) {
                 Ok(()) => tracing::info!(model = what, %path, "graph cache: miss, written"),
                 Err(error) => tracing::warn!(%path, %error, "graph cache: `{path}` can't be written: {error}"),
@@ -485,11 +484,11 @@ impl MapBackend {
     /// Runs the graph on `inputs` and shows `each` output once, in half precision widened. An output that is no
     /// feature map has its missing sides shown as 1.
     pub fn run(&mut self, inputs: &[MapView<'_>], mut each: impl FnMut(MapView<'_>)) -> Result<(), BackendError> {
-        let failed = |e: ort::Error| BackendError::Run(e.to_string());
+        let failed = |e: ort::Error| BackendError::Run(brief(e));
         let mut values = Vec::with_capacity(inputs.len());
         for input in inputs {
             let view = TensorRef::from_array_view((input.shape, input.data));
-            let view = view.map_err(|e| BackendError::Shape { found: input.shape, reason: e.to_string() })?;
+            let view = view.map_err(|e| BackendError::Shape { found: input.shape, reason: brief(e) })?;
             values.push((input.name, SessionInputValue::from(view)));
         }
         let outputs = self.session.run(values).map_err(failed)?;
@@ -513,17 +512,17 @@ impl MapBackend {
 /// Runs the graph once and says which provider ran which part of it. For this the graph is opened anew: profiling is slow.
 pub fn placement(onnx: &[u8], what: &str, options: &EngineOptions, batch: &Batch) -> Result<Placement, EngineError> {
     let bad = |reason: String| EngineError::BadModel { model: what.into(), reason };
-    let folder = DraftFolder::scratch().map_err(|e| EngineError::NoProfile { reason: e.to_string() })?;
+    let folder = DraftFolder::scratch().map_err(|e| EngineError::NoProfile { reason: brief(e) })?;
     // a CUDA graph has no operators to tell of
     let gpu = GpuOptions { cuda_graph: false, ..options.gpu.clone() };
     let options = EngineOptions { gpu, ..options.clone() };
     let profile = bound::shared(|| {
         let builder = OrtBackend::builder(what, &options, GraphOptimizationLevel::All)?;
-        let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(e.to_string()))?;
-        let session = builder.commit_from_memory(onnx).map_err(|e| bad(e.to_string()))?;
+        let mut builder = builder.with_profiling(folder.path().join("profile")).map_err(|e| bad(brief(e)))?;
+        let session = builder.commit_from_memory(onnx).map_err(|e| bad(brief(e)))?;
         let mut backend = OrtBackend::of(session, what)?;
-        backend.run(batch).map_err(|e| bad(e.to_string()))?;
-        backend.session.end_profiling().map_err(|e| bad(e.to_string()))
+        backend.run(batch).map_err(|e| bad(brief(e)))?;
+        backend.session.end_profiling().map_err(|e| bad(brief(e)))
     })?;
     let profile = std::fs::read(profile).map_err(|e| bad(format!("its profile can't be read: {e}")))?;
     placement::read(&profile).map_err(bad)
@@ -607,7 +606,7 @@ fn run_selected(
 ) -> Result<Answers, BackendError> {
     let found = batch.shape();
     let view = TensorRef::from_array_view((found, batch.data.as_slice()))
-        .map_err(|e| BackendError::Shape { found, reason: e.to_string() })?;
+        .map_err(|e| BackendError::Shape { found, reason: brief(e) })?;
     let outputs = session.run_with_options(ort::inputs![input => view], options).map_err(failed)?;
     let extra = |name: &str, wanted: bool| {
         if !wanted {
@@ -628,7 +627,7 @@ fn run_selected(
 }
 
 fn failed(error: ort::Error) -> BackendError {
-    BackendError::Run(error.to_string())
+    BackendError::Run(brief(error))
 }
 
 /// The first output of a run over so many images, if it is what a classifier answers.

@@ -68,6 +68,15 @@ fn tables_name_images_and_classes_and_pages_show_errors() {
     let page = fs::read_to_string(here.join("page/index.html")).unwrap();
     assert!(page.contains("<img alt=\"images/c.jpg\" src=\"data:image/jpeg;base64,/9j/"), "{page}");
 
+    // a pipe is read once, and whole
+    assert!(std::process::Command::new("mkfifo").arg(here.join("pipe")).status().unwrap().success());
+    let rows = format!("images/{}a.jpg,cat\n", "./".repeat(25)).repeat(300);
+    let pipe = here.join("pipe");
+    let writes = std::thread::spawn(move || fs::write(pipe, rows));
+    let output = nfold(&["eval", "pipe"], here);
+    assert!(text(&output.stdout).contains("of 300; 95 %"), "{output:?}");
+    writes.join().unwrap().unwrap();
+
     // one that can't be read is named, and not counted
     fs::write(here.join("test.csv"), "images/a.jpg,cat\nimages/none.jpg,cat\n").unwrap();
     let output = nfold(&["eval", "test.csv"], here);
@@ -130,7 +139,7 @@ fn folders_that_cannot_be_searched_are_named() {
     );
     let table = text(&output.stdout);
     assert!(
-        table.contains("of 1; 95 %") && table.contains("; 0 could not be read, 1 folder not be searched\n"),
+        table.contains("of 1; 95 %") && table.contains("; 0 could not be read, 1 folder could not be searched\n"),
         "{table}"
     );
     // its name needs to be no class: it is not known what is in it

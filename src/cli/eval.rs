@@ -454,7 +454,7 @@ fn table(run: &Run) -> String {
     );
     let speed = run.answered.len() as f64 / run.seconds.max(1e-3);
     let (failed, folders) = run.missed();
-    let unsearched = folders.map(|folders| format!(", {folders} not be searched")).unwrap_or_default();
+    let unsearched = folders.map(|folders| format!(", {folders} could not be searched")).unwrap_or_default();
     line(
         "images",
         format!(

@@ -102,7 +102,7 @@ async fn grpc_only(request: HttpRequest, next: Next) -> HttpResponse {
     }
     let text = if kind.is_empty() {
         // a probe that asks the wrong port must not find it ready
-        "this is the gRPC port, which takes application/grpc only; /v2/health/ready is on the HTTP port (--http), /readyz on the admin port (--admin)".into()
+        "this is the gRPC port, which takes application/grpc only (grpc.health.v1.Health for probes); /v2/health/ready is on the HTTP port (--http), /readyz on the admin port (--admin)".into()
     } else {
         let shown = String::from_utf8_lossy(kind);
         format!("content type `{}` is not taken on the gRPC port; send application/grpc", cut(&shown).escape_debug())

@@ -18,8 +18,8 @@ const RATE: u32 = 200;
 const LONGEST: Duration = Duration::from_secs(2);
 /// A client that retries within this after a refusal retries at once; `retry-after` is never shorter.
 const STRAIGHT: Duration = Duration::from_secs(1);
-/// Refusals that wait in line at once, in quarters of the connections that a port may have open: the rest stay free for
-/// clients that could be answered. Refusals beyond that are held briefly.
+/// Refusals that wait in line at once, in quarters of the connections that a port may have open: refusals
+/// beyond that are held briefly, so that their connections are soon free for images that could be answered.
 const HELD_OF_FOUR: usize = 3;
 /// Most refusals of a connection that wait in line: the rest of its HTTP/2 streams are held briefly.
 const HELD_EACH: usize = 16;

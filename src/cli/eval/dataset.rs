@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use anyhow::{anyhow, bail};
@@ -69,8 +69,8 @@ fn folder(data: &Path, hidden: bool) -> anyhow::Result<Vec<Sample>> {
                     search.refuse_folder(path, &e);
                 }
             }
-            // a link to a folder that is gone: images aren't called so
-            Err(e) if !search::is_image(&path) => search.refuse_folder(path, &e),
+            // a link to a folder that is gone: files have extensions
+            Err(e) if path.extension().is_none() => search.refuse_folder(path, &e),
             Ok(_) | Err(_) => {
                 outside += 1;
                 continue;
@@ -105,8 +105,10 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
         bail!("`{shown}` has {bytes} bytes, at most {LARGEST_TABLE} are read; is it a table of path,class?");
     }
     let mut head = Vec::new();
-    let file = fs::File::open(path).and_then(|file| file.take(HEAD).read_to_end(&mut head));
-    file.map_err(|e| anyhow!("can't read `{shown}`: {e}"))?;
+    let unreadable = |e: io::Error| anyhow!("can't read `{shown}`: {e}");
+    // opened once: it may be a pipe
+    let mut file = fs::File::open(path).map_err(unreadable)?;
+    file.by_ref().take(HEAD).read_to_end(&mut head).map_err(unreadable)?;
     if head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]) {
         bail!("`{shown}` is not UTF-8 but UTF-16; save the table as UTF-8");
     }
@@ -114,10 +116,12 @@ fn table(path: &Path, bytes: u64) -> anyhow::Result<Vec<Sample>> {
         bail!("`{shown}` is no text; give a folder of CLASS/IMAGE, or a table of path,class");
     }
     let bad = |line: u64, why: String| anyhow!("`{shown}`, line {line}: {why}; a line is path,class");
-    let reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).trim(csv::Trim::All).from_path(path);
+    let mut reader = csv::ReaderBuilder::new();
+    reader.has_headers(false).flexible(true).trim(csv::Trim::All);
     let mut samples = Vec::new();
     let base = path.parent().unwrap_or(Path::new(""));
-    for (row, record) in reader.map_err(|e| anyhow!("can't read `{shown}`: {e}"))?.into_records().enumerate() {
+    for (row, record) in reader.from_reader(head.as_slice().chain(file.take(LARGEST_TABLE))).into_records().enumerate()
+    {
         let record = record.map_err(|e| match e.kind() {
             csv::ErrorKind::Utf8 { pos, .. } => {
                 let line = pos.as_ref().map_or(row as u64 + 1, csv::Position::line);
