@@ -395,8 +395,10 @@ impl fmt::Display for Maker<'_> {
 fn made_once(graph: &GraphProto) -> Result<(), Int8Error> {
     let inputs = graph.input.iter().map(|input| (&input.name, Maker::Input));
     let constants = graph.initializer.iter().map(|tensor| (&tensor.name, Maker::Constant));
-    let made = |node| move |output| (output, Maker::Node(node));
-    let maps = graph.node.iter().flat_map(|node| node.output.iter().filter(|name| !name.is_empty()).map(made(node)));
+    let maps = graph.node.iter().flat_map(|node| {
+        let named = node.output.iter().filter(|name| !name.is_empty());
+        named.map(move |name| (name, Maker::Node(node)))
+    });
     let mut makers = HashMap::new();
     for (map, second) in inputs.chain(constants).chain(maps) {
         if let Some(first) = makers.insert(map.as_str(), second) {
